@@ -1,0 +1,8 @@
+"""The recurrence h[t] = a[t] h[t-1] + b[t], and nothing else."""
+
+from minrnn.ops.engines import Engine as Engine
+from minrnn.ops.engines import engines as engines
+from minrnn.ops.gates import CANDIDATES as CANDIDATES
+from minrnn.ops.gates import GATES as GATES
+from minrnn.ops.scan import gated_scan as gated_scan
+from minrnn.ops.scan import scan as scan

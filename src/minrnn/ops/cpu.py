@@ -1,0 +1,129 @@
+"""The compiled engine for the CPU: csrc/ behind a wrapper that hands it pointers, sizes and strides.
+
+The extension reads raw pointers, so everything it relies on is made sure of here: dtype, device, shape
+(checked by scan.py), contiguous channels, no lazily negated views, and outputs that live until it returns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minrnn.ops import _cpu  # type: ignore[attr-defined]  # compiled; absent without a compiler
+from minrnn.ops.gates import CANDIDATES, GATES
+from minrnn.ops.reference import output_like
+
+__all__ = ["ISA", "backward", "forward"]
+
+ISA: str = _cpu.isa
+"""The instruction set that this processor was given: avx512, avx2 or baseline."""
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as in bind.cpp
+_GATES = {name: code for code, name in enumerate(("identity", "mingru", "minlstm", "minlstm_unnormalised"))}
+_CANDIDATES = {name: code for code, name in enumerate(("positive", "linear", "tanh"))}
+assert _GATES.keys() == GATES.keys(), "csrc/rows.h and gates.py must hold the same gates"
+assert _CANDIDATES.keys() == CANDIDATES.keys(), "csrc/rows.h and gates.py must hold the same candidates"
+
+_Strided = tuple[int, int, int]
+_ABSENT: _Strided = (0, 0, 0)
+
+
+def forward(
+    pre: list[Tensor], h0: Tensor | None, reset: Tensor | None, gate: str, candidate: str, reverse: bool
+) -> Tensor:
+    """As `reference.forward`, fused: reads each pre-activation once and writes h once."""
+    pre = [_readable(x) for x in pre]
+    D = _channels(pre, gate)
+    h = output_like(pre[0], D)
+    h0 = _initial(h0, h)
+    reset = None if reset is None else reset.resolve_neg()
+    _cpu.forward(*_call(pre, h0, reset, gate, candidate, reverse, D), _strided(h))
+    return h
+
+
+def backward(
+    dh: Tensor,
+    pre: list[Tensor],
+    h: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    gate: str,
+    candidate: str,
+    reverse: bool,
+) -> list[Tensor]:
+    """As `reference.backward`, fused: reads pre-activations, h and dh once, writes the gradients once."""
+    pre, dh, h = [_readable(x) for x in pre], _readable(dh), _readable(h)
+    B, _, D = h.shape
+    dpre = [output_like(x, x.shape[2]) for x in pre]
+    h0 = _initial(h0, h)
+    dh0 = h.new_empty(B, D, dtype=_carry_io(h.dtype))
+    _cpu.backward(
+        *_call(pre, h0, reset, gate, candidate, reverse, D),
+        _strided(dh),
+        _strided(h),
+        _parts(dpre, gate, D),
+        (dh0.data_ptr(), D, 0),
+    )
+    return [*dpre, dh0]
+
+
+def _call(
+    pre: list[Tensor],
+    h0: Tensor | None,
+    reset: Tensor | None,
+    gate: str,
+    candidate: str,
+    reverse: bool,
+    D: int,
+) -> tuple[object, ...]:
+    B, T = pre[0].shape[:2]
+    return (
+        _DTYPES[pre[0].dtype],
+        _GATES[gate],
+        _CANDIDATES[candidate],
+        GATES[gate].num_pre,
+        torch.get_num_threads(),
+        reverse,
+        (B, T, D),
+        _parts(pre, gate, D),
+        _ABSENT if h0 is None else (h0.data_ptr(), h0.stride(0), 0),
+        _ABSENT if reset is None else (reset.data_ptr(), *reset.stride()),
+    )
+
+
+def _channels(pre: list[Tensor], gate: str) -> int:
+    return pre[0].shape[2] // GATES[gate].num_pre if len(pre) == 1 else pre[0].shape[2]
+
+
+def _parts(pre: list[Tensor], gate: str, D: int) -> tuple[_Strided, _Strided, _Strided]:
+    """Address and strides of each pre-activation; the parts of a packed tensor lie D elements apart."""
+    if len(pre) == 1:
+        x = pre[0]
+        base, size, strides = x.data_ptr(), x.element_size(), (x.stride(0), x.stride(1))
+        parts = [(base + j * D * size, *strides) for j in range(GATES[gate].num_pre)]
+    else:
+        parts = [_strided(x) for x in pre]
+    first, second, *rest = parts
+    return first, second, rest[0] if rest else _ABSENT
+
+
+def _strided(x: Tensor) -> _Strided:
+    return x.data_ptr(), x.stride(0), x.stride(1)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x itself where its channels are contiguous and its values are stored as they read; else a copy."""
+    x = x.resolve_neg()
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+
+
+def _carry_io(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which states enter and leave the engine."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _initial(h0: Tensor | None, h: Tensor) -> Tensor | None:
+    if h0 is None:
+        return None
+    h0 = h0.to(_carry_io(h.dtype)).resolve_neg()
+    return h0 if h0.stride(1) == 1 or h0.shape[1] == 1 else h0.contiguous()

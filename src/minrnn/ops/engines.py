@@ -1,0 +1,85 @@
+"""Who serves which device, or why it is missing.
+
+An engine is a module with two functions, `forward` and `backward`, of one signature (see reference.py). It is
+registered with torch's dispatcher for its device, so nothing here chooses at call time. Setting MINRNN_ENGINE
+to a name in ENGINES before minrnn is imported forces that engine; a name that cannot load raises.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+from difflib import get_close_matches
+from types import ModuleType
+
+__all__ = ["ENGINES", "Engine", "engines", "forced", "load"]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One line of `minrnn engines`: an engine, the device it serves, and its condition."""
+
+    name: str
+    """Key in ENGINES."""
+    device: str
+    """The device type it serves; "any" for the reference."""
+    serves: bool
+    """Whether calls on that device reach it."""
+    detail: str
+    """What it runs on, or why it is missing."""
+
+
+# name: (module, device type, key of torch's dispatcher)
+ENGINES: dict[str, tuple[str, str, str]] = {
+    "cpp": ("minrnn.ops.cpu", "cpu", "CPU"),
+    "reference": ("minrnn.ops.reference", "any", "CompositeExplicitAutograd"),
+}
+
+
+def forced() -> str | None:
+    """The engine named by MINRNN_ENGINE, checked; None when the variable is unset or empty.
+
+    Raises:
+        ValueError: the name is not in ENGINES.
+    """
+    name = os.environ.get("MINRNN_ENGINE", "")
+    if name and name not in ENGINES:
+        near = get_close_matches(name, ENGINES, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"MINRNN_ENGINE must be one of {', '.join(ENGINES)}, got {name!r}{hint}")
+    return name or None
+
+
+def load(name: str) -> ModuleType | ImportError:
+    """The engine's module, or the error that says why it cannot load."""
+    try:
+        return importlib.import_module(ENGINES[name][0])
+    except ImportError as error:
+        return error
+
+
+def engines() -> list[Engine]:
+    """Every engine, whether it serves its device, and why not.
+
+    >>> [engine.name for engine in engines()]
+    ['cpp', 'reference']
+    """
+    return [_describe(name) for name in ENGINES]
+
+
+def _describe(name: str) -> Engine:
+    _, device, _ = ENGINES[name]
+    chosen = forced()
+    module = load(name)
+    if isinstance(module, ImportError):
+        return Engine(name, device, False, f"not available: {module}")
+    if chosen not in (None, name) and name != "reference":
+        return Engine(name, device, False, f"set aside: MINRNN_ENGINE={chosen}")
+    return Engine(name, device, True, _detail(name, module))
+
+
+def _detail(name: str, module: ModuleType) -> str:
+    if name == "reference":
+        return "plain loop in float64: the specification; serves every device that has no engine of its own"
+    return f"compiled C++, {module.ISA} instructions"

@@ -1,0 +1,97 @@
+"""The specification: a plain loop over time, for any device and dtype. Every other engine must equal it.
+
+All arithmetic is done in the widest floating type the device has, so that its error is that of rounding
+the result.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minrnn.ops.gates import CANDIDATES, GATES
+
+__all__ = ["backward", "carry_dtype", "forward", "output_like", "split"]
+
+
+def carry_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which gates and state are computed: float64, or float32 on devices that lack it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def split(gate: str, pre: list[Tensor]) -> list[Tensor]:
+    """The gate's pre-activations as separate (B, T, D) views, whether they came packed or not."""
+    num_pre = GATES[gate].num_pre
+    return list(pre[0].chunk(num_pre, -1)) if len(pre) == 1 else pre
+
+
+def output_like(pre: Tensor, D: int) -> Tensor:
+    """An uninitialised (B, T, D) tensor, laid out batch-major or time-major as `pre` is."""
+    B, T = pre.shape[:2]
+    if pre.stride(0) < pre.stride(1):
+        return pre.new_empty(T, B, D).transpose(0, 1)
+    return pre.new_empty(B, T, D)
+
+
+def forward(
+    pre: list[Tensor], h0: Tensor | None, reset: Tensor | None, gate: str, candidate: str, reverse: bool
+) -> Tensor:
+    """h[t] = a[t] h[t-1] + b[t], h[-1] = h0, one step after another."""
+    parts = [_in_order(x.to(carry_dtype(x.device)), reverse) for x in split(gate, pre)]
+    a, b = GATES[gate].equations(CANDIDATES[candidate], *parts)
+    forget = _forget(reset, reverse)
+    h = torch.empty_like(b)
+    carry = _initial(h0, a)
+    for t in range(a.shape[1]):
+        carry = a[:, t] * (carry if forget is None else carry.masked_fill(forget[:, t], 0)) + b[:, t]
+        h[:, t] = carry
+    return output_like(pre[0], a.shape[2]).copy_(_in_order(h, reverse))
+
+
+def backward(
+    dh: Tensor,
+    pre: list[Tensor],
+    h: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    gate: str,
+    candidate: str,
+    reverse: bool,
+) -> list[Tensor]:
+    """Gradients of every tensor in `pre`, then of h0. The adjoint of a scan is a scan run backwards.
+
+    g[t] = dh[t] + a[t+1] g[t+1];  da[t] = g[t] h[t-1];  db[t] = g[t];  dh0 = a[0] g[0].
+    """
+    dtype = carry_dtype(h.device)
+    parts = [_in_order(x.to(dtype), reverse) for x in split(gate, pre)]
+    a, b = GATES[gate].equations(CANDIDATES[candidate], *parts)
+    forget = _forget(reset, reverse)
+    h_prev = torch.cat([_initial(h0, a).unsqueeze(1), _in_order(h.to(dtype), reverse)[:, :-1]], 1)
+    if forget is not None:
+        h_prev = h_prev.masked_fill(forget, 0)
+    g = torch.empty_like(b)
+    carry = torch.zeros_like(b[:, 0])
+    for t in reversed(range(a.shape[1])):
+        g[:, t] = _in_order(dh, reverse)[:, t].to(dtype) + carry
+        carry = a[:, t] * g[:, t]
+        if forget is not None:
+            carry = carry.masked_fill(forget[:, t], 0)
+    dparts = GATES[gate].pullback(CANDIDATES[candidate], parts, g * h_prev, g)
+    dparts = [_in_order(d, reverse) for d in dparts]
+    dpre = [torch.cat(dparts, -1)] if len(pre) == 1 else dparts
+    dh0 = carry.to(torch.float64 if h.dtype == torch.float64 else torch.float32)
+    return [d.to(x.dtype) for d, x in zip(dpre, pre, strict=True)] + [dh0]
+
+
+def _in_order(x: Tensor, reverse: bool) -> Tensor:
+    """The steps in the order in which the recurrence visits them."""
+    return x.flip(1) if reverse else x
+
+
+def _forget(reset: Tensor | None, reverse: bool) -> Tensor | None:
+    """(B, T, 1) bool in the order of the recurrence."""
+    return None if reset is None else _in_order(reset, reverse).unsqueeze(-1)
+
+
+def _initial(h0: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like[:, 0]) if h0 is None else h0.to(like.dtype)
