@@ -1,0 +1,123 @@
+"""MinLSTM: the LSTM whose gates look at the input alone, so that it trains in parallel over time."""
+
+import torch
+
+from minrnn.mixers.layer import MinRNN, MinRNNMixer
+
+
+class MinLSTM(MinRNN):
+    """Apply a multi-layer minLSTM to a sequence; a drop-in for `torch.nn.LSTM`, without the cell state.
+
+        f[t] = sigmoid(W_f x[t] + b_f),   i[t] = sigmoid(W_i x[t] + b_i)
+        h[t] = f'[t] * h[t-1] + i'[t] * g(W_h x[t] + b_h)
+        f' = f / (f + i),   i' = i / (f + i)          f' = f,   i' = i   with normalize=False
+
+    Constructor, shapes, unbatched input, defaults and parameter names are torch.nn.LSTM's. `weight_ih_l{k}`
+    holds the rows [f; i; candidate], `(3 * hidden_size, input_size)`; there is no `weight_hh`. State in and
+    out is h alone, not a pair.
+
+    Args:
+        input_size: channels of the input.
+        hidden_size: channels of the state.
+        num_layers: layers, each fed the states of the one below.
+        bias: whether the projections have biases `bias_ih_l{k}`.
+        batch_first: input and output are `(B, T, ...)` instead of `(T, B, ...)`; h_0 and h_n stay as they
+            are.
+        dropout: probability of zeroing an output of any layer but the last, while training.
+        bidirectional: run a second scan backwards in time in each layer and join the outputs.
+        candidate: g: "positive" (x + 0.5 for x >= 0, sigmoid(x) below; what the paper trains), "linear"
+            (g(x) = x, the paper's plain form) or "tanh".
+        forget_bias: added to f's bias at initialisation, in logits, so that the cell forgets slowly at the
+            start; None is 1.0, or 0 without bias.
+        normalize: let the gates sum to one, which keeps the state's scale the same at every length.
+        device: where the parameters live.
+        dtype: the parameters' dtype.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a size is not positive, dropout is no probability, the candidate is unknown, or a
+            forget_bias is given without bias.
+
+    Source: "Were RNNs All We Needed?", section 3.2 and appendix B.
+
+    Example:
+        >>> rnn = MinLSTM(10, 20, bidirectional=True)
+        >>> output, h_n = rnn(torch.randn(5, 3, 10))
+        >>> output.shape, h_n.shape
+        (torch.Size([5, 3, 40]), torch.Size([2, 3, 20]))
+    """
+
+    forget_sign = +1
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        candidate: str = "positive",
+        forget_bias: float | None = None,
+        normalize: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            "minlstm" if normalize else "minlstm_unnormalised",
+            input_size=input_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            candidate=candidate,
+            forget_bias=forget_bias,
+            device=device,
+            dtype=dtype,
+        )
+
+    @property
+    def normalize(self) -> bool:
+        """Whether the gates are made to sum to one."""
+        return self.gate == "minlstm"
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.normalize else ", normalize=False")
+
+
+class MinLSTMMixer(MinRNNMixer):
+    """A minLSTM layer under the mixers' contract: state h `(B, d_hidden)`.
+
+    Args:
+        d_model: channels of the input.
+        d_hidden: channels of the output and of the state.
+        candidate: as in `MinLSTM`.
+        forget_bias: as in `MinLSTM`.
+        normalize: as in `MinLSTM`.
+        bias: as in `MinLSTM`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_hidden: int,
+        *,
+        candidate: str = "positive",
+        forget_bias: float | None = None,
+        normalize: bool = True,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(d_model, d_hidden)
+        self.rnn = MinLSTM(
+            d_model,
+            d_hidden,
+            bias=bias,
+            batch_first=True,
+            candidate=candidate,
+            forget_bias=forget_bias,
+            normalize=normalize,
+        )

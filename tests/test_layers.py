@@ -1,0 +1,295 @@
+"""MinGRU and MinLSTM as layers: the surface of torch.nn.GRU around the equations of the paper."""
+
+import copy
+import itertools
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minrnn.mixers import MinGRU, MinLSTM
+
+LAYERS: dict[str, type[MinGRU] | type[MinLSTM]] = {"mingru": MinGRU, "minlstm": MinLSTM}
+NUM_PRE = {"mingru": 2, "minlstm": 3}
+B, T, I, H = 3, 7, 5, 4  # noqa: E741
+
+every_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+def build(name: str, **options: Any) -> MinGRU | MinLSTM:
+    torch.manual_seed(0)
+    return LAYERS[name](I, H, dtype=torch.float64, **options)
+
+
+def make_input(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def positive(x: Tensor) -> Tensor:
+    return torch.where(x >= 0, x + 0.5, torch.sigmoid(x))
+
+
+def step_by_the_paper(
+    layer: MinGRU | MinLSTM, suffix: str, x: Tensor, h: Tensor, candidate: Any = positive
+) -> Tensor:
+    """One step of the cell as the paper writes it, x (B, I), h (B, H)."""
+    pre = x @ getattr(layer, f"weight_ih_{suffix}").T
+    if layer.bias:
+        pre = pre + getattr(layer, f"bias_ih_{suffix}")
+    *gates, c = pre.chunk(NUM_PRE[type(layer).__name__.lower()], dim=-1)
+    gates = [torch.sigmoid(gate) for gate in gates]
+    if len(gates) == 1:
+        return (1 - gates[0]) * h + gates[0] * candidate(c)
+    f, i = gates
+    if layer.normalize:  # type: ignore[union-attr]
+        f, i = f / (f + i), i / (f + i)
+    return f * h + i * candidate(c)
+
+
+@every_layer
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("candidate", "g"), [("positive", positive), ("linear", lambda x: x), ("tanh", torch.tanh)]
+)
+def test_equations(name: str, bias: bool, candidate: str, g: Any) -> None:
+    layer, x, h = build(name, bias=bias, candidate=candidate), make_input(T, B, I), make_input(B, H)
+    output, h_n = layer(x, h.unsqueeze(0))
+    for t in range(T):
+        h = step_by_the_paper(layer, "l0", x[t], h, g)
+        torch.testing.assert_close(output[t], h, rtol=0, atol=1e-12)
+    torch.testing.assert_close(h_n[0], h, rtol=0, atol=1e-12)
+
+
+def test_unnormalised_minlstm_equations() -> None:
+    layer, x, h = build("minlstm", normalize=False), make_input(T, B, I), make_input(B, H)
+    output, _ = layer(x, h.unsqueeze(0))
+    for t in range(T):
+        h = step_by_the_paper(layer, "l0", x[t], h)
+        torch.testing.assert_close(output[t], h, rtol=0, atol=1e-12)
+
+
+@every_layer
+def test_layers_and_directions_stack_as_in_torch(name: str) -> None:
+    layer, x = build(name, num_layers=2, bidirectional=True), make_input(T, B, I)
+    h_0 = make_input(4, B, H)
+    output, h_n = layer(x, h_0)
+    finals = []
+    for k in range(2):
+        directions = []
+        for d, suffix in enumerate((f"l{k}", f"l{k}_reverse")):
+            h, states = h_0[2 * k + d], []
+            for t in reversed(range(T)) if d else range(T):
+                h = step_by_the_paper(layer, suffix, x[t], h)
+                states.append(h)
+            finals.append(h)
+            directions.append(torch.stack(states[::-1] if d else states))
+        x = torch.cat(directions, dim=-1)
+    torch.testing.assert_close(output, x, rtol=0, atol=1e-12)
+    torch.testing.assert_close(h_n, torch.stack(finals), rtol=0, atol=1e-12)
+
+
+@every_layer
+@pytest.mark.parametrize(
+    ("num_layers", "bias", "batch_first", "bidirectional"),
+    list(itertools.product((1, 3), (True, False), (True, False), (True, False))),
+)
+def test_shapes_and_names_are_those_of_torch(
+    name: str, num_layers: int, bias: bool, batch_first: bool, bidirectional: bool
+) -> None:
+    options: dict[str, Any] = {
+        "num_layers": num_layers,
+        "bias": bias,
+        "batch_first": batch_first,
+        "bidirectional": bidirectional,
+    }
+    ours, theirs = build(name, **options), nn.GRU(I, H, **options).double()
+    h_0 = make_input(num_layers * (2 if bidirectional else 1), B, H)
+    batched = make_input(*((B, T) if batch_first else (T, B)), I)
+    for x, h in ((batched, None), (batched, h_0), (batched[0], None), (make_input(T, I), h_0[:, 0])):
+        assert [tuple(o.shape) for o in ours(x, h)] == [tuple(o.shape) for o in theirs(x, h)]
+
+    without_hh = [key for key in theirs.state_dict() if "_hh_" not in key]
+    assert list(ours.state_dict()) == without_hh
+    for key, parameter in ours.named_parameters():
+        rows, *columns = getattr(theirs, key).shape
+        assert parameter.shape == (rows // 3 * NUM_PRE[name], *columns)
+    assert [len(group) for group in ours.all_weights] == [1 + bias] * len(h_0)
+
+
+@every_layer
+def test_positional_arguments_mean_what_they_mean_in_torch(name: str) -> None:
+    ours, theirs = LAYERS[name](I, H, 2, False, True, 0.25, True), nn.GRU(I, H, 2, False, True, 0.25, True)
+    assert repr(ours) == repr(theirs).replace("GRU", type(ours).__name__)
+
+
+@every_layer
+def test_layouts_agree(name: str) -> None:
+    layer = build(name, num_layers=2, bidirectional=True)
+    batch_first = copy.deepcopy(layer)
+    batch_first.batch_first = True
+    x = make_input(T, B, I)
+    reset = torch.rand(T, B, generator=torch.Generator().manual_seed(2)) < 0.3
+    output, h_n = layer(x, reset=reset)
+    output_bf, h_n_bf = batch_first(x.transpose(0, 1), reset=reset.T)
+    torch.testing.assert_close(output_bf.transpose(0, 1), output, rtol=0, atol=1e-12)
+    torch.testing.assert_close(h_n_bf, h_n, rtol=0, atol=1e-12)
+    for row in range(B):
+        alone, h_alone = layer(x[:, row], reset=reset[:, row])
+        torch.testing.assert_close(alone, output[:, row], rtol=0, atol=1e-12)
+        torch.testing.assert_close(h_alone, h_n[:, row], rtol=0, atol=1e-12)
+
+
+class CopiesOf(TorchDispatchMode):
+    """Record operators that copy a tensor of at least `size` elements."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        copies = ("clone", "copy_", "_to_copy", "contiguous", "_reshape_copy")
+        if func._opname in copies and isinstance(args[0], Tensor) and args[0].numel() >= self.size:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@every_layer
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_input_is_not_copied(name: str, batch_first: bool) -> None:
+    layer = LAYERS[name](I, 1, batch_first=batch_first)
+    x = torch.randn(6, 9, I)
+    with torch.no_grad(), CopiesOf(x.numel()) as copies:
+        layer(x)
+    assert copies.found == []
+
+
+@every_layer
+@settings(max_examples=15, deadline=None)
+@given(starts=st.lists(st.sets(st.integers(1, T - 1)), min_size=B, max_size=B))
+def test_reset_separates_sequences_in_both_directions(name: str, starts: list[set[int]]) -> None:
+    layer, x = build(name, bidirectional=True), make_input(T, B, I)
+    reset = torch.zeros(T, B, dtype=torch.bool)
+    for row, marks in enumerate(starts):
+        reset[sorted(marks), row] = True
+    output, _ = layer(x, reset=reset)
+    for row, marks in enumerate(starts):
+        edges = [0, *sorted(marks), T]
+        alone = [layer(x[start:stop, row])[0] for start, stop in itertools.pairwise(edges)]
+        torch.testing.assert_close(output[:, row], torch.cat(alone), rtol=0, atol=1e-12)
+
+
+@every_layer
+def test_forget_bias_moves_the_first_gate_only(name: str) -> None:
+    plain, moved = build(name, forget_bias=0.0), build(name, forget_bias=2.5, num_layers=1)
+    sign = -1 if name == "mingru" else 1
+    shift = (moved.bias_ih_l0 - plain.bias_ih_l0).detach()
+    torch.testing.assert_close(shift[:H], torch.full((H,), 2.5 * sign, dtype=torch.float64))
+    assert not shift[H:].any()
+    assert torch.equal(plain.weight_ih_l0, moved.weight_ih_l0)
+
+
+@every_layer
+def test_default_forget_bias_makes_the_cell_keep_more(name: str) -> None:
+    h_0, x = torch.ones(1, B, 64), torch.zeros(1, B, I)
+    kept = []
+    for forget_bias in (0.0, None, 4.0):
+        torch.manual_seed(0)
+        layer = LAYERS[name](I, 64, forget_bias=forget_bias)
+        kept.append((layer(x, h_0)[0] - layer(x)[0]).mean().item())
+    assert kept[0] < kept[1] < kept[2]
+
+
+@every_layer
+def test_initial_parameters_lie_in_torchs_range(name: str) -> None:
+    for parameter in LAYERS[name](I, 100, forget_bias=0.0).parameters():
+        assert parameter.abs().max() <= 0.1
+        assert parameter.abs().max() > 0.09
+
+
+@every_layer
+def test_dropout_acts_between_layers_in_training_only(name: str) -> None:
+    layer, x = build(name, num_layers=2, dropout=0.5), make_input(T, B, I)
+    assert not torch.equal(layer(x)[0], layer(x)[0])
+    torch.manual_seed(0)
+    undropped = build(name, num_layers=2)
+    torch.testing.assert_close(layer.eval()(x)[0], undropped(x)[0])
+
+
+@every_layer
+def test_gradients(name: str) -> None:
+    layer = build(name, num_layers=2, bidirectional=True)
+    x, h_0 = make_input(4, 2, I).requires_grad_(), make_input(4, 2, H).requires_grad_()
+    assert torch.autograd.gradcheck(layer, (x, h_0))
+
+
+@every_layer
+def test_state_dict_deepcopy_and_conversion(name: str) -> None:
+    layer, x = build(name, num_layers=2), make_input(T, B, I)
+    other = LAYERS[name](I, H, num_layers=2).double()
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x)[0], layer(x)[0])
+    assert torch.equal(copy.deepcopy(layer)(x)[0], layer(x)[0])
+    assert layer.flatten_parameters() is None
+    assert layer.to(torch.bfloat16)(x.bfloat16())[0].dtype == torch.bfloat16
+
+
+@every_layer
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"input_size": 0}, ValueError, "input_size must be greater than zero, got 0"),
+        ({"hidden_size": -1}, ValueError, "hidden_size must be greater than zero, got -1"),
+        ({"num_layers": 0}, ValueError, "num_layers must be greater than zero, got 0"),
+        ({"hidden_size": 2.0}, TypeError, "hidden_size must be an int, got float"),
+        ({"bias": 1}, TypeError, "bias must be a bool, got int"),
+        ({"batch_first": "yes"}, TypeError, "batch_first must be a bool, got str"),
+        ({"dropout": 1.5}, ValueError, r"dropout must be a probability in \[0, 1\], got 1.5"),
+        ({"dropout": True}, ValueError, "dropout must be a probability"),
+        ({"candidate": "relu"}, ValueError, "candidate must be one of positive, linear, tanh, got 'relu'"),
+        ({"bias": False, "forget_bias": 1.0}, ValueError, "forget_bias=1.0 needs a bias"),
+        ({"proj_size": 2}, TypeError, "proj_size"),
+    ],
+)
+def test_constructor_errors(name: str, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        LAYERS[name](**{"input_size": I, "hidden_size": H, **options})
+
+
+@every_layer
+def test_useless_dropout_warns_at_the_callers_line(name: str) -> None:
+    with pytest.warns(UserWarning, match="has no effect") as caught:
+        LAYERS[name](I, H, dropout=0.1)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LAYERS[name](I, H, num_layers=2, dropout=0.1)
+
+
+@every_layer
+def test_call_errors(name: str) -> None:
+    layer, x = build(name), make_input(T, B, I)
+    packed = nn.utils.rnn.pack_sequence([x[:, 0], x[:4, 1]])
+    with pytest.raises(TypeError, match="got a PackedSequence"):
+        layer(packed)
+    with pytest.raises(ValueError, match=r"input must be \(T, B, 5\) or \(T, 5\)"):
+        layer(x[..., :3])
+    with pytest.raises(ValueError, match="input must be"):
+        layer(x[None])
+    with pytest.raises(ValueError, match="T of at least 1"):
+        layer(x[:0])
+    with pytest.raises(ValueError, match=r"weights' dtype, torch.float64, got torch.float32"):
+        layer(x.float())
+    with pytest.raises(ValueError, match=r"h_0 must be \(1, 3, 4\), got \(1, 2, 4\)"):
+        layer(x, make_input(1, 2, H))
+    with pytest.raises(ValueError, match=r"h_0 must be \(1, 4\), got \(1, 1, 4\)"):
+        layer(x[:, 0], make_input(1, 1, H))
+    with pytest.raises(TypeError, match="there is no cell state"):
+        layer(x, (make_input(1, B, H), make_input(1, B, H)))
+    with pytest.raises(ValueError, match=r"reset must be \(7, 3\).*got \(3, 7\)"):
+        layer(x, reset=torch.zeros(B, T, dtype=torch.bool))

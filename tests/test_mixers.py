@@ -1,0 +1,291 @@
+"""The laws that every mixer obeys, swept over MIXERS and the options that change how a mixer computes."""
+
+import copy
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import minrnn.mixers.attention
+from minrnn.mixers import MIXERS, Mixer, State
+
+B, T, D_MODEL, D_HIDDEN = 3, 13, 6, 8
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in MIXERS},
+    "mingru-linear": ("mingru", {"candidate": "linear"}),
+    "mingru-tanh-no-bias": ("mingru", {"candidate": "tanh", "bias": False}),
+    "minlstm-unnormalised": ("minlstm", {"normalize": False, "forget_bias": 3.0}),
+    "attention-window-1": ("attention", {"window": 1}),
+    "attention-window-4": ("attention", {"window": 4, "num_heads": 2}),
+    "attention-window-longer-than-T": ("attention", {"window": 50, "bias": False}),
+}
+
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+@pytest.fixture(autouse=True)
+def small_query_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the attention cut these short sequences into several blocks of queries."""
+    monkeypatch.setattr(minrnn.mixers.attention, "QUERY_BLOCK", 3)
+
+
+def build(variant: str, dtype: torch.dtype = torch.float64) -> Mixer:
+    name, options = VARIANTS[variant]
+    torch.manual_seed(0)
+    return MIXERS[name](D_MODEL, D_HIDDEN, **options).to(dtype)
+
+
+def make_input(dtype: torch.dtype = torch.float64, length: int = T, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(B, length, D_MODEL, dtype=dtype, generator=generator)
+
+
+def make_reset(length: int = T, seed: int = 2) -> Tensor:
+    """Mark about one step in four, row by row, so that rows reset at different steps."""
+    return torch.rand(B, length, generator=torch.Generator().manual_seed(seed)) < 0.25
+
+
+def run_in_pieces(
+    mixer: Mixer, x: Tensor, lengths: list[int], reset: Tensor | None = None, state: State | None = None
+) -> tuple[Tensor, State]:
+    outputs, start = [], 0
+    for length in lengths:
+        piece = slice(start, start + length)
+        y, state = mixer(x[:, piece], state, reset=None if reset is None else reset[:, piece])
+        outputs.append(y)
+        start += length
+    assert state is not None
+    return torch.cat(outputs, dim=1), state
+
+
+def gradients(loss: Tensor, mixer: Mixer, *inputs: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, [*inputs, *mixer.parameters()]))
+
+
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5}
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("with_reset", [False, True])
+def test_repeated_steps_equal_one_pass(variant: str, dtype: torch.dtype, with_reset: bool) -> None:
+    mixer, x = build(variant, dtype), make_input(dtype)
+    reset = make_reset() if with_reset else None
+    y, state = mixer(x, reset=reset)
+    stepped, stepped_state = run_in_pieces(mixer, x, [1] * T, reset)
+    tolerance = TOLERANCES[dtype]
+    torch.testing.assert_close(stepped, y, rtol=0, atol=tolerance)
+    for ours, theirs in zip(stepped_state, state, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+
+
+@every_variant
+@settings(max_examples=12, deadline=None)
+@given(cuts=st.sets(st.integers(1, T - 1)), reset_seed=st.none() | st.integers(0, 99))
+def test_any_split_with_the_state_carried_equals_one_pass(
+    variant: str, cuts: set[int], reset_seed: int | None
+) -> None:
+    mixer, x = build(variant), make_input().requires_grad_()
+    reset = None if reset_seed is None else make_reset(seed=reset_seed)
+    edges = [0, *sorted(cuts), T]
+    lengths = [stop - start for start, stop in pairwise(edges)]
+    weights = torch.randn(B, T, D_HIDDEN, dtype=x.dtype, generator=torch.Generator().manual_seed(3))
+
+    whole, _ = mixer(x, reset=reset)
+    pieces, _ = run_in_pieces(mixer, x, lengths, reset)
+    torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-10)
+    expected = gradients((whole * weights).sum(), mixer, x)
+    for ours, theirs in zip(gradients((pieces * weights).sum(), mixer, x), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+@every_variant
+def test_gradients_flow_through_the_carried_state(variant: str) -> None:
+    mixer, x = build(variant), make_input().requires_grad_()
+    _, state = mixer(x[:, :5])
+    y, _ = mixer(x[:, 5:7], state)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    reached = dx[:, 4].abs().amax() > 0
+    assert bool(reached) == (variant != "attention-window-1")
+
+
+@every_variant
+def test_reset_forgets_everything_before_it(variant: str) -> None:
+    mixer, x = build(variant), make_input()
+    _, old = mixer(make_input(length=7, seed=5))
+    reset = torch.zeros(B, T, dtype=torch.bool)
+    reset[0, 0], reset[1, 4], reset[2, 9] = True, True, True
+    y, state = mixer(x, old, reset=reset)
+    for row, start in enumerate((0, 4, 9)):
+        fresh, fresh_state = mixer(x[row : row + 1, start:])
+        torch.testing.assert_close(y[row : row + 1, start:], fresh, rtol=0, atol=1e-10)
+        later = make_input(seed=6)[row : row + 1]
+        after, _ = mixer(later, tuple(part[row : row + 1] for part in state))
+        after_fresh, _ = mixer(later, fresh_state)
+        torch.testing.assert_close(after, after_fresh, rtol=0, atol=1e-10)
+
+
+@every_variant
+def test_reset_stops_gradients(variant: str) -> None:
+    mixer, x = build(variant), make_input().requires_grad_()
+    reset = torch.zeros(B, T, dtype=torch.bool)
+    reset[:, 6] = True
+    y, _ = mixer(x, reset=reset)
+    (dx,) = torch.autograd.grad(y[:, 6:].sum(), x)
+    assert not dx[:, :6].any()
+    assert dx[:, 6:].abs().sum() > 0
+
+
+@every_variant
+def test_reset_nowhere_changes_nothing(variant: str) -> None:
+    mixer, x = build(variant), make_input()
+    _, old = mixer(make_input(length=4, seed=5))
+    plain, _ = mixer(x, old)
+    marked, _ = mixer(x, old, reset=torch.zeros(B, T, dtype=torch.bool))
+    torch.testing.assert_close(marked, plain, rtol=0, atol=1e-10)
+
+
+@every_variant
+def test_no_output_depends_on_later_input(variant: str) -> None:
+    mixer, x = build(variant), make_input()
+    y, _ = mixer(x)
+    changed = x.clone()
+    changed[:, 8:] += 1
+    y_changed, _ = mixer(changed)
+    torch.testing.assert_close(y_changed[:, :8], y[:, :8], rtol=0, atol=1e-12)
+    assert not torch.allclose(y_changed[:, 8], y[:, 8])
+
+
+@every_variant
+def test_rows_of_a_batch_do_not_meet(variant: str) -> None:
+    mixer, x, reset = build(variant), make_input(), make_reset()
+    _, old = mixer(make_input(length=5, seed=5))
+    y, state = mixer(x, old, reset=reset)
+    for row in range(B):
+        one = slice(row, row + 1)
+        alone, alone_state = mixer(x[one], tuple(part[one] for part in old), reset=reset[one])
+        torch.testing.assert_close(alone, y[one], rtol=0, atol=1e-10)
+        for ours, theirs in zip(alone_state, state, strict=True):
+            torch.testing.assert_close(ours, theirs[one], rtol=0, atol=1e-10)
+
+
+@every_variant
+def test_state_is_a_tuple_of_tensors_with_the_batch_first(variant: str) -> None:
+    mixer = build(variant)
+    y, state = mixer(make_input(), reset=make_reset())
+    assert y.shape == (B, T, D_HIDDEN)
+    assert isinstance(state, tuple)
+    assert len(state) == len(mixer.state_names)
+    assert all(part.shape[0] == B for part in state)
+
+
+@every_variant
+def test_state_does_not_keep_the_sequence_alive(variant: str) -> None:
+    """A server that holds the states of many idle streams must not hold their inputs as well."""
+    mixer = build(variant)
+    _, state = mixer(make_input(length=200))
+    for part in state:
+        assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
+
+
+def test_windowed_attention_keeps_a_bounded_state() -> None:
+    mixer, x = build("attention-window-4"), make_input(length=40)
+    _, state = run_in_pieces(mixer, x, [1] * 20 + [20])
+    assert [tuple(part.shape) for part in state] == [(B, 3, D_HIDDEN), (B, 3, D_HIDDEN), (B,)]
+    assert state[2].tolist() == [3] * B
+
+
+def test_attention_sees_exactly_its_window() -> None:
+    mixer, x = build("attention-window-4"), make_input().requires_grad_()
+    y, _ = mixer(x)
+    (dx,) = torch.autograd.grad(y[:, 10].sum(), x)
+    reached = dx.abs().sum(dim=(0, 2)) > 0
+    assert reached.nonzero().flatten().tolist() == [7, 8, 9, 10]
+
+
+def test_attention_matches_the_textbook() -> None:
+    mixer, x = build("attention-window-4"), make_input()
+    q, k, v = (part.unflatten(-1, (2, 4)) for part in mixer.qkv(x).chunk(3, dim=-1))  # (B, T, heads, 4)
+    rates = torch.tensor([1.0, 0.01], dtype=torch.float64)  # 10000 ** (-2 j / 4)
+    q, k = (
+        torch.view_as_real(
+            torch.complex(part[..., :2], part[..., 2:])
+            * torch.exp(1j * torch.arange(T)[:, None, None] * rates)
+        ).mT.flatten(-2)
+        for part in (q, k)
+    )
+    y = torch.zeros(B, T, 2, 4, dtype=torch.float64)
+    for t in range(T):
+        seen = slice(max(0, t - 3), t + 1)
+        scores = torch.einsum("bhd,bshd->bhs", q[:, t], k[:, seen]) / 4**0.5
+        y[:, t] = torch.einsum("bhs,bshd->bhd", scores.softmax(-1), v[:, seen])
+    torch.testing.assert_close(mixer(x)[0], y.flatten(2), rtol=0, atol=1e-12)
+
+
+@every_variant
+def test_bfloat16_autocast_runs_and_carries(variant: str) -> None:
+    mixer, x = build(variant, torch.float32), make_input(torch.float32)
+    exact, _ = mixer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = run_in_pieces(mixer, x, [6, 7], make_reset() & False)
+    torch.testing.assert_close(y.float(), exact, rtol=0, atol=0.05)
+
+
+@every_variant
+def test_gradcheck(variant: str) -> None:
+    mixer = build(variant)
+    x = make_input(length=5)[:2].requires_grad_()
+    reset = make_reset(length=5)[:2]
+    assert torch.autograd.gradcheck(lambda x: mixer(x, reset=reset)[0], (x,))
+
+
+@every_variant
+def test_state_dict_round_trip_and_deepcopy(variant: str) -> None:
+    mixer, x = build(variant), make_input()
+    name, options = VARIANTS[variant]
+    other = MIXERS[name](D_MODEL, D_HIDDEN, **options).double()
+    other.load_state_dict(mixer.state_dict())
+    for twin in (other, copy.deepcopy(mixer)):
+        torch.testing.assert_close(twin(x)[0], mixer(x)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_unknown_option_raises(name: str) -> None:
+    with pytest.raises(TypeError, match="heads_up"):
+        MIXERS[name](D_MODEL, D_HIDDEN, heads_up=3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_misuse_is_reported(name: str) -> None:
+    mixer, x = build(name), make_input()
+    _, state = mixer(x)
+    with pytest.raises(ValueError, match="d_hidden must be positive, got 0"):
+        MIXERS[name](D_MODEL, 0)
+    with pytest.raises(ValueError, match=r"x must be \(B, T, 6\)"):
+        mixer(x[..., :5])
+    with pytest.raises(ValueError, match="T of at least 1"):
+        mixer(x[:, :0])
+    with pytest.raises(TypeError, match="reset must be bool"):
+        mixer(x, reset=torch.zeros(B, T))
+    with pytest.raises(ValueError, match="reset must be"):
+        mixer(x, reset=torch.zeros(T, B, dtype=torch.bool))
+    with pytest.raises(TypeError, match="state must be the tuple of tensors"):
+        mixer(x, list(state))
+    with pytest.raises(ValueError, match="got 4 tensors"):
+        mixer(x, (state[0],) * 4)
+    with pytest.raises(ValueError, match="must be the batch, 3"):
+        mixer(x, tuple(part[:2] for part in state))
+
+
+def test_attention_misuse_is_reported() -> None:
+    with pytest.raises(ValueError, match="even widths, got 3"):
+        MIXERS["attention"](D_MODEL, D_HIDDEN, num_heads=3)
+    with pytest.raises(ValueError, match="even widths, got 8"):
+        MIXERS["attention"](D_MODEL, D_HIDDEN, num_heads=8)
+    with pytest.raises(ValueError, match="window must be 0"):
+        MIXERS["attention"](D_MODEL, D_HIDDEN, window=-1)
