@@ -1,0 +1,27 @@
+"""`minrnn engines`: what computes the recurrence on which device, or why it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from minrnn.cli.arguments import parse
+from minrnn.ops import engines
+
+
+@dataclass(frozen=True)
+class EnginesCommand:
+    """Show what computes the recurrence on which device, or why it cannot; MINRNN_ENGINE forces one."""
+
+
+def run(args: Sequence[str]) -> int:
+    """Run `minrnn engines`."""
+    parse(EnginesCommand, "engines", args)
+    table = Table("engine", "device", "serves it", "detail")
+    for engine in engines():
+        table.add_row(engine.name, engine.device, "yes" if engine.serves else "no", engine.detail)
+    Console().print(table)
+    return 0

@@ -1,0 +1,48 @@
+"""`minrnn evaluate`: a trained model's metrics on its validation split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from minrnn.cli.arguments import parse
+from minrnn.models import load_checkpoint
+from minrnn.tasks import TASKS, Vocabulary
+from minrnn.training import choose_device, provenance, read_config, write_json
+
+
+@dataclass(frozen=True)
+class EvaluateCommand:
+    """Measure a trained model on its validation split; prints the metrics and writes evaluation.json in the run."""
+
+    run: tyro.conf.Positional[Path]
+    """Directory of the run whose model is measured."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Weights with the lowest validation loss, or the last ones."""
+    max_tokens: int = 0
+    """Tokens of the split that are predicted (0: all)."""
+    device: str = "auto"
+    """Device to compute on: auto (a GPU when there is one), cpu, cuda, ..."""
+
+
+def run(args: Sequence[str]) -> int:
+    """Run `minrnn evaluate`."""
+    command = parse(EvaluateCommand, "evaluate", args)
+    config = read_config(command.run)
+    device = choose_device(command.device)
+    model, extra = load_checkpoint(command.run / "checkpoints" / command.checkpoint)
+    task = TASKS["text"](config.task, Vocabulary.from_dict(extra["vocabulary"]))
+    metrics = task.evaluate(model.to(device), max_tokens=command.max_tokens)
+    results = {"checkpoint": command.checkpoint, "step": extra["step"], **metrics}
+    table = Table("metric", "value", title=str(command.run))
+    for name, value in results.items():
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    Console().print(table)
+    write_json(command.run / "evaluation.json", {**results, **provenance(device)})
+    return 0

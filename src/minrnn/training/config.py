@@ -1,0 +1,213 @@
+"""What a run is: a recipe's model, task and training settings, read strictly and saved beside the results."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from minrnn.models import ModelConfig
+from minrnn.tasks import TextConfig
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the weights are found: AdamW on a cosine schedule with a linear warm-up."""
+
+    steps: int = 1000
+    """Optimiser steps in the whole run."""
+    batch_size: int = 8
+    """Sequences in one forward pass."""
+    accumulate: int = 1
+    """Forward passes whose gradients are averaged into one step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate, reached when the warm-up ends."""
+    min_learning_rate_ratio: float = 0.1
+    """Learning rate at the last step, as a fraction of the peak (1: constant after the warm-up)."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises linearly from zero."""
+    weight_decay: float = 0.1
+    """AdamW's decay of linear layers' weights (not of gates, embeddings, filters, norms and biases)."""
+    beta1: float = 0.9
+    """AdamW's decay of the gradient's running mean."""
+    beta2: float = 0.95
+    """AdamW's decay of the squared gradient's running mean."""
+    grad_clip: float = 1.0
+    """Longest gradient, as the norm over all parameters (0: not clipped)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the forward pass; bfloat16 is autocast, and parameters stay in float32."""
+    carry_state: bool = False
+    """Read the corpus as `batch_size` streams and carry the state from step to step, instead of drawing
+    random windows that start from the empty state."""
+    eval_every: int = 250
+    """Steps between evaluations (0: only at the end)."""
+    eval_tokens: int = 0
+    """Validation tokens in an evaluation during training (0: all of them; the final one always uses all)."""
+    checkpoint_every: int = 250
+    """Steps between checkpoints (0: only at the end and when interrupted)."""
+    log_every: int = 10
+    """Steps between lines in metrics.jsonl."""
+    seed: int = 0
+    """Seed of the initial weights, the dropout masks and the order of the data."""
+    device: str = "auto"
+    """Device to train on: auto (a GPU when there is one), cpu, cuda, cuda:1, ..."""
+    threads: int = 0
+    """CPU threads (0: as many as torch chooses)."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "log_every"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("warmup_steps", "eval_every", "eval_tokens", "checkpoint_every", "seed", "threads"):
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("weight_decay", "grad_clip"):
+            self._require(name, 0 <= getattr(self, name) < float("inf"), "0 or more, and finite")
+        for name in ("beta1", "beta2"):
+            self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and less than 1")
+        self._require("learning_rate", 0 < self.learning_rate < float("inf"), "more than 0, and finite")
+        self._require("min_learning_rate_ratio", 0 <= self.min_learning_rate_ratio <= 1, "between 0 and 1")
+        self._require("precision", self.precision in ("float32", "bfloat16"), "float32 or bfloat16")
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"TrainConfig: {name} must be {expected}, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run: the name of its recipe and the settings of its model, task and training."""
+
+    recipe: str = "custom"
+    """Name of the recipe that the run started from."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
+    task: TextConfig = field(default_factory=TextConfig)
+    """The task."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The training."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """Build a run's configuration from nested tables, as a recipe or a config.json holds them.
+
+        Args:
+            values: `recipe` (a string) and the tables `model`, `task`, `train`; what is missing keeps its default.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ValueError: for a key that does not exist (the nearest one is named), a value of the wrong type, or
+                one out of range.
+        """
+        return _build(cls, values, prefix="")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as nested dicts of JSON values: the inverse of `from_dict`."""
+        return dataclasses.asdict(self)
+
+
+def load_recipe(name: str) -> RunConfig:
+    """Read the recipe of this name, or the recipe in this file when the name ends in `.toml`.
+
+    Args:
+        name: one of `recipe_names()`, or a path such as `my/recipe.toml`.
+
+    Returns:
+        The configuration that it describes.
+
+    Raises:
+        ValueError: for an unknown name (the nearest one is named), a file that is not TOML, or an unknown key.
+        OSError: when the file cannot be read.
+    """
+    path = Path(name)
+    if path.suffix == ".toml":
+        stem, text = path.stem, path.read_text(encoding="utf-8")
+    elif name in recipe_names():
+        stem, text = name, _recipe_text(name)
+    else:
+        raise ValueError(
+            f"unknown recipe {name!r}{nearest(name, recipe_names())}; the recipes are "
+            f"{', '.join(recipe_names())}, and a path that ends in .toml is read as one"
+        )
+    try:
+        return RunConfig.from_dict({"recipe": stem, **tomllib.loads(text)})
+    except ValueError as error:  # tomllib's decoding errors are ValueErrors too
+        raise ValueError(f"recipe {name}: {error}") from error
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with the package, in alphabetical order."""
+    files = resources.files("minrnn").joinpath("recipes").iterdir()
+    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
+
+
+def recipe_summary(name: str) -> str:
+    """Return what a recipe is for: the first line of its header comment."""
+    return _recipe_text(name).splitlines()[0].lstrip("# ").rstrip()
+
+
+def read_config(run_dir: Path) -> RunConfig:
+    """Read the resolved configuration that a run saved in its directory.
+
+    Raises:
+        FileNotFoundError: when the directory holds no run.
+        ValueError: when its config.json is damaged, or was written by another version with other keys.
+    """
+    path = run_dir / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run_dir} is not a run directory: it has no config.json")
+    try:
+        return RunConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:  # json's decoding errors are ValueErrors too
+        raise ValueError(f"{path}: {error}") from error
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """Return `"; did you mean ...?"` for the nearest of the words, or nothing where none is near."""
+    matches = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def _recipe_text(name: str) -> str:
+    return resources.files("minrnn").joinpath("recipes", f"{name}.toml").read_text(encoding="utf-8")
+
+
+def _build(cls: type[C], values: Mapping[str, Any], prefix: str) -> C:
+    """Build a configuration dataclass from a table, strictly; `prefix` is the table's dotted place, for errors."""
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise ValueError(f"unknown key '{prefix}{key}'{nearest(key, hints)}")
+    return cls(**{key: _convert(value, hints[key], prefix + key) for key, value in values.items()})
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    """Return a value read from TOML or JSON as its field's type, or raise ValueError."""
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{key} must be a table, got {value!r}")
+        return _build(hint, value, prefix=f"{key}.")
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            raise ValueError(f"{key} must be one of {', '.join(typing.get_args(hint))}, got {value!r}")
+        return value
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        if value is None and types.NoneType in typing.get_args(hint):
+            return None
+        (hint,) = [choice for choice in typing.get_args(hint) if choice is not types.NoneType]
+        return _convert(value, hint, key)
+    if hint is float and type(value) is int:  # TOML has no reason to write 1.0 for 1
+        return float(value)
+    if type(value) is not hint:
+        raise ValueError(f"{key} must be {hint.__name__}, got {value!r}")
+    return value

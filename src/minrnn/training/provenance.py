@@ -1,0 +1,61 @@
+"""What a result was computed with: machine, versions and commit, saved beside every figure."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import minrnn
+
+
+def provenance(device: torch.device) -> dict[str, object]:
+    """Describe the machine, the versions and the commit that compute on a device.
+
+    Args:
+        device: where the model is.
+
+    Returns:
+        JSON values: `device`, `machine` (processor, CPU threads, system), `versions` (minrnn, torch, python), and
+        `commit`, which is None for an installed package.
+    """
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "system": platform.platform(),
+        },
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    """Name the processor; platform.processor() is empty on most Linux systems."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:  # not Linux
+        text = ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """Return the commit of the checkout that this package runs from, with `-dirty` where files differ from it."""
+    package = Path(minrnn.__file__).parent
+    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None  # installed: a repository around the environment is not ours
+    return _git(package, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=10)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,215 @@
+"""A run that can be stopped anywhere: what `checkpoints/last` holds beside the model, and how signals end a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minrnn.models.checkpoint import load_checkpoint, load_tensors, save_checkpoint, save_tensors, write_directory
+from minrnn.training.config import RunConfig
+
+State = Any  # nested tuples of tensors, as a model's state is
+
+# Settings that a resumed run may change: none of them alters the steps that are done, nor the shape of what is saved.
+CHANGEABLE = frozenset(
+    {"steps", "eval_every", "eval_tokens", "checkpoint_every", "log_every", "device", "threads"}
+)
+
+
+@dataclass
+class TrainState:
+    """Where a run is: everything beside the weights, the optimiser and the random generators that the next step needs."""
+
+    step: int = 0
+    """Optimiser steps that are done."""
+    tokens: int = 0
+    """Tokens trained on."""
+    seconds: float = 0.0
+    """Wall-clock time spent, over all the sessions of the run."""
+    best: dict[str, float] = field(default_factory=dict)
+    """`step` and metrics of the evaluation with the lowest val_loss; empty before the first."""
+    losses: list[float] = field(default_factory=list)
+    """Losses of the steps since the last line of metrics.jsonl."""
+    grad_norms: list[float] = field(default_factory=list)
+    """Norms of the gradients of the same steps."""
+    carry: State = None
+    """The model's state at the end of the last window, where the run carries it."""
+
+
+def save_last(
+    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, extra: Mapping[str, Any]
+) -> None:
+    """Write the checkpoint that a run resumes from, whole or not at all.
+
+    The directory is a model's checkpoint with two files more: trainer.safetensors (the optimiser's moments, the random
+    generators, the carried state) and trainer.json (the rest of `TrainState`).
+
+    Args:
+        directory: where to write; a checkpoint that is already there stays until the new one is complete.
+        model: the model.
+        optimizer: its optimiser.
+        state: where the run is.
+        extra: JSON values saved with the model.
+
+    Raises:
+        OSError: when it cannot be written (a full disk, say); the previous checkpoint is still there.
+    """
+    carry: list[Tensor] = []
+    scalars = {entry.name: getattr(state, entry.name) for entry in fields(state) if entry.name != "carry"}
+    scalars["carry"] = _flatten(state.carry, carry)
+    device = next(model.parameters()).device
+    tensors = {
+        **{f"optimizer.{name}": value for name, value in _optimizer_tensors(model, optimizer).items()},
+        **{f"random.{name}": value for name, value in _random_states(device).items()},
+        **{f"carry.{index}": tensor for index, tensor in enumerate(carry)},
+    }
+    with write_directory(directory) as folder:
+        save_checkpoint(folder, model, extra=extra)
+        save_tensors(folder / "trainer.safetensors", tensors)
+        (folder / "trainer.json").write_text(json.dumps(scalars, indent=1), encoding="utf-8")
+
+
+def load_last(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[TrainState, dict[str, Any]]:
+    """Put weights, optimiser and random generators back as `save_last` found them.
+
+    Args:
+        directory: what `save_last` wrote.
+        model: a model of the same configuration, on its device; changed in place.
+        optimizer: its optimiser; changed in place.
+
+    Returns:
+        Where the run was, and the JSON values that were saved with the model.
+
+    Raises:
+        ValueError: when the checkpoint is damaged, or is of another model.
+        OSError: when it cannot be read.
+    """
+    device = next(model.parameters()).device
+    saved, extra = load_checkpoint(directory)
+    model.load_state_dict(saved.state_dict())
+    tensors = load_tensors(directory / "trainer.safetensors")
+    _restore_optimizer(model, optimizer, _under("optimizer.", tensors))
+    _restore_random_states(_under("random.", tensors), device)
+    scalars = json.loads((directory / "trainer.json").read_text(encoding="utf-8"))
+    carry = {int(index): tensor.to(device) for index, tensor in _under("carry.", tensors).items()}
+    return TrainState(**scalars | {"carry": _unflatten(scalars["carry"], carry)}), extra
+
+
+def check_unchanged(saved: RunConfig, config: RunConfig) -> None:
+    """Refuse to resume a run with settings under which it would not have been the same run.
+
+    Raises:
+        ValueError: naming the first setting that differs and is not in `CHANGEABLE`.
+    """
+    for table in ("model", "task", "train"):
+        old, new = asdict(getattr(saved, table)), asdict(getattr(config, table))
+        for name, value in old.items():
+            if new[name] != value and not (table == "train" and name in CHANGEABLE):
+                raise ValueError(
+                    f"resume: {table}.{name} is {value!r} in this run, got {new[name]!r}; only "
+                    f"{', '.join(f'train.{name}' for name in sorted(CHANGEABLE))} can change"
+                )
+
+
+class Interrupted(Exception):
+    """A signal ended the run after its state was saved."""
+
+    def __init__(self, signum: int, step: int) -> None:
+        super().__init__(f"{signal.Signals(signum).name}: stopped and saved after step {step}")
+        self.signum = signum
+
+
+class Interruption:
+    """Whether a signal has asked the run to stop: 0, or the signal's number."""
+
+    signum: int = 0
+
+
+@contextmanager
+def interruptible() -> Iterator[Interruption]:
+    """Let SIGINT and SIGTERM ask for a stop at the end of the step; a second one stops at once.
+
+    Outside the main thread, where Python delivers no signals, nothing is changed.
+    """
+    interruption = Interruption()
+    if threading.current_thread() is not threading.main_thread():
+        yield interruption
+        return
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        interruption.signum = signum
+        signal.signal(signum, previous[signum])
+        # The plain system call: print could be interrupted in the middle of another print.
+        os.write(2, b"\nstopping after this step; once more stops at once, without saving\n")
+
+    previous = {signum: signal.signal(signum, ask) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interruption
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Name the optimiser's tensors after the parameters that they belong to: `<parameter>/exp_avg`."""
+    return {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def _restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    for name, parameter in model.named_parameters():
+        of_parameter = _under(f"{name}/", tensors)
+        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in of_parameter.items()}
+
+
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _restore_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:  # a run that moves to a GPU draws new dropout masks there
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with the prefix, under the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _flatten(state: State, tensors: list[Tensor]) -> Any:
+    """Append the tensors of a nested state to the list, and return the nesting as JSON with their places in it."""
+    if state is None:
+        return None
+    if isinstance(state, Tensor):
+        tensors.append(state)
+        return len(tensors) - 1
+    return [_flatten(part, tensors) for part in state]
+
+
+def _unflatten(nesting: Any, tensors: Mapping[int, Tensor]) -> State:
+    """Undo `_flatten`: lists become tuples, places become tensors."""
+    if nesting is None:
+        return None
+    if isinstance(nesting, int):
+        return tensors[nesting]
+    return tuple(_unflatten(part, tensors) for part in nesting)
