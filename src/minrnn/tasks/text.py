@@ -1,0 +1,305 @@
+"""Language modelling of text: predict every token from the ones before it."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from minrnn.tasks.sources import find_corpus
+from minrnn.tasks.tokens import TokenisedCorpus, tokenise
+from minrnn.tasks.vocabulary import VOCABULARIES, Vocabulary
+
+if TYPE_CHECKING:
+    from minrnn.models import ModelConfig
+
+_COUNTED_TOKENS = 1 << 22  # counted at once: bincount widens them to 64 bits, 32 MiB
+
+State = Any  # whatever the model carries: nested tuples of tensors, None when empty
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """What text to learn, and in which pieces."""
+
+    source: str = "python"
+    """Text to learn: python (this interpreter's standard library), shakespeare (downloaded once), or the path
+    of a file or a folder."""
+    vocabulary: Literal["bytes", "characters"] = "bytes"
+    """What a token is: one of the 256 bytes, or one of the characters that the text holds."""
+    window: int = 256
+    """Length T of a training sequence, in tokens; val_loss_windowed is measured on windows of this length."""
+    eval_chunk: int = 4096
+    """Tokens in one call of the model during evaluation; changes memory and speed, not the result."""
+
+    def __post_init__(self) -> None:
+        if self.vocabulary not in VOCABULARIES:
+            raise ValueError(
+                f"TextConfig: vocabulary must be one of {', '.join(VOCABULARIES)}, got {self.vocabulary!r}"
+            )
+        for name in ("window", "eval_chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"TextConfig: {name} must be at least 1 token, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences and what follows each of their tokens."""
+
+    inputs: Tensor
+    """(B, T) int64."""
+
+    targets: Tensor
+    """(B, T) int64: inputs one step later."""
+
+    fresh: bool = True
+    """Whether these sequences continue nothing, and start from the empty state."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on `device`."""
+        return Batch(self.inputs.to(device), self.targets.to(device), self.fresh)
+
+
+class TextTask:
+    """Next-token prediction on a text, with the loss in nats per token.
+
+    Models are called as `logits, state = model(tokens, state)`: tokens (B, T) int64, logits (B, T, V).
+
+    Args:
+        config: the text and its pieces.
+        vocabulary: a vocabulary to use (a checkpoint's); by default the one that `config` asks for, learnt
+            from the whole text, so that the validation part can be written in it too.
+
+    Raises:
+        ValueError: the text is missing, empty, or too short for one window in either part; it is not UTF-8
+            where the vocabulary needs that; it holds characters that `vocabulary` lacks.
+        OSError: the text cannot be downloaded or read, or the cache cannot be written.
+    """
+
+    def __init__(self, config: TextConfig, vocabulary: Vocabulary | None = None) -> None:
+        self.config = config
+        self._corpus: TokenisedCorpus = tokenise(find_corpus(config.source), vocabulary or config.vocabulary)
+        for part, tokens in (("training", self.train_tokens), ("validation", self.val_tokens)):
+            if tokens.size <= config.window:
+                raise ValueError(
+                    f"TextTask: source {config.source!r} must hold at least window + 1 = {config.window + 1} "
+                    f"tokens for {part}, got {tokens.size}; use a longer text or a smaller window"
+                )
+        # A view, (N - T, T + 1): row i is the window from token i on, with the target of its last token.
+        self._windows = np.lib.stride_tricks.sliding_window_view(self.train_tokens, config.window + 1)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What turns text into this task's tokens and back."""
+        return self._corpus.vocabulary
+
+    @property
+    def train_tokens(self) -> NDArray[np.unsignedinteger]:
+        """Ids to train on, (N,), read-only."""
+        return self._corpus.train
+
+    @property
+    def val_tokens(self) -> NDArray[np.unsignedinteger]:
+        """Ids to validate on, (M,), read-only."""
+        return self._corpus.val
+
+    @property
+    def sha256(self) -> str:
+        """Digest of all tokens: two runs with the same digest learnt from the same text."""
+        return self._corpus.sha256
+
+    def describe(self) -> str:
+        """Return the source and the size of its parts in one line, for a log."""
+        return (
+            f"{self.config.source}: {self.train_tokens.size:,} {self.vocabulary.kind} to train on, "
+            f"{self.val_tokens.size:,} to validate on, {self.vocabulary.size} symbols"
+        )
+
+    def model_config(self, config: "ModelConfig") -> "ModelConfig":
+        """Return `config` with the `vocab_size` that this task's tokens need."""
+        return dataclasses.replace(config, vocab_size=self.vocabulary.size)
+
+    def batch(self, step: int, batch_size: int, seed: int) -> Batch:
+        """Return `batch_size` random windows of the training part, (B, T).
+
+        A pure function of its arguments, on any machine: a resumed run sees what an uninterrupted one sees.
+
+        Args:
+            step: which batch, >= 0.
+            batch_size: number of windows B, >= 1.
+            seed: which sequence of batches, 0 <= seed < 2^128.
+
+        Raises:
+            ValueError: an argument is out of range.
+        """
+        _check_batch("batch", step, batch_size)
+        if not 0 <= seed < 1 << 128:
+            raise ValueError(f"batch: seed must lie in 0 .. 2^128 - 1, got {seed}")
+        return self._gather(_random_starts(seed, step, batch_size, len(self._windows)), fresh=True)
+
+    def stream_batch(self, step: int, batch_size: int) -> Batch:
+        """Return the next T tokens of `batch_size` streams, (B, T), for training with a carried state.
+
+        The training part is cut into B streams of equal length; row b of step k + 1 continues row b of step
+        k. When fewer than T tokens are left, the streams start over, and the batch is `fresh`. A pure
+        function of its arguments.
+
+        Args:
+            step: which batch, >= 0.
+            batch_size: number of streams B, >= 1.
+
+        Raises:
+            ValueError: an argument is out of range, or the streams would be shorter than a window.
+        """
+        _check_batch("stream_batch", step, batch_size)
+        T = self.config.window
+        stream_length = (self.train_tokens.size - 1) // batch_size  # the last token is only ever a target
+        if stream_length < T:
+            raise ValueError(
+                f"stream_batch: batch_size must leave each stream a window of {T} tokens, got {batch_size} "
+                f"streams of {stream_length}; use at most {(self.train_tokens.size - 1) // T}"
+            )
+        position = step % (stream_length // T)
+        return self._gather(np.arange(batch_size) * stream_length + position * T, fresh=position == 0)
+
+    def loss(self, model: nn.Module, batch: Batch, state: State = None) -> tuple[Tensor, State]:
+        """Return the mean cross-entropy of the batch in nats per token, and the state after it.
+
+        Args:
+            model: maps tokens and state to logits and state.
+            batch: moved to the model's device where it is not there.
+            state: after the batch before; a fresh batch starts from the empty state, whatever is given here.
+
+        Returns:
+            The loss, a scalar in at least float32, and the state, not detached.
+        """
+        batch = batch.to(_device_of(model))
+        logits, state = model(batch.inputs, None if batch.fresh else state)
+        return _cross_entropy(logits, batch.targets, "mean"), state
+
+    def evaluate(self, model: nn.Module, *, max_tokens: int = 0) -> dict[str, float]:
+        """Measure `model` on the validation part in two protocols; both predict every token but the first.
+
+        Runs in eval mode without gradients, draws no random numbers, and leaves the model's modes as they were.
+
+        Args:
+            model: maps tokens and state to logits and state.
+            max_tokens: predict only the first `max_tokens` of them; 0 for all.
+
+        Returns:
+            val_loss: nats per token; the text is one stream, whose state is carried from chunk to chunk.
+            val_loss_windowed: nats per token; each window of T tokens starts from the empty state, as models
+                that carry no state are measured.
+            bits_per_byte: val_loss / ln 2 * tokens / bytes of UTF-8 predicted: it compares vocabularies.
+            val_tokens: how many tokens were predicted.
+
+        Raises:
+            ValueError: `max_tokens` is negative.
+        """
+        if max_tokens < 0:
+            raise ValueError(f"evaluate: max_tokens must be at least 0 (0: all), got {max_tokens}")
+        tokens = self.val_tokens[: max_tokens + 1] if max_tokens else self.val_tokens
+        num_predicted = tokens.size - 1
+        with _evaluation_mode(model), torch.inference_mode():
+            stream_nats = self._stream_nats(model, tokens)
+            windowed_nats = self._windowed_nats(model, tokens)
+        return {
+            "val_loss": stream_nats / num_predicted,
+            "val_loss_windowed": windowed_nats / num_predicted,
+            "bits_per_byte": stream_nats / self.num_bytes(tokens[1:]) / math.log(2),
+            "val_tokens": num_predicted,
+        }
+
+    def num_bytes(self, tokens: NDArray[np.integer]) -> int:
+        """Return how many bytes of UTF-8 the tokens, (N,), stand for."""
+        occurrences = np.zeros(self.vocabulary.size, dtype=np.int64)
+        for start in range(0, tokens.size, _COUNTED_TOKENS):
+            piece = tokens[start : start + _COUNTED_TOKENS]
+            occurrences += np.bincount(piece, minlength=self.vocabulary.size)
+        return int(occurrences @ self.vocabulary.byte_lengths)
+
+    def _gather(self, starts: NDArray[np.int64], *, fresh: bool) -> Batch:
+        tokens = torch.from_numpy(self._windows[starts].astype(np.int64))  # (B, T + 1)
+        return Batch(tokens[:, :-1], tokens[:, 1:], fresh)
+
+    def _stream_nats(self, model: nn.Module, tokens: NDArray[np.integer]) -> float:
+        """Return the total loss with the tokens as one stream, in chunks that carry the state."""
+        device, nats, state = _device_of(model), 0.0, None
+        for start in range(0, tokens.size - 1, self.config.eval_chunk):
+            chunk = _to_tensor(tokens[None, start : start + self.config.eval_chunk + 1], device)
+            logits, state = model(chunk[:, :-1], state)
+            nats += _cross_entropy(logits, chunk[:, 1:], "sum").item()
+        return nats
+
+    def _windowed_nats(self, model: nn.Module, tokens: NDArray[np.integer]) -> float:
+        """Return the total loss with every window on its own, from the empty state."""
+        return sum(
+            _cross_entropy(model(inputs, None)[0], targets, "sum").item()
+            for inputs, targets in self._evaluation_windows(tokens, _device_of(model))
+        )
+
+    def _evaluation_windows(
+        self, tokens: NDArray[np.integer], device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield inputs and targets, (B, T): whole windows as eval_chunk holds them, then the shorter last."""
+        T = self.config.window
+        span = max(1, self.config.eval_chunk // T) * T
+        num_whole = (tokens.size - 1) // T * T
+        for start in range(0, num_whole, span):
+            piece = _to_tensor(tokens[start : min(start + span, num_whole) + 1], device)
+            yield piece[:-1].view(-1, T), piece[1:].view(-1, T)
+        if num_whole < tokens.size - 1:
+            piece = _to_tensor(tokens[None, num_whole:], device)
+            yield piece[:, :-1], piece[:, 1:]
+
+
+def _check_batch(function: str, step: int, batch_size: int) -> None:
+    if step < 0:
+        raise ValueError(f"{function}: step must be at least 0, got {step}")
+    if batch_size < 1:
+        raise ValueError(f"{function}: batch_size must be at least 1, got {batch_size}")
+
+
+def _random_starts(seed: int, step: int, count: int, num_starts: int) -> NDArray[np.int64]:
+    """Return `count` random integers in 0 .. num_starts - 1.
+
+    Philox maps (key, counter) to numbers without a history, and numpy keeps its raw output the same for good,
+    which it does not promise for Generator.integers. The remainder's bias is below num_starts / 2^64.
+    """
+    raw = np.random.Philox(key=seed, counter=step << 64).random_raw(count)  # 2^64 counts to each step
+    return (raw % np.uint64(num_starts)).astype(np.int64)
+
+
+def _to_tensor(tokens: NDArray[np.integer], device: torch.device) -> Tensor:
+    return torch.from_numpy(tokens.astype(np.int64)).to(device)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """Return the loss in nats, in float32 for logits of half precision."""
+    if logits.dtype.itemsize < 4:
+        logits = logits.float()
+    return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put `model` in eval mode, and each of its modules back in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
