@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minrnn.mixers.mixer import Mixer, State
+from minrnn.mixers.mixer import Mixer, State, sequence_start
 
 QUERY_BLOCK = 512
 """Queries handled at once where a mask is needed, or a window of them if longer: no mask is T x T."""
@@ -62,7 +62,10 @@ class AttentionMixer(Mixer):
         keys = torch.cat([state[0].to(q.dtype), new_keys], dim=1)  # (B, S + T, d_hidden)
         values = torch.cat([state[1].to(q.dtype), new_values], dim=1)
         S = keys.shape[1] - T
-        oldest = _oldest_visible(S, T, state[2], reset)  # (B, T)
+        kept_from = S - state[2]  # (B,)
+        oldest = (
+            kept_from.unsqueeze(1).expand(-1, T) if reset is None else sequence_start(reset, kept_from, S)
+        )
         simple = S == 0 and reset is None and (self.window == 0 or self.window >= T)
         y = self._attend(q, keys, values, None if simple else oldest)
         return y, self._keep(keys, values, length=S + T - oldest[:, -1])
@@ -115,15 +118,6 @@ class AttentionMixer(Mixer):
 
 def _no_length(x: Tensor) -> Tensor:
     return torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-
-
-def _oldest_visible(S: int, T: int, length: Tensor, reset: Tensor | None) -> Tensor:
-    """Find where each query's sequence starts, as an index into the S kept and T new tokens: `(B, T)`."""
-    start = (S - length).unsqueeze(1).expand(-1, T)
-    if reset is None:
-        return start
-    index = torch.arange(S, S + T, device=reset.device)
-    return torch.where(reset, index, start).cummax(dim=1).values
 
 
 def _rotary_table(length: int, d_head: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -101,3 +101,18 @@ def check_reset(name: str, reset: Tensor | None, shape: tuple[int, ...]) -> None
         raise ValueError(
             f"{name}: reset must be {shape}, as the input's leading axes, got {tuple(reset.shape)}"
         )
+
+
+def sequence_start(reset: Tensor, carried: Tensor, offset: int) -> Tensor:
+    """Find the first step of the sequence that each step belongs to.
+
+    Args:
+        reset: `(B, T)`, bool: where a sequence starts.
+        carried: `(B,)`, int64: where the sequence that a call goes on with started.
+        offset: index of the call's first step, on the axis that `carried` counts along.
+
+    Returns:
+        `(B, T)`, int64: index of the sequence's first step, on the same axis.
+    """
+    index = torch.arange(offset, offset + reset.shape[1], device=reset.device)
+    return torch.where(reset, index, carried.unsqueeze(1)).cummax(dim=1).values

@@ -1,0 +1,91 @@
+"""One layer of a model: norm -> convolution -> mixer -> residual -> MLP, each part but the mixer optional."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from minrnn.mixers import Mixer, State
+from minrnn.models.convolution import CausalConv
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": functional.gelu,
+    "relu": functional.relu,
+    "silu": functional.silu,
+}
+
+BlockState = tuple[State, State]
+"""The convolution's window (in a tuple, empty without a convolution) and the mixer's state."""
+
+
+class MLP(nn.Module):
+    """Two linear layers around an activation: y = W_out act(W_in x).
+
+    Args:
+        d_model: channels in and out.
+        d_inner: channels between.
+        activation: a name in ACTIVATIONS.
+        bias: whether the linear layers have biases.
+    """
+
+    def __init__(self, d_model: int, d_inner: int, *, activation: str, bias: bool) -> None:
+        super().__init__()
+        self.activation = activation
+        self.up = nn.Linear(d_model, d_inner, bias=bias)
+        self.down = nn.Linear(d_inner, d_model, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}"
+
+
+class Block(nn.Module):
+    """Two residual branches, the first along time and the second within a step.
+
+        x = x + dropout(down(mixer(conv(norm(x)))))
+        x = x + dropout(mlp(norm(x)))
+
+    Args:
+        mixer: what moves information along time; its d_model is the block's width.
+        make_norm: makes a norm over the block's channels.
+        conv: before the mixer, or None.
+        mlp: the second branch, or None.
+        dropout: probability of zeroing a channel of a branch's output, while training.
+        bias: whether the projection from the mixer back to the block's width has a bias.
+    """
+
+    def __init__(
+        self,
+        mixer: Mixer,
+        *,
+        make_norm: Callable[[], nn.Module],
+        conv: CausalConv | None,
+        mlp: MLP | None,
+        dropout: float,
+        bias: bool,
+    ) -> None:
+        super().__init__()
+        self.mixer_norm = make_norm()
+        self.conv = conv
+        self.mixer = mixer
+        self.down = nn.Linear(mixer.d_hidden, mixer.d_model, bias=bias)
+        self.mlp_norm = make_norm() if mlp is not None else None
+        self.mlp = mlp
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, x: Tensor, state: BlockState | None = None, *, reset: Tensor | None = None
+    ) -> tuple[Tensor, BlockState]:
+        """Advance the state over x `(B, T, d_model)`; reset `(B, T)` forgets before a step. Returns y as x, and the state."""
+        windows, carried = ((), None) if state is None else state
+        y = self.mixer_norm(x)
+        if self.conv is not None:
+            y, window = self.conv(y, windows[0] if windows else None, reset=reset)
+            windows = (window,)
+        y, carried = self.mixer(y, carried, reset=reset)
+        x = x + self.dropout(self.down(y))
+        if self.mlp is not None and self.mlp_norm is not None:
+            x = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        return x, (windows, carried)

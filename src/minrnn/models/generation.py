@@ -1,0 +1,126 @@
+"""Sampling: one token after the other from a carried state, in constant memory."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from minrnn.models.sequence import ModelState, SequenceModel
+
+PROMPT_CHUNK = 4096
+"""Tokens of a prompt read at once: its logits are dropped, so a long prompt need not hold them all."""
+
+
+def generate(
+    model: SequenceModel,
+    prompt_ids: Tensor,
+    num_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """Continue prompts, yielding each step's tokens as soon as they are drawn.
+
+        p = softmax(logits / temperature), cut to the top_k likeliest tokens, then to the fewest that hold
+        top_p
+
+    The model runs in evaluation mode, whatever mode it is in; with a recurrent mixer, memory and time per
+    token do not depend on how many tokens came before.
+
+    Args:
+        model: what predicts.
+        prompt_ids: `(B, T)`, int64, T >= 1, on the model's device.
+        num_tokens: steps to yield.
+        temperature: 0 takes the likeliest token; above 1 is more random than the model.
+        top_k: tokens to choose among; 0 is all.
+        top_p: least probability that the tokens chosen among hold together; 1 is all.
+        generator: source of randomness, on the model's device; None is torch's global one.
+
+    Yields:
+        `(B,)`, int64: the next token of each row.
+
+    Raises:
+        ValueError: an argument is out of range, or the prompt is empty or holds ids outside the vocabulary.
+        RuntimeError: the model's logits are not finite.
+    """
+    _check_prompt(prompt_ids, model.config.vocab_size)
+    if num_tokens < 0:
+        raise ValueError(f"generate: num_tokens must be 0 or more, got {num_tokens}")
+    if not (temperature >= 0 and math.isfinite(temperature)):
+        raise ValueError(f"generate: temperature must be 0 (greedy) or positive, got {temperature}")
+    if top_k < 0:
+        raise ValueError(f"generate: top_k must be 0 (all) or a number of tokens, got {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
+    # Checked here, not in the generator below, whose body would not run before the first token is asked for.
+    return _stream(model, prompt_ids, num_tokens, temperature, top_k, top_p, generator)
+
+
+def choose(
+    logits: Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None
+) -> Tensor:
+    """Draw one token `(B,)` for each row of logits `(B, V)`; the arguments are those of `generate`."""
+    if not logits.isfinite().all():
+        raise RuntimeError("generate: the model's logits are not finite; its training has diverged")
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    # In float64 a temperature near 0 is a sharp softmax and not an overflow.
+    scaled = (logits.double() - logits.amax(dim=-1, keepdim=True)) / temperature
+    ranked, order = scaled.sort(dim=-1, descending=True)  # (B, V)
+    p = ranked.softmax(dim=-1)
+    if top_k:
+        p[:, top_k:] = 0
+        p /= p.sum(dim=-1, keepdim=True)
+    p[p.cumsum(dim=-1) - p >= top_p] = 0  # goes by what the likelier tokens hold, so the first always stays
+    rank = torch.multinomial(p, 1, generator=generator)
+    return order.gather(1, rank).squeeze(1)
+
+
+@torch.no_grad()
+def _stream(
+    model: SequenceModel,
+    prompt_ids: Tensor,
+    num_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    generator: torch.Generator | None,
+) -> Iterator[Tensor]:
+    logits, state = _read_prompt(model, prompt_ids)
+    for step in range(num_tokens):
+        token = choose(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        yield token
+        if step + 1 < num_tokens:
+            logits, state = _advance(model, token.unsqueeze(1), state)
+
+
+def _read_prompt(model: SequenceModel, prompt_ids: Tensor) -> tuple[Tensor, ModelState]:
+    state: ModelState | None = None
+    for piece in prompt_ids.split(PROMPT_CHUNK, dim=1):
+        logits, state = _advance(model, piece, state)
+    assert state is not None  # the prompt holds a token
+    return logits, state
+
+
+def _advance(model: SequenceModel, tokens: Tensor, state: ModelState | None) -> tuple[Tensor, ModelState]:
+    """Run the model in evaluation mode; return the logits of the last step `(B, V)` and the state."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        logits, state = model(tokens, state)
+    finally:
+        if training:
+            model.train()
+    return logits[:, -1].float(), state
+
+
+def _check_prompt(prompt_ids: Tensor, vocab_size: int) -> None:
+    if prompt_ids.dim() != 2 or prompt_ids.numel() == 0:
+        raise ValueError(f"generate: prompt_ids must be (B, T) with T >= 1, got {tuple(prompt_ids.shape)}")
+    low, high = int(prompt_ids.min()), int(prompt_ids.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"generate: prompt_ids must lie in 0 .. {vocab_size - 1}, got {low} .. {high}")

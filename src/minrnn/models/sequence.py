@@ -1,0 +1,259 @@
+"""Mixers stacked into a model of token sequences: embed -> blocks -> norm -> head."""
+
+import difflib
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from inspect import signature
+from typing import Any, Self, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from minrnn.mixers import MIXERS
+from minrnn.mixers.mixer import check_reset
+from minrnn.models.block import ACTIVATIONS, MLP, Block, BlockState
+from minrnn.models.convolution import CausalConv
+
+NORMS = ("layer", "rms")
+
+MIXER_OPTIONS = ("candidate", "forget_bias", "normalize", "num_heads", "window")
+"""Fields of ModelConfig that belong to some mixers only and are handed on when they are set."""
+
+EMBEDDING_STD = 0.02
+"""As in GPT-2: a tied head then starts with logits near 0, a loss near log(vocab_size)."""
+
+ModelState = tuple[BlockState, ...]
+"""One state per block."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a SequenceModel is built from.
+
+    Raises:
+        TypeError: a value has the wrong type.
+        ValueError: a value is out of range or unknown, or an option is set that the mixer does not have.
+    """
+
+    vocab_size: int = 256
+    """Tokens in the vocabulary; a task sets it."""
+    d_model: int = 192
+    """Channels of the residual stream."""
+    num_layers: int = 4
+    """Blocks."""
+    mixer: str = "mingru"
+    """What moves information along time: mingru, minlstm, rnn, gru, lstm or attention."""
+    expansion: float = 1.0
+    """Channels of the mixer's state, as a multiple of d_model."""
+    conv_width: int = 4
+    """Steps that the causal convolution before each mixer sees, the current one included; 0: no convolution."""
+    mlp_ratio: float = 2.0
+    """Inner channels of each block's MLP, as a multiple of d_model; 0: no MLP."""
+    mlp_activation: str = "gelu"
+    """The MLP's activation: gelu, relu or silu."""
+    norm: str = "layer"
+    """The norm before each branch and the head: layer or rms. On a CPU, torch's layer is about 3 times as fast."""
+    dropout: float = 0.0
+    """Probability of zeroing a channel of the embedding or of a branch's output, while training."""
+    tie_embeddings: bool = True
+    """Use the embedding's matrix as the head's."""
+    bias: bool = True
+    """Biases in the blocks' own linear layers, convolutions and layer norms; a mixer always keeps its own."""
+    candidate: str | None = None
+    """mingru, minlstm: the candidate's function: positive, linear or tanh; unset: positive."""
+    forget_bias: float | None = None
+    """mingru, minlstm: how far towards keeping its state a cell starts, in logits; unset: the cell's default."""
+    normalize: bool | None = None
+    """minlstm: make the forget and input gates sum to one; unset: yes."""
+    num_heads: int | None = None
+    """attention: heads; unset: 4."""
+    window: int | None = None
+    """attention: tokens that each token sees, itself included; 0 or unset: all."""
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        for name in ("vocab_size", "d_model", "num_layers", "expansion"):
+            self._require(name, getattr(self, name) > 0, "positive")
+        for name in ("conv_width", "mlp_ratio"):
+            self._require(name, getattr(self, name) >= 0, "0 (none) or positive")
+        self._require("dropout", 0 <= self.dropout < 1, "a probability in [0, 1)")
+        names: dict[str, Collection[str]] = {
+            "mixer": MIXERS,
+            "mlp_activation": ACTIVATIONS,
+            "norm": NORMS,
+        }
+        for name, known in names.items():
+            self._require(name, getattr(self, name) in known, f"one of {', '.join(known)}")
+        self._check_mixer_options()
+
+    def _check_types(self) -> None:
+        for field in fields(self):
+            value, allowed = getattr(self, field.name), {field.type, *get_args(field.type)}
+            if float in allowed:
+                allowed.add(int)  # 1 is a good way to write 1.0
+            if type(value) not in allowed:
+                wanted = getattr(field.type, "__name__", field.type)
+                raise TypeError(f"ModelConfig: {field.name} must be {wanted}, got {value!r}")
+
+    def _check_mixer_options(self) -> None:
+        for option in self.mixer_options:
+            having = [name for name, mixer in MIXERS.items() if option in signature(mixer).parameters]
+            if self.mixer not in having:
+                raise ValueError(
+                    f"ModelConfig: mixer {self.mixer!r} has no option {option!r}; unset it "
+                    f"or use a mixer that has it ({', '.join(having)})"
+                )
+
+    def _require(self, name: str, condition: bool, what: str) -> None:
+        if not condition:
+            raise ValueError(f"ModelConfig: {name} must be {what}, got {getattr(self, name)!r}")
+
+    @property
+    def d_hidden(self) -> int:
+        """Channels of the mixer's state."""
+        return max(1, round(self.expansion * self.d_model))
+
+    @property
+    def d_inner(self) -> int:
+        """Channels inside each MLP; 0: no MLP."""
+        return round(self.mlp_ratio * self.d_model)
+
+    @property
+    def mixer_options(self) -> dict[str, Any]:
+        """The options of the mixer that are set."""
+        return {name: getattr(self, name) for name in MIXER_OPTIONS if getattr(self, name) is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every field and its value, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Make a config from what `to_dict` returned; fields left out take their defaults.
+
+        Raises:
+            ValueError: a key is no field; the message names the nearest.
+        """
+        names = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in names:
+                near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
+                raise ValueError(f"ModelConfig: unknown key {key!r}; the nearest is {near!r}")
+        return cls(**values)
+
+
+class SequenceModel(nn.Module):
+    """A language model over tokens whose state can be carried: embed -> blocks -> norm -> head.
+
+    A step is a call with T = 1. However a stream is cut into calls, its logits are those of one call.
+
+    Initial values: the embedding from N(0, 0.02); each matrix that writes to the residual stream from
+    N(0, 1 / (fan_in * 2 * num_layers)), so that the stream's variance does not grow with depth (as GPT-2
+    does); those layers' biases at zero; the rest as torch and the mixers do.
+
+    Args:
+        config: what to build.
+
+    Raises:
+        ValueError: the mixer refuses an option's value.
+
+    Example:
+        >>> model = SequenceModel(ModelConfig(vocab_size=10, d_model=8))
+        >>> logits, state = model(torch.randint(10, (2, 5)))
+        >>> logits, state = model(torch.randint(10, (2, 1)), state)
+        >>> logits.shape
+        torch.Size([2, 1, 10])
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(_make_block(config) for _ in range(config.num_layers))
+        self.norm = _make_norm(config)
+        # Tied: no second name for one matrix, so that a checkpoint holds it once.
+        self.head = (
+            None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        )
+        self._init_parameters()
+
+    def _init_parameters(self) -> None:
+        nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            for layer in (block.down, *(() if block.mlp is None else (block.mlp.down,))):
+                nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features * 2 * len(self.blocks)))
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def forward(
+        self, tokens: Tensor, state: ModelState | None = None, *, reset: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """Predict each next token.
+
+        Args:
+            tokens: `(B, T)`, int64, below vocab_size.
+            state: what an earlier call returned, nested tuples of tensors whose first axis is B; None is
+                empty.
+            reset: `(B, T)`, bool; where True, everything before step t is forgotten (a document starts
+                there).
+
+        Returns:
+            logits `(B, T, vocab_size)`, at t those of token t + 1, and the state after the last token.
+
+        Raises:
+            TypeError: the tokens are not integers, or reset is not bool.
+            ValueError: a shape is not as above, or the state is of another model.
+        """
+        self._check(tokens, state, reset)
+        x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
+        states: list[BlockState] = []
+        for index, block in enumerate(self.blocks):
+            x, block_state = block(x, None if state is None else state[index], reset=reset)
+            states.append(block_state)
+        head = self.embedding.weight if self.head is None else self.head.weight
+        return functional.linear(self.norm(x), head), tuple(states)
+
+    def _check(self, tokens: Tensor, state: ModelState | None, reset: Tensor | None) -> None:
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"SequenceModel: tokens must be int64, got {tokens.dtype}")
+        if tokens.dim() != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"SequenceModel: tokens must be (B, T) with T >= 1, got {tuple(tokens.shape)}")
+        if state is not None and len(state) != len(self.blocks):
+            raise ValueError(f"SequenceModel: state must have {len(self.blocks)} blocks, got {len(state)}")
+        check_reset("SequenceModel", reset, tuple(tokens.shape))
+
+
+def map_state(function: Callable[[Tensor], Tensor], state: Any) -> Any:
+    """Apply a function to every tensor of a state, keeping its nesting: `map_state(torch.detach, state)`."""
+    if isinstance(state, Tensor):
+        return function(state)
+    return tuple(map_state(function, part) for part in state)
+
+
+def _make_block(config: ModelConfig) -> Block:
+    width = config.d_model
+    conv = CausalConv(width, config.conv_width, bias=config.bias) if config.conv_width else None
+    mlp = (
+        MLP(width, config.d_inner, activation=config.mlp_activation, bias=config.bias)
+        if config.d_inner
+        else None
+    )
+    return Block(
+        MIXERS[config.mixer](width, config.d_hidden, **config.mixer_options),
+        make_norm=partial(_make_norm, config),
+        conv=conv,
+        mlp=mlp,
+        dropout=config.dropout,
+        bias=config.bias,
+    )
+
+
+def _make_norm(config: ModelConfig) -> nn.Module:
+    if config.norm == "layer":
+        return nn.LayerNorm(config.d_model, bias=config.bias)
+    return nn.RMSNorm(config.d_model)
