@@ -112,7 +112,7 @@ class TextTask:
 
     @property
     def sha256(self) -> str:
-        """Digest of all tokens: two runs with the same digest learnt from the same text."""
+        """Digest of tokens, vocabulary and parts: runs with the same digest learnt from the same text."""
         return self._corpus.sha256
 
     def describe(self) -> str:
@@ -187,7 +187,7 @@ class TextTask:
     def evaluate(self, model: nn.Module, *, max_tokens: int = 0) -> dict[str, float]:
         """Measure `model` on the validation part in two protocols; both predict every token but the first.
 
-        Runs in eval mode without gradients, draws no random numbers, and leaves the model's modes as they were.
+        Runs in eval mode without gradients, draws no random numbers, and restores the model's modes.
 
         Args:
             model: maps tokens and state to logits and state.

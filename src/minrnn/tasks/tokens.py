@@ -36,7 +36,7 @@ class TokenisedCorpus:
     """Ids to validate on, (M,), read-only."""
 
     sha256: str
-    """Digest of all ids, which tells one state of a corpus from another."""
+    """Digest of the ids, the vocabulary and the parts: tells one state of a corpus from another."""
 
 
 def tokenise(corpus: Corpus, vocabulary: str | Vocabulary) -> TokenisedCorpus:
@@ -121,13 +121,10 @@ def _write_files(folder: Path, corpus: Corpus, vocabulary: Vocabulary) -> None:
         num_tokens = num_train
         num_train = num_tokens * 9 // 10
         num_val = num_tokens - num_train
-    header = {
-        "num_train": num_train,
-        "num_val": num_val,
-        "sha256": sha256.hexdigest(),
-        "vocabulary": vocabulary.to_dict(),
-    }
-    (folder / "tokens.json").write_text(json.dumps(header), encoding="utf-8")
+    header = {"vocabulary": vocabulary.to_dict(), "num_train": num_train, "num_val": num_val}
+    sha256.update(json.dumps(header).encode())
+    digest = {"sha256": sha256.hexdigest()}
+    (folder / "tokens.json").write_text(json.dumps(header | digest), encoding="utf-8")
 
 
 def _append(output: BinaryIO, sha256: "hashlib._Hash", file: Path, vocabulary: Vocabulary) -> int:

@@ -1,0 +1,152 @@
+"""A vocabulary maps text to ids and back, whole or as a stream, and says what it cannot map."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import minrnn.tasks.vocabulary as vocabulary_module
+from minrnn.tasks import VOCABULARIES, Vocabulary
+from minrnn.tasks.vocabulary import ByteVocabulary, CharacterVocabulary
+
+TEXT = "né → 漢字 😀\r\n\tend"  # one to four bytes a character
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+every_kind = pytest.mark.parametrize("kind", VOCABULARIES)
+
+
+def learn(kind: str, text: str, folder: Path) -> Vocabulary:
+    path = folder / "text.txt"
+    path.write_bytes(text.encode())
+    return VOCABULARIES[kind].learn([path])
+
+
+def built(kind: str, text: str) -> Vocabulary:
+    return ByteVocabulary() if kind == "bytes" else CharacterVocabulary("".join(sorted(set(text))))
+
+
+@every_kind
+@given(text=texts)
+def test_decoding_inverts_encoding(kind: str, text: str) -> None:
+    vocabulary = built(kind, text)
+    ids = vocabulary.encode(text)
+    assert ids.dtype == np.int64
+    assert ids.min() >= 0
+    assert ids.max() < vocabulary.size
+    assert vocabulary.decode(ids) == text
+    assert vocabulary.decode(torch.from_numpy(ids)) == text
+    assert "".join(vocabulary.decode_stream(ids.tolist())) == text
+
+
+@every_kind
+@given(text=texts)
+def test_byte_lengths_add_up_to_the_text_in_utf8(kind: str, text: str) -> None:
+    vocabulary = built(kind, text)
+    assert vocabulary.byte_lengths.shape == (vocabulary.size,)
+    assert vocabulary.byte_lengths[vocabulary.encode(text)].sum() == len(text.encode())
+
+
+@given(ids=st.lists(st.integers(0, 255)))
+def test_any_bytes_decode_the_same_whole_and_as_a_stream(ids: list[int]) -> None:
+    assert "".join(ByteVocabulary().decode_stream(ids)) == ByteVocabulary().decode(ids)
+
+
+def test_a_character_is_streamed_with_its_last_byte_and_not_before() -> None:
+    received: list[int] = []
+
+    def sender() -> list[int]:
+        for byte in "a😀b".encode():
+            received.append(byte)
+            yield byte
+
+    pieces = [(text, len(received)) for text in ByteVocabulary().decode_stream(sender())]
+    assert pieces == [("a", 1), ("😀", 5), ("b", 6)]
+
+
+def test_an_unfinished_character_ends_as_a_replacement() -> None:
+    assert list(ByteVocabulary().decode_stream("é".encode()[:1])) == ["\ufffd"]
+
+
+@every_kind
+def test_saving_and_loading_keeps_the_vocabulary(kind: str, tmp_path: Path) -> None:
+    vocabulary = learn(kind, TEXT, tmp_path)
+    assert Vocabulary.from_dict(vocabulary.to_dict()) == vocabulary
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {},
+        {"kind": "words"},
+        {"kind": "characters"},
+        {"kind": "bytes", "size": "256"},
+        {"kind": "characters", "characters": 3},
+    ],
+)
+def test_a_malformed_saved_vocabulary_is_refused(saved: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"from_dict: saved must be .* got"):
+        Vocabulary.from_dict(saved)
+
+
+@pytest.mark.parametrize("characters", ["", "ba", "aab"])
+def test_characters_must_be_sorted_and_distinct(characters: str) -> None:
+    with pytest.raises(ValueError, match="sorted, distinct and at least one"):
+        CharacterVocabulary(characters)
+
+
+@every_kind
+@pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 5, 1 << 20])
+def test_files_are_encoded_alike_however_they_are_chunked(
+    kind: str, chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vocabulary_module, "CHUNK_BYTES", chunk_bytes)  # cuts characters in their middle
+    vocabulary = learn(kind, TEXT, tmp_path)
+    pieces = list(vocabulary.encode_file(tmp_path / "text.txt"))
+    assert np.array_equal(np.concatenate(pieces), vocabulary.encode(TEXT))
+    assert vocabulary == built(kind, TEXT)
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"), [(1, "u1"), (256, "u1"), (257, "u2"), (65536, "u2"), (65537, "u4")]
+)
+def test_ids_are_stored_in_the_smallest_type(size: int, dtype: str) -> None:
+    characters = "".join(map(chr, range(0x10000, 0x10000 + size)))
+    vocabulary = CharacterVocabulary(characters)
+    assert vocabulary.dtype == np.dtype(dtype)
+    assert vocabulary.decode([size - 1]) == characters[-1]
+
+
+def test_unknown_characters_are_named() -> None:
+    with pytest.raises(ValueError, match="vocabulary's 2 characters only, got 'é', '漢'; leave it out"):
+        CharacterVocabulary("ab").encode("aé漢éb")
+    with pytest.raises(ValueError, match="and 18 more"):
+        CharacterVocabulary("A").encode("abcdefghijklmnopqrstuvwxyz")
+
+
+@every_kind
+@pytest.mark.parametrize("bad", [-1, 1000])
+def test_decoding_refuses_an_id_that_is_no_token(kind: str, bad: int) -> None:
+    with pytest.raises(ValueError, match=r"ids must lie in 0 \.\. \d+, got"):
+        built(kind, "abc").decode([0, bad])
+
+
+def test_bytes_of_a_command_line_that_are_not_utf8_survive() -> None:
+    assert ByteVocabulary().encode(b"a\xff".decode("utf-8", "surrogateescape")).tolist() == [0x61, 0xFF]
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 4, 1 << 20])
+@pytest.mark.parametrize(
+    ("content", "offset"), [(b"ab\xff", 2), ("né".encode() + b"\xc3x", 3), (b"abc\xc3", 3)]
+)
+def test_a_file_that_is_not_utf8_is_named_with_the_place(
+    content: bytes, offset: int, chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vocabulary_module, "CHUNK_BYTES", chunk_bytes)
+    path = tmp_path / "latin.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"needs UTF-8, got byte 0x.. at offset {offset} of .*latin\.txt"):
+        CharacterVocabulary.learn([path])
+    assert ByteVocabulary.learn([path]).size == 256
