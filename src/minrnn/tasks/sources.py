@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
-import pooch
+import pooch  # type: ignore[import-untyped]  # it ships no types
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"

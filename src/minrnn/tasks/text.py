@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,16 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from minrnn.models import ModelConfig, ModelState
 from minrnn.tasks.sources import find_corpus
 from minrnn.tasks.tokens import TokenisedCorpus, tokenise
 from minrnn.tasks.vocabulary import VOCABULARIES, Vocabulary
 
-if TYPE_CHECKING:
-    from minrnn.models import ModelConfig
-
 _COUNTED_TOKENS = 1 << 22  # counted at once: bincount widens them to 64 bits, 32 MiB
-
-State = Any  # whatever the model carries: nested tuples of tensors, None when empty
 
 
 @dataclass(frozen=True)
@@ -122,7 +118,7 @@ class TextTask:
             f"{self.val_tokens.size:,} to validate on, {self.vocabulary.size} symbols"
         )
 
-    def model_config(self, config: "ModelConfig") -> "ModelConfig":
+    def model_config(self, config: ModelConfig) -> ModelConfig:
         """Return `config` with the `vocab_size` that this task's tokens need."""
         return dataclasses.replace(config, vocab_size=self.vocabulary.size)
 
@@ -169,7 +165,9 @@ class TextTask:
         position = step % (stream_length // T)
         return self._gather(np.arange(batch_size) * stream_length + position * T, fresh=position == 0)
 
-    def loss(self, model: nn.Module, batch: Batch, state: State = None) -> tuple[Tensor, State]:
+    def loss(
+        self, model: nn.Module, batch: Batch, state: ModelState | None = None
+    ) -> tuple[Tensor, ModelState]:
         """Return the mean cross-entropy of the batch in nats per token, and the state after it.
 
         Args:

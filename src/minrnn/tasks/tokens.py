@@ -82,7 +82,7 @@ def _load(entry: Path) -> TokenisedCorpus | None:
         header = json.loads((entry / "tokens.json").read_text(encoding="utf-8"))
         vocabulary = Vocabulary.from_dict(header["vocabulary"])
         ids = np.asarray(np.memmap(entry / "tokens.bin", _stored(vocabulary), mode="r"))
-    except (FileNotFoundError, ValueError):  # ValueError: the JSON is cut, or tokens.bin is empty
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: cut JSON, or empty tokens.bin
         return None
     num_train, num_val = header["num_train"], header["num_val"]
     if ids.size != num_train + num_val:
