@@ -14,7 +14,7 @@ C = TypeVar("C")
 
 
 def parse(kind: type[C], command: str, args: Sequence[str], defaults: C | None = None) -> C:
-    """Read options into a dataclass: its docstring is the help, its attributes' docstrings that of the options.
+    """Read options into a dataclass, whose docstring and attributes' docstrings are the help.
 
     Args:
         kind: the dataclass.
@@ -47,9 +47,10 @@ def parse(kind: type[C], command: str, args: Sequence[str], defaults: C | None =
 
 
 def _one_line(box: str) -> str:
-    """Return what tyro says in a box of several lines: its first part, and the first option that it suggests."""
+    """Return what tyro says in a box: its first part, and the first option that it suggests."""
     rows = [row.strip("│").strip() for row in box.splitlines()[1:-1]]
-    parts = [list(group) for is_rule, group in itertools.groupby(rows, lambda row: set(row) == {"─"}) if not is_rule]
+    groups = itertools.groupby(rows, lambda row: set(row) == {"─"})
+    parts = [list(group) for is_rule, group in groups if not is_rule]
     options = [row.split()[0] for row in itertools.chain(*parts[1:]) if row.startswith("--")]
     nearest = f"; did you mean {options[0]}?" if options and "Perhaps you meant:" in parts[1] else ""
     return " ".join(parts[0]) + nearest

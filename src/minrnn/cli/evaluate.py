@@ -19,7 +19,7 @@ from minrnn.training import choose_device, provenance, read_config, write_json
 
 @dataclass(frozen=True)
 class EvaluateCommand:
-    """Measure a trained model on its validation split; prints the metrics and writes evaluation.json in the run."""
+    """Measure a trained model on its validation split; print that, and write evaluation.json in the run."""
 
     run: tyro.conf.Positional[Path]
     """Directory of the run whose model is measured."""
@@ -36,9 +36,9 @@ def run(args: Sequence[str]) -> int:
     command = parse(EvaluateCommand, "evaluate", args)
     config = read_config(command.run)
     device = choose_device(command.device)
-    model, extra = load_checkpoint(command.run / "checkpoints" / command.checkpoint)
+    model, extra = load_checkpoint(command.run / "checkpoints" / command.checkpoint, device=device)
     task = TASKS["text"](config.task, Vocabulary.from_dict(extra["vocabulary"]))
-    metrics = task.evaluate(model.to(device), max_tokens=command.max_tokens)
+    metrics = task.evaluate(model, max_tokens=command.max_tokens)
     results = {"checkpoint": command.checkpoint, "step": extra["step"], **metrics}
     table = Table("metric", "value", title=str(command.run))
     for name, value in results.items():

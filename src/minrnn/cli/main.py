@@ -99,7 +99,7 @@ def _run(command: Command, args: list[str]) -> int:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader has gone, as `head` does: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit succeeds
-        return 128 + signal.SIGPIPE
+        return 128 + 13  # SIGPIPE, which not every system has a name for
     except (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
         _raise_in_debug(error)
         return _complain(_describe(error), USAGE)
@@ -115,8 +115,8 @@ def _raise_in_debug(error: Exception) -> None:
 
 def _describe(error: Exception) -> str:
     """Return an error as one line; the system's own begin with the file that they are about."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{os.fspath(error.filename)}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -45,11 +45,11 @@ def run(args: Sequence[str]) -> int:
     """Run `minrnn sample`."""
     command = parse(SampleCommand, "sample", args)
     device = choose_device(command.device)
-    model, extra = load_checkpoint(command.run / "checkpoints" / command.checkpoint)
+    model, extra = load_checkpoint(command.run / "checkpoints" / command.checkpoint, device=device)
     vocabulary = Vocabulary.from_dict(extra["vocabulary"])
     prompt = torch.from_numpy(vocabulary.encode(command.prompt))[None].to(device)  # (1, T)
     tokens = generate(
-        model.to(device).eval(),
+        model,
         prompt,
         command.tokens,
         temperature=command.temperature,

@@ -57,7 +57,7 @@ def run(args: Sequence[str]) -> int:
 
 
 def _parse(args: Sequence[str]) -> TrainCommand:
-    """Read the arguments over the recipe's values, or, to resume, over those that the run was started with."""
+    """Read the arguments over the recipe's values, or, to resume, over those of the run."""
     config = _base(args)
     defaults = TrainCommand(config.recipe, None, False, config.model, config.task, config.train)
     command = parse(TrainCommand, "train", args, defaults)
@@ -67,7 +67,7 @@ def _parse(args: Sequence[str]) -> TrainCommand:
 
 
 def _base(args: Sequence[str]) -> RunConfig:
-    """Return the configuration that gives the defaults; it must be known before the other arguments can be read."""
+    """Return the configuration that the arguments change; it gives the defaults that their help shows."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--run", type=Path)
     finder.add_argument("--resume", action="store_true")

@@ -1,14 +1,21 @@
 """Training: the one loop, its configuration, and the directory that a run leaves."""
 
-from minrnn.training.config import RunConfig, TrainConfig, load_recipe, read_config, recipe_names, recipe_summary
+from minrnn.training.config import (
+    RunConfig,
+    TrainConfig,
+    load_recipe,
+    read_config,
+    recipe_names,
+    recipe_summary,
+)
 from minrnn.training.log import RunLog, read_metrics, write_json
-from minrnn.training.loop import NonFiniteLoss, choose_device, train
+from minrnn.training.loop import NonFiniteLossError, choose_device, train
 from minrnn.training.provenance import provenance
 from minrnn.training.resume import Interrupted
 
 __all__ = [
     "Interrupted",
-    "NonFiniteLoss",
+    "NonFiniteLossError",
     "RunConfig",
     "RunLog",
     "TrainConfig",

@@ -100,14 +100,15 @@ class RunConfig:
         """Build a run's configuration from nested tables, as a recipe or a config.json holds them.
 
         Args:
-            values: `recipe` (a string) and the tables `model`, `task`, `train`; what is missing keeps its default.
+            values: `recipe` (a string) and the tables `model`, `task`, `train`; what is missing keeps its
+                default.
 
         Returns:
             The configuration.
 
         Raises:
-            ValueError: for a key that does not exist (the nearest one is named), a value of the wrong type, or
-                one out of range.
+            ValueError: a key does not exist (the nearest one is named), or a value has the wrong type or is
+                out of range.
         """
         return _build(cls, values, prefix="")
 
@@ -126,8 +127,8 @@ def load_recipe(name: str) -> RunConfig:
         The configuration that it describes.
 
     Raises:
-        ValueError: for an unknown name (the nearest one is named), a file that is not TOML, or an unknown key.
-        OSError: when the file cannot be read.
+        ValueError: the name is unknown (the nearest one is named), the file is not TOML, or a key is unknown.
+        OSError: the file cannot be read.
     """
     path = Path(name)
     if path.suffix == ".toml":
@@ -160,8 +161,8 @@ def read_config(run_dir: Path) -> RunConfig:
     """Read the resolved configuration that a run saved in its directory.
 
     Raises:
-        FileNotFoundError: when the directory holds no run.
-        ValueError: when its config.json is damaged, or was written by another version with other keys.
+        FileNotFoundError: the directory holds no run.
+        ValueError: its config.json is damaged, or was written by another version with other keys.
     """
     path = run_dir / "config.json"
     if not path.is_file():
@@ -183,7 +184,7 @@ def _recipe_text(name: str) -> str:
 
 
 def _build(cls: type[C], values: Mapping[str, Any], prefix: str) -> C:
-    """Build a configuration dataclass from a table, strictly; `prefix` is the table's dotted place, for errors."""
+    """Build a configuration dataclass from a table, strictly; errors name keys as `prefix` + key."""
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:

@@ -1,4 +1,4 @@
-"""What a run says while it trains: a line or a progress bar for people, metrics.jsonl and TensorBoard for programs."""
+"""What a run says while it trains: lines or a bar for people, metrics.jsonl and TensorBoard for programs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -37,7 +44,7 @@ class RunLog:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def open(self, run_dir: Path, step: int, steps: int) -> RunLog:
-        """Open the run's files at a step: what they say of later steps is forgotten, as it will be said again.
+        """Open the run's files at a step; what they say of later steps is dropped, to be said again.
 
         Args:
             run_dir: the run's directory.
@@ -55,6 +62,10 @@ class RunLog:
             view = _ProgressBar if self._console.is_terminal else _Lines
             self._view = view(self._console, step, steps)
         return self
+
+    def busy(self, text: str) -> None:
+        """Say what goes on while no steps are taken, where there is a bar that would seem to be stuck."""
+        self._view.busy(text)
 
     def training(self, step: int, metrics: Metrics) -> None:
         """Report the means over the last steps: loss, learning_rate, grad_norm, tokens_per_second."""
@@ -183,6 +194,8 @@ def _write_line(file: IO[bytes], line: bytes) -> None:
 class _View(Protocol):
     """How a person follows a run."""
 
+    def busy(self, text: str) -> None: ...
+
     def training(self, step: int, metrics: Metrics) -> None: ...
 
     def evaluation(self, step: int, metrics: Metrics, is_best: bool) -> None: ...
@@ -192,6 +205,9 @@ class _View(Protocol):
 
 class _Silence:
     """Says nothing."""
+
+    def busy(self, text: str) -> None:
+        pass
 
     def training(self, step: int, metrics: Metrics) -> None:
         pass
@@ -209,6 +225,9 @@ class _Lines:
     def __init__(self, console: Console, step: int, steps: int) -> None:
         self._console = console
         self._steps = steps
+
+    def busy(self, text: str) -> None:
+        pass
 
     def training(self, step: int, metrics: Metrics) -> None:
         rate = _compact(metrics["tokens_per_second"])
@@ -245,6 +264,9 @@ class _ProgressBar:
         self._evaluation = ""
         self._task = self._bar.add_task("", total=steps, completed=step)
         self._bar.start()
+
+    def busy(self, text: str) -> None:
+        self._bar.update(self._task, description=text)
 
     def training(self, step: int, metrics: Metrics) -> None:
         self._training = f"loss {metrics['loss']:.3f}  {_compact(metrics['tokens_per_second'])} tok/s"

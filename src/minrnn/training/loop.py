@@ -11,70 +11,80 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minrnn.models import SequenceModel, load_checkpoint, save_checkpoint
+from minrnn.models import SequenceModel, load_checkpoint, map_state, save_checkpoint
+from minrnn.models.checkpoint import find_directory
 from minrnn.ops import engines
 from minrnn.tasks import TASKS, TextTask
 from minrnn.training.config import RunConfig, read_config
 from minrnn.training.log import RunLog, plot_losses, write_json
 from minrnn.training.optim import clip_gradients, learning_rate_at, make_optimizer, set_learning_rate
 from minrnn.training.provenance import provenance
-from minrnn.training.resume import Interrupted, TrainState, check_unchanged, interruptible, load_last, save_last
+from minrnn.training.resume import (
+    Interrupted,
+    TrainState,
+    check_unchanged,
+    interruptible,
+    load_last,
+    save_last,
+)
 
 
-class NonFiniteLoss(RuntimeError):
-    """The loss or the gradient became infinite or NaN: the weights of that step are of no use, nor any after it."""
+class NonFiniteLossError(RuntimeError):
+    """The loss or its gradient became infinite or NaN, and the weights with them."""
 
 
 def train(config: RunConfig, run_dir: Path, *, resume: bool = False, log: RunLog) -> dict[str, Any]:
     """Train a model as a configuration says, and leave everything about it in a directory.
 
-    The directory holds config.json, metrics.jsonl, checkpoints/best and checkpoints/last, results.json, loss.png and
-    tensorboard/ (the last two where matplotlib and tensorboard are installed). A run that was stopped and is resumed
-    ends with the same weights, to the last bit on a CPU with the same number of threads, as one that was not.
+    The directory holds config.json, metrics.jsonl, checkpoints/best and checkpoints/last, and at the end
+    results.json; loss.png and tensorboard/ too, where matplotlib and tensorboard are installed. A run that
+    was stopped, in whatever way, and is resumed ends with the weights of one that was not: to the last bit
+    on a CPU with the same number of threads.
 
     Args:
         config: the whole run.
         run_dir: its directory; new, or, to resume, one that this function made.
-        resume: go on from `run_dir`'s last checkpoint (from the first step, where it has none yet).
+        resume: go on from the last checkpoint in `run_dir` (from the first step, where it has none yet).
         log: where progress is reported.
 
     Returns:
-        What results.json holds: the metrics of the best weights on the whole validation split, the step they are of,
-        tokens, seconds, parameters, mixer, device, machine, versions and commit.
+        What results.json holds: the metrics of the best weights on the whole validation split, the step that
+        they are of, tokens, seconds, parameters, mixer, device, machine, versions and commit.
 
     Raises:
-        FileExistsError: when `run_dir` holds a run and `resume` is False.
-        FileNotFoundError: when it holds none and `resume` is True.
-        ValueError: when the configuration cannot be run, or is not the resumed run's.
-        NonFiniteLoss: when training diverges; the last good checkpoint stays.
-        Interrupted: after SIGINT or SIGTERM, when the state is saved.
-        OSError: when a file cannot be written; what was saved before is still whole.
+        FileExistsError: `run_dir` holds something and `resume` is False.
+        FileNotFoundError: it holds no run and `resume` is True.
+        ValueError: the configuration cannot be run, or is not that of the run to resume.
+        NonFiniteLossError: training diverged; the checkpoints are from before it.
+        Interrupted: SIGINT or SIGTERM asked for a stop, and the state is saved.
+        OSError: a file cannot be written; the checkpoints before it are whole.
     """
     if not resume:
         _check_new(run_dir)
     run = Run(config, run_dir, log)
     run.begin(resume)
-    settings = config.train
-    with log.open(run_dir, run.state.step, settings.steps), interruptible() as interruption:
-        while run.state.step < settings.steps:
-            run.step()
-            if run.due(settings.log_every):
-                run.report()
-            if run.due(settings.eval_every):
-                run.evaluate()
-            if run.due(settings.checkpoint_every):
-                run.save()
-            if interruption.signum:
-                run.save()
-                raise Interrupted(interruption.signum, run.state.step)
-    return run.finish()
+    steps, every = config.train.steps, config.train
+    with log.open(run_dir, run.state.step, steps):
+        with interruptible() as interruption:
+            while run.state.step < steps:
+                run.step()
+                if run.due(every.log_every):
+                    run.report()
+                if run.due(every.eval_every):
+                    run.evaluate()
+                if run.due(every.checkpoint_every):
+                    run.save()
+                if interruption.signum:
+                    run.save()
+                    raise Interrupted(interruption.signum, run.state.step)
+        return run.finish()
 
 
 def choose_device(name: str) -> torch.device:
     """Return the device of this name; `auto` is a CUDA GPU where there is one, and the CPU elsewhere.
 
     Raises:
-        ValueError: for a name that is no device, or one that this machine or this build of torch lacks.
+        ValueError: the name is no device, or one that this machine or this build of torch lacks.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,7 +93,7 @@ def choose_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device must be auto, or one that torch can use here, got {name!r}: {reason}") from error
+        raise ValueError(f"device must be auto or one that works here, got {name!r}: {reason}") from error
     return device
 
 
@@ -91,7 +101,7 @@ class Run:
     """A run in progress: the parts that `train` moves, and the moves.
 
     Args:
-        config: the whole run.
+        config: the whole run; the task completes the model's part.
         run_dir: where it writes.
         log: where it reports.
     """
@@ -107,13 +117,18 @@ class Run:
         self.model = SequenceModel(self.config.model).to(self.device)
         self.optimizer = make_optimizer(self.model, self.settings)
         self.state = TrainState()
-        self._pending: list[Tensor] = []  # (loss, norm) of steps whose values were not yet fetched from the device
-        self._seconds_before = 0.0
+        self._pending: list[Tensor] = []  # (loss, norm) of steps that are still on the device
+        self._seconds_before = 0.0  # spent by the sessions before this one
+        self._window_tokens = 0  # since the last report
         self._session_started = self._window_started = time.perf_counter()
-        self._window_tokens = 0
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that are trained; a tied matrix counts once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
     def begin(self, resume: bool) -> None:
-        """Claim the run's directory, say what will be trained, and go on from the last checkpoint where asked to."""
+        """Claim the directory, say what will be trained, and go on from the last checkpoint if asked to."""
         if resume:
             check_unchanged(read_config(self.run_dir), self.config)
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -124,17 +139,15 @@ class Run:
         self._session_started = self._window_started = time.perf_counter()
 
     def describe(self) -> str:
-        """Return one line: the engine, the model and its parameters, the data."""
-        served = [engine.name for engine in engines() if engine.serves and engine.device in (self.device.type, "any")]
+        """Return what is trained, on what: the engine, the model and its size, the data and their size."""
+        device = self.device.type
+        serving = next(engine for engine in engines() if engine.serves and engine.device in (device, "any"))
+        model = self.config.model
         return (
-            f"{self.device}, engine {served[0]}; {self.config.model.mixer}, {self.parameters / 1e6:.2f} M parameters; "
+            f"{self.device}, engine {serving.name} ({serving.detail})\n"
+            f"{model.mixer}, {model.num_layers} layers, {self.parameters / 1e6:.2f} M parameters\n"
             f"{self.task.describe()}"
         )
-
-    @property
-    def parameters(self) -> int:
-        """Trainable numbers in the model; a tied matrix counts once."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps (0: only at the end) happens after this one."""
@@ -157,7 +170,7 @@ class Run:
         state = self.state
         metrics = {
             "loss": math.fsum(state.losses) / len(state.losses),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": learning_rate_at(state.step - 1, self.settings),
             "grad_norm": math.fsum(state.grad_norms) / len(state.grad_norms),
             "tokens": state.tokens,
             "tokens_per_second": self._window_tokens / (time.perf_counter() - self._window_started),
@@ -169,6 +182,7 @@ class Run:
     def evaluate(self) -> None:
         """Measure the model on the validation split, and keep its weights if they are the best so far."""
         self._collect()
+        self.log.busy("evaluating")
         began = time.perf_counter()
         metrics = self.task.evaluate(self.model, max_tokens=self.settings.eval_tokens)
         is_best = not self.state.best or metrics["val_loss"] < self.state.best["val_loss"]
@@ -176,30 +190,31 @@ class Run:
             self.state.best = {"step": self.state.step, **metrics}
             save_checkpoint(self.run_dir / "checkpoints" / "best", self.model, extra=self._extra())
         self.log.evaluation(self.state.step, metrics, is_best)
-        self._window_started += time.perf_counter() - began  # speed is that of training alone
+        self._window_started += time.perf_counter() - began  # tokens_per_second is training's alone
 
     def save(self) -> None:
         """Write the checkpoint that the run would resume from."""
         self._collect()
         began = time.perf_counter()
-        self.state.seconds = self._seconds_before + began - self._session_started
+        self.state.seconds = self._seconds()
         last = self.run_dir / "checkpoints" / "last"
         save_last(last, self.model, self.optimizer, self.state, self._extra())
         self._window_started += time.perf_counter() - began
 
     def finish(self) -> dict[str, Any]:
-        """Measure the best weights on the whole validation split, write results.json and loss.png."""
+        """Measure the best weights on the whole validation split; write results.json and loss.png."""
         best = self.state.best
         if self.settings.eval_tokens:
-            model, _ = load_checkpoint(self.run_dir / "checkpoints" / "best")
-            best = {"step": best["step"], **self.task.evaluate(model.to(self.device), max_tokens=0)}
+            self.log.busy("evaluating the best weights on the whole validation split")
+            model, _ = load_checkpoint(self.run_dir / "checkpoints" / "best", device=self.device)
+            best = {"step": best["step"], **self.task.evaluate(model)}
         results = {
             "recipe": self.config.recipe,
             "mixer": self.config.model.mixer,
             "parameters": self.parameters,
             **best,
             "tokens": self.state.tokens,
-            "seconds": self._seconds_before + time.perf_counter() - self._session_started,
+            "seconds": self._seconds(),
             **provenance(self.device),
         }
         write_json(self.run_dir / "results.json", results)
@@ -210,32 +225,33 @@ class Run:
 
     def _restore(self) -> None:
         last = self.run_dir / "checkpoints" / "last"
-        if not checkpoint_exists(last):
+        try:
+            find_directory(last)
+        except FileNotFoundError:
             self.log.note("no checkpoint yet: starting from the first step")
             return
         self.state, extra = load_last(last, self.model, self.optimizer)
         if extra["corpus"] != self.task.sha256:
             raise ValueError(
-                f"resume: {self.config.task.source} is not the text that this run was trained on: it has changed; "
+                f"resume: the text {self.config.task.source!r} has changed since this run was trained on it; "
                 "start a new run"
             )
         self._seconds_before = self.state.seconds
         self.log.note(f"resumed after step {self.state.step}")
 
     def _gradients(self, part: int) -> Tensor:
-        """Add one batch's share to the gradients, and return its loss (not synchronised)."""
+        """Add one batch's share to the gradients, and return its loss (not fetched from the device)."""
         settings, state = self.settings, self.state
         index = state.step * settings.accumulate + part
         if settings.carry_state:
             batch = self.task.stream_batch(index, settings.batch_size)
-            carry = None if batch.fresh else state.carry
         else:
-            batch, carry = self.task.batch(index, settings.batch_size, settings.seed), None
+            batch = self.task.batch(index, settings.batch_size, settings.seed)
         half = settings.precision == "bfloat16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
-            loss, carry = self.task.loss(self.model, batch, carry)
+            loss, carry = self.task.loss(self.model, batch, state.carry)
         (loss / settings.accumulate).backward()
-        state.carry = detached(carry) if settings.carry_state else None
+        state.carry = map_state(torch.detach, carry) if settings.carry_state else None
         state.tokens += batch.targets.numel()
         self._window_tokens += batch.targets.numel()
         return loss.detach()
@@ -243,23 +259,30 @@ class Run:
     def _collect(self) -> None:
         """Fetch the losses of the steps since the last time, and stop the run where one is not finite.
 
-        Steps are checked together, when a value is wanted anyway, because fetching one waits for the device; and
-        always before an evaluation or a checkpoint, so that neither ever holds weights that have diverged.
+        Steps are checked together, when a value is wanted anyway, because fetching one waits for the device;
+        and always before an evaluation or a checkpoint, so that neither ever sees weights that diverged.
         """
         if not self._pending:
             return
         first = self.state.step - len(self._pending) + 1
         for step, (loss, norm) in enumerate(torch.stack(self._pending).tolist(), start=first):
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise NonFiniteLoss(
-                    f"step {step}: the loss is {loss} and its gradient's norm {norm}; lower train.learning_rate "
-                    f"({self.settings.learning_rate:g}), lengthen train.warmup_steps ({self.settings.warmup_steps}) "
-                    f"or tighten train.grad_clip ({self.settings.grad_clip:g}). Checkpoints in "
-                    f"{self.run_dir / 'checkpoints'} are from before it"
-                )
+                raise NonFiniteLossError(self._advice(step, loss, norm))
             self.state.losses.append(loss)
             self.state.grad_norms.append(norm)
         self._pending.clear()
+
+    def _advice(self, step: int, loss: float, norm: float) -> str:
+        settings = self.settings
+        return (
+            f"training diverged at step {step}: the loss is {loss}, the norm of its gradient {norm}; lower "
+            f"train.learning_rate ({settings.learning_rate:g}), lengthen train.warmup_steps "
+            f"({settings.warmup_steps}) or tighten train.grad_clip ({settings.grad_clip:g}). What is in "
+            f"{self.run_dir / 'checkpoints'} is from before it"
+        )
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.perf_counter() - self._session_started
 
     def _extra(self) -> dict[str, Any]:
         """Return what is saved with a model so that it can be used without its run."""
@@ -270,14 +293,7 @@ class Run:
         }
 
 
-def detached(state: Any) -> Any:
-    """Return a nested state with every tensor cut off from the graph that computed it."""
-    if state is None or isinstance(state, Tensor):
-        return None if state is None else state.detach()
-    return tuple(detached(part) for part in state)
-
-
 def _check_new(run_dir: Path) -> None:
     """Refuse to write into a directory that holds something."""
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise FileExistsError(f"{run_dir} already exists; resume that run with --resume, or choose another --run")
+        raise FileExistsError(f"{run_dir} already exists; go on with --resume, or choose another --run")

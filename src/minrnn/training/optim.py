@@ -18,15 +18,13 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         config: learning rate, betas and weight decay.
 
     Returns:
-        The optimiser; its groups hold the parameters in the model's order.
+        The optimiser; each group holds its parameters in the model's order.
     """
     decayed = decayed_parameters(model)
-    groups = [
-        {"params": [p for name, p in model.named_parameters() if name in decayed], "weight_decay": config.weight_decay},
-        {"params": [p for name, p in model.named_parameters() if name not in decayed], "weight_decay": 0.0},
-    ]
+    weights = [parameter for name, parameter in model.named_parameters() if name in decayed]
+    others = [parameter for name, parameter in model.named_parameters() if name not in decayed]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         fused=True,
@@ -36,10 +34,10 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 def decayed_parameters(model: nn.Module) -> set[str]:
     """Name the parameters that weight decay pulls towards zero: the weight matrices of linear layers.
 
-    Everything else is left alone: biases and norms, whose size says nothing about complexity; embeddings (and the
-    head, when it is tied to them), whose rare rows would fade between their updates; the convolution's filters; and
-    the recurrences' own projections, because a gate pulled towards zero is a gate pulled towards half open. The
-    paper's authors leave the gates' projections out too (main.py of their code).
+    Everything else is left alone: biases and norms, whose size says nothing about complexity; embeddings (and
+    the head, where it is tied to them), whose rare rows would fade between their updates; the convolution's
+    filters; and the recurrences' own projections, because a gate pulled towards zero is pulled towards half
+    open. The paper's authors leave the gates' projections out too (main.py of their code).
 
     Args:
         model: any module.

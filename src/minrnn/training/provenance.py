@@ -19,8 +19,8 @@ def provenance(device: torch.device) -> dict[str, object]:
         device: where the model is.
 
     Returns:
-        JSON values: `device`, `machine` (processor, CPU threads, system), `versions` (minrnn, torch, python), and
-        `commit`, which is None for an installed package.
+        JSON values: `device`, `machine` (processor, CPU threads, system), `versions` (minrnn, torch, python),
+        and `commit`, which is None for an installed package.
     """
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
@@ -46,7 +46,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Return the commit of the checkout that this package runs from, with `-dirty` where files differ from it."""
+    """Return the commit of the checkout that this package is in, with `-dirty` where files differ from it."""
     package = Path(minrnn.__file__).parent
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None  # installed: a repository around the environment is not ours

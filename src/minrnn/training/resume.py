@@ -1,4 +1,4 @@
-"""A run that can be stopped anywhere: what `checkpoints/last` holds beside the model, and how signals end a run."""
+"""Runs that can be stopped anywhere: what is saved beside the model, and how signals end a run."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minrnn.models.checkpoint import load_checkpoint, load_tensors, save_checkpoint, save_tensors, write_directory
+from minrnn.models import SequenceModel, load_checkpoint
+from minrnn.models.checkpoint import find_directory, load_tensors, save_tensors, write_directory, write_model
 from minrnn.training.config import RunConfig
 
 State = Any  # nested tuples of tensors, as a model's state is
 
-# Settings that a resumed run may change: none of them alters the steps that are done, nor the shape of what is saved.
+# Settings that a resumed run may change: none alters the steps that are done, nor the shape of what is saved.
 CHANGEABLE = frozenset(
     {"steps", "eval_every", "eval_tokens", "checkpoint_every", "log_every", "device", "threads"}
 )
@@ -29,7 +30,7 @@ CHANGEABLE = frozenset(
 
 @dataclass
 class TrainState:
-    """Where a run is: everything beside the weights, the optimiser and the random generators that the next step needs."""
+    """Where a run is: what its next step needs beside weights, optimiser and random generators."""
 
     step: int = 0
     """Optimiser steps that are done."""
@@ -48,12 +49,16 @@ class TrainState:
 
 
 def save_last(
-    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, extra: Mapping[str, Any]
+    directory: Path,
+    model: SequenceModel,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    extra: Mapping[str, Any],
 ) -> None:
     """Write the checkpoint that a run resumes from, whole or not at all.
 
-    The directory is a model's checkpoint with two files more: trainer.safetensors (the optimiser's moments, the random
-    generators, the carried state) and trainer.json (the rest of `TrainState`).
+    The directory is a model's checkpoint with two files more: trainer.safetensors (the optimiser's moments,
+    the random generators, the carried state) and trainer.json (the rest of `TrainState`).
 
     Args:
         directory: where to write; a checkpoint that is already there stays until the new one is complete.
@@ -63,7 +68,7 @@ def save_last(
         extra: JSON values saved with the model.
 
     Raises:
-        OSError: when it cannot be written (a full disk, say); the previous checkpoint is still there.
+        OSError: it cannot be written (a full disk, say); the previous checkpoint is still there.
     """
     carry: list[Tensor] = []
     scalars = {entry.name: getattr(state, entry.name) for entry in fields(state) if entry.name != "carry"}
@@ -75,12 +80,14 @@ def save_last(
         **{f"carry.{index}": tensor for index, tensor in enumerate(carry)},
     }
     with write_directory(directory) as folder:
-        save_checkpoint(folder, model, extra=extra)
+        write_model(folder, model, extra=extra)
         save_tensors(folder / "trainer.safetensors", tensors)
         (folder / "trainer.json").write_text(json.dumps(scalars, indent=1), encoding="utf-8")
 
 
-def load_last(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[TrainState, dict[str, Any]]:
+def load_last(
+    directory: Path, model: SequenceModel, optimizer: torch.optim.Optimizer
+) -> tuple[TrainState, dict[str, Any]]:
     """Put weights, optimiser and random generators back as `save_last` found them.
 
     Args:
@@ -92,16 +99,17 @@ def load_last(directory: Path, model: nn.Module, optimizer: torch.optim.Optimize
         Where the run was, and the JSON values that were saved with the model.
 
     Raises:
-        ValueError: when the checkpoint is damaged, or is of another model.
-        OSError: when it cannot be read.
+        FileNotFoundError: there is no checkpoint, or it lacks a file.
+        ValueError: the checkpoint is damaged, or is of another model.
     """
     device = next(model.parameters()).device
-    saved, extra = load_checkpoint(directory)
+    folder = find_directory(directory)
+    saved, extra = load_checkpoint(folder)
     model.load_state_dict(saved.state_dict())
-    tensors = load_tensors(directory / "trainer.safetensors")
+    tensors = load_tensors(folder / "trainer.safetensors")
     _restore_optimizer(model, optimizer, _under("optimizer.", tensors))
     _restore_random_states(_under("random.", tensors), device)
-    scalars = json.loads((directory / "trainer.json").read_text(encoding="utf-8"))
+    scalars = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
     carry = {int(index): tensor.to(device) for index, tensor in _under("carry.", tensors).items()}
     return TrainState(**scalars | {"carry": _unflatten(scalars["carry"], carry)}), extra
 
@@ -122,7 +130,7 @@ def check_unchanged(saved: RunConfig, config: RunConfig) -> None:
                 )
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 - a request that was met, not an error
     """A signal ended the run after its state was saved."""
 
     def __init__(self, signum: int, step: int) -> None:
@@ -153,8 +161,12 @@ def interruptible() -> Iterator[Interruption]:
         # The plain system call: print could be interrupted in the middle of another print.
         os.write(2, b"\nstopping after this step; once more stops at once, without saving\n")
 
-    previous = {signum: signal.signal(signum, ask) for signum in (signal.SIGINT, signal.SIGTERM)}
+    previous: dict[int, Any] = {
+        signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
+        for signum in previous:
+            signal.signal(signum, ask)
         yield interruption
     finally:
         for signum, handler in previous.items():
@@ -197,7 +209,7 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _flatten(state: State, tensors: list[Tensor]) -> Any:
-    """Append the tensors of a nested state to the list, and return the nesting as JSON with their places in it."""
+    """Append the tensors of a nested state to the list; return the nesting, with their places in it."""
     if state is None:
         return None
     if isinstance(state, Tensor):
