@@ -122,15 +122,18 @@ struct Tanh {
 
 // ---------------------------------------------------------------------------------------------------------
 // Gates. A gate maps one step's pre-activations to the recurrence h = a * h_prev + b, and the adjoint of h
-// to the gradients of the pre-activations. Those whose decay is a = 1 - w return w: subtracting in double keeps
-// what float would round away where forgetting is slow (w = 1e-6 leaves a with one digit of w).
+// to the gradients of the pre-activations.
 
 template <class Real> struct Recurrence {
     double a;
     Real b;
 };
 
-template <class Real> inline double one_minus(Real w) { return 1.0 - static_cast<double>(w); }
+// a in double, from a and 1 - a, each of full relative accuracy in Real. Where forgetting is slow, subtracting in
+// double keeps what Real would round away: with 1 - a = 1e-6, a float a has one digit of it left.
+template <class Real> inline double decay(Real a, Real complement) {
+    return complement < Real(0.5) ? 1.0 - static_cast<double>(complement) : static_cast<double>(a);
+}
 
 struct Identity {  // scan(a, b) itself
     static constexpr int num_pre = 2;
@@ -148,8 +151,8 @@ struct Identity {  // scan(a, b) itself
 template <class Candidate> struct MinGRU {  // a = 1 - z, b = z * candidate, z = sigmoid(z_pre)
     static constexpr int num_pre = 2;
     template <class Real> static inline Recurrence<Real> forward(Real z_pre, Real c_pre, Real) {
-        const Real z = Sigmoid<Real>(z_pre).value;
-        return {one_minus(z), z * Candidate::at(c_pre).value};
+        const Sigmoid<Real> z(z_pre);
+        return {decay(z.complement, z.value), z.value * Candidate::at(c_pre).value};
     }
     template <class Real>
     static inline double backward(Real z_pre, Real c_pre, Real, Real h_prev, Real dh, Real &dz_pre,
@@ -158,7 +161,7 @@ template <class Candidate> struct MinGRU {  // a = 1 - z, b = z * candidate, z =
         const Point<Real> c = Candidate::at(c_pre);
         dz_pre = dh * (c.value - h_prev) * (z.value * z.complement);
         dc_pre = dh * (z.value * c.slope);
-        return one_minus(z.value);
+        return decay(z.complement, z.value);
     }
 };
 
@@ -187,7 +190,7 @@ template <class Candidate> struct MinLSTM {  // a = f / (f + i), b = i / (f + i)
     static constexpr int num_pre = 3;
     template <class Real> static inline Recurrence<Real> forward(Real f_pre, Real i_pre, Real c_pre) {
         const NormalisedGates<Real> gates(f_pre, i_pre);
-        return {one_minus(gates.i), gates.i * Candidate::at(c_pre).value};
+        return {decay(gates.f, gates.i), gates.i * Candidate::at(c_pre).value};
     }
     template <class Real>
     static inline double backward(Real f_pre, Real i_pre, Real c_pre, Real h_prev, Real dh, Real &df_pre,
@@ -198,15 +201,15 @@ template <class Candidate> struct MinLSTM {  // a = f / (f + i), b = i / (f + i)
         df_pre = d * sigmoid_of_minus(f_pre, gates.e_f);
         di_pre = -d * sigmoid_of_minus(i_pre, gates.e_i);
         dc_pre = dh * (gates.i * c.slope);
-        return one_minus(gates.i);
+        return decay(gates.f, gates.i);
     }
 };
 
 template <class Candidate> struct MinLSTMUnnormalised {  // a = sigmoid(f_pre), b = sigmoid(i_pre) * candidate
     static constexpr int num_pre = 3;
     template <class Real> static inline Recurrence<Real> forward(Real f_pre, Real i_pre, Real c_pre) {
-        return {one_minus(Sigmoid<Real>(f_pre).complement),
-                Sigmoid<Real>(i_pre).value * Candidate::at(c_pre).value};
+        const Sigmoid<Real> f(f_pre);
+        return {decay(f.value, f.complement), Sigmoid<Real>(i_pre).value * Candidate::at(c_pre).value};
     }
     template <class Real>
     static inline double backward(Real f_pre, Real i_pre, Real c_pre, Real h_prev, Real dh, Real &df_pre,
@@ -216,7 +219,7 @@ template <class Candidate> struct MinLSTMUnnormalised {  // a = sigmoid(f_pre), 
         df_pre = dh * h_prev * (f.value * f.complement);
         di_pre = dh * c.value * (i.value * i.complement);
         dc_pre = dh * (i.value * c.slope);
-        return one_minus(f.complement);
+        return decay(f.value, f.complement);
     }
 };
 

@@ -24,6 +24,7 @@ _CANDIDATES = {name: code for code, name in enumerate(("positive", "linear", "ta
 assert _GATES.keys() == GATES.keys(), "csrc/rows.h and gates.py must hold the same gates"
 assert _CANDIDATES.keys() == CANDIDATES.keys(), "csrc/rows.h and gates.py must hold the same candidates"
 
+_LARGE = 4 << 20  # bytes: below this a tensor holds at most one aligned 2 MiB page
 _Strided = tuple[int, int, int]
 _ABSENT: _Strided = (0, 0, 0)
 
@@ -34,7 +35,7 @@ def forward(
     """As `reference.forward`, fused: reads each pre-activation once and writes h once."""
     pre = [_readable(x) for x in pre]
     D = _channels(pre, gate)
-    h = output_like(pre[0], D)
+    h = _output(pre[0], D)
     h0 = _initial(h0, h)
     reset = None if reset is None else reset.resolve_neg()
     _cpu.forward(*_call(pre, h0, reset, gate, candidate, reverse, D), _strided(h))
@@ -54,7 +55,7 @@ def backward(
     """As `reference.backward`, fused: reads pre-activations, h and dh once, writes the gradients once."""
     pre, dh, h = [_readable(x) for x in pre], _readable(dh), _readable(h)
     B, _, D = h.shape
-    dpre = [output_like(x, x.shape[2]) for x in pre]
+    dpre = [_output(x, x.shape[2]) for x in pre]
     h0 = _initial(h0, h)
     dh0 = h.new_empty(B, D, dtype=_carry_io(h.dtype))
     _cpu.backward(
@@ -89,6 +90,13 @@ def _call(
         _ABSENT if h0 is None else (h0.data_ptr(), h0.stride(0), 0),
         _ABSENT if reset is None else (reset.data_ptr(), *reset.stride()),
     )
+
+
+def _output(like: Tensor, D: int) -> Tensor:
+    output = output_like(like, D)
+    if output.nbytes >= _LARGE:
+        _cpu.advise_huge_pages(output.data_ptr(), output.nbytes)
+    return output
 
 
 def _channels(pre: list[Tensor], gate: str) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import logsigmoid
 
 __all__ = ["CANDIDATES", "GATES", "Candidate", "Gate"]
 
@@ -107,12 +107,12 @@ def _mingru_partials(candidate: Candidate, z: Tensor, c: Tensor) -> Partials:
 
 def _minlstm(candidate: Candidate, f: Tensor, i: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     # f / (f + i) = sigmoid(log f - log i): exact where both gates underflow.
-    u = F.logsigmoid(f) - F.logsigmoid(i)
+    u = logsigmoid(f) - logsigmoid(i)
     return torch.sigmoid(u), torch.sigmoid(-u) * candidate.value(c)
 
 
 def _minlstm_partials(candidate: Candidate, f: Tensor, i: Tensor, c: Tensor) -> Partials:
-    u = F.logsigmoid(f) - F.logsigmoid(i)
+    u = logsigmoid(f) - logsigmoid(i)
     slope = torch.sigmoid(u) * torch.sigmoid(-u)
     of_f, of_i = slope * torch.sigmoid(-f), -slope * torch.sigmoid(-i)
     value = candidate.value(c)

@@ -67,10 +67,13 @@ def gated_scan(
 ) -> Tensor:
     """A gated recurrence in one pass: pre-activations -> gates -> (a, b) -> scan -> h.
 
-        "mingru":                a = 1 - z,        b = z * g(c),              z = sigmoid(z_pre)
-        "minlstm":               a = f / (f + i),  b = i / (f + i) * g(c),    f, i = sigmoid(f_pre), sigmoid(i_pre)
+        "mingru":                a = 1 - z,        b = z * g(c)
+        "minlstm":               a = f / (f + i),  b = i / (f + i) * g(c)
         "minlstm_unnormalised":  a = f,            b = i * g(c)
         "identity":              a, b as given: `scan`, with resets
+
+    where z, f and i are the sigmoids of their pre-activations, c is the candidate's pre-activation, and g is
+    "positive" (x + 0.5 for x >= 0, sigmoid(x) below), "linear" (x) or "tanh".
 
     Gates are computed in float32 at least and the state is carried in float64; only h is rounded to the
     inputs' dtype. Backward saves the inputs and h, and recomputes the gates.
@@ -83,7 +86,7 @@ def gated_scan(
         h0: initial state, (B, D), of the inputs' dtype or float32; zeros when None.
         reset: (B, T) bool; where True the state is forgotten before that step (document or episode start).
         reverse: run from the last step to the first.
-        candidate: g, a name in CANDIDATES: "positive" (x + 0.5 for x >= 0, sigmoid(x) below), "linear", "tanh".
+        candidate: the name of g in CANDIDATES.
 
     Returns:
         h, (B, T, D), in the inputs' dtype. The final state is h[:, -1] (h[:, 0] when reversed).
@@ -153,7 +156,7 @@ def _check(
     if len(pre) == 1:
         if D % packed:
             raise ValueError(
-                f"{function}: a packed pre must have a multiple of {packed} channels, got {tuple(first.shape)}"
+                f"{function}: a packed pre needs a multiple of {packed} channels, got {tuple(first.shape)}"
             )
         D //= packed
     if h0 is not None:
@@ -319,7 +322,7 @@ def _linearise(
     candidate: str,
     reverse: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The separate pre-activations, the decays and the previous states, in float32 at least, resets applied."""
+    """Separate pre-activations, decays and previous states, resets applied, in float32 or wider."""
     dtype = torch.promote_types(h.dtype, torch.float32)
     parts = [x.to(dtype) for x in split(gate, pre)]
     a, _ = GATES[gate].equations(CANDIDATES[candidate], *parts)
@@ -414,3 +417,27 @@ torch.library.register_autograd(
     "minrnn::gated_scan", _operator_backward, setup_context=_setup_context, lib=_LIBRARY
 )
 torch.library.register_vmap("minrnn::gated_scan", _operator_vmap, lib=_LIBRARY)
+
+
+def _backward_vmap(
+    info: Any,
+    in_dims: tuple[Any, ...],
+    dh: Tensor,
+    pre: list[Tensor],
+    h: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    gate: str,
+    candidate: str,
+    reverse: bool,
+) -> tuple[list[Tensor], list[int]]:
+    """Batched gradients (torch.autograd.grad with is_grads_batched) of a scan that was not batched itself."""
+    dims = (in_dims[0], in_dims[2], in_dims[3], in_dims[4], *in_dims[1])
+    dh, h, h0, reset, *pre = (
+        _fold(x, dim, info.batch_size) for x, dim in zip((dh, h, h0, reset, *pre), dims, strict=True)
+    )
+    gradients = _backward_op(dh, pre, h, h0, reset, gate, candidate, reverse)
+    return [d.unflatten(0, (info.batch_size, -1)) for d in gradients], [0] * len(gradients)
+
+
+torch.library.register_vmap("minrnn::gated_scan_backward", _backward_vmap, lib=_LIBRARY)

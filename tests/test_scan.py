@@ -1,0 +1,513 @@
+"""The laws of the recurrence (docs/design.md), swept over gates, candidates, engines, dtypes and layouts."""
+
+from __future__ import annotations
+
+import itertools
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minrnn.ops import CANDIDATES, GATES, gated_scan, scan
+from minrnn.ops.engines import ENGINES, load
+
+# A cell is a gate with one of its candidates; the identity gate has none.
+CELLS = [
+    (gate, candidate)
+    for gate, candidate in itertools.product(GATES, CANDIDATES)
+    if GATES[gate].has_candidate or candidate == "positive"
+]
+LOADED = {name: load(name) for name in ENGINES}
+MODULES = {name: module for name, module in LOADED.items() if isinstance(module, ModuleType)}
+
+# Largest error, relative to the largest value: one rounding of the output, gates in float32 for 16-bit dtypes.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+cells = pytest.mark.parametrize(("gate", "candidate"), CELLS)
+directions = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+compiled = pytest.mark.skipif("cpp" not in MODULES, reason=f"no compiled engine to compare: {LOADED['cpp']}")
+
+
+def inputs(
+    gate: str, B: int, T: int, D: int, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Pre-activations, an initial state of both signs, and sparse resets."""
+    generator = torch.Generator().manual_seed(seed)
+    pre = [torch.randn(B, T, D, generator=generator, dtype=torch.float64) for _ in GATES[gate].pre]
+    if gate == "identity":
+        pre[0] = pre[0].sigmoid()
+    h0 = torch.randn(B, D, generator=generator, dtype=torch.float64)
+    reset = torch.rand(B, T, generator=generator) < 0.1
+    return [x.to(dtype) for x in pre], h0.to(dtype), reset
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    assert actual.shape == expected.shape
+    assert actual.isfinite().all(), "the engine left or produced a value that is not finite"
+    return float(
+        (actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30)
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The laws
+
+
+@cells
+@directions
+def test_step(gate: str, candidate: str, reverse: bool) -> None:
+    """One pass is the same as one call per step."""
+    pre, h, reset = inputs(gate, 2, 17, 5)
+    whole = gated_scan(gate, *pre, h0=h, reset=reset, reverse=reverse, candidate=candidate)
+    for t in reversed(range(17)) if reverse else range(17):
+        step = [x[:, t : t + 1] for x in pre]
+        h = gated_scan(gate, *step, h0=h, reset=reset[:, t : t + 1], reverse=reverse, candidate=candidate)[
+            :, 0
+        ]
+        torch.testing.assert_close(h, whole[:, t], rtol=1e-12, atol=1e-12)
+
+
+@cells
+@given(data=st.data())
+@settings(max_examples=20, deadline=None)
+def test_carry(gate: str, candidate: str, data: st.DataObject) -> None:
+    """Two parts with the state carried are one pass: values and gradients."""
+    T = data.draw(st.integers(2, 80))
+    cut = data.draw(st.integers(1, T - 1))
+    pre, h0, reset = inputs(gate, 2, T, 3, seed=data.draw(st.integers(0, 99)))
+    leaves = [x.requires_grad_() for x in (*pre, h0)]
+    weight = torch.linspace(-1, 1, T, dtype=torch.float64)[:, None]
+    whole = gated_scan(gate, *pre, h0=h0, reset=reset, candidate=candidate)
+    first = gated_scan(gate, *[x[:, :cut] for x in pre], h0=h0, reset=reset[:, :cut], candidate=candidate)
+    second = gated_scan(
+        gate, *[x[:, cut:] for x in pre], h0=first[:, -1], reset=reset[:, cut:], candidate=candidate
+    )
+    joined = torch.cat([first, second], 1)
+    torch.testing.assert_close(joined, whole, rtol=1e-12, atol=1e-12)
+    expected = torch.autograd.grad((whole * weight).sum(), leaves)
+    actual = torch.autograd.grad((joined * weight).sum(), leaves)
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-11)
+
+
+@compiled
+@cells
+@directions
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("T", [1, 2, 63, 64, 1000, 4099])
+def test_engine(gate: str, candidate: str, reverse: bool, dtype: torch.dtype, T: int) -> None:
+    """Every engine equals the reference: h and every gradient, with poisoned output buffers."""
+    D = 37 if T < 1000 else 5
+    pre, h0, reset = inputs(gate, 3, T, D, dtype)
+    dh = torch.randn(3, T, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    arguments = (h0, reset, gate, candidate, reverse)
+    exact = MODULES["reference"].forward([x.double() for x in pre], h0.double(), *arguments[1:])
+    h = exact.to(dtype)
+    gradients = MODULES["reference"].backward(
+        dh.double(), [x.double() for x in pre], h.double(), h0.double(), *arguments[1:]
+    )
+    for name, module in MODULES.items():
+        with poisoned():
+            assert relative_error(module.forward(pre, *arguments), exact) < TOLERANCE[dtype], name
+            actual = module.backward(dh, pre, h, *arguments)
+        for x, y in zip(actual, gradients, strict=True):
+            assert relative_error(x, y) < 2.5 * TOLERANCE[dtype], name
+
+
+class poisoned:
+    """Within it, torch fills uninitialised memory with NaN, so that an unwritten output shows."""
+
+    def __enter__(self) -> None:
+        torch.use_deterministic_algorithms(True)
+
+    def __exit__(self, *_: object) -> None:
+        torch.use_deterministic_algorithms(False)
+
+
+@compiled
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    "shape", [(1, 5000, 3), (1, 3000, 70), (2, 1500, 33), (5, 64, 700), (64, 40, 20)], ids=str
+)
+def test_engine_partitions(gate: str, threads: int, shape: tuple[int, int, int]) -> None:
+    """Cutting batch, channels and time over threads changes nothing but the last bits."""
+    pre, h0, reset = inputs(gate, *shape)
+    dh = torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for reverse in (False, True):
+            arguments = (h0, reset, gate, "positive", reverse)
+            expected = MODULES["reference"].forward(pre, *arguments)
+            gradients = MODULES["reference"].backward(dh, pre, expected, *arguments)
+            with poisoned():
+                h = MODULES["cpp"].forward(pre, *arguments)
+                again = MODULES["cpp"].forward(pre, *arguments)
+                actual = MODULES["cpp"].backward(dh, pre, h, *arguments)
+            assert torch.equal(h, again), "the same call gave other bits"
+            for x, y in zip((h, *actual), (expected, *gradients), strict=True):
+                assert relative_error(x, y) < 1e-13
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_layouts(gate: str) -> None:
+    """Packed, time-major, sliced, expanded and channel-strided inputs need not be copied by the caller."""
+    pre, h0, reset = inputs(gate, 3, 12, 4)
+    k = GATES[gate].num_pre
+    expected = gated_scan(gate, *pre, h0=h0, reset=reset)
+    packed = torch.cat(pre, -1)
+    time_major = packed.transpose(0, 1).contiguous().transpose(0, 1)
+    sliced = torch.randn(6, 15, k * 4 + 2, dtype=torch.float64)[::2, 1:13, 1:-1].copy_(packed)
+    strided = [torch.empty(3, 4, 12, dtype=torch.float64).transpose(1, 2).copy_(x) for x in pre]
+    for variant in ([packed], [time_major], [sliced], strided, list(packed.chunk(k, -1))):
+        leaves = [x.detach().requires_grad_() for x in variant]
+        h = gated_scan(gate, *leaves, h0=h0, reset=reset)
+        torch.testing.assert_close(h, expected, rtol=1e-12, atol=1e-12)
+        gradient = torch.cat(torch.autograd.grad(h.sum(), leaves), -1)
+        source = [x.detach().requires_grad_() for x in pre]
+        exact = torch.cat(
+            torch.autograd.grad(gated_scan(gate, *source, h0=h0, reset=reset).sum(), source), -1
+        )
+        torch.testing.assert_close(gradient, exact, rtol=1e-11, atol=1e-12)
+    assert gated_scan(gate, time_major).stride(0) == 4, "time-major in must give time-major out"
+    expanded = [x[:1].expand(3, -1, -1) for x in pre]
+    torch.testing.assert_close(
+        gated_scan(gate, *expanded), gated_scan(gate, *[x.contiguous() for x in expanded]), rtol=1e-12, atol=0
+    )
+
+
+@cells
+@directions
+def test_restart(gate: str, candidate: str, reverse: bool) -> None:
+    """Reset forgets, even a state that is not a number; no gradient crosses it."""
+    pre, h0, _ = inputs(gate, 2, 20, 3)
+    pre = [x.requires_grad_() for x in pre]
+    cut = 8
+    reset = torch.zeros(2, 20, dtype=torch.bool)
+    reset[:, 19 - cut if reverse else cut] = True
+    after = slice(None, 20 - cut) if reverse else slice(cut, None)
+    before = slice(20 - cut, None) if reverse else slice(None, cut)
+    h = gated_scan(
+        gate, *pre, h0=torch.full_like(h0, torch.nan), reset=reset, reverse=reverse, candidate=candidate
+    )
+    fresh = gated_scan(gate, *[x[:, after] for x in pre], reverse=reverse, candidate=candidate)
+    torch.testing.assert_close(h[:, after], fresh, rtol=1e-12, atol=1e-12)
+    clean = gated_scan(gate, *pre, h0=h0, reset=reset, reverse=reverse, candidate=candidate)
+    for d in torch.autograd.grad(clean[:, after].sum(), pre):
+        assert torch.equal(d[:, before], torch.zeros_like(d[:, before]))
+
+
+@directions
+def test_identity(reverse: bool) -> None:
+    """a = 1, b = 0 keeps the state, exactly."""
+    h0 = torch.randn(3, 5)
+    h = scan(torch.ones(3, 40, 5), torch.zeros(3, 40, 5), h0, reverse=reverse)
+    assert torch.equal(h, h0[:, None].expand(3, 40, 5))
+
+
+@cells
+@given(T=st.integers(1, 70), seed=st.integers(0, 99))
+@settings(max_examples=15, deadline=None)
+def test_reverse(gate: str, candidate: str, T: int, seed: int) -> None:
+    """Reverse = flip . scan . flip."""
+    pre, h0, reset = inputs(gate, 2, T, 3, seed=seed)
+    flipped = gated_scan(gate, *[x.flip(1) for x in pre], h0=h0, reset=reset.flip(1), candidate=candidate)
+    h = gated_scan(gate, *pre, h0=h0, reset=reset, reverse=True, candidate=candidate)
+    torch.testing.assert_close(h, flipped.flip(1), rtol=1e-13, atol=1e-13)
+
+
+@cells
+@directions
+def test_causality(gate: str, candidate: str, reverse: bool) -> None:
+    """No output depends on later input: changing it leaves the same bits."""
+    pre, h0, reset = inputs(gate, 2, 30, 3, torch.float32)
+    h = gated_scan(gate, *pre, h0=h0, reset=reset, reverse=reverse, candidate=candidate)
+    later, earlier = (slice(None, 15), slice(15, None)) if reverse else (slice(15, None), slice(None, 15))
+    for x in pre:
+        x[:, later] += 1
+    changed = gated_scan(gate, *pre, h0=h0, reset=reset, reverse=reverse, candidate=candidate)
+    assert torch.equal(h[:, earlier], changed[:, earlier])
+
+
+@given(seed=st.integers(0, 999), scale=st.floats(-3, 3), reverse=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_linearity(seed: int, scale: float, reverse: bool) -> None:
+    """The scan is linear in (b, h0)."""
+    generator = torch.Generator().manual_seed(seed)
+    a, b1, b2 = (torch.randn(2, 25, 3, generator=generator, dtype=torch.float64) for _ in range(3))
+    h1, h2 = (torch.randn(2, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    a = a.tanh()
+    combined = scan(a, b1 + scale * b2, h1 + scale * h2, reverse=reverse)
+    separate = scan(a, b1, h1, reverse=reverse) + scale * scan(a, b2, h2, reverse=reverse)
+    torch.testing.assert_close(combined, separate, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("candidate", CANDIDATES)
+def test_normalised_minlstm_is_a_mingru(candidate: str) -> None:
+    """f / (f + i) = sigmoid(log f - log i): minLSTM is a minGRU with one effective gate."""
+    (f, i, c), h0, _ = inputs("minlstm", 2, 30, 4)
+    z = torch.nn.functional.logsigmoid(i) - torch.nn.functional.logsigmoid(f)
+    torch.testing.assert_close(
+        gated_scan("minlstm", f, i, c, h0=h0, candidate=candidate),
+        gated_scan("mingru", z, c, h0=h0, candidate=candidate),
+        rtol=1e-12,
+        atol=1e-12,
+    )
+
+
+def test_log_space_cross_check() -> None:
+    """The paper's log-space form (appendix B.3; Heinsen, arXiv 2311.06281) gives the same h where it is accurate."""
+    (z, c), _, _ = inputs("mingru", 2, 40, 4)
+    log_a = -torch.nn.functional.softplus(z)
+    log_b = -torch.nn.functional.softplus(-z) + CANDIDATES["positive"].value(c).log()
+    A = log_a.cumsum(1)
+    h = (A + (log_b - A).logcumsumexp(1)).exp()
+    torch.testing.assert_close(gated_scan("mingru", z, c), h, rtol=1e-11, atol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Extreme pre-activations
+
+
+@cells
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_extremes(gate: str, candidate: str, dtype: torch.dtype) -> None:
+    """Gates saturate without overflow: all pairs of huge, tiny, zero and opposite pre-activations."""
+    values = torch.tensor([-1e4, -200.0, -90.0, -20.0, -1e-3, 0.0, 1e-20, 3.0, 30.0, 120.0, 1e4], dtype=dtype)
+    grid = torch.cartesian_prod(*[values] * GATES[gate].num_pre)  # (N, k)
+    pre = [grid[:, j].reshape(1, 1, -1).contiguous() for j in range(grid.shape[1])]
+    h0 = torch.linspace(-2, 2, grid.shape[0], dtype=dtype)[None]
+    arguments = (None, gate, candidate, False)
+    exact = MODULES["reference"].forward([x.double() for x in pre], h0.double(), *arguments)
+    dh = torch.ones_like(exact)
+    gradients = MODULES["reference"].backward(dh, [x.double() for x in pre], exact, h0.double(), *arguments)
+    for name, module in MODULES.items():
+        h = module.forward(pre, h0, *arguments)
+        torch.testing.assert_close(h.double(), exact, rtol=3e-6, atol=1e-30)
+        actual = module.backward(dh.to(dtype), pre, h, h0, *arguments)
+        for x, y in zip(actual, gradients, strict=True):
+            torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_nan_propagates_from_its_step_on(gate: str, dtype: torch.dtype) -> None:
+    """A NaN is never swallowed, and never reaches other rows, channels or earlier steps."""
+    for j in range(GATES[gate].num_pre):
+        pre, _, _ = inputs(gate, 2, 9, 18, dtype)
+        pre[j][0, 4, 2] = torch.nan
+        h = gated_scan(gate, *pre)
+        expected = torch.zeros(2, 9, 18, dtype=torch.bool)
+        expected[0, 4:, 2] = True
+        assert torch.equal(h.isnan(), expected)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_conversions_are_torchs(dtype: torch.dtype) -> None:
+    """Every 16-bit pattern survives a = 0, b = x, and rounding to 16 bits is to nearest even as in torch."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    x = bits.view(dtype)[None, None]
+    h = MODULES["cpp"].forward([torch.zeros_like(x), x], None, None, "identity", "positive", False)
+    assert torch.equal(h.isnan(), x.isnan())
+    assert torch.equal(h.nan_to_num(1.0).abs(), x.nan_to_num(1.0).abs())
+    a = torch.rand(2**16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    h0 = (
+        torch.randn(2**16, generator=torch.Generator().manual_seed(1)) * torch.logspace(-9, 5, 2**16)
+    ).float()
+    h = MODULES["cpp"].forward(
+        [a[None, None], torch.zeros_like(x)], h0[None], None, "identity", "positive", False
+    )
+    expected = (a.double() * h0.double()).float().to(dtype)
+    assert torch.equal(h.flatten().nan_to_num(1.0), expected.nan_to_num(1.0))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Derivatives of every order, and torch's own checks
+
+
+def function(gate: str, candidate: str, reset: Tensor | None, reverse: bool):  # noqa: ANN201
+    return lambda h0, *pre: gated_scan(gate, *pre, h0=h0, reset=reset, reverse=reverse, candidate=candidate)
+
+
+@cells
+@directions
+def test_gradcheck(gate: str, candidate: str, reverse: bool) -> None:
+    """First derivatives, backward and forward mode, against finite differences, packed and not."""
+    pre, h0, reset = inputs(gate, 2, 6, 2)
+    for tensors in (pre, [torch.cat(pre, -1)]):
+        leaves = [x.requires_grad_() for x in (h0, *tensors)]
+        assert torch.autograd.gradcheck(
+            function(gate, candidate, reset, reverse), leaves, check_forward_ad=True
+        )
+
+
+@cells
+@directions
+def test_gradgradcheck(gate: str, candidate: str, reverse: bool) -> None:
+    """Second derivatives, reverse over reverse and forward over reverse."""
+    pre, h0, reset = inputs(gate, 2, 4, 2)
+    leaves = [x.requires_grad_() for x in (h0, *pre)]
+    assert torch.autograd.gradgradcheck(
+        function(gate, candidate, reset, reverse), leaves, check_fwd_over_rev=True
+    )
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_vmap_and_jacobians(gate: str) -> None:
+    """torch.func transforms compose with the scan."""
+    pre, h0, reset = inputs(gate, 2, 5, 3)
+    batched = [torch.stack([x, x.flip(1), 2 * x], 1) for x in pre]
+    f = function(gate, "positive", reset, False)
+    mapped = torch.func.vmap(f, in_dims=(None, *[1] * len(pre)))(h0, *batched)
+    for n in range(3):
+        torch.testing.assert_close(mapped[n], f(h0, *[x[:, n] for x in batched]), rtol=1e-12, atol=1e-12)
+    forward = torch.func.jacfwd(f, argnums=1)(h0, *pre)
+    backward = torch.func.jacrev(f, argnums=1)(h0, *pre)
+    torch.testing.assert_close(forward, backward, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_batched_gradients(gate: str) -> None:
+    """Many output gradients at once, by vmap over torch.autograd.grad: the engine's backward, batched."""
+    pre, h0, reset = inputs(gate, 2, 5, 3)
+    leaves = [x.requires_grad_() for x in (h0, *pre)]
+    h = function(gate, "positive", reset, False)(*leaves)
+    directions = torch.randn(4, *h.shape, generator=torch.Generator().manual_seed(1), dtype=h.dtype)
+    batched = torch.func.vmap(lambda v: torch.autograd.grad(h, leaves, v, retain_graph=True))(directions)
+    for n, direction in enumerate(directions):
+        expected = torch.autograd.grad(h, leaves, direction, retain_graph=True)
+        for x, y in zip(batched, expected, strict=True):
+            torch.testing.assert_close(x[n], y, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck(gate: str, packed: bool) -> None:
+    """Schema, autograd registration, fake tensors and ahead-of-time dispatch with dynamic shapes."""
+    pre, h0, reset = inputs(gate, 2, 5, 3, torch.float32)
+    pre = [torch.cat(pre, -1)] if packed else pre
+    leaves = [x.requires_grad_() for x in pre]
+    h0.requires_grad_()
+    for arguments in ((leaves, h0, reset), (leaves, None, None)):
+        torch.library.opcheck(torch.ops.minrnn.gated_scan.default, (*arguments, gate, "positive", False))
+    plain = [x.detach() for x in pre]
+    h = gated_scan(gate, *plain, h0=h0.detach(), reset=reset)
+    torch.library.opcheck(
+        torch.ops.minrnn.gated_scan_backward.default,
+        (torch.ones_like(h), plain, h, h0.detach(), reset, gate, "positive", False),
+    )
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_compile(gate: str) -> None:
+    """torch.compile(fullgraph=True): same values and gradients, and no recompilation for another T."""
+    torch._dynamo.reset()
+    f = function(gate, "positive", None, False)
+    fast = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for T in (7, 12, 31):
+            pre, h0, _ = inputs(gate, 2, T, 3, torch.float32)
+            results = []
+            for g in (f, fast):
+                leaves = [x.detach().clone().requires_grad_() for x in (h0, *pre)]
+                h = g(*leaves)
+                results.append([h, *torch.autograd.grad(h.square().sum(), leaves)])
+            for x, y in zip(*results, strict=True):
+                torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_export(gate: str) -> None:
+    """torch.export holds the operator, for any T."""
+
+    class Model(torch.nn.Module):
+        def forward(self, *pre: Tensor) -> Tensor:
+            return gated_scan(gate, *pre)
+
+    pre, _, _ = inputs(gate, 2, 6, 3, torch.float32)
+    T = torch.export.Dim("T", min=2, max=4096)
+    shapes = {"pre": tuple({1: T} for _ in pre)}
+    program = torch.export.export(Model(), tuple(pre), dynamic_shapes=shapes)
+    longer, _, _ = inputs(gate, 2, 11, 3, torch.float32)
+    torch.testing.assert_close(program.module()(*longer), gated_scan(gate, *longer))
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_meta(gate: str) -> None:
+    """Shapes without data."""
+    pre = [torch.empty(2, 5, 3, device="meta") for _ in GATES[gate].pre]
+    assert gated_scan(gate, *pre).shape == (2, 5, 3)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Half precision keeps its gates and its state
+
+
+def test_bfloat16_forgets() -> None:
+    """A decay of 0.999 rounds to 1 in bfloat16; computed in float32 inside, the cell still forgets."""
+    z = torch.full((1, 4000, 1), -6.9).to(torch.bfloat16)
+    h = gated_scan("mingru", z, torch.zeros_like(z), h0=torch.full((1, 1), 100.0))
+    assert h[0, -1, 0] < 3
+
+
+def test_float32_state_with_half_inputs() -> None:
+    """h0 may be float32 beside half inputs, and its gradient is float32."""
+    pre, h0, _ = inputs("mingru", 2, 8, 4, torch.bfloat16)
+    exact = h0.float().requires_grad_()
+    h = gated_scan("mingru", *pre, h0=exact)
+    assert h.dtype == torch.bfloat16
+    (dh0,) = torch.autograd.grad(h.sum(), exact)
+    assert dh0.dtype == torch.float32
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Bad input
+
+X = torch.zeros(2, 5, 3)
+BAD_SCANS = {
+    "a is a list": ((X.tolist(), X), TypeError, "a must be a tensor, got list"),
+    "integers": ((X.long(), X.long()), TypeError, "a must be float32"),
+    "two axes": ((X[0], X[0]), ValueError, r"\(B, T, D\)"),
+    "no steps": ((X[:, :0], X[:, :0]), ValueError, "at least 1"),
+    "shapes differ": ((X, X[:, :4]), ValueError, r"b must be of shape \(2, 5, 3\)"),
+    "dtypes differ": ((X, X.double()), TypeError, "b must be torch.float32"),
+    "devices differ": ((X, X.to("meta")), ValueError, "b must be on cpu"),
+    "h0 too wide": ((X, X, torch.zeros(2, 4)), ValueError, r"h0 must be of shape \(2, 3\)"),
+    "h0 has layers": ((X, X, torch.zeros(1, 2, 3)), ValueError, "h0 must be of shape"),
+    "h0 is double": ((X, X, torch.zeros(2, 3).double()), TypeError, "h0 must be torch.float32"),
+}
+BAD_GATES = {
+    "unknown gate": (("mingrew", X, X), {}, ValueError, "did you mean 'mingru'"),
+    "unknown candidate": (("mingru", X, X), {"candidate": "positiv"}, ValueError, "did you mean 'positive'"),
+    "candidate of identity": (("identity", X, X), {"candidate": "tanh"}, ValueError, "no candidate"),
+    "too few": (("minlstm", X, X), {}, ValueError, "takes 3 pre-activations"),
+    "odd packed": (("mingru", X), {}, ValueError, "multiple of 2"),
+    "reset is float": (("mingru", X, X), {"reset": torch.zeros(2, 5)}, TypeError, "reset must be torch.bool"),
+    "reset transposed": (
+        ("mingru", X, X),
+        {"reset": torch.zeros(5, 2, dtype=torch.bool)},
+        ValueError,
+        r"reset must be of shape \(2, 5\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SCANS)
+def test_scan_refuses(case: str) -> None:
+    arguments, error, message = BAD_SCANS[case]
+    with pytest.raises(error, match=message):
+        scan(*arguments)
+
+
+@pytest.mark.parametrize("case", BAD_GATES)
+def test_gated_scan_refuses(case: str) -> None:
+    arguments, keywords, error, message = BAD_GATES[case]
+    with pytest.raises(error, match=message):
+        gated_scan(*arguments, **keywords)
