@@ -191,8 +191,9 @@ def test_a_file_is_its_own_corpus(tmp_path: Path) -> None:
     assert find_corpus(str(file)) == Corpus(str(file), file.resolve(), (file.resolve(),))
 
 
-def test_a_folder_is_read_without_hidden_files(tmp_path: Path) -> None:
+def test_a_folder_is_read_without_hidden_and_empty_files(tmp_path: Path) -> None:
     write_tree(tmp_path, ["b.txt", "a/c.md", ".git/config", "a/.hidden", "a/__pycache__/x.pyc"])
+    (tmp_path / "empty.txt").touch()
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
     corpus = find_corpus(str(tmp_path))
     assert {file.name for file in corpus.files} == {"b.txt", "c.md"}
@@ -232,6 +233,7 @@ def test_a_missing_source_names_the_nearest(tmp_path: Path) -> None:
         find_corpus(str(tmp_path / "nothing.txt"))
 
 
-def test_a_folder_without_files_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "__init__.py").touch()
     with pytest.raises(ValueError, match="must hold text, got no visible files"):
         find_corpus(str(tmp_path))

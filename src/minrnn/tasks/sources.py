@@ -56,7 +56,7 @@ def find_corpus(source: str) -> Corpus:
         source: a name in SOURCES, or the path of a file or a folder (./python for one called python).
 
     Raises:
-        ValueError: there is no such source, file or folder, or the folder holds no files.
+        ValueError: there is no such source, file or folder, or the folder holds no text.
         OSError: the source must be downloaded and cannot be.
     """
     if source in SOURCES:
@@ -151,7 +151,7 @@ def _split_by_file(name: str, folder: Path, keep: Callable[[str], bool], suffix:
     files = sorted(_walk(folder, keep, suffix), key=lambda file: file.relative_to(folder).as_posix())
     if not files:
         wanted = f"{suffix} files" if suffix else "visible files"
-        raise ValueError(f"find_corpus: source {name!r} must hold text, got no {wanted} in {folder}")
+        raise ValueError(f"find_corpus: source {name!r} must hold text, got no {wanted} that do in {folder}")
     if len(files) == 1:
         return Corpus(name, folder, tuple(files))
     ranked = sorted(files, key=lambda file: _path_hash(file.relative_to(folder)))
@@ -161,12 +161,15 @@ def _split_by_file(name: str, folder: Path, keep: Callable[[str], bool], suffix:
 
 
 def _walk(folder: Path, keep: Callable[[str], bool], suffix: str) -> Iterator[Path]:
-    """Yield the regular files below `folder` that end in `suffix`, where every name on the way is kept."""
+    """Yield the files below `folder` that end in `suffix` and hold something, if each name on the way is kept.
+
+    An empty file must not be drawn for validation, where it could be the only one.
+    """
     for parent, folders, names in os.walk(folder, onerror=_raise):  # which else skips what it may not read
         folders[:] = filter(keep, folders)  # os.walk descends into what is left
         for name in filter(keep, names):
             file = Path(parent, name)
-            if name.endswith(suffix) and file.is_file():  # not a socket, nor a link to nowhere
+            if name.endswith(suffix) and file.is_file() and file.stat().st_size:  # no socket, no dead link
                 yield file
 
 

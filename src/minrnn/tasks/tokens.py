@@ -53,7 +53,7 @@ def tokenise(corpus: Corpus, vocabulary: str | Vocabulary) -> TokenisedCorpus:
     state = [_file_state(file) for file in corpus.files]
     if not any(size for _, size, *_ in state):
         raise ValueError(
-            f"tokenise: source {corpus.name!r} must hold text, got nothing but empty files in {corpus.origin}"
+            f"tokenise: source {corpus.name!r} must hold text, got an empty file: {corpus.origin}"
         )
     wanted = vocabulary if isinstance(vocabulary, str) else vocabulary.to_dict()
     shelf = cache_folder() / "tokens" / _digest([FORMAT_VERSION, str(corpus.origin), corpus.name, wanted])
