@@ -400,7 +400,7 @@ def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch: pyt
 
 
 def test_an_empty_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="must hold text, got an empty file: .*empty.txt"):
+    with pytest.raises(ValueError, match=r"must hold text, got an empty file: .*empty\.txt"):
         TextTask(TextConfig(write(tmp_path / "empty.txt", "")))
 
 

@@ -161,7 +161,7 @@ def _split_by_file(name: str, folder: Path, keep: Callable[[str], bool], suffix:
 
 
 def _walk(folder: Path, keep: Callable[[str], bool], suffix: str) -> Iterator[Path]:
-    """Yield the files below `folder` that end in `suffix` and hold something, if each name on the way is kept.
+    """Yield the files below `folder` that end in `suffix` and are not empty, if each name on the way is kept.
 
     An empty file must not be drawn for validation, where it could be the only one.
     """
