@@ -65,7 +65,8 @@ template <class Real> inline Real exp_nonpositive(Real x) {
     return __builtin_bit_cast(Real, __builtin_bit_cast(Bits, p) + scale);
 }
 
-template <class Real> inline Real absolute(Real x) { return x < 0 ? -x : x; }
+inline float absolute(float x) { return __builtin_fabsf(x); }
+inline double absolute(double x) { return __builtin_fabs(x); }
 
 // sigmoid(x) and sigmoid(-x), each with full relative accuracy: 1 - sigmoid(x) would lose it for large x.
 template <class Real> struct Sigmoid {
