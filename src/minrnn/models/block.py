@@ -78,7 +78,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, state: BlockState | None = None, *, reset: Tensor | None = None
     ) -> tuple[Tensor, BlockState]:
-        """Advance the state over x `(B, T, d_model)`; reset `(B, T)` forgets before a step. Returns y as x, and the state."""
+        """Advance the state over x `(B, T, d_model)`; where reset `(B, T)` is True, forget it first."""
         windows, carried = ((), None) if state is None else state
         y = self.mixer_norm(x)
         if self.conv is not None:

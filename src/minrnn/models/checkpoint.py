@@ -51,7 +51,7 @@ def save_checkpoint(
 def load_checkpoint(
     directory: Path, *, device: torch.device | str = "cpu"
 ) -> tuple[SequenceModel, dict[str, JSON]]:
-    """Read a model that `save_checkpoint` wrote.
+    """Read a model that `save_checkpoint` wrote; if it is replaced meanwhile, read the new one instead.
 
     Args:
         directory: where it lies.
@@ -64,7 +64,20 @@ def load_checkpoint(
         FileNotFoundError: the directory or one of its files is missing.
         ValueError: a file is cut short or altered, written by a newer version, or does not fit its config.
     """
-    folder = find_directory(directory)
+    while True:
+        folder = find_directory(directory)
+        identity = _identity(folder)
+        try:
+            loaded = _load(folder, device)
+        except (FileNotFoundError, ValueError):  # of a mixture of the old files and the new, perhaps
+            if _identity(find_directory(directory)) == identity:
+                raise
+        else:
+            if _identity(find_directory(directory)) == identity:
+                return loaded
+
+
+def _load(folder: Path, device: torch.device | str) -> tuple[SequenceModel, dict[str, JSON]]:
     config = _read_config(folder / CONFIG_FILE)
     _check_integrity(folder / TENSORS_FILE, config["files"])
     with torch.device("meta"):  # no memory and no random numbers for values that are replaced below
@@ -76,7 +89,7 @@ def load_checkpoint(
 
 
 def write_model(folder: Path, model: SequenceModel, *, extra: Mapping[str, JSON] | None = None) -> None:
-    """Write a checkpoint's files into a folder that is there: for `write_directory`, where more files go beside them."""
+    """Write a checkpoint's files into a folder that is there; in `write_directory`, beside other files."""
     config: dict[str, JSON] = {
         "format_version": FORMAT_VERSION,
         "model": model.config.to_dict(),
@@ -112,11 +125,9 @@ def load_tensors(path: Path, *, device: torch.device | str = "cpu") -> dict[str,
     try:
         tensors = safetensors.torch.load_file(path, device=str(device))
     except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"load_tensors: {path} is no whole safetensors file ({error}); use another copy"
-        ) from error
-    # Copies: the library maps the file, where tensors lie at odd addresses; matrix products may round differently there,
-    # and a resumed run must repeat the run that was not interrupted bit for bit.
+        raise ValueError(f"load_tensors: {path} is not a whole safetensors file ({error})") from error
+    # Copies: the library maps the file, where tensors lie at odd addresses; matrix products may round
+    # differently there, and a resumed run must repeat the run that was not interrupted bit for bit.
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
@@ -160,10 +171,10 @@ def write_directory(directory: Path) -> Iterator[Path]:
 
 
 def find_directory(directory: Path) -> Path:
-    """Return where the content of `directory` lies: there, or aside if a write was killed between its two renames.
+    """Return where the content of `directory` lies: there, or aside where a killed write has left it.
 
     Raises:
-        FileNotFoundError: it lies nowhere.
+        FileNotFoundError: it is in neither place.
     """
     for candidate in (Path(directory), _sibling(Path(directory), "previous")):
         if candidate.is_dir():
@@ -174,6 +185,12 @@ def find_directory(directory: Path) -> Path:
 def _sibling(directory: Path, role: str) -> Path:
     # A fixed name, so that the next write finds what a killed one has left.
     return directory.absolute().with_name(f".{directory.absolute().name}.{role}")
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """Tell a directory from another that has taken its name."""
+    status = folder.stat()
+    return status.st_ino, status.st_mtime_ns
 
 
 def _clear_up(directory: Path, folder: Path, aside: Path) -> None:
@@ -187,7 +204,7 @@ def _clear_up(directory: Path, folder: Path, aside: Path) -> None:
 
 
 def _swap(directory: Path, folder: Path, aside: Path) -> None:
-    """Put the folder in the directory's place. A directory cannot be renamed onto a full one, so the old steps aside."""
+    """Put the folder in the directory's place; the old steps aside, as nothing is renamed onto a full one."""
     had_one = directory.exists()
     if had_one:
         directory.rename(aside)
@@ -228,8 +245,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"load_checkpoint: {path} names no format_version; it is no checkpoint of minrnn")
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"load_checkpoint: {path} has format version {version}, this minrnn reads up to {FORMAT_VERSION}; "
-            "upgrade minrnn"
+            f"load_checkpoint: {path} has format version {version}, and this minrnn reads up to "
+            f"{FORMAT_VERSION}; upgrade minrnn"
         )
     for key in ("model", "files", "extra"):
         if not isinstance(config.get(key), dict):
@@ -243,8 +260,8 @@ def _check_integrity(path: Path, files: Mapping[str, Any]) -> None:
     recorded = files.get(TENSORS_FILE)
     if recorded != {"bytes": path.stat().st_size, "sha256": _sha256(path)}:
         raise ValueError(
-            f"load_checkpoint: {path} is not the file that was saved (its size or SHA-256 differs from the one "
-            "recorded beside it); it was cut short or altered: use another copy"
+            f"load_checkpoint: {path} was cut short or altered: its size or SHA-256 is not the recorded one; "
+            "use another copy"
         )
 
 

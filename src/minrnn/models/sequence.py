@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from inspect import signature
@@ -49,13 +49,13 @@ class ModelConfig:
     expansion: float = 1.0
     """Channels of the mixer's state, as a multiple of d_model."""
     conv_width: int = 4
-    """Steps that the causal convolution before each mixer sees, the current one included; 0: no convolution."""
+    """Steps that the convolution before each mixer sees, the current one included; 0: no convolution."""
     mlp_ratio: float = 2.0
     """Inner channels of each block's MLP, as a multiple of d_model; 0: no MLP."""
     mlp_activation: str = "gelu"
     """The MLP's activation: gelu, relu or silu."""
     norm: str = "layer"
-    """The norm before each branch and the head: layer or rms. On a CPU, torch's layer is about 3 times as fast."""
+    """The norm before each branch and the head: layer or rms."""
     dropout: float = 0.0
     """Probability of zeroing a channel of the embedding or of a branch's output, while training."""
     tie_embeddings: bool = True
@@ -65,7 +65,7 @@ class ModelConfig:
     candidate: str | None = None
     """mingru, minlstm: the candidate's function: positive, linear or tanh; unset: positive."""
     forget_bias: float | None = None
-    """mingru, minlstm: how far towards keeping its state a cell starts, in logits; unset: the cell's default."""
+    """mingru, minlstm: how far towards keeping its state a cell starts, in logits; unset: 1."""
     normalize: bool | None = None
     """minlstm: make the forget and input gates sum to one; unset: yes."""
     num_heads: int | None = None
@@ -76,9 +76,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         self._check_types()
         for name in ("vocab_size", "d_model", "num_layers", "expansion"):
-            self._require(name, getattr(self, name) > 0, "positive")
+            self._require(name, 0 < getattr(self, name) < math.inf, "positive")
         for name in ("conv_width", "mlp_ratio"):
-            self._require(name, getattr(self, name) >= 0, "0 (none) or positive")
+            self._require(name, 0 <= getattr(self, name) < math.inf, "0 (none) or positive")
         self._require("dropout", 0 <= self.dropout < 1, "a probability in [0, 1)")
         names: dict[str, Collection[str]] = {
             "mixer": MIXERS,
@@ -225,6 +225,12 @@ class SequenceModel(nn.Module):
             raise ValueError(f"SequenceModel: tokens must be (B, T) with T >= 1, got {tuple(tokens.shape)}")
         if state is not None and len(state) != len(self.blocks):
             raise ValueError(f"SequenceModel: state must have {len(self.blocks)} blocks, got {len(state)}")
+        for tensor in () if state is None else _tensors(state):
+            if tensor.shape[:1] != tokens.shape[:1]:
+                raise ValueError(
+                    f"SequenceModel: the first axis of each state tensor must be the batch, {len(tokens)}, "
+                    f"got shape {tuple(tensor.shape)}"
+                )
         check_reset("SequenceModel", reset, tuple(tokens.shape))
 
 
@@ -233,6 +239,14 @@ def map_state(function: Callable[[Tensor], Tensor], state: Any) -> Any:
     if isinstance(state, Tensor):
         return function(state)
     return tuple(map_state(function, part) for part in state)
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    if isinstance(state, Tensor):
+        yield state
+    else:
+        for part in state:
+            yield from _tensors(part)
 
 
 def _make_block(config: ModelConfig) -> Block:
