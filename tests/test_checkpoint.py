@@ -1,0 +1,424 @@
+"""Checkpoints: what is read is what was written, damage is refused, and no accident loses the one before."""
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import minrnn.models.checkpoint as checkpoint
+from minrnn.mixers import MIXERS
+from minrnn.models import ModelConfig, SequenceModel, load_checkpoint, save_checkpoint
+from minrnn.models.checkpoint import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    TENSORS_FILE,
+    find_directory,
+    load_tensors,
+    save_tensors,
+    write_directory,
+)
+
+
+def build(seed: int = 0, **options: Any) -> SequenceModel:
+    torch.manual_seed(seed)
+    return SequenceModel(ModelConfig(**{"vocab_size": 7, "d_model": 8, "num_layers": 2, **options}))
+
+
+def same(ours: SequenceModel, theirs: SequenceModel) -> bool:
+    one, other = ours.state_dict(), theirs.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def edit_config(directory: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    path = directory / CONFIG_FILE
+    config = json.loads(path.read_text())
+    edit(config)
+    path.write_text(json.dumps(config))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A checkpoint of `build()`."""
+    save_checkpoint(tmp_path / "last", build(), extra={"step": 1})
+    return tmp_path / "last"
+
+
+# --- round trips --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_round_trip(tmp_path: Path, mixer: str, tie_embeddings: bool) -> None:
+    model = build(mixer=mixer, tie_embeddings=tie_embeddings)
+    extra = {"vocabulary": {"kind": "bytes"}, "step": 3, "loss": 1.5, "tags": ["a", None, True]}
+    save_checkpoint(tmp_path / "a" / "b", model, extra=extra)
+    random_state = torch.get_rng_state()
+    loaded, loaded_extra = load_checkpoint(tmp_path / "a" / "b")
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert loaded_extra == extra
+    assert loaded.config == model.config
+    assert same(loaded, model)
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    tokens = torch.randint(7, (2, 5))
+    assert torch.equal(loaded(tokens)[0], model(tokens)[0])
+
+
+def test_dtype_survives(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", build().double())
+    loaded, extra = load_checkpoint(tmp_path / "c")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float64}
+    assert extra == {}
+
+
+def test_directory_holds_two_files_and_a_readable_config(saved: Path) -> None:
+    assert sorted(path.name for path in saved.iterdir()) == [CONFIG_FILE, TENSORS_FILE]
+    assert [path.name for path in saved.parent.iterdir()] == ["last"]
+    config = json.loads((saved / CONFIG_FILE).read_text())
+    assert config["format_version"] == FORMAT_VERSION
+    assert config["model"]["d_model"] == 8
+    assert config["files"][TENSORS_FILE]["bytes"] == (saved / TENSORS_FILE).stat().st_size
+
+
+def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(Path("last"), build())
+    save_checkpoint(Path("last"), build(1))
+    assert same(load_checkpoint(Path("last"))[0], build(1))
+
+
+def test_tensors_round_trip(tmp_path: Path) -> None:
+    tensors = {
+        "transposed": torch.randn(3, 4).T,
+        "empty": torch.zeros(2, 0, 3),
+        "scalar": torch.tensor(7),
+        "bool": torch.tensor([True, False]),
+        "half": torch.randn(3).bfloat16(),
+        "needs grad": torch.randn(2, requires_grad=True),
+    }
+    save_tensors(tmp_path / "t.safetensors", tensors)
+    loaded = load_tensors(tmp_path / "t.safetensors")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+        assert loaded[name].data_ptr() % 16 == 0
+
+
+def test_replacing_takes_the_other_files_along(saved: Path) -> None:
+    (saved / "trainer.json").write_text("old")
+    save_checkpoint(saved, build(1), extra={"step": 2})
+    assert not (saved / "trainer.json").exists()
+    loaded, extra = load_checkpoint(saved)
+    assert extra == {"step": 2}
+    assert same(loaded, build(1))
+    assert [path.name for path in saved.parent.iterdir()] == ["last"]
+
+
+# --- damage -------------------------------------------------------------------------------------------
+
+
+def refused(directory: Path, message: str, error: type[Exception] = ValueError) -> None:
+    with pytest.raises(error, match=message):
+        load_checkpoint(directory)
+
+
+def test_cut_short_tensors_are_refused(saved: Path) -> None:
+    path = saved / TENSORS_FILE
+    path.write_bytes(path.read_bytes()[:-3])
+    refused(saved, "cut short or altered")
+
+
+def test_altered_tensors_are_refused(saved: Path) -> None:
+    path = saved / TENSORS_FILE
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    refused(saved, "cut short or altered")
+
+
+def test_tensors_without_their_record_are_refused(saved: Path) -> None:
+    edit_config(saved, lambda config: config["files"].clear())
+    refused(saved, "cut short or altered")
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, TENSORS_FILE])
+def test_missing_file_is_named(saved: Path, name: str) -> None:
+    (saved / name).unlink()
+    refused(saved, name, FileNotFoundError)
+
+
+def test_missing_directory_is_named(tmp_path: Path) -> None:
+    refused(tmp_path / "nothing", "no checkpoint directory.*nothing", FileNotFoundError)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"model": {}}'])
+def test_config_that_is_none_is_refused(saved: Path, content: bytes) -> None:
+    (saved / CONFIG_FILE).write_bytes(content)
+    refused(saved, "config.json (is no JSON|names no format_version)")
+
+
+def test_newer_format_is_refused(saved: Path) -> None:
+    edit_config(saved, lambda config: config.update(format_version=FORMAT_VERSION + 1))
+    refused(saved, f"format version {FORMAT_VERSION + 1}, .* up to {FORMAT_VERSION}; upgrade minrnn")
+
+
+@pytest.mark.parametrize("key", ["model", "files", "extra"])
+def test_incomplete_config_is_refused(saved: Path, key: str) -> None:
+    edit_config(saved, lambda config: config.pop(key))
+    refused(saved, f"has no '{key}'")
+
+
+def test_unknown_config_key_names_the_nearest(saved: Path) -> None:
+    edit_config(saved, lambda config: config["model"].update(num_layer=3))
+    refused(saved, "unknown key 'num_layer'; the nearest is 'num_layers'")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": 3}, "missing: blocks.2.conv.bias, "),
+        ({"num_layers": 1}, "unexpected: blocks.1.conv.bias, "),
+        ({"vocab_size": 9}, r"of another shape: embedding.weight \(\(9, 8\) expected, got \(7, 8\)\)"),
+        ({"tie_embeddings": False}, "missing: head.weight"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(saved: Path, change: dict[str, Any], message: str) -> None:
+    edit_config(saved, lambda config: config["model"].update(change))
+    refused(saved, message)
+
+
+def test_load_tensors_refuses_what_is_no_safetensors_file(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    with pytest.raises(FileNotFoundError):
+        load_tensors(path)
+    save_tensors(path, {"a": torch.zeros(5)})
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_tensors(path)
+
+
+# --- accidents ----------------------------------------------------------------------------------------
+
+
+def no_space(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("where", ["save_tensors", "_flush", "_sha256"])
+@pytest.mark.parametrize("existing", [True, False])
+def test_full_disk_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, existing: bool
+) -> None:
+    directory = tmp_path / "last"
+    if existing:
+        save_checkpoint(directory, build(), extra={"step": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, where, no_space)
+        with pytest.raises(OSError, match=r"could not write .*last \(No space left") as caught:
+            save_checkpoint(directory, build(1))
+    assert caught.value.errno == errno.ENOSPC
+    assert [path.name for path in tmp_path.iterdir()] == (["last"] if existing else [])
+    if existing:
+        assert same(load_checkpoint(directory)[0], build())
+
+
+def test_failing_rename_puts_the_old_one_back(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def fail_into_place(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_into_place)
+    with pytest.raises(OSError, match="could not write"):
+        save_checkpoint(saved, build(1))
+    assert [path.name for path in saved.parent.iterdir()] == ["last"]
+    assert same(load_checkpoint(saved)[0], build())
+
+
+def test_a_real_write_error_is_an_oserror(tmp_path: Path) -> None:
+    """A limit on file sizes makes the system refuse the write inside the safetensors library."""
+    save_checkpoint(tmp_path / "last", build(), extra={"step": 1})
+    script = """
+import resource, signal, sys
+from pathlib import Path
+from minrnn.models import ModelConfig, SequenceModel, save_checkpoint
+model = SequenceModel(ModelConfig(vocab_size=7, d_model=8, num_layers=2))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    save_checkpoint(Path(sys.argv[1]), model)
+except OSError as error:
+    print(error)
+"""
+    pytest.importorskip("resource", reason="file size limits need a POSIX system")
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "last")], capture_output=True, text=True, check=True
+    )
+    assert "could not write the checkpoint" in done.stdout
+    assert "File too large" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+    assert same(load_checkpoint(tmp_path / "last")[0], build())
+
+
+def test_extra_that_is_no_json_is_refused_before_anything_is_written(saved: Path) -> None:
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        save_checkpoint(saved, build(1), extra={"path": object()})  # type: ignore[dict-item]
+    assert load_checkpoint(saved)[1] == {"step": 1}
+    assert [path.name for path in saved.parent.iterdir()] == ["last"]
+
+
+def test_interrupted_body_leaves_what_was_there(saved: Path) -> None:
+    def write_half() -> None:
+        with write_directory(saved) as folder:
+            (folder / "half").write_text("x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert [path.name for path in saved.parent.iterdir()] == ["last"]
+    assert load_checkpoint(saved)[1] == {"step": 1}
+
+
+def test_a_file_in_the_way_is_an_error_not_a_loss(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("precious")
+    with pytest.raises(OSError, match="could not write"):
+        save_checkpoint(tmp_path / "runs" / "last", build())
+    assert (tmp_path / "runs").read_text() == "precious"
+
+
+KILLED_WRITER = """
+import os, signal, sys
+from pathlib import Path
+import torch
+import minrnn.models.checkpoint as checkpoint
+from minrnn.models import ModelConfig, SequenceModel, save_checkpoint
+
+kill_at, calls = int(sys.argv[2]), 0
+
+def counted(function):
+    def call(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return call
+
+# Every operation on the file system that a save goes through, in the order in which they come.
+for name in ("save_tensors", "_sha256", "_flush"):
+    setattr(checkpoint, name, counted(getattr(checkpoint, name)))
+for name in ("mkdir", "write_text", "rename"):
+    setattr(Path, name, counted(getattr(Path, name)))
+checkpoint.shutil.rmtree = counted(checkpoint.shutil.rmtree)
+
+torch.manual_seed(1)
+model = SequenceModel(ModelConfig(vocab_size=7, d_model=8, num_layers=2))
+save_checkpoint(Path(sys.argv[1]), model, extra={"step": 2})
+"""
+
+
+def test_a_kill_at_any_point_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """Kill a process that replaces a checkpoint before each of its operations; read, and write again."""
+    old, new = build(), build(1)
+    kept = {True: 0, False: 0}
+    for kill_at in range(1, 99):
+        directory = tmp_path / str(kill_at) / "last"
+        save_checkpoint(directory, old, extra={"step": 1})
+        done = fork_and_run(KILLED_WRITER, [str(directory), str(kill_at)])
+        loaded, extra = load_checkpoint(directory)
+        is_new = extra == {"step": 2}
+        kept[is_new] += 1
+        assert same(loaded, new if is_new else old)
+        save_checkpoint(directory, new, extra={"step": 3})
+        assert load_checkpoint(directory)[1] == {"step": 3}
+        assert [path.name for path in directory.parent.iterdir()] == ["last"]
+        if done == 0:
+            break
+        assert done == -signal.SIGKILL
+    else:
+        pytest.fail("the writer never finished")
+    assert kept[True] >= 2
+    assert kept[False] >= 8
+
+
+def fork_and_run(script: str, arguments: list[str]) -> int:
+    """Run a script in a forked child, which spares importing torch each time; return its exit code."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs os.fork")
+    pid = os.fork()
+    if pid == 0:
+        try:
+            sys.argv = ["-", *arguments]
+            exec(compile(script, "writer", "exec"), {"__name__": "writer"})
+            os._exit(0)
+        finally:
+            os._exit(1)  # never back into pytest
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_reading_while_another_process_replaces(tmp_path: Path) -> None:
+    models = [build(seed) for seed in range(3)]
+    directory = tmp_path / "last"
+    save_checkpoint(directory, models[0], extra={"seed": 0})
+    stop = threading.Event()
+
+    def write() -> None:
+        turn = 0
+        while not stop.is_set():
+            turn += 1
+            save_checkpoint(directory, models[turn % 3], extra={"seed": turn % 3})
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(60):
+            loaded, extra = load_checkpoint(directory)
+            assert same(loaded, models[extra["seed"]])  # type: ignore[index]
+    finally:
+        stop.set()
+        writer.join()
+
+
+# --- write_directory ----------------------------------------------------------------------------------
+
+
+def test_write_directory_puts_nested_files_in_place(tmp_path: Path) -> None:
+    with write_directory(tmp_path / "out") as folder:
+        assert folder.parent == tmp_path
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a.txt").write_text("a")
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out" / "sub" / "a.txt").read_text() == "a"
+
+
+def test_what_a_killed_write_left_is_found_and_cleared(saved: Path) -> None:
+    aside = saved.with_name(".last.previous")
+    saved.rename(aside)
+    saved.with_name(".last.partial").mkdir()
+    assert find_directory(saved) == aside
+    assert load_checkpoint(saved)[1] == {"step": 1}
+    save_checkpoint(saved, build(1), extra={"step": 2})
+    assert load_checkpoint(saved)[1] == {"step": 2}
+    assert [path.name for path in saved.parent.iterdir()] == ["last"]
+
+
+def test_a_failed_write_after_a_killed_one_keeps_the_aside_copy(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved.rename(saved.with_name(".last.previous"))
+    monkeypatch.setattr(checkpoint, "save_tensors", no_space)
+    with pytest.raises(OSError, match=re.escape("nothing that was there before is lost")):
+        save_checkpoint(saved, build(1))
+    assert load_checkpoint(saved)[1] == {"step": 1}
