@@ -13,14 +13,22 @@ import tyro
 C = TypeVar("C")
 
 
-def parse(kind: type[C], command: str, args: Sequence[str], defaults: C | None = None) -> C:
+def parse(
+    kind: type[C],
+    command: str,
+    args: Sequence[str],
+    *,
+    defaults: C | None = None,
+    description: str | None = None,
+) -> C:
     """Read options into a dataclass, whose docstring and attributes' docstrings are the help.
 
     Args:
         kind: the dataclass.
         command: the verb.
         args: the arguments after it.
-        defaults: what is not given keeps this instance's value, or the field's default.
+        defaults: what is not given keeps this instance's value, or, when None, the field's default.
+        description: opens the help in place of the dataclass's docstring.
 
     Returns:
         The instance that the arguments describe.
@@ -29,6 +37,8 @@ def parse(kind: type[C], command: str, args: Sequence[str], defaults: C | None =
         ValueError: for an argument that cannot be read, in one line that names the nearest option.
         SystemExit: after printing help.
     """
+    if {"-h", "--help"} & set(args):
+        args = ["--help"]  # what tyro has read before it would be missing from the help
     box = io.StringIO()
     config = (tyro.conf.PositionalMetavarFromFieldName,)
     try:
@@ -36,6 +46,7 @@ def parse(kind: type[C], command: str, args: Sequence[str], defaults: C | None =
             return tyro.cli(
                 kind,
                 prog=f"minrnn {command}",
+                description=description,
                 default=tyro.MISSING_NONPROP if defaults is None else defaults,
                 args=args,
                 config=config,
@@ -47,10 +58,13 @@ def parse(kind: type[C], command: str, args: Sequence[str], defaults: C | None =
 
 
 def _one_line(box: str) -> str:
-    """Return what tyro says in a box: its first part, and the first option that it suggests."""
-    rows = [row.strip("│").strip() for row in box.splitlines()[1:-1]]
-    groups = itertools.groupby(rows, lambda row: set(row) == {"─"})
-    parts = [list(group) for is_rule, group in groups if not is_rule]
-    options = [row.split()[0] for row in itertools.chain(*parts[1:]) if row.startswith("--")]
-    nearest = f"; did you mean {options[0]}?" if options and "Perhaps you meant:" in parts[1] else ""
-    return " ".join(parts[0]) + nearest
+    """Return what tyro says in a box: its first part, and the first option that it suggests.
+
+    A box is a title, then parts between rules; where the output is not UTF-8 it has no sides.
+    """
+    rows = [row.strip("│ ") for row in box.splitlines()[1:]]
+    groups = itertools.groupby(rows, lambda row: set(row) <= set("─-╰╯"))
+    message, *others = [list(group) for is_rule, group in groups if not is_rule]
+    suggested = [row.split()[0] for part in others if "Perhaps you meant:" in part for row in part[1:]]
+    nearest = f"; did you mean {suggested[0]}?" if suggested else ""
+    return " ".join(message) + nearest

@@ -12,9 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from minrnn.cli.arguments import parse
-from minrnn.models import load_checkpoint
-from minrnn.tasks import TASKS, Vocabulary
-from minrnn.training import choose_device, provenance, read_config, write_json
+from minrnn.tasks import TASKS
+from minrnn.training import choose_device, load_trained, provenance, read_config, write_json
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,10 @@ def run(args: Sequence[str]) -> int:
     command = parse(EvaluateCommand, "evaluate", args)
     config = read_config(command.run)
     device = choose_device(command.device)
-    model, extra = load_checkpoint(command.run / "checkpoints" / command.checkpoint, device=device)
-    task = TASKS["text"](config.task, Vocabulary.from_dict(extra["vocabulary"]))
+    model, vocabulary, step = load_trained(command.run, command.checkpoint, device)
+    task = TASKS["text"](config.task, vocabulary)
     metrics = task.evaluate(model, max_tokens=command.max_tokens)
-    results = {"checkpoint": command.checkpoint, "step": extra["step"], **metrics}
+    results = {"checkpoint": command.checkpoint, "step": step, **metrics}
     table = Table("metric", "value", title=str(command.run))
     for name, value in results.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))

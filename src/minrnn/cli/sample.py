@@ -12,9 +12,8 @@ import torch
 import tyro
 
 from minrnn.cli.arguments import parse
-from minrnn.models import generate, load_checkpoint
-from minrnn.tasks import Vocabulary
-from minrnn.training import choose_device
+from minrnn.models import generate
+from minrnn.training import choose_device, load_trained
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,8 @@ class SampleCommand:
 
     run: tyro.conf.Positional[Path]
     """Directory of the run whose model writes."""
-    prompt: str = "\n"
-    """Text to go on from; at least one character."""
+    prompt: str = ""
+    """Text to go on from (empty: a new line)."""
     tokens: int = 500
     """Tokens to write after the prompt."""
     temperature: float = 1.0
@@ -45,9 +44,8 @@ def run(args: Sequence[str]) -> int:
     """Run `minrnn sample`."""
     command = parse(SampleCommand, "sample", args)
     device = choose_device(command.device)
-    model, extra = load_checkpoint(command.run / "checkpoints" / command.checkpoint, device=device)
-    vocabulary = Vocabulary.from_dict(extra["vocabulary"])
-    prompt = torch.from_numpy(vocabulary.encode(command.prompt))[None].to(device)  # (1, T)
+    model, vocabulary, _ = load_trained(command.run, command.checkpoint, device)
+    prompt = torch.from_numpy(vocabulary.encode(command.prompt or "\n"))[None].to(device)  # (1, T)
     tokens = generate(
         model,
         prompt,

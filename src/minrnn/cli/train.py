@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,17 @@ from rich.console import Console
 from minrnn.cli.arguments import parse
 from minrnn.models import ModelConfig
 from minrnn.tasks import TextConfig
-from minrnn.training import Interrupted, RunConfig, RunLog, TrainConfig, load_recipe, read_config, train
+from minrnn.training import (
+    Interrupted,
+    RunConfig,
+    RunLog,
+    TrainConfig,
+    load_recipe,
+    read_config,
+    recipe_names,
+    recipe_summary,
+    train,
+)
 
 DEFAULT_RECIPE = "demo"
 
@@ -30,20 +41,21 @@ class TrainCommand:
     resume: tyro.conf.FlagCreatePairsOff[bool]
     """Go on from the last checkpoint in --run DIR, with the settings that are saved there."""
     model: ModelConfig
-    """The model."""
+    """The network."""
     task: TextConfig
-    """The task."""
+    """What it learns."""
     train: TrainConfig
-    """The training."""
+    """How it learns."""
 
 
 def run(args: Sequence[str]) -> int:
     """Run `minrnn train`; a stop by signal n that was saved is the exit status 128 + n."""
-    command = _parse(args)
-    config = RunConfig(command.recipe, command.model, command.task, command.train)
-    name = f"{Path(config.recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = command.run or Path("runs", name)
-    log = RunLog(Console(soft_wrap=True))
+    resumed = _resumed_run(args)
+    config = load_recipe(_named_recipe(args)) if resumed is None else read_config(resumed)
+    command = _parse(args, config, config.recipe if resumed else _named_recipe(args))
+    config = dataclasses.replace(config, model=command.model, task=command.task, train=command.train)
+    run_dir = command.run or Path("runs", f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    log = RunLog(Console())
     try:
         results = train(config, run_dir, resume=command.resume, log=log)
     except Interrupted as stop:
@@ -51,30 +63,38 @@ def run(args: Sequence[str]) -> int:
         return 128 + stop.signum
     log.note(
         f"val_loss {results['val_loss']:.4f} nats a token at step {results['step']}, "
-        f"{results['bits_per_byte']:.4f} bits a byte; everything is in {run_dir}"
+        f"{results['bits_per_byte']:.4f} bits a byte; next: minrnn sample {run_dir}"
     )
     return 0
 
 
-def _parse(args: Sequence[str]) -> TrainCommand:
-    """Read the arguments over the recipe's values, or, to resume, over those of the run."""
-    config = _base(args)
-    defaults = TrainCommand(config.recipe, None, False, config.model, config.task, config.train)
-    command = parse(TrainCommand, "train", args, defaults)
-    if command.recipe != config.recipe:
+def _named_recipe(args: Sequence[str]) -> str:
+    """Return the recipe that the arguments begin with; it must be known before the others can be read."""
+    return args[0] if args and not args[0].startswith("-") else DEFAULT_RECIPE
+
+
+def _resumed_run(args: Sequence[str]) -> Path | None:
+    """Return the run whose settings are the defaults, or None where the recipe's are."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--run", type=Path, nargs="?")  # a missing value is the real parser's to report
+    finder.add_argument("--resume", action="store_true")
+    found, _ = finder.parse_known_args(args)
+    if found.resume and found.run is None:
+        raise ValueError("--resume needs --run DIR, the directory of the run to go on with")
+    return found.run if found.resume else None
+
+
+def _parse(args: Sequence[str], config: RunConfig, recipe: str) -> TrainCommand:
+    """Read the arguments over the values of a configuration, which are the defaults that the help shows."""
+    defaults = TrainCommand(recipe, None, False, config.model, config.task, config.train)
+    command = parse(TrainCommand, "train", args, defaults=defaults, description=_description())
+    if command.recipe != recipe and command.resume:
+        raise ValueError(f"{command.run} is a run of the recipe {recipe}, got {command.recipe}; leave it out")
+    if command.recipe != recipe:
         raise ValueError(f"the recipe comes first: minrnn train {command.recipe} [options]")
     return command
 
 
-def _base(args: Sequence[str]) -> RunConfig:
-    """Return the configuration that the arguments change; it gives the defaults that their help shows."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    finder.add_argument("--run", type=Path)
-    finder.add_argument("--resume", action="store_true")
-    found, rest = finder.parse_known_args(args)
-    if found.resume and found.run is None:
-        raise ValueError("--resume needs --run DIR, the directory of the run to go on with")
-    if found.resume:
-        return read_config(found.run)
-    named = bool(rest) and not rest[0].startswith("-")
-    return load_recipe(rest[0] if named else DEFAULT_RECIPE)
+def _description() -> str:
+    recipes = "\n".join(f"  {name}: {recipe_summary(name)}" for name in recipe_names())
+    return f"{TrainCommand.__doc__}\n\nrecipes:\n{recipes}"

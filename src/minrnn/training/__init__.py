@@ -11,7 +11,7 @@ from minrnn.training.config import (
 from minrnn.training.log import RunLog, read_metrics, write_json
 from minrnn.training.loop import NonFiniteLossError, choose_device, train
 from minrnn.training.provenance import provenance
-from minrnn.training.resume import Interrupted
+from minrnn.training.resume import Interrupted, Trained, load_trained
 
 __all__ = [
     "Interrupted",
@@ -19,8 +19,10 @@ __all__ = [
     "RunConfig",
     "RunLog",
     "TrainConfig",
+    "Trained",
     "choose_device",
     "load_recipe",
+    "load_trained",
     "provenance",
     "read_config",
     "read_metrics",

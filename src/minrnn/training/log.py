@@ -278,11 +278,14 @@ class _ProgressBar:
         self._update(step)
 
     def close(self) -> None:
+        self._bar.update(self._task, description=self._summary())
         self._bar.stop()
 
     def _update(self, step: int) -> None:
-        description = "  ".join(filter(None, (self._training, self._evaluation)))
-        self._bar.update(self._task, completed=step, description=description)
+        self._bar.update(self._task, completed=step, description=self._summary())
+
+    def _summary(self) -> str:
+        return "  ".join(filter(None, (self._training, self._evaluation)))
 
 
 def _evaluation_text(metrics: Metrics, is_best: bool) -> str:

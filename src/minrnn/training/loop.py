@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minrnn.models import SequenceModel, load_checkpoint, map_state, save_checkpoint
+from minrnn.models import ModelConfig, SequenceModel, load_checkpoint, map_state, save_checkpoint
 from minrnn.models.checkpoint import find_directory
 from minrnn.ops import engines
 from minrnn.tasks import TASKS, TextTask
@@ -113,7 +113,7 @@ class Run:
         torch.manual_seed(self.settings.seed)
         self.device = choose_device(self.settings.device)
         self.task: TextTask = TASKS["text"](config.task)
-        self.config = dataclasses.replace(config, model=self.task.model_config(config.model))
+        self.config = dataclasses.replace(config, model=_complete(config.model, self.task))
         self.model = SequenceModel(self.config.model).to(self.device)
         self.optimizer = make_optimizer(self.model, self.settings)
         self.state = TrainState()
@@ -291,6 +291,17 @@ class Run:
             "vocabulary": self.task.vocabulary.to_dict(),
             "corpus": self.task.sha256,
         }
+
+
+def _complete(model: ModelConfig, task: TextTask) -> ModelConfig:
+    """Return the model's configuration with what the task decides: the vocabulary's size."""
+    complete = task.model_config(model)
+    if model.vocab_size not in (ModelConfig.vocab_size, complete.vocab_size):
+        raise ValueError(
+            f"train: model.vocab_size must be left out, as the task sets it ({complete.vocab_size} here), "
+            f"got {model.vocab_size}"
+        )
+    return complete
 
 
 def _check_new(run_dir: Path) -> None:

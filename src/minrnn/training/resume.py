@@ -11,14 +11,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from minrnn.models import SequenceModel, load_checkpoint
 from minrnn.models.checkpoint import find_directory, load_tensors, save_tensors, write_directory, write_model
-from minrnn.training.config import RunConfig
+from minrnn.tasks import Vocabulary
+from minrnn.training.config import RunConfig, read_config
 
 State = Any  # nested tuples of tensors, as a model's state is
 
@@ -112,6 +113,42 @@ def load_last(
     scalars = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
     carry = {int(index): tensor.to(device) for index, tensor in _under("carry.", tensors).items()}
     return TrainState(**scalars | {"carry": _unflatten(scalars["carry"], carry)}), extra
+
+
+class Trained(NamedTuple):
+    """A model that a run has trained, and what is needed to use it."""
+
+    model: SequenceModel
+    vocabulary: Vocabulary
+    step: int
+
+
+def load_trained(run_dir: Path, which: str, device: torch.device) -> Trained:
+    """Read a run's model.
+
+    Args:
+        run_dir: the run's directory.
+        which: its checkpoint, best or last.
+        device: where the model goes.
+
+    Returns:
+        The model, the vocabulary of its tokens and the step that its weights are of.
+
+    Raises:
+        FileNotFoundError: there is no such run, or it has no such checkpoint yet.
+        ValueError: the checkpoint is damaged.
+    """
+    read_config(run_dir)
+    directory = run_dir / "checkpoints" / which
+    try:
+        folder = find_directory(directory)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{run_dir} has no checkpoint {which!r} yet") from error
+    model, extra = load_checkpoint(folder, device=device)
+    match extra:
+        case {"vocabulary": dict(vocabulary), "step": int(step)}:
+            return Trained(model, Vocabulary.from_dict(vocabulary), step)
+    raise ValueError(f"{directory} names no vocabulary and step: no run wrote it")
 
 
 def check_unchanged(saved: RunConfig, config: RunConfig) -> None:
