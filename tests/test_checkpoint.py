@@ -291,11 +291,17 @@ def test_interrupted_body_leaves_what_was_there(saved: Path) -> None:
     assert load_checkpoint(saved)[1] == {"step": 1}
 
 
-def test_a_file_in_the_way_is_an_error_not_a_loss(tmp_path: Path) -> None:
-    (tmp_path / "runs").write_text("precious")
-    with pytest.raises(OSError, match="could not write"):
-        save_checkpoint(tmp_path / "runs" / "last", build())
-    assert (tmp_path / "runs").read_text() == "precious"
+@pytest.mark.parametrize("target", ["file", "file/last", "folder"])
+def test_other_things_are_never_replaced(tmp_path: Path, target: str) -> None:
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.tex").write_text("precious")
+    with pytest.raises(OSError, match="could not write the checkpoint"):
+        save_checkpoint(tmp_path / target, build())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == "precious"
+    assert (tmp_path / "folder" / "thesis.tex").read_text() == "precious"
+    save_checkpoint(tmp_path / "folder" / "last", build())
 
 
 KILLED_WRITER = """
@@ -383,7 +389,7 @@ def test_reading_while_another_process_replaces(tmp_path: Path) -> None:
     writer = threading.Thread(target=write)
     writer.start()
     try:
-        for _ in range(60):
+        for _ in range(40):
             loaded, extra = load_checkpoint(directory)
             assert same(loaded, models[extra["seed"]])  # type: ignore[index]
     finally:

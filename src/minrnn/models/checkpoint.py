@@ -41,7 +41,7 @@ def save_checkpoint(
         extra: kept beside the config and returned by `load_checkpoint`.
 
     Raises:
-        OSError: the directory cannot be written; what was there before is untouched.
+        OSError: the directory cannot be written, or is no checkpoint; what was there before is untouched.
         TypeError: `extra` does not fit into JSON.
     """
     with write_directory(directory) as folder:
@@ -65,15 +65,14 @@ def load_checkpoint(
         ValueError: a file is cut short or altered, written by a newer version, or does not fit its config.
     """
     while True:
-        folder = find_directory(directory)
-        identity = _identity(folder)
+        before = _locate(directory)
         try:
-            loaded = _load(folder, device)
+            loaded = _load(before[0], device)
         except (FileNotFoundError, ValueError):  # of a mixture of the old files and the new, perhaps
-            if _identity(find_directory(directory)) == identity:
+            if _locate(directory) == before:
                 raise
         else:
-            if _identity(find_directory(directory)) == identity:
+            if _locate(directory) == before:
                 return loaded
 
 
@@ -149,11 +148,13 @@ def write_directory(directory: Path) -> Iterator[Path]:
         The folder to write into, beside `directory`.
 
     Raises:
-        OSError: writing failed, the disk is full, for example.
+        OSError: writing failed (the disk is full, say), or `directory` is something else than a checkpoint:
+            not a directory, or one that is not empty and has no config.json.
     """
     directory = Path(directory)
     folder, aside = _sibling(directory, "partial"), _sibling(directory, "previous")
     try:
+        _check_replaceable(directory)
         _clear_up(directory, folder, aside)
         folder.mkdir(parents=True)
         yield folder
@@ -176,7 +177,9 @@ def find_directory(directory: Path) -> Path:
     Raises:
         FileNotFoundError: it is in neither place.
     """
-    for candidate in (Path(directory), _sibling(Path(directory), "previous")):
+    directory = Path(directory)
+    # The first name once more: between the first two looks, a write that is under way may have finished.
+    for candidate in (directory, _sibling(directory, "previous"), directory):
         if candidate.is_dir():
             return candidate
     raise FileNotFoundError(errno.ENOENT, "no checkpoint directory", str(directory))
@@ -187,10 +190,26 @@ def _sibling(directory: Path, role: str) -> Path:
     return directory.absolute().with_name(f".{directory.absolute().name}.{role}")
 
 
-def _identity(folder: Path) -> tuple[int, int]:
-    """Tell a directory from another that has taken its name."""
-    status = folder.stat()
-    return status.st_ino, status.st_mtime_ns
+def _locate(directory: Path) -> tuple[Path, int, int]:
+    """Find the directory, with what tells it from another that has taken its name."""
+    while True:
+        folder = find_directory(directory)
+        try:
+            status = folder.stat()
+        except FileNotFoundError:  # renamed just now
+            continue
+        return folder, status.st_ino, status.st_mtime_ns
+
+
+def _check_replaceable(directory: Path) -> None:
+    """Refuse to remove what is no checkpoint: a mistyped name must not cost a folder of other things."""
+    if directory.is_dir():
+        names = {path.name for path in directory.iterdir()}
+        replaceable = not names or CONFIG_FILE in names
+    else:
+        replaceable = not directory.exists()
+    if not replaceable:
+        raise FileExistsError(errno.EEXIST, "there is something else than a checkpoint", str(directory))
 
 
 def _clear_up(directory: Path, folder: Path, aside: Path) -> None:
@@ -215,8 +234,9 @@ def _swap(directory: Path, folder: Path, aside: Path) -> None:
             aside.rename(directory)
         raise
     _flush(directory.absolute().parent)
-    if had_one:
-        shutil.rmtree(aside)
+    shutil.rmtree(
+        aside, ignore_errors=True
+    )  # the new one is in place; what is left here, the next write clears
 
 
 def _flush(path: Path) -> None:
