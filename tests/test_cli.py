@@ -113,7 +113,7 @@ def test_every_option_of_every_command_is_explained(name: str, capsys: pytest.Ca
     for option in options:
         words = re.sub(r"\s*│?\n│?\s*", " ", option)
         assert re.search(r"[a-z]{2,}.*\. \(default:", words), words
-    assert len(options) >= {"train": 40, "sample": 8, "evaluate": 3, "engines": 0}[name]
+    assert len(options) >= {"demo": 2, "train": 40, "sample": 8, "evaluate": 3, "engines": 0}[name]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
@@ -221,6 +221,21 @@ def test_train_then_evaluate_then_sample(
         status, error = error_of(capsys, "sample", run_dir, "--prompt", "Ω")
         assert status == 2
         assert "'Ω'" in error
+
+
+def test_the_demo_trains_compares_and_writes(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", recipe, "--prompt", "7", "--tokens", "20"]) == 0
+    said = capsys.readouterr().out
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    name = Path("runs", run_dir.name)
+    results = json.loads((run_dir / "results.json").read_text())
+    assert re.search(rf"mingru, {results['parameters']:,} parameters +│ {results['bits_per_byte']:.3f}", said)
+    assert re.search(r"order-3 n-gram of bytes +│ \d\.\d{3}", said)
+    sampled = f"$ minrnn sample {name} --tokens 20 --temperature 0.8 --prompt 7\n7"
+    assert sampled in said
+    assert said.endswith(f"\nrun:  {name}\nplot: {name}/loss.png\n")
 
 
 def test_an_existing_run_is_resumed_not_overwritten(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,53 @@
+"""Recurrent networks that train in parallel over time: minGRU, minLSTM, and all that is built on them.
+
+>>> import torch
+>>> from minrnn import MinGRU
+>>> output, h_n = MinGRU(input_size=4, hidden_size=8, batch_first=True)(torch.zeros(1, 10, 4))
+>>> output.shape, h_n.shape
+(torch.Size([1, 10, 8]), torch.Size([1, 1, 8]))
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from minrnn.mixers import MIXERS as MIXERS
+    from minrnn.mixers import MinGRU as MinGRU
+    from minrnn.mixers import MinLSTM as MinLSTM
+    from minrnn.models import ModelConfig as ModelConfig
+    from minrnn.models import SequenceModel as SequenceModel
+    from minrnn.models import generate as generate
+    from minrnn.models import load_checkpoint as load_checkpoint
+    from minrnn.models import save_checkpoint as save_checkpoint
+    from minrnn.ops import CANDIDATES as CANDIDATES
+    from minrnn.ops import GATES as GATES
+    from minrnn.ops import engines as engines
+    from minrnn.ops import gated_scan as gated_scan
+    from minrnn.ops import scan as scan
+    from minrnn.tasks import TASKS as TASKS
+    from minrnn.tasks import TextConfig as TextConfig
+    from minrnn.tasks import TextTask as TextTask
+    from minrnn.training import RunConfig as RunConfig
+    from minrnn.training import RunLog as RunLog
+    from minrnn.training import TrainConfig as TrainConfig
+    from minrnn.training import train as train
+else:
+    from importlib import import_module
+
+    # The names above, by room, imported when they are asked for: `minrnn --help` should not wait for torch.
+    _ROOMS = {
+        "mixers": ("MIXERS", "MinGRU", "MinLSTM"),
+        "models": ("ModelConfig", "SequenceModel", "generate", "load_checkpoint", "save_checkpoint"),
+        "ops": ("CANDIDATES", "GATES", "engines", "gated_scan", "scan"),
+        "tasks": ("TASKS", "TextConfig", "TextTask"),
+        "training": ("RunConfig", "RunLog", "TrainConfig", "train"),
+    }
+    __all__ = sorted(name for names in _ROOMS.values() for name in names)
+
+    def __getattr__(name):
+        for room, names in _ROOMS.items():
+            if name in names:
+                return getattr(import_module(f"minrnn.{room}"), name)
+        raise AttributeError(f"module 'minrnn' has no attribute {name!r}")
+
+    def __dir__():
+        return [*globals(), *__all__]

@@ -20,6 +20,7 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
+    "demo": Command("minrnn.cli.demo", "train a small model, compare it with a baseline, and let it write"),
     "train": Command("minrnn.cli.train", "train a model from a recipe, or go on with a run"),
     "sample": Command("minrnn.cli.sample", "write text with a trained model"),
     "evaluate": Command("minrnn.cli.evaluate", "measure a trained model on its validation split"),

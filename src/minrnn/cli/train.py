@@ -54,7 +54,7 @@ def run(args: Sequence[str]) -> int:
     config = load_recipe(_named_recipe(args)) if resumed is None else read_config(resumed)
     command = _parse(args, config, config.recipe if resumed else _named_recipe(args))
     config = dataclasses.replace(config, model=command.model, task=command.task, train=command.train)
-    run_dir = command.run or Path("runs", f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    run_dir = command.run or new_run_dir(config.recipe)
     log = RunLog(Console())
     try:
         results = train(config, run_dir, resume=command.resume, log=log)
@@ -66,6 +66,11 @@ def run(args: Sequence[str]) -> int:
         f"{results['bits_per_byte']:.4f} bits a byte; next: minrnn sample {run_dir}"
     )
     return 0
+
+
+def new_run_dir(recipe: str) -> Path:
+    """Name the directory of a run that starts now."""
+    return Path("runs", f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def _named_recipe(args: Sequence[str]) -> str:

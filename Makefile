@@ -1,0 +1,46 @@
+# `make demo` and `make test`: each makes the virtual environment .venv, installs minrnn there with the
+# versions of constraints.txt, and does its work. What is installed already is not installed again.
+#
+#   make demo PYTHON=python3.12     with another interpreter
+#   make test ARGS="-k scan -x"     with arguments for pytest
+#   make test VENV=/tmp/venv        in another environment
+
+PYTHON ?= python3.11
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+BUILD_TOOLS := scikit-build-core nanobind cmake ninja
+
+.PHONY: demo test lint wheels clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(BIN)/minrnn demo $(ARGS)
+
+# One thread for each of two test processes: with more, they would wait for each other.
+test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build
+
+# Editable: Python files are used where they lie, so an edit needs no installation; what is compiled does.
+# Built without isolation, with the tools that the constraints pin, into a folder that keeps what is unchanged.
+$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+	@echo "installing minrnn and what it needs into $(VENV)"
+	@$(PIP) $(BUILD_TOOLS)
+	@$(PIP) --no-build-isolation --config-settings=build-dir=$(abspath $(VENV))/build --editable '.[dev]'
+	@$(BIN)/minrnn engines
+	@touch $@
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "minrnn needs Python 3.11 or newer, and '$(PYTHON)' is not one; try: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
