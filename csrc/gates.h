@@ -10,7 +10,7 @@ namespace minrnn {
 namespace {  // internal linkage: each instruction set compiles its own copy, and the linker must not merge them
 
 // ---------------------------------------------------------------------------------------------------------
-// Elementary functions. Each is within 2 ulp over its range, and passes NaN through.
+// Elementary functions. NaN passes through all of them.
 
 template <class Real> struct ExpConstants;
 
@@ -21,9 +21,8 @@ template <> struct ExpConstants<float> {
     static constexpr float round_shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
     static constexpr float ln2_high = 0.693145752f, ln2_low = 1.42860677e-6f;
     static constexpr float log2_e = 1.44269504f;
-    // Taylor coefficients 1/n!; |r| <= ln(2)/2 leaves a remainder of 4e-9 relative.
-    static constexpr float taylor[] = {1.f, 1.f, 0.5f, 1.6666667e-1f, 4.1666668e-2f, 8.3333338e-3f,
-                                       1.3888889e-3f, 1.9841270e-4f};
+    // Minimax on |r| <= ln(2)/2 with the constant fixed at one: 9e-8 relative, a float's own rounding is 6e-8.
+    static constexpr float poly[] = {1.f, 0.9999997f, 0.49999148f, 0.16667639f, 0.041898161f, 0.0082902722f};
 };
 
 template <> struct ExpConstants<double> {
@@ -33,20 +32,10 @@ template <> struct ExpConstants<double> {
     static constexpr double round_shift = 6755399441055744.0;  // 1.5 * 2^52
     static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
     static constexpr double log2_e = 1.44269504088896340736;
-    static constexpr double taylor[] = {1.0,
-                                        1.0,
-                                        0.5,
-                                        1.6666666666666666e-1,
-                                        4.1666666666666664e-2,
-                                        8.3333333333333332e-3,
-                                        1.3888888888888889e-3,
-                                        1.9841269841269841e-4,
-                                        2.4801587301587302e-5,
-                                        2.7557319223985893e-6,
-                                        2.7557319223985888e-7,
-                                        2.5052108385441720e-8,
-                                        2.0876756987868100e-9,
-                                        1.6059043836821613e-10};
+    static constexpr double poly[] = {  // 1/n!
+        1.0, 1.0, 0.5, 1.6666666666666666e-1, 4.1666666666666664e-2, 8.3333333333333332e-3,
+        1.3888888888888889e-3, 1.9841269841269841e-4, 2.4801587301587302e-5, 2.7557319223985893e-6,
+        2.7557319223985888e-7, 2.5052108385441720e-8, 2.0876756987868100e-9, 1.6059043836821613e-10};
 };
 
 // exp(x) for x <= 0; arguments below the smallest normal result are clamped there.
@@ -57,10 +46,10 @@ template <class Real> inline Real exp_nonpositive(Real x) {
     const Real shifted = x * C::log2_e + C::round_shift;
     const Real n = shifted - C::round_shift;
     const Real r = (x - n * C::ln2_high) - n * C::ln2_low;
-    constexpr int degree = static_cast<int>(sizeof(C::taylor) / sizeof(Real)) - 1;
-    Real p = C::taylor[degree];
+    constexpr int degree = static_cast<int>(sizeof(C::poly) / sizeof(Real)) - 1;
+    Real p = C::poly[degree];
 #pragma GCC unroll 16
-    for (int i = degree - 1; i >= 0; --i) p = p * r + C::taylor[i];
+    for (int i = degree - 1; i >= 0; --i) p = p * r + C::poly[i];
     const Bits scale = __builtin_bit_cast(Bits, shifted) << C::mantissa_bits;  // n, moved into the exponent
     return __builtin_bit_cast(Real, __builtin_bit_cast(Bits, p) + scale);
 }
@@ -68,48 +57,48 @@ template <class Real> inline Real exp_nonpositive(Real x) {
 inline float absolute(float x) { return __builtin_fabsf(x); }
 inline double absolute(double x) { return __builtin_fabs(x); }
 
-// sigmoid(x) and sigmoid(-x), each with full relative accuracy: 1 - sigmoid(x) would lose it for large x.
-template <class Real> struct Sigmoid {
-    Real value, complement;
-    explicit inline Sigmoid(Real x) {
-        const Real e = exp_nonpositive(-absolute(x));
-        const Real larger = 1 / (1 + e), smaller = e * larger;
-        value = x >= 0 ? larger : smaller;
-        complement = x >= 0 ? smaller : larger;
-    }
+// Sigmoids and candidates are fractions. A division costs as much as ten multiplications, so each fraction shows
+// its denominator, a gate takes one reciprocal of the product of all, and each gets back its own.
+
+template <class Real> struct Sigmoid {  // sigmoid(x) and sigmoid(-x): 1 - sigmoid(x) would lose the small one
+    Real x, e, denominator;
+    explicit inline Sigmoid(Real x) : x(x), e(exp_nonpositive(-absolute(x))), denominator(1 + e) {}
+    inline Real numerator() const { return x >= 0 ? Real(1) : e; }
+    inline Real complement_numerator() const { return x >= 0 ? e : Real(1); }
 };
 
 // ---------------------------------------------------------------------------------------------------------
-// Candidates: value and slope of the function that the candidate's pre-activation goes through.
+// Candidates: the function that the candidate's pre-activation goes through, and its slope, both to be
+// completed by `inverse` = 1 / denominator.
 
-template <class Real> struct Point {
-    Real value, slope;
+template <class Real> struct Positive {  // x + 0.5 for x >= 0, sigmoid(x) below: continuous, always above zero
+    Real x, e, denominator;
+    explicit inline Positive(Real x) : x(x), e(exp_nonpositive(-absolute(x))), denominator(1 + e) {}
+    inline Real value(Real inverse) const { return x >= 0 ? x + Real(0.5) : e * inverse; }
+    inline Real slope(Real inverse) const { return x >= 0 ? Real(1) : e * inverse * inverse; }
 };
 
-struct Positive {  // x + 0.5 for x >= 0, sigmoid(x) below: continuous, and always above zero
-    template <class Real> static inline Point<Real> at(Real x) {
-        const Real e = exp_nonpositive(-absolute(x));
-        const Real s = e / (1 + e);  // sigmoid(-|x|)
-        return {x >= 0 ? x + Real(0.5) : s, x >= 0 ? Real(1) : s - s * s};
-    }
+template <class Real> struct Linear {
+    Real x;
+    static constexpr Real denominator = 1;
+    explicit inline Linear(Real x) : x(x) {}
+    inline Real value(Real) const { return x; }
+    inline Real slope(Real) const { return 1; }
 };
 
-struct Linear {
-    template <class Real> static inline Point<Real> at(Real x) { return {x, Real(1)}; }
-};
-
-struct Tanh {
-    template <class Real> static inline Point<Real> at(Real x) {
+template <class Real> struct Tanh {
+    Real x, e, denominator;
+    explicit inline Tanh(Real x) : x(x), e(exp_nonpositive(-2 * absolute(x))), denominator(1 + e) {}
+    inline Real value(Real inverse) const {
         // (1 - e) / (1 + e) cancels near zero, so a short odd series takes over there.
-        const Real u = absolute(x), e = exp_nonpositive(-2 * u), far = (1 - e) / (1 + e), x2 = x * x;
-        const Real y = u < series_end<Real>() ? x * (1 + x2 * series(x2)) : (x < 0 ? -far : far);
-        return {y, 4 * e / ((1 + e) * (1 + e))};
+        const Real far = (1 - e) * inverse, x2 = x * x;
+        return absolute(x) < Real(0.125) ? x * (1 + x2 * series(x2)) : (x < 0 ? -far : far);
     }
+    inline Real slope(Real inverse) const { return 4 * e * inverse * inverse; }
 
   private:
-    template <class Real> static constexpr Real series_end() { return Real(0.125); }
-    // (tanh(x) / x - 1) / x^2 by its Taylor series: remainder below 1e-18 for |x| < 1/8.
-    template <class Real> static inline Real series(Real x2) {
+    // (tanh(x) / x - 1) / x^2 by its Taylor series: remainder below 1e-19 for |x| < 1/8.
+    static inline Real series(Real x2) {
         Real p = Real(6404582.0 / 10854718875.0);
         p = p * x2 + Real(-929569.0 / 638512875.0);
         p = p * x2 + Real(21844.0 / 6081075.0);
@@ -149,78 +138,116 @@ struct Identity {  // scan(a, b) itself
     }
 };
 
-template <class Candidate> struct MinGRU {  // a = 1 - z, b = z * candidate, z = sigmoid(z_pre)
+template <template <class> class Candidate> struct MinGRU {  // a = 1 - z, b = z * candidate
     static constexpr int num_pre = 2;
+
+    template <class Real> struct Values {
+        Real z, complement, c, slope;
+        inline Values(Real z_pre, Real c_pre) {
+            const Sigmoid<Real> sigmoid(z_pre);
+            const Candidate<Real> candidate(c_pre);
+            const Real inverse = 1 / (sigmoid.denominator * candidate.denominator);
+            const Real of_sigmoid = inverse * candidate.denominator, of_candidate = inverse * sigmoid.denominator;
+            z = sigmoid.numerator() * of_sigmoid;
+            complement = sigmoid.complement_numerator() * of_sigmoid;
+            c = candidate.value(of_candidate);
+            slope = candidate.slope(of_candidate);
+        }
+    };
+
     template <class Real> static inline Recurrence<Real> forward(Real z_pre, Real c_pre, Real) {
-        const Sigmoid<Real> z(z_pre);
-        return {decay(z.complement, z.value), z.value * Candidate::at(c_pre).value};
+        const Values<Real> v(z_pre, c_pre);
+        return {decay(v.complement, v.z), v.z * v.c};
     }
+
     template <class Real>
     static inline double backward(Real z_pre, Real c_pre, Real, Real h_prev, Real dh, Real &dz_pre,
                                   Real &dc_pre, Real &) {
-        const Sigmoid<Real> z(z_pre);
-        const Point<Real> c = Candidate::at(c_pre);
-        dz_pre = dh * (c.value - h_prev) * (z.value * z.complement);
-        dc_pre = dh * (z.value * c.slope);
-        return decay(z.complement, z.value);
+        const Values<Real> v(z_pre, c_pre);
+        dz_pre = dh * (v.c - h_prev) * (v.z * v.complement);
+        dc_pre = dh * (v.z * v.slope);
+        return decay(v.complement, v.z);
     }
 };
 
-// f / (f + i) and i / (f + i) for f = sigmoid(p), i = sigmoid(q), with one division, and right even where
-// both underflow: numerator and denominator are scaled so that the larger sigmoid's numerator is one.
-template <class Real> struct NormalisedGates {
-    Real f, i, e_f, e_i;
-    inline NormalisedGates(Real p, Real q) {
-        e_f = exp_nonpositive(-absolute(p));
-        e_i = exp_nonpositive(-absolute(q));
-        const Real ratio = exp_nonpositive(-absolute(p - q));
-        const bool both_negative = (p < 0) & (q < 0);
-        const Real f_up = both_negative ? (p >= q ? Real(1) : ratio) : (p >= 0 ? Real(1) : e_f);
-        const Real i_up = both_negative ? (p >= q ? ratio : Real(1)) : (q >= 0 ? Real(1) : e_i);
-        const Real f_part = f_up * (1 + e_i), i_part = i_up * (1 + e_f), scale = 1 / (f_part + i_part);
-        f = f_part * scale;
-        i = i_part * scale;
-    }
-};
-
-template <class Real> inline Real sigmoid_of_minus(Real x, Real e) {  // e = exp(-|x|)
-    return (x >= 0 ? e : Real(1)) / (1 + e);
-}
-
-template <class Candidate> struct MinLSTM {  // a = f / (f + i), b = i / (f + i) * candidate
+template <template <class> class Candidate> struct MinLSTM {  // a = f / (f + i), b = i / (f + i) * candidate
     static constexpr int num_pre = 3;
+
+    template <class Real> struct Values {
+        Real f, i, f_complement, i_complement, c, slope;
+        // With f = F / P and i = I / Q the shares are F Q / (F Q + I P) and I P / (F Q + I P). Where both gates
+        // underflow, F and I are scaled so that the larger is one.
+        inline Values(Real f_pre, Real i_pre, Real c_pre) {
+            const Sigmoid<Real> forget(f_pre), input(i_pre);
+            const Candidate<Real> candidate(c_pre);
+            const Real ratio = exp_nonpositive(-absolute(f_pre - i_pre));
+            const bool both_negative = (f_pre < 0) & (i_pre < 0), keeps = f_pre >= i_pre;
+            const Real F = both_negative ? (keeps ? Real(1) : ratio) : forget.numerator();
+            const Real I = both_negative ? (keeps ? ratio : Real(1)) : input.numerator();
+            const Real P = forget.denominator, Q = input.denominator, C = candidate.denominator;
+            const Real f_part = F * Q, i_part = I * P, sum = f_part + i_part, PQ = P * Q, sum_C = sum * C;
+            const Real inverse = 1 / (PQ * sum_C);
+            const Real of_sum = inverse * PQ * C, of_gates = inverse * sum_C;
+            f = f_part * of_sum;
+            i = i_part * of_sum;
+            f_complement = forget.complement_numerator() * (of_gates * Q);
+            i_complement = input.complement_numerator() * (of_gates * P);
+            const Real of_candidate = inverse * PQ * sum;
+            c = candidate.value(of_candidate);
+            slope = candidate.slope(of_candidate);
+        }
+    };
+
     template <class Real> static inline Recurrence<Real> forward(Real f_pre, Real i_pre, Real c_pre) {
-        const NormalisedGates<Real> gates(f_pre, i_pre);
-        return {decay(gates.f, gates.i), gates.i * Candidate::at(c_pre).value};
+        const Values<Real> v(f_pre, i_pre, c_pre);
+        return {decay(v.f, v.i), v.i * v.c};
     }
+
     template <class Real>
     static inline double backward(Real f_pre, Real i_pre, Real c_pre, Real h_prev, Real dh, Real &df_pre,
                                   Real &di_pre, Real &dc_pre) {
-        const NormalisedGates<Real> gates(f_pre, i_pre);
-        const Point<Real> c = Candidate::at(c_pre);
-        const Real d = dh * (h_prev - c.value) * (gates.f * gates.i);
-        df_pre = d * sigmoid_of_minus(f_pre, gates.e_f);
-        di_pre = -d * sigmoid_of_minus(i_pre, gates.e_i);
-        dc_pre = dh * (gates.i * c.slope);
-        return decay(gates.f, gates.i);
+        const Values<Real> v(f_pre, i_pre, c_pre);
+        const Real d = dh * (h_prev - v.c) * (v.f * v.i);
+        df_pre = d * v.f_complement;
+        di_pre = -d * v.i_complement;
+        dc_pre = dh * (v.i * v.slope);
+        return decay(v.f, v.i);
     }
 };
 
-template <class Candidate> struct MinLSTMUnnormalised {  // a = sigmoid(f_pre), b = sigmoid(i_pre) * candidate
+template <template <class> class Candidate> struct MinLSTMUnnormalised {  // a = f, b = i * candidate
     static constexpr int num_pre = 3;
+
+    template <class Real> struct Values {
+        Real f, f_complement, i, i_complement, c, slope;
+        inline Values(Real f_pre, Real i_pre, Real c_pre) {
+            const Sigmoid<Real> forget(f_pre), input(i_pre);
+            const Candidate<Real> candidate(c_pre);
+            const Real P = forget.denominator, Q = input.denominator, C = candidate.denominator;
+            const Real inverse = 1 / (P * Q * C);
+            const Real of_forget = inverse * (Q * C), of_input = inverse * (P * C), of_candidate = inverse * (P * Q);
+            f = forget.numerator() * of_forget;
+            f_complement = forget.complement_numerator() * of_forget;
+            i = input.numerator() * of_input;
+            i_complement = input.complement_numerator() * of_input;
+            c = candidate.value(of_candidate);
+            slope = candidate.slope(of_candidate);
+        }
+    };
+
     template <class Real> static inline Recurrence<Real> forward(Real f_pre, Real i_pre, Real c_pre) {
-        const Sigmoid<Real> f(f_pre);
-        return {decay(f.value, f.complement), Sigmoid<Real>(i_pre).value * Candidate::at(c_pre).value};
+        const Values<Real> v(f_pre, i_pre, c_pre);
+        return {decay(v.f, v.f_complement), v.i * v.c};
     }
+
     template <class Real>
     static inline double backward(Real f_pre, Real i_pre, Real c_pre, Real h_prev, Real dh, Real &df_pre,
                                   Real &di_pre, Real &dc_pre) {
-        const Sigmoid<Real> f(f_pre), i(i_pre);
-        const Point<Real> c = Candidate::at(c_pre);
-        df_pre = dh * h_prev * (f.value * f.complement);
-        di_pre = dh * c.value * (i.value * i.complement);
-        dc_pre = dh * (i.value * c.slope);
-        return decay(f.value, f.complement);
+        const Values<Real> v(f_pre, i_pre, c_pre);
+        df_pre = dh * h_prev * (v.f * v.f_complement);
+        di_pre = dh * v.c * (v.i * v.i_complement);
+        dc_pre = dh * (v.i * v.slope);
+        return decay(v.f, v.f_complement);
     }
 };
 

@@ -97,7 +97,8 @@ void narrow_float16(int64_t n, const float *__restrict from, uint16_t *__restric
     }
 }
 
-template <class Real, template <class> class G, class Set> constexpr void fill(Set &set, Gate gate) {
+template <class Real, template <template <class> class> class G, class Set>
+constexpr void fill(Set &set, Gate gate) {
     set[gate][kPositive] = Rows<Real, G<Positive>>::kernels();
     set[gate][kLinear] = Rows<Real, G<Linear>>::kernels();
     set[gate][kTanh] = Rows<Real, G<Tanh>>::kernels();
