@@ -189,7 +189,7 @@ def test_unknown_config_key_names_the_nearest(saved: Path) -> None:
         ({"num_layers": 3}, "missing: blocks.2.conv.bias, "),
         ({"num_layers": 1}, "unexpected: blocks.1.conv.bias, "),
         ({"vocab_size": 9}, r"of another shape: embedding.weight \(\(9, 8\) expected, got \(7, 8\)\)"),
-        ({"tie_embeddings": False}, "missing: head.weight"),
+        ({"tie_embeddings": True}, "unexpected: head.weight"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(saved: Path, change: dict[str, Any], message: str) -> None:
