@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from minrnn.mixers import MIXERS
 from minrnn.models import ModelConfig, SequenceModel, load_checkpoint
-from minrnn.tasks import TextConfig
+from minrnn.tasks import TextConfig, TextTask
 from minrnn.training import (
     Interrupted,
     NonFiniteLossError,
@@ -427,10 +427,27 @@ def test_a_full_disk_is_said_and_the_checkpoint_before_it_is_whole(
 
 def test_divergence_is_said_with_its_step_and_leaves_finite_checkpoints(corpus: Path, tmp_path: Path) -> None:
     config = run_config(corpus, learning_rate=1e18, warmup_steps=0, grad_clip=0.0, checkpoint_every=1)
-    with pytest.raises(NonFiniteLossError, match=r"diverged at step \d+: the loss is .* train.learning_rate"):
+    with pytest.raises(NonFiniteLossError, match=r"diverged at step \d+: its loss is .* train.learning_rate"):
         trained(config, tmp_path / "run")
     for which in (tmp_path / "run" / "checkpoints").iterdir():
         assert all(value.isfinite().all() for value in weights(tmp_path / "run", which.name).values())
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run_before_it_is_best(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TextTask, "evaluate", lambda *_, **__: {"val_loss": math.nan})
+    with pytest.raises(NonFiniteLossError, match="at step 4: its val_loss is nan"):
+        trained(run_config(corpus), tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(corpus: Path, tmp_path: Path) -> None:
+    run = Run(run_config(corpus), tmp_path, RunLog())
+    torch.nn.init.constant_(run.model.embedding.weight, math.inf)
+    with pytest.raises(NonFiniteLossError, match="its weights are not finite"):
+        run.save()
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_resuming_a_run_that_is_not_there(corpus: Path, tmp_path: Path) -> None:
@@ -459,6 +476,10 @@ def test_a_resumed_run_may_be_longer_but_not_another(corpus: Path, tmp_path: Pat
     ):
         with pytest.raises(ValueError, match=name):
             trained(other, tmp_path / "run", resume=True)
+    shorter = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=11))
+    with pytest.raises(ValueError, match=r"train\.steps must be at least the 12 that are done, got 11"):
+        trained(shorter, tmp_path / "run", resume=True)
+    assert read_config(tmp_path / "run").train == config.train
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=15))
     results = trained(longer, tmp_path / "run", resume=True)
     assert results["tokens"] == 15 * 3 * 16

@@ -61,6 +61,10 @@ def run(args: Sequence[str]) -> int:
     except Interrupted as stop:
         log.note(f"{stop}; go on with: minrnn train --run {run_dir} --resume")
         return 128 + stop.signum
+    except KeyboardInterrupt:  # a second one, or one outside the loop
+        if (run_dir / "checkpoints" / "last").exists():
+            log.note(f"stopped; go on from the last checkpoint with: minrnn train --run {run_dir} --resume")
+        raise
     log.note(
         f"val_loss {results['val_loss']:.4f} nats a token at step {results['step']}, "
         f"{results['bits_per_byte']:.4f} bits a byte; next: minrnn sample {run_dir}"

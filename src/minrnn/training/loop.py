@@ -63,16 +63,16 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False, log: RunLog
         _check_new(run_dir)
     run = Run(config, run_dir, log)
     run.begin(resume)
-    steps, every = config.train.steps, config.train
-    with log.open(run_dir, run.state.step, steps):
+    settings = config.train
+    with log.open(run_dir, run.state.step, settings.steps):
         with interruptible() as interruption:
-            while run.state.step < steps:
+            while run.state.step < settings.steps:
                 run.step()
-                if run.due(every.log_every):
+                if run.due(settings.log_every):
                     run.report()
-                if run.due(every.eval_every):
+                if run.due(settings.eval_every):
                     run.evaluate()
-                if run.due(every.checkpoint_every):
+                if run.due(settings.checkpoint_every):
                     run.save()
                 if interruption.signum:
                     run.save()
@@ -128,14 +128,16 @@ class Run:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def begin(self, resume: bool) -> None:
-        """Claim the directory, say what will be trained, and go on from the last checkpoint if asked to."""
+        """Say what will be trained, go on from the last checkpoint if asked to, and claim the directory."""
         if resume:
             check_unchanged(read_config(self.run_dir), self.config)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(self.run_dir / "config.json", self.config.to_dict())
         self.log.note(self.describe())
+        if self.settings.warmup_steps >= self.settings.steps:
+            self.log.note("note: train.warmup_steps is not below train.steps: the peak rate is never reached")
         if resume:
             self._restore()
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(self.run_dir / "config.json", self.config.to_dict())
         self._session_started = self._window_started = time.perf_counter()
 
     def describe(self) -> str:
@@ -145,7 +147,7 @@ class Run:
         model = self.config.model
         return (
             f"{self.device}, engine {serving.name} ({serving.detail})\n"
-            f"{model.mixer}, {model.num_layers} layers, {self.parameters / 1e6:.2f} M parameters\n"
+            f"{model.mixer}, {_count(model.num_layers, 'layer')}, {self.parameters / 1e6:.2f} M parameters\n"
             f"{self.task.describe()}"
         )
 
@@ -173,6 +175,7 @@ class Run:
             "learning_rate": learning_rate_at(state.step - 1, self.settings),
             "grad_norm": math.fsum(state.grad_norms) / len(state.grad_norms),
             "tokens": state.tokens,
+            "seconds": self._seconds(),
             "tokens_per_second": self._window_tokens / (time.perf_counter() - self._window_started),
         }
         self.log.training(state.step, metrics)
@@ -185,7 +188,9 @@ class Run:
         self.log.busy("evaluating")
         began = time.perf_counter()
         metrics = self.task.evaluate(self.model, max_tokens=self.settings.eval_tokens)
-        is_best = not self.state.best or metrics["val_loss"] < self.state.best["val_loss"]
+        if not math.isfinite(metrics["val_loss"]):
+            raise NonFiniteLossError(self._advice(f"its val_loss is {metrics['val_loss']}"))
+        is_best = metrics["val_loss"] < self.state.best.get("val_loss", math.inf)
         if is_best:
             self.state.best = {"step": self.state.step, **metrics}
             save_checkpoint(self.run_dir / "checkpoints" / "best", self.model, extra=self._extra())
@@ -195,6 +200,8 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint that the run would resume from."""
         self._collect()
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise NonFiniteLossError(self._advice("its weights are not finite"))
         began = time.perf_counter()
         self.state.seconds = self._seconds()
         last = self.run_dir / "checkpoints" / "last"
@@ -205,7 +212,7 @@ class Run:
         """Measure the best weights on the whole validation split; write results.json and loss.png."""
         best = self.state.best
         if self.settings.eval_tokens:
-            self.log.busy("evaluating the best weights on the whole validation split")
+            self.log.busy("evaluating the best weights")
             model, _ = load_checkpoint(self.run_dir / "checkpoints" / "best", device=self.device)
             best = {"step": best["step"], **self.task.evaluate(model)}
         results = {
@@ -235,6 +242,11 @@ class Run:
             raise ValueError(
                 f"resume: the text {self.config.task.source!r} has changed since this run was trained on it; "
                 "start a new run"
+            )
+        if self.state.step > self.settings.steps:
+            raise ValueError(
+                f"resume: train.steps must be at least the {self.state.step} that are done, got "
+                f"{self.settings.steps}"
             )
         self._seconds_before = self.state.seconds
         self.log.note(f"resumed after step {self.state.step}")
@@ -267,18 +279,19 @@ class Run:
         first = self.state.step - len(self._pending) + 1
         for step, (loss, norm) in enumerate(torch.stack(self._pending).tolist(), start=first):
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise NonFiniteLossError(self._advice(step, loss, norm))
+                finding = f"its loss is {loss} and the norm of the gradient {norm}"
+                raise NonFiniteLossError(self._advice(finding, step))
             self.state.losses.append(loss)
             self.state.grad_norms.append(norm)
         self._pending.clear()
 
-    def _advice(self, step: int, loss: float, norm: float) -> str:
+    def _advice(self, finding: str, step: int | None = None) -> str:
         settings = self.settings
         return (
-            f"training diverged at step {step}: the loss is {loss}, the norm of its gradient {norm}; lower "
-            f"train.learning_rate ({settings.learning_rate:g}), lengthen train.warmup_steps "
-            f"({settings.warmup_steps}) or tighten train.grad_clip ({settings.grad_clip:g}). What is in "
-            f"{self.run_dir / 'checkpoints'} is from before it"
+            f"training diverged at step {step or self.state.step}: {finding}; lower train.learning_rate "
+            f"({settings.learning_rate:g}), lengthen train.warmup_steps ({settings.warmup_steps}) or tighten "
+            f"train.grad_clip ({settings.grad_clip:g}). What is in {self.run_dir / 'checkpoints'} is from "
+            "before it"
         )
 
     def _seconds(self) -> float:
@@ -291,6 +304,10 @@ class Run:
             "vocabulary": self.task.vocabulary.to_dict(),
             "corpus": self.task.sha256,
         }
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _complete(model: ModelConfig, task: TextTask) -> ModelConfig:

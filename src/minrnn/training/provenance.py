@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -30,9 +32,18 @@ def provenance(device: torch.device) -> dict[str, object]:
             "threads": torch.get_num_threads(),
             "system": platform.platform(),
         },
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "versions": {"python": platform.python_version(), **_versions("minrnn", "torch", "numpy")},
         "commit": _commit(),
     }
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    """Return the versions of those packages that are installed; minrnn in a checkout may not be."""
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
 
 
 def _processor() -> str:
