@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
 
 import minrnn.mixers.attention
 from minrnn.mixers import MIXERS, Mixer, State
@@ -198,6 +199,38 @@ def test_windowed_attention_keeps_a_bounded_state() -> None:
     _, state = run_in_pieces(mixer, x, [1] * 20 + [20])
     assert [tuple(part.shape) for part in state] == [(B, 3, D_HIDDEN), (B, 3, D_HIDDEN), (B,)]
     assert state[2].tolist() == [3] * B
+
+
+@pytest.mark.parametrize(("window", "with_reset"), [(4, False), (4, True), (0, True)])
+def test_attention_builds_no_square_mask(
+    monkeypatch: pytest.MonkeyPatch, window: int, with_reset: bool
+) -> None:
+    attend, masks = functional.scaled_dot_product_attention, []
+
+    def record(*args: Tensor, attn_mask: Tensor, **options: Any) -> Tensor:
+        masks.append(attn_mask.shape[-2:])
+        return attend(*args, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", record)
+    mixer = MIXERS["attention"](D_MODEL, D_HIDDEN, window=window)
+    mixer(make_input(torch.float32, 100), reset=make_reset(100) if with_reset else None)
+    block = max(window, 3)
+    assert len(masks) == -(-100 // block)
+    assert all(queries <= block for queries, _ in masks)
+    assert not window or all(keys <= block + window - 1 for _, keys in masks)
+
+
+def test_plain_causal_attention_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend, calls = functional.scaled_dot_product_attention, []
+
+    def record(*args: Tensor, **options: Any) -> Tensor:
+        calls.append(options)
+        return attend(*args, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", record)
+    for variant in ("attention", "attention-window-longer-than-T"):
+        build(variant)(make_input())
+    assert calls == [{"is_causal": True}] * 2
 
 
 def test_attention_sees_exactly_its_window() -> None:

@@ -168,6 +168,26 @@ def test_training_steps_lower_the_loss(mixer: str) -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.parametrize(
+    ("mixer", "with_reset"), [("mingru", False), ("mingru", True), ("minlstm", False), ("attention", True)]
+)
+def test_compiles_to_one_graph(mixer: str, with_reset: bool) -> None:
+    """The classic mixers are left out: where they cut time depends on the values of reset."""
+    model, tokens = build(mixer=mixer, num_layers=1), make_tokens()
+    reset = make_reset() if with_reset else None
+    torch.compiler.reset()  # or the graphs of the tests before count against the limit
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    logits, state = compiled(tokens, reset=reset)
+    expected, expected_state = model(tokens, reset=reset)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12)
+    again, _ = compiled(tokens, state, reset=reset)
+    torch.testing.assert_close(again, model(tokens, expected_state, reset=reset)[0], rtol=0, atol=1e-12)
+    parameters = list(model.parameters())
+    ours, theirs = (torch.autograd.grad(y.square().sum(), parameters) for y in (logits, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
 # --- construction -------------------------------------------------------------------------------------
 
 
