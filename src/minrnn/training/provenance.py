@@ -11,8 +11,6 @@ from pathlib import Path
 
 import torch
 
-import minrnn
-
 
 def provenance(device: torch.device) -> dict[str, object]:
     """Describe the machine, the versions and the commit that compute on a device.
@@ -58,10 +56,10 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     """Return the commit of the checkout that this package is in, with `-dirty` where files differ from it."""
-    package = Path(minrnn.__file__).parent
-    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
+    folder = Path(__file__).parent
+    if _git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None  # installed: a repository around the environment is not ours
-    return _git(package, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
