@@ -78,7 +78,8 @@ def save_last(
     tensors = {
         **{f"optimizer.{name}": value for name, value in _optimizer_tensors(model, optimizer).items()},
         **{f"random.{name}": value for name, value in _random_states(device).items()},
-        **{f"carry.{index}": tensor for index, tensor in enumerate(carry)},
+        # Clones: parts of a state may be views of one tensor, which safetensors refuses.
+        **{f"carry.{index}": tensor.clone() for index, tensor in enumerate(carry)},
     }
     with write_directory(directory) as folder:
         write_model(folder, model, extra=extra)
@@ -111,6 +112,10 @@ def load_last(
     _restore_optimizer(model, optimizer, _under("optimizer.", tensors))
     _restore_random_states(_under("random.", tensors), device)
     scalars = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+    if scalars.keys() != {entry.name for entry in fields(TrainState)}:
+        raise ValueError(
+            f"resume: {folder / 'trainer.json'} was written by another version of minrnn; use that"
+        )
     carry = {int(index): tensor.to(device) for index, tensor in _under("carry.", tensors).items()}
     return TrainState(**scalars | {"carry": _unflatten(scalars["carry"], carry)}), extra
 
@@ -175,10 +180,12 @@ class Interrupted(Exception):  # noqa: N818 - a request that was met, not an err
         self.signum = signum
 
 
+@dataclass
 class Interruption:
-    """Whether a signal has asked the run to stop: 0, or the signal's number."""
+    """Whether a signal has asked the run to stop."""
 
     signum: int = 0
+    """The signal's number; 0 while there was none."""
 
 
 @contextmanager
