@@ -349,7 +349,7 @@ def test_a_run_that_cannot_start_leaves_no_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("carry_state", [False, True])
-@pytest.mark.parametrize("mixer", ["mingru", "lstm", "attention"])
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_interrupted_and_resumed_is_uninterrupted(
     corpus: Path, tmp_path: Path, mixer: str, carry_state: bool
 ) -> None:
