@@ -202,11 +202,16 @@ def test_train_then_evaluate_then_sample(
     assert f"runs/{run_dir.name}" in said.splitlines()[-1]
     results = json.loads((run_dir / "results.json").read_text())
 
-    assert main(["evaluate", str(run_dir)]) == 0
+    assert main(["evaluate", str(run_dir), "--checkpoint", "last"]) == 0
     assert f"{results['val_loss']:.4f}" in capsys.readouterr().out
     evaluation = json.loads((run_dir / "evaluation.json").read_text())
     assert evaluation["val_loss"] == pytest.approx(results["val_loss"], rel=1e-6)
     assert evaluation["step"] == results["step"]
+    assert main(["evaluate", str(run_dir), "--checkpoint", "last", "--window", "4"]) == 0
+    shorter = json.loads((run_dir / "evaluation.json").read_text())
+    assert shorter["val_loss"] == pytest.approx(results["val_loss"], rel=1e-6)
+    assert shorter["val_loss_windowed"] != pytest.approx(results["val_loss_windowed"], rel=1e-6)
+    capsys.readouterr()
 
     def sample(*options: str) -> str:
         assert main(["sample", str(run_dir), "--tokens", "40", *options]) == 0

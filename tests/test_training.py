@@ -270,7 +270,8 @@ def test_a_run_learns_and_leaves_its_directory(corpus: Path, tmp_path: Path) -> 
     evaluations = [record for record in metrics if "val_loss" in record]
     assert [record["step"] for record in evaluations] == list(range(4, 41, 4))
     best = min(evaluations, key=lambda record: record["val_loss"])
-    assert results["step"] == best["step"]
+    assert results["step"] == 40
+    assert results["best"]["step"] == best["step"]
     assert results["val_tokens"] > best["val_tokens"]  # at the end, all of them
     assert results["tokens"] == 40 * 3 * 16
     expected = {"val_loss", "val_loss_windowed", "bits_per_byte", "seconds", "parameters", "mixer"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +24,8 @@ class EvaluateCommand:
     """Directory of the run whose model is measured."""
     checkpoint: Literal["best", "last"] = "best"
     """Weights with the lowest validation loss, or the last ones."""
+    window: int | None = None
+    """Tokens in each window of val_loss_windowed (None: as the run was trained)."""
     max_tokens: int = 0
     """Tokens of the split that are predicted (0: all)."""
     device: str = "auto"
@@ -36,9 +38,10 @@ def run(args: Sequence[str]) -> int:
     config = read_config(command.run)
     device = choose_device(command.device)
     model, vocabulary, step = load_trained(command.run, command.checkpoint, device)
-    task = TASKS["text"](config.task, vocabulary)
+    window = config.task.window if command.window is None else command.window
+    task = TASKS["text"](replace(config.task, window=window), vocabulary)
     metrics = task.evaluate(model, max_tokens=command.max_tokens)
-    results = {"checkpoint": command.checkpoint, "step": step, **metrics}
+    results = {"checkpoint": command.checkpoint, "step": step, "window": window, **metrics}
     table = Table("metric", "value", title=str(command.run))
     for name, value in results.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minrnn.models import ModelConfig, SequenceModel, load_checkpoint, map_state, save_checkpoint
+from minrnn.models import ModelConfig, SequenceModel, map_state, save_checkpoint
 from minrnn.models.checkpoint import find_directory
 from minrnn.ops import engines
 from minrnn.tasks import TASKS, TextTask
@@ -48,8 +48,9 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False, log: RunLog
         log: where progress is reported.
 
     Returns:
-        What results.json holds: the metrics of the best weights on the whole validation split, the step that
-        they are of, tokens, seconds, parameters, mixer, device, machine, versions and commit.
+        What results.json holds: the metrics of the last weights on the whole validation split; `best`, those of
+        the best evaluation during training, and its step; tokens, seconds, parameters, mixer, device, machine,
+        versions and commit.
 
     Raises:
         FileExistsError: `run_dir` holds something and `resume` is False.
@@ -108,8 +109,9 @@ class Run:
 
     def __init__(self, config: RunConfig, run_dir: Path, log: RunLog) -> None:
         self.settings, self.run_dir, self.log = config.train, run_dir, log
-        if self.settings.threads:
-            torch.set_num_threads(self.settings.threads)
+        # Set even where it changes nothing: this stops MKL from choosing fewer threads under load, which would
+        # change the order of its sums, and with it the last bits of a resumed run.
+        torch.set_num_threads(self.settings.threads or torch.get_num_threads())
         torch.manual_seed(self.settings.seed)
         self.device = choose_device(self.settings.device)
         self.task: TextTask = TASKS["text"](config.task)
@@ -209,17 +211,16 @@ class Run:
         self._window_started += time.perf_counter() - began
 
     def finish(self) -> dict[str, Any]:
-        """Measure the best weights on the whole validation split; write results.json and loss.png."""
-        best = self.state.best
-        if self.settings.eval_tokens:
-            self.log.busy("evaluating the best weights")
-            model, _ = load_checkpoint(self.run_dir / "checkpoints" / "best", device=self.device)
-            best = {"step": best["step"], **self.task.evaluate(model)}
+        """Measure the last weights on the whole validation split; write results.json and loss.png."""
+        self.log.busy("evaluating on the whole validation split")
+        metrics = self.task.evaluate(self.model)
         results = {
             "recipe": self.config.recipe,
             "mixer": self.config.model.mixer,
             "parameters": self.parameters,
-            **best,
+            "step": self.state.step,
+            **metrics,
+            "best": self.state.best,
             "tokens": self.state.tokens,
             "seconds": self._seconds(),
             **provenance(self.device),
