@@ -25,6 +25,7 @@ COMMANDS: dict[str, Command] = {
     "sample": Command("minrnn.cli.sample", "write text with a trained model"),
     "evaluate": Command("minrnn.cli.evaluate", "measure a trained model on its validation split"),
     "engines": Command("minrnn.cli.engines", "show what computes the recurrence on which device"),
+    "bench": Command("minrnn.cli.bench", "time and check engines and layers beside other implementations"),
 }
 
 ENVIRONMENT = {

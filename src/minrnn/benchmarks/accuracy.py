@@ -1,0 +1,147 @@
+"""`minrnn bench accuracy`: the error against a float64 loop as sequences grow, ours beside log space."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from minrnn.benchmarks.check import errors, scan_reference
+from minrnn.benchmarks.measure import OURS
+from minrnn.benchmarks.options import DTYPES, Dtype, lengths, require, select
+from minrnn.benchmarks.peers import SCAN_PEERS, Scan
+from minrnn.benchmarks.plots import plot_errors
+from minrnn.benchmarks.report import Report
+from minrnn.benchmarks.session import that_import
+from minrnn.ops import GATES, gated_scan
+
+__all__ = ["FORGETTING", "AccuracyBench", "bench_accuracy"]
+
+FORGETTING = {"fast": -4.0, "medium": 0.0, "slow": 6.0}
+"""The logit of the decay that the gates vary about."""
+
+
+@dataclass(frozen=True)
+class AccuracyBench:
+    """Measure the largest error against a float64 loop, relative to the largest value, as sequences grow.
+
+    States and gradients, for slow, medium and fast forgetting. Inputs can be stored in 16 bits without loss,
+    so that every number format is given the same problem.
+    """
+
+    lengths: str = "256..1048576"
+    """Lengths T; 256..1048576 stands for 256, 512, ... up to 2^20."""
+    gates: tuple[Literal["mingru", "minlstm", "minlstm_unnormalised"], ...] = ("mingru",)
+    """Gates of the recurrence."""
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
+    """Number formats of inputs and states."""
+    peers: tuple[str, ...] = ("log-space",)
+    """Whom to measure beside ours: names (a wrong one lists them all), all that are installed, or none."""
+    channels: int = 8
+    """Channels D; the largest error over all of them counts."""
+    seed: int = 0
+    """Seed of the inputs."""
+    output: Path | None = None
+    """JSON file to write, with a plot of the same name beside it (None: runs/bench-accuracy-TIME.json)."""
+
+    def __post_init__(self) -> None:
+        require("gates", bool(self.gates), "at least one", self.gates)
+        require("dtypes", bool(self.dtypes), "at least one", self.dtypes)
+        require("channels", self.channels >= 1, "1 or more", self.channels)
+
+
+def bench_accuracy(options: AccuracyBench, command: Sequence[str], console: Console) -> Report:
+    """Run the benchmark.
+
+    Args:
+        options: what to measure.
+        command: the arguments that repeat it.
+        console: where its tables are drawn.
+
+    Returns:
+        The report, written and plotted. Each of its results holds gate, T, forgetting, system, dtype, and
+        `error`: h and gradients, relative to the largest value (null: not finite). `half_lives` of the
+        document says in how many steps a typical gate of each kind of forgetting halves the state.
+
+    Raises:
+        ValueError: an option cannot be used.
+    """
+    peers = select(options.peers, SCAN_PEERS)
+    all_lengths = lengths(options.lengths)
+    report = Report("accuracy", options.output, command, asdict(options), torch.device("cpu"), console)
+    report.document["half_lives"] = {name: _half_life(bias) for name, bias in FORGETTING.items()}
+    able = that_import(peers, report)
+    for gate in options.gates:
+        scans: dict[str, Scan] = {OURS: lambda gate, pre: gated_scan(gate, *pre)}
+        scans |= {name: peer.make() for name, peer in able.items() if gate in peer.gates}
+        for T in all_lengths:
+            _measure_length(gate, T, options, scans, report)
+    report.finish(plot_errors)
+    return report
+
+
+def _half_life(bias: float) -> float:
+    """Return the steps after which a decay of sigmoid(bias) leaves half."""
+    return math.log(2) / math.log1p(math.exp(-bias))
+
+
+def _measure_length(
+    gate: str, T: int, options: AccuracyBench, scans: dict[str, Scan], report: Report
+) -> None:
+    pre, dh = _inputs(gate, T, options)
+    exact = scan_reference(gate, pre, dh)
+    table = Table("", *FORGETTING, title=f"{gate}, T = {T}", title_justify="left", box=None, pad_edge=False)
+    for dtype in options.dtypes:
+        for name, scan in scans.items():
+            found = _errors(scan, gate, [x.to(DTYPES[dtype]) for x in pre], dh.to(DTYPES[dtype]), exact)
+            for forgetting, error in zip(FORGETTING, found, strict=True):
+                report.document["results"].append(
+                    {
+                        "gate": gate,
+                        "T": T,
+                        "forgetting": forgetting,
+                        "system": name,
+                        "dtype": dtype,
+                        "error": {k: v if math.isfinite(v) else None for k, v in error.items()},
+                    }
+                )
+            table.add_row(f"{name} {dtype}", *(f"{error['h']:.1e}" for error in found))
+    report.write()
+    report.console.print(table)
+
+
+def _inputs(gate: str, T: int, options: AccuracyBench) -> tuple[list[Tensor], Tensor]:
+    """Draw pre-activations, one row of the batch for each kind of forgetting, and the gradient of h."""
+    generator = torch.Generator().manual_seed(options.seed)
+    shape = (len(FORGETTING), T, options.channels)
+    pre = [torch.randn(shape, generator=generator) for _ in GATES[gate].pre]
+    keep = torch.tensor(list(FORGETTING.values()))[:, None, None]
+    if gate == "mingru":  # decay 1 - z
+        pre[0] -= keep
+    else:  # decay f, or f / (f + i)
+        pre[0] += keep
+        pre[1] -= keep
+    dh = torch.randn(shape, generator=generator)
+    return [x.bfloat16().float() for x in pre], dh.bfloat16().float()
+
+
+def _errors(
+    scan: Scan, gate: str, pre: list[Tensor], dh: Tensor, exact: dict[str, Tensor]
+) -> list[dict[str, float]]:
+    """Return the errors of h and of the gradients, for each row."""
+    leaves = [x.requires_grad_() for x in pre]
+    h = scan(gate, leaves)
+    gradients = torch.autograd.grad(h, leaves, dh)
+    found = {"h": h.detach()} | {f"d{index}": d for index, d in enumerate(gradients)}
+    return [errors(_row(found, row), _row(exact, row)) for row in range(len(FORGETTING))]
+
+
+def _row(tensors: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+    return {name: tensor[row] for name, tensor in tensors.items()}

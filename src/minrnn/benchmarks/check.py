@@ -1,0 +1,70 @@
+"""Equality with the reference, before anything is timed: values and gradients against a float64 loop."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from minrnn.ops import reference
+
+__all__ = ["TOLERANCE", "errors", "layer_reference", "scan_reference", "some_rows"]
+
+Named = dict[str, Tensor]
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+"""Largest error relative to the largest value at which two results are equal: some roundings of the result,
+and, in layers, of the sums in their matrix products."""
+
+MOST_ELEMENTS = 1 << 25  # of (B, T, D) that are compared: float64 copies of ten such tensors fill 2.7 GB
+
+
+def some_rows(B: int, T: int, D: int) -> int:
+    """Return how many rows of the batch, which are independent, are compared: as many as memory allows."""
+    return max(1, min(B, MOST_ELEMENTS // (T * D)))
+
+
+def errors(actual: Named, expected: Named) -> dict[str, float]:
+    """Return the largest error of h, and of all gradients given, each relative to the largest value expected.
+
+    A value that is not finite, or a wrong shape, is an infinite error.
+    """
+    found = {name: _error(value, expected[name]) for name, value in actual.items()}
+    gradients = [error for name, error in found.items() if name != "h"]
+    return {"h": found["h"]} | ({"gradients": max(gradients)} if gradients else {})
+
+
+def scan_reference(gate: str, pre: list[Tensor], dh: Tensor) -> Named:
+    """Return h and the gradients of the pre-activations, in float64."""
+    h, dpre = _exact(gate, pre, dh)
+    return {"h": h} | {f"d{index}": d for index, d in enumerate(dpre)}
+
+
+def layer_reference(gate: str, x: Tensor, weight: Tensor, dh: Tensor) -> Named:
+    """Return the states of a layer without biases, and the gradients of its input and weight, in float64.
+
+    Args:
+        gate: the cell.
+        x: (B, T, input_size).
+        weight: (k * hidden_size, input_size).
+        dh: gradient of the states, (B, T, hidden_size).
+    """
+    x, weight = x.detach().double(), weight.detach().double()
+    h, (dpre,) = _exact(gate, [functional.linear(x, weight)], dh)
+    return {"h": h, "dx": dpre @ weight, "dweight": dpre.flatten(0, 1).mT @ x.flatten(0, 1)}
+
+
+def _exact(gate: str, pre: list[Tensor], dh: Tensor) -> tuple[Tensor, list[Tensor]]:
+    pre = [x.detach().double() for x in pre]
+    h = reference.forward(pre, None, None, gate, "positive", False)
+    *dpre, _ = reference.backward(dh.double(), pre, h, None, None, gate, "positive", False)
+    return h, dpre
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    if actual.shape != expected.shape or not actual.isfinite().all():
+        return math.inf
+    largest = float(expected.abs().max())
+    return float((actual.detach().double() - expected).abs().max()) / max(largest, 1e-30)

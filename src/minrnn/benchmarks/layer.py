@@ -1,0 +1,162 @@
+"""`minrnn bench layer`: a layer's whole training step, ours beside torch's GRU and LSTM and other peers'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from minrnn.benchmarks.check import errors, layer_reference, some_rows
+from minrnn.benchmarks.measure import OURS, System
+from minrnn.benchmarks.options import TimedBench
+from minrnn.benchmarks.peers import LAYER_PEERS, LayerPeer
+from minrnn.benchmarks.report import Report
+from minrnn.benchmarks.session import Case, Kind, run
+from minrnn.benchmarks.timing import Phases, Task, clock
+from minrnn.mixers import MinGRU, MinLSTM
+from minrnn.ops import GATES
+
+__all__ = ["LayerBench", "bench_layer", "build_linear", "build_ours", "build_peer", "our_weight", "peer_call"]
+
+KIND = Kind("layer", "BTD", across="T", limit="linear", phases=("forward", "backward", "step"), unit="ms")
+
+Call = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class LayerBench(TimedBench):
+    """Time the training step of MinGRU(D, D) or MinLSTM(D, D) beside torch's GRU or LSTM and other peers.
+
+    A step is forward, and backward to the input and all weights, given the gradient of the output; there is
+    no optimiser. Layers of the same equations are first compared with a float64 loop. The limit is the
+    training step of Linear(D, 2 D), or 3 D for minLSTM: the matrix product that our layer begins with.
+    """
+
+    shapes: tuple[str, ...] = ("16x64..4096x256",)
+    """BxTxD: batch, length, hidden channels; 64..1024 stands for 64, 128, 256, 512 and 1024."""
+    cells: tuple[Literal["mingru", "minlstm"], ...] = ("mingru",)
+    """Cells; a GRU takes part beside mingru, an LSTM beside minlstm."""
+    input_size: int = 0
+    """Channels of the input (0: as many as hidden ones)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.input_size < 0:
+            raise ValueError(f"bench: input_size must be 0 or more, got {self.input_size}")
+
+
+def bench_layer(options: LayerBench, command: Sequence[str], console: Console) -> Report:
+    """Run the benchmark; arguments, return value and errors are those of `session.run`."""
+
+    def systems(case: Case, peers: Mapping[str, LayerPeer]) -> dict[str, System]:
+        return _systems(case, peers, options.input_size or case.shape["D"])
+
+    return run(KIND, options, options.cells, LAYER_PEERS, systems, command, console)
+
+
+def build_ours(case: Case, input_size: int) -> MinGRU | MinLSTM:
+    """Return our layer with biases of zero, so that layers without biases are the same function."""
+    kind = {"mingru": MinGRU, "minlstm": MinLSTM}[case.gate]
+    layer = kind(input_size, case.shape["D"], batch_first=True, device=case.device, dtype=case.torch_dtype)
+    nn.init.zeros_(layer.bias_ih_l0)
+    return layer
+
+
+def our_weight(layer: MinGRU | MinLSTM) -> Tensor:
+    """Return the rows of all pre-activations, (k * hidden_size, input_size)."""
+    return layer.all_weights[0][0]
+
+
+def build_peer(peer: LayerPeer, case: Case, input_size: int, weight: Tensor) -> nn.Module:
+    """Return a peer's layer, with our weight where it is the same function."""
+    layer = peer.build(case.gate, input_size, case.shape["D"]).to(case.device, case.torch_dtype)
+    if peer.load is not None:
+        peer.load(layer, weight.detach().chunk(GATES[case.gate].num_pre))
+    return layer
+
+
+def build_linear(case: Case, input_size: int) -> nn.Linear:
+    """Return the matrix product that our layer begins with."""
+    rows = GATES[case.gate].num_pre * case.shape["D"]
+    return nn.Linear(input_size, rows, device=case.device, dtype=case.torch_dtype)
+
+
+def peer_call(peer: LayerPeer) -> Callable[[Any, Tensor, Any], tuple[Tensor, Any]]:
+    """Return what calls the peer's layer, compiled where the peer is."""
+    return torch.compile(peer.call, dynamic=False) if peer.compiled else peer.call
+
+
+def _systems(case: Case, peers: Mapping[str, LayerPeer], input_size: int) -> dict[str, System]:
+    torch.manual_seed(case.seed)
+    B, T, D = case.shape.values()
+    x = _draw(case, B, T, input_size).requires_grad_()
+    dy = _draw(case, B, T, D)
+    ours, linear = build_ours(case, input_size), build_linear(case, input_size)
+    weight = our_weight(ours)
+    rows = some_rows(B, T, max(input_size, D))
+    few = x[:rows].detach().requires_grad_()
+    exact = layer_reference(case.gate, few, weight, dy[:rows])
+
+    def compare(call: Call, **weights: Tensor) -> dict[str, float]:
+        """Compare h, dx, and the gradients of `weights`, each called dNAME."""
+        y = call(few)
+        dx, *dweights = torch.autograd.grad(y, [few, *weights.values()], dy[:rows])
+        named = zip(weights, dweights, strict=True)
+        return errors({"h": y, "dx": dx} | {f"d{name}": d for name, d in named}, exact)
+
+    systems = {
+        KIND.limit: System(_step(linear, linear, case, x, _draw(case, B, T, linear.out_features)), None),
+        OURS: System(
+            _step(lambda x: ours(x)[0], ours, case, x, dy),
+            lambda: compare(lambda x: ours(x)[0], weight=weight),
+        ),
+    }
+    for name, peer in peers.items():
+        systems[name] = _peer_system(peer, case, x, dy, weight, compare)
+    return systems
+
+
+def _peer_system(
+    peer: LayerPeer,
+    case: Case,
+    x: Tensor,
+    dy: Tensor,
+    weight: Tensor,
+    compare: Callable[[Call], dict[str, float]],
+) -> System:
+    layer = build_peer(peer, case, x.shape[2], weight)
+    call_layer = peer_call(peer)
+
+    def call(x: Tensor) -> Tensor:
+        return call_layer(layer, x, None)[0]
+
+    same_function = peer.load is not None
+    return System(
+        _step(call, layer, case, x, dy),
+        (lambda: compare(call)) if same_function else None,
+        peer.reason(case.torch_dtype),
+    )
+
+
+def _draw(case: Case, *shape: int) -> Tensor:
+    return torch.randn(*shape).to(case.device, case.torch_dtype)
+
+
+def _step(call: Call, layer: nn.Module, case: Case, x: Tensor, dy: Tensor) -> Task:
+    """Time forward, and backward to the input and all weights."""
+    leaves = [x, *layer.parameters()]
+
+    def step() -> Phases:
+        start = clock(case.device)
+        y = call(x)
+        middle = clock(case.device)
+        gradients = torch.autograd.grad(y, leaves, dy)
+        end = clock(case.device)
+        del y, gradients
+        return {"forward": middle - start, "backward": end - middle}
+
+    return step

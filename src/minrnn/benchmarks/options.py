@@ -1,0 +1,130 @@
+"""What all timed benchmarks let one choose: shapes, number formats, threads, peers, and how long it takes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import product
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+
+from minrnn.benchmarks.timing import MIN_ROUNDS
+
+__all__ = ["DTYPES", "Dtype", "TimedBench", "lengths", "parse_shapes", "require", "select"]
+
+Dtype = Literal["float32", "float64", "bfloat16", "float16"]
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+V = TypeVar("V")
+
+
+@dataclass(frozen=True)
+class TimedBench:
+    """The options that scan, layer and decode share."""
+
+    shapes: tuple[str, ...]
+    """Sizes as numbers with an x between; 64..1024 stands for 64, 128, 256, 512 and 1024."""
+    dtypes: tuple[Dtype, ...] = ("float32",)
+    """Number formats of inputs and weights."""
+    threads: tuple[int, ...] = (0,)
+    """CPU threads (0: as many as torch chooses)."""
+    peers: tuple[str, ...] = ("all",)
+    """Whom to measure against: names (a wrong one lists them all), all that are installed, or none."""
+    seconds: float = 5.0
+    """Seconds to spend on a system; every system takes part in three rounds at least, however slow it is."""
+    samples: int = 30
+    """Measurements of a system at most, while the seconds last."""
+    seed: int = 0
+    """Seed of the inputs and weights."""
+    device: str = "cpu"
+    """Device to compute on: cpu, cuda, ..."""
+    output: Path | None = None
+    """JSON file to write, with a plot of the same name beside it (None: runs/bench-NAME-TIME.json)."""
+
+    def __post_init__(self) -> None:
+        require("shapes", bool(self.shapes), "at least one", self.shapes)
+        require("dtypes", bool(self.dtypes), "at least one", self.dtypes)
+        require("threads", bool(self.threads) and min(self.threads) >= 0, "0 or more", self.threads)
+        require("seconds", 0 < self.seconds < float("inf"), "more than 0, and finite", self.seconds)
+        require("samples", self.samples >= MIN_ROUNDS, f"{MIN_ROUNDS} or more", self.samples)
+
+
+def require(name: str, holds: bool, expected: str, got: object) -> None:
+    """Refuse an option.
+
+    Raises:
+        ValueError: it does not hold.
+    """
+    if not holds:
+        raise ValueError(f"bench: {name} must be {expected}, got {got!r}")
+
+
+def lengths(text: str) -> list[int]:
+    """Read a number, or a range that doubles.
+
+    Raises:
+        ValueError: it is neither, or not positive.
+
+    >>> lengths("100"), lengths("64..300")
+    ([100], [64, 128, 256])
+    """
+    match = re.fullmatch(r"([1-9]\d*)(?:\.\.([1-9]\d*))?", text)
+    if match is None or (match[2] and int(match[2]) < int(match[1])):
+        raise ValueError(f"bench: a size must be a number such as 512 or a range 64..1024, got {text!r}")
+    first, last = int(match[1]), int(match[2] or match[1])
+    return [first << doublings for doublings in range((last // first).bit_length())]
+
+
+def parse_shapes(texts: Sequence[str], axes: str) -> list[tuple[int, ...]]:
+    """Read shapes such as "8x1024x512" or "8x64..1024x512", without repetitions, in their order.
+
+    Args:
+        texts: the shapes.
+        axes: one letter an axis, such as "BTD".
+
+    Returns:
+        One tuple of sizes a shape; a range gives one shape for each of its sizes.
+
+    Raises:
+        ValueError: a shape has another number of axes, or a size is not positive.
+
+    >>> parse_shapes(["8x64..128x32"], "BTD")
+    [(8, 64, 32), (8, 128, 32)]
+    """
+    shapes: dict[tuple[int, ...], None] = {}
+    for text in texts:
+        sizes = text.split("x")
+        if len(sizes) != len(axes):
+            example = "x".join({"B": "8", "T": "64..1024", "D": "512"}[axis] for axis in axes)
+            raise ValueError(f"bench: shapes must be {'x'.join(axes)} such as {example}, got {text!r}")
+        shapes |= dict.fromkeys(product(*map(lengths, sizes)))
+    return list(shapes)
+
+
+def select(names: Sequence[str], table: dict[str, V]) -> dict[str, V]:
+    """Return the chosen part of a table of peers, in the table's order.
+
+    Args:
+        names: keys of the table, or "all", or "none".
+        table: the peers.
+
+    Raises:
+        ValueError: a name is unknown; the nearest one is named.
+    """
+    for name in names:
+        if name not in table and name not in ("all", "none"):
+            near = get_close_matches(name, table, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"bench: peers must be all, none or among {', '.join(table)}; got {name!r}{hint}"
+            )
+    return {name: peer for name, peer in table.items() if name in names or "all" in names}

@@ -1,0 +1,224 @@
+"""Whom we measure against: one small adapter each. A peer takes part where it is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from minrnn.ops import CANDIDATES, GATES
+from minrnn.ops.reference import split
+
+__all__ = ["LAYER_PEERS", "SCAN_PEERS", "LayerPeer", "Peer", "Scan", "ScanPeer"]
+
+Scan = Callable[[str, list[Tensor]], Tensor]
+"""(gate, pre) -> h: pre-activations, separate or packed, in; states (B, T, D) out. No initial state."""
+
+LOG_SPACE = "log space loses accuracy in proportion to T"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """What is said of every peer."""
+
+    package: str = "torch"
+    """What to install for it."""
+    module: str = "torch"
+    """What that package is imported as."""
+    gates: tuple[str, ...]
+    """The gates, or the cells, that it can be measured beside."""
+    inexact: str = ""
+    """Why its results may differ from the reference's; a peer without a reason has to be equal."""
+    compiled: bool = False
+    """Whether torch.compile is applied to it."""
+
+    def reason(self, dtype: torch.dtype) -> str:
+        """Return why its results may differ from the reference's in this number format, or nothing."""
+        return self.inexact or ("gates and state are kept in 16 bits" if dtype.itemsize == 2 else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanPeer(Peer):
+    """Somebody else's way to compute a gated scan."""
+
+    make: Callable[[], Scan]
+    """Imports what it needs, and returns the function."""
+    gates: tuple[str, ...] = tuple(GATES)
+
+
+def _decay_and_drive(gate: str, pre: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return GATES[gate].equations(CANDIDATES["positive"], *split(gate, pre))
+
+
+def _make_loop() -> Scan:
+    def loop(gate: str, pre: list[Tensor]) -> Tensor:
+        a, b = _decay_and_drive(gate, pre)
+        h = b[:, 0]
+        states = [h]
+        # unbind, whose backward is one stack; indexing would fill a whole (B, T, D) of zeros for each step
+        for a_t, b_t in zip(a.unbind(1)[1:], b.unbind(1)[1:], strict=True):
+            h = torch.addcmul(b_t, a_t, h)
+            states.append(h)
+        return torch.stack(states, 1)
+
+    return loop
+
+
+def _make_log_space() -> Scan:
+    package = import_module("minGRU_pytorch.minGRU")
+
+    def log_space(gate: str, pre: list[Tensor]) -> Tensor:
+        *gates, candidate = split(gate, pre)
+        log_a, log_update = _LOG_GATES[gate](*gates)
+        return package.heinsen_associative_scan_log(log_a, log_update + package.log_g(candidate))
+
+    return log_space
+
+
+def _log_mingru(z: Tensor) -> tuple[Tensor, Tensor]:
+    return -functional.softplus(z), -functional.softplus(-z)
+
+
+def _log_minlstm(f: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
+    difference = functional.softplus(-f) - functional.softplus(-i)
+    return -functional.softplus(difference), -functional.softplus(-difference)
+
+
+def _log_minlstm_unnormalised(f: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
+    return -functional.softplus(-f), -functional.softplus(-i)
+
+
+# Logarithms of the decay and of the candidate's weight, as that package's layers compute them.
+_LOG_GATES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "mingru": _log_mingru,
+    "minlstm": _log_minlstm,
+    "minlstm_unnormalised": _log_minlstm_unnormalised,
+}
+
+
+def _make_mambapy() -> Scan:
+    pscan = import_module("mambapy.pscan").pscan
+
+    def mambapy(gate: str, pre: list[Tensor]) -> Tensor:
+        a, b = _decay_and_drive(gate, pre)
+        return pscan(a.unsqueeze(-1), b.unsqueeze(-1)).squeeze(-1)  # (B, T, D, N = 1)
+
+    return mambapy
+
+
+def _make_accelerated_scan() -> Scan:
+    tree = import_module("accelerated_scan.ref").scan
+
+    def accelerated_scan(gate: str, pre: list[Tensor]) -> Tensor:
+        a, b = _decay_and_drive(gate, pre)
+        h = tree(a.transpose(1, 2).contiguous(), b.transpose(1, 2).contiguous())  # (B, D, T)
+        return h.transpose(1, 2)
+
+    return accelerated_scan
+
+
+def _make_associative_scan() -> Scan:
+    operator = import_module("torch._higher_order_ops").associative_scan
+
+    def combine(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    def associative_scan(gate: str, pre: list[Tensor]) -> Tensor:
+        pair = _decay_and_drive(gate, pre)
+        return operator(combine, pair, dim=1, combine_mode="generic")[1]
+
+    return associative_scan
+
+
+_LOG_SPACE = ScanPeer(
+    make=_make_log_space,
+    package="minGRU-pytorch",
+    module="minGRU_pytorch",
+    gates=tuple(_LOG_GATES),
+    inexact=LOG_SPACE,
+)
+_ASSOCIATIVE_SCAN = ScanPeer(make=_make_associative_scan)
+
+SCAN_PEERS: dict[str, ScanPeer] = {
+    # The same equations, one step after another, in eager torch.
+    "loop": ScanPeer(make=_make_loop),
+    # The paper's appendix B: cumsum and logcumsumexp.
+    "log-space": _LOG_SPACE,
+    "log-space-compiled": replace(_LOG_SPACE, compiled=True),
+    # Blelloch's sweeps with operations in place, and a backward of its own.
+    "mambapy": ScanPeer(make=_make_mambapy, package="mambapy", module="mambapy"),
+    # A recursive tree over (B, D, T).
+    "accelerated-scan": ScanPeer(
+        make=_make_accelerated_scan, package="accelerated-scan", module="accelerated_scan"
+    ),
+    # torch's higher-order operator, a prototype.
+    "associative-scan": _ASSOCIATIVE_SCAN,
+    "associative-scan-compiled": replace(_ASSOCIATIVE_SCAN, compiled=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPeer(Peer):
+    """Somebody else's recurrent layer, batch first, from (B, T, input_size) to (B, T, hidden_size)."""
+
+    build: Callable[[str, int, int], nn.Module]
+    """(cell, input_size, hidden_size) -> layer."""
+    call: Callable[[Any, Tensor, Any], tuple[Tensor, Any]]
+    """(layer, x, state) -> (y, state); state None is the empty one."""
+    load: Callable[[nn.Module, tuple[Tensor, ...]], None] | None = None
+    """Gives it our weights, (hidden_size, input_size) for each pre-activation; our biases are zero. None
+    where it is another function."""
+
+
+def _build_torch(cell: str, input_size: int, hidden_size: int) -> nn.Module:
+    kind = {"mingru": nn.GRU, "minlstm": nn.LSTM}[cell]
+    return kind(input_size, hidden_size, batch_first=True)
+
+
+def _call_torch(layer: nn.Module, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+    return layer(x, state)
+
+
+def _build_mingru_pytorch(cell: str, input_size: int, hidden_size: int) -> nn.Module:
+    module, name = {"mingru": ("minGRU", "minGRU"), "minlstm": ("minLSTM", "minLSTM")}[cell]
+    kind = getattr(import_module(f"minGRU_pytorch.{module}"), name)
+    expansion = hidden_size / input_size
+    if int(input_size * expansion) != hidden_size:
+        raise ValueError(f"no expansion_factor of a float turns {input_size} channels into {hidden_size}")
+    return kind(input_size, expansion_factor=expansion, proj_out=False)
+
+
+def _call_mingru_pytorch(layer: nn.Module, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+    return layer(x, state, return_next_prev_hidden=True)
+
+
+def _load_mingru_pytorch(layer: nn.Module, weights: tuple[Tensor, ...]) -> None:
+    *gates, candidate = weights
+    (theirs,) = layer.parameters()  # one projection without bias, the candidate first
+    with torch.no_grad():
+        theirs.copy_(torch.cat([candidate, *gates]))
+
+
+_MINGRU_PYTORCH = LayerPeer(
+    build=_build_mingru_pytorch,
+    call=_call_mingru_pytorch,
+    load=_load_mingru_pytorch,
+    package="minGRU-pytorch",
+    module="minGRU_pytorch",
+    gates=("mingru", "minlstm"),
+    inexact=LOG_SPACE,
+)
+
+LAYER_PEERS: dict[str, LayerPeer] = {
+    # The classic cells, trained by backpropagation through time.
+    "gru": LayerPeer(build=_build_torch, call=_call_torch, gates=("mingru",)),
+    "lstm": LayerPeer(build=_build_torch, call=_call_torch, gates=("minlstm",)),
+    # The same cells in log space.
+    "mingru-pytorch": _MINGRU_PYTORCH,
+    "mingru-pytorch-compiled": replace(_MINGRU_PYTORCH, compiled=True),
+}
