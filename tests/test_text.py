@@ -450,3 +450,11 @@ def test_a_text_with_characters_that_a_given_vocabulary_lacks_is_refused(tmp_pat
 def test_settings_out_of_range_are_refused(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"TextConfig: {message}"):
         TextConfig(**values)
+
+
+@pytest.mark.parametrize(("window", "expected"), [(None, WINDOW), (0, 0), (5, 5)])
+def test_attention_sees_the_tasks_window_unless_told(
+    task: TextTask, window: int | None, expected: int
+) -> None:
+    assert task.model_config(ModelConfig(mixer="attention", window=window)).window == expected
+    assert task.model_config(ModelConfig(mixer="mingru")).window is None

@@ -112,6 +112,13 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         safetensors.torch.save_file(packed, path)
     except safetensors.SafetensorError as error:  # the library wraps the system's error in its own
         raise OSError(errno.EIO, str(error), str(path)) from error
+    path.chmod(0o666 & ~_umask())  # the library makes files that only their owner can read
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # it can only be read by setting it
+    os.umask(mask)
+    return mask
 
 
 def load_tensors(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -70,7 +70,7 @@ class ModelConfig:
     num_heads: int | None = None
     """attention: heads; unset: 4."""
     window: int | None = None
-    """attention: tokens that each token sees, itself included; 0 or unset: all."""
+    """attention: tokens that each token sees, itself included; 0: all; unset: the task's window, or all."""
 
     def __post_init__(self) -> None:
         self._check_types()

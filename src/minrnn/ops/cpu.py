@@ -9,9 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minrnn.ops import _cpu  # type: ignore[attr-defined]  # compiled; absent without a compiler
 from minrnn.ops.gates import CANDIDATES, GATES
-from minrnn.ops.reference import output_like
+from minrnn.ops.reference import output_like, state_dtype
+
+try:
+    import minrnn.ops._cpu as _cpu  # type: ignore[import-not-found]  # compiled, so there is nothing to read
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "it was not compiled when minrnn was installed, for want of a working C++ compiler; install one and "
+        "reinstall minrnn (pip install --verbose shows what fails)"
+    ) from error
 
 __all__ = ["ISA", "backward", "forward"]
 
@@ -57,7 +64,7 @@ def backward(
     B, _, D = h.shape
     dpre = [_output(x, x.shape[2]) for x in pre]
     h0 = _initial(h0, h)
-    dh0 = h.new_empty(B, D, dtype=_carry_io(h.dtype))
+    dh0 = h.new_empty(B, D, dtype=state_dtype(h.dtype))
     _cpu.backward(
         *_call(pre, h0, reset, gate, candidate, reverse, D),
         _strided(dh),
@@ -125,13 +132,8 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
-def _carry_io(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which states enter and leave the engine."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _initial(h0: Tensor | None, h: Tensor) -> Tensor | None:
     if h0 is None:
         return None
-    h0 = h0.to(_carry_io(h.dtype)).resolve_neg()
+    h0 = h0.to(state_dtype(h.dtype)).resolve_neg()
     return h0 if h0.stride(1) == 1 or h0.shape[1] == 1 else h0.contiguous()

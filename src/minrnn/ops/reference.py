@@ -11,12 +11,17 @@ from torch import Tensor
 
 from minrnn.ops.gates import CANDIDATES, GATES
 
-__all__ = ["backward", "carry_dtype", "forward", "output_like", "split"]
+__all__ = ["backward", "carry_dtype", "forward", "output_like", "split", "state_dtype"]
 
 
 def carry_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which gates and state are computed: float64, or float32 on devices that lack it."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which dh0 leaves an engine: float32 at least, so that 16-bit states can be kept wider."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def split(gate: str, pre: list[Tensor]) -> list[Tensor]:
@@ -79,8 +84,7 @@ def backward(
     dparts = GATES[gate].pullback(CANDIDATES[candidate], parts, g * h_prev, g)
     dparts = [_in_order(d, reverse) for d in dparts]
     dpre = [torch.cat(dparts, -1)] if len(pre) == 1 else dparts
-    dh0 = carry.to(torch.float64 if h.dtype == torch.float64 else torch.float32)
-    return [d.to(x.dtype) for d, x in zip(dpre, pre, strict=True)] + [dh0]
+    return [*(d.to(x.dtype) for d, x in zip(dpre, pre, strict=True)), carry.to(state_dtype(h.dtype))]
 
 
 def _in_order(x: Tensor, reverse: bool) -> Tensor:

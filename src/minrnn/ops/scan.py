@@ -1,9 +1,4 @@
-"""The recurrence h[t] = a[t] h[t-1] + b[t]: public functions, checks, derivatives and registration.
-
-Eager calls go through an autograd.Function (its overhead is a quarter of a registered operator's autograd);
-graphs that torch.compile or torch.export trace hold the operator `minrnn::gated_scan` itself. Both share the
-checks, the backward, and the rule for batching below, so there is one law and two doors.
-"""
+"""The recurrence h[t] = a[t] h[t-1] + b[t]: the public functions and their checks."""
 
 from __future__ import annotations
 
@@ -14,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minrnn.ops.engines import ENGINES, forced, load
 from minrnn.ops.gates import CANDIDATES, GATES
-from minrnn.ops.reference import output_like, split
+from minrnn.ops.operator import Mode, apply
 
 __all__ = ["gated_scan", "scan"]
 
@@ -54,7 +48,7 @@ def scan(a: Tensor, b: Tensor, h0: Tensor | None = None, *, reverse: bool = Fals
     "Parallelizing linear recurrent neural nets over sequence length" (2018), for its use in cells.
     """
     _check("scan", ("a", "b"), [a, b], h0, None)
-    return _apply([a, b], h0, None, "identity", "positive", reverse)
+    return apply([a, b], h0, None, Mode("identity", "positive", reverse))
 
 
 def gated_scan(
@@ -116,7 +110,7 @@ def gated_scan(
             f"or one packed tensor, got {len(pre)}"
         )
     _check("gated_scan", names if len(pre) > 1 else ("pre",), list(pre), h0, reset, packed=len(names))
-    return _apply(list(pre), h0, reset, gate, candidate, reverse)
+    return apply(list(pre), h0, reset, Mode(gate, candidate, reverse))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -183,261 +177,3 @@ def _check_like(
         raise TypeError(f"{function}: {name} must be {dtype} to go with {first}, got {x.dtype}")
     if x.device != device:
         raise ValueError(f"{function}: {name} must be on {device} like {first}, got {x.device}")
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Operators. `pre` holds the gate's k tensors, or one packed tensor.
-
-_LIBRARY = torch.library.Library("minrnn", "DEF")
-_LIBRARY.define(
-    "gated_scan(Tensor[] pre, Tensor? h0, Tensor? reset, str gate, str candidate, bool reverse) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
-    "gated_scan_backward(Tensor dh, Tensor[] pre, Tensor h, Tensor? h0, Tensor? reset, "
-    "str gate, str candidate, bool reverse) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_forward_op = torch.ops.minrnn.gated_scan.default
-_backward_op = torch.ops.minrnn.gated_scan_backward.default
-
-
-def _register_engines() -> None:
-    chosen = forced()
-    for name, (_, _, key) in ENGINES.items():
-        if chosen not in (None, name) and name != "reference":
-            continue
-        module = load(name)
-        if isinstance(module, ImportError):
-            if chosen == name:
-                raise RuntimeError(f"MINRNN_ENGINE={name}, but that engine cannot load: {module}") from module
-            continue
-        _LIBRARY.impl("gated_scan", module.forward, key)
-        _LIBRARY.impl("gated_scan_backward", module.backward, key)
-
-
-_register_engines()
-
-
-@torch.library.register_fake("minrnn::gated_scan", lib=_LIBRARY)
-def _forward_fake(
-    pre: list[Tensor], h0: Tensor | None, reset: Tensor | None, gate: str, candidate: str, reverse: bool
-) -> Tensor:
-    return output_like(pre[0], split(gate, pre)[0].shape[2])
-
-
-@torch.library.register_fake("minrnn::gated_scan_backward", lib=_LIBRARY)
-def _backward_fake(
-    dh: Tensor,
-    pre: list[Tensor],
-    h: Tensor,
-    h0: Tensor | None,
-    reset: Tensor | None,
-    gate: str,
-    candidate: str,
-    reverse: bool,
-) -> list[Tensor]:
-    dh0 = h.new_empty(
-        h.shape[0], h.shape[2], dtype=torch.float64 if h.dtype == torch.float64 else torch.float32
-    )
-    return [*(output_like(x, x.shape[2]) for x in pre), dh0]
-
-
-def _apply(
-    pre: list[Tensor], h0: Tensor | None, reset: Tensor | None, gate: str, candidate: str, reverse: bool
-) -> Tensor:
-    if torch.compiler.is_compiling():
-        return _forward_op(pre, h0, reset, gate, candidate, reverse)
-    return _GatedScan.apply(gate, candidate, reverse, h0, reset, *pre)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Derivatives. A scan's backward and forward derivatives are scans, so all orders close over this file.
-
-
-def _backward(
-    dh: Tensor,
-    pre: list[Tensor],
-    h: Tensor,
-    h0: Tensor | None,
-    reset: Tensor | None,
-    gate: str,
-    candidate: str,
-    reverse: bool,
-) -> tuple[list[Tensor], Tensor | None]:
-    """Gradients of (pre, h0): the engine's fused pass, or differentiable scans if those will be asked for."""
-    if torch.is_grad_enabled():  # create_graph=True, or a functorch transform
-        dpre, dh0 = _differentiable_backward(dh, pre, h, h0, reset, gate, candidate, reverse)
-    else:
-        *dpre, dh0 = _backward_op(dh, pre, h, h0, reset, gate, candidate, reverse)
-    return dpre, None if h0 is None else dh0.to(h0.dtype)
-
-
-def _differentiable_backward(
-    dh: Tensor,
-    pre: list[Tensor],
-    h: Tensor,
-    h0: Tensor | None,
-    reset: Tensor | None,
-    gate: str,
-    candidate: str,
-    reverse: bool,
-) -> tuple[list[Tensor], Tensor]:
-    """g[t] = dh[t] + a[t+1] g[t+1];  da[t] = g[t] h[t-1];  db[t] = g[t];  dh0 = a[0] g[0]."""
-    parts, a, h_prev = _linearise(pre, h, h0, reset, gate, candidate, reverse)
-    zero = torch.zeros_like(a[:, :1])
-    a_next = torch.cat([zero, a[:, :-1]] if reverse else [a[:, 1:], zero], 1)
-    g = scan(a_next, dh.to(a.dtype), reverse=not reverse)
-    dparts = GATES[gate].pullback(CANDIDATES[candidate], parts, g * h_prev, g)
-    dpre = [torch.cat(dparts, -1)] if len(pre) == 1 else dparts
-    start = -1 if reverse else 0
-    return [d.to(x.dtype) for d, x in zip(dpre, pre, strict=True)], a[:, start] * g[:, start]
-
-
-def _tangent(
-    tangents: list[Tensor | None],
-    dh0: Tensor | None,
-    pre: list[Tensor],
-    h: Tensor,
-    h0: Tensor | None,
-    reset: Tensor | None,
-    gate: str,
-    candidate: str,
-    reverse: bool,
-) -> Tensor:
-    """The forward-mode derivative: dh[t] = a[t] dh[t-1] + (da[t] h[t-1] + db[t])."""
-    parts, a, h_prev = _linearise(pre, h, h0, reset, gate, candidate, reverse)
-    filled = [torch.zeros_like(x) if d is None else d for d, x in zip(tangents, pre, strict=True)]
-    dparts = [d.to(a.dtype) for d in split(gate, filled)]
-    da, db = GATES[gate].pushforward(CANDIDATES[candidate], parts, dparts)
-    return scan(a, da * h_prev + db, None if dh0 is None else dh0.to(a.dtype), reverse=reverse).to(h.dtype)
-
-
-def _linearise(
-    pre: list[Tensor],
-    h: Tensor,
-    h0: Tensor | None,
-    reset: Tensor | None,
-    gate: str,
-    candidate: str,
-    reverse: bool,
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Separate pre-activations, decays and previous states, resets applied, in float32 or wider."""
-    dtype = torch.promote_types(h.dtype, torch.float32)
-    parts = [x.to(dtype) for x in split(gate, pre)]
-    a, _ = GATES[gate].equations(CANDIDATES[candidate], *parts)
-    h = h.to(dtype)
-    first = torch.zeros_like(h[:, :1]) if h0 is None else h0.to(dtype).unsqueeze(1)
-    h_prev = torch.cat([h[:, 1:], first] if reverse else [first, h[:, :-1]], 1)
-    if reset is not None:
-        a, h_prev = (x.masked_fill(reset.unsqueeze(-1), 0) for x in (a, h_prev))
-    return parts, a, h_prev
-
-
-class _GatedScan(torch.autograd.Function):
-    """The eager door: apply(gate, candidate, reverse, h0, reset, *pre) -> h."""
-
-    @staticmethod
-    def forward(
-        gate: str, candidate: str, reverse: bool, h0: Tensor | None, reset: Tensor | None, *pre: Tensor
-    ) -> Tensor:
-        return _forward_op(list(pre), h0, reset, gate, candidate, reverse)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.gate, ctx.candidate, ctx.reverse, h0, reset, *pre = inputs
-        ctx.save_for_backward(h0, reset, output, *pre)
-        ctx.save_for_forward(h0, reset, output, *pre)
-
-    @staticmethod
-    def backward(ctx: Any, dh: Tensor) -> tuple[Any, ...]:
-        h0, reset, h, *pre = ctx.saved_tensors
-        dpre, dh0 = _backward(dh, pre, h, h0, reset, ctx.gate, ctx.candidate, ctx.reverse)
-        return None, None, None, dh0, None, *dpre
-
-    @staticmethod
-    def jvp(
-        ctx: Any, _gate: None, _candidate: None, _reverse: None, dh0: Any, _reset: Any, *dpre: Any
-    ) -> Tensor:
-        h0, reset, h, *pre = ctx.saved_tensors
-        return _tangent(list(dpre), dh0, pre, h, h0, reset, ctx.gate, ctx.candidate, ctx.reverse)
-
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[Any, ...],
-        gate: str,
-        candidate: str,
-        reverse: bool,
-        h0: Tensor | None,
-        reset: Tensor | None,
-        *pre: Tensor,
-    ) -> tuple[Tensor, int]:
-        h0, reset, *pre = (
-            _fold(x, dim, info.batch_size) for x, dim in zip((h0, reset, *pre), in_dims[3:], strict=True)
-        )
-        h = _GatedScan.apply(gate, candidate, reverse, h0, reset, *pre)
-        return h.unflatten(0, (info.batch_size, -1)), 0
-
-
-def _fold(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    """The batched dimension, moved in front and merged with B."""
-    if x is None:
-        return None
-    x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-    return x.flatten(0, 1)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pre, h0, reset, ctx.gate, ctx.candidate, ctx.reverse = inputs
-    ctx.save_for_backward(h0, reset, output, *pre)
-
-
-def _operator_backward(ctx: Any, dh: Tensor) -> tuple[Any, ...]:
-    h0, reset, h, *pre = ctx.saved_tensors
-    dpre, dh0 = _backward(dh, pre, h, h0, reset, ctx.gate, ctx.candidate, ctx.reverse)
-    return dpre, dh0, None, None, None, None
-
-
-def _operator_vmap(
-    info: Any,
-    in_dims: tuple[Any, ...],
-    pre: list[Tensor],
-    h0: Tensor | None,
-    reset: Tensor | None,
-    gate: str,
-    candidate: str,
-    reverse: bool,
-) -> tuple[Tensor, int]:
-    flat_dims = (None, None, None, in_dims[1], in_dims[2], *in_dims[0])
-    return _GatedScan.vmap(info, flat_dims, gate, candidate, reverse, h0, reset, *pre)
-
-
-torch.library.register_autograd(
-    "minrnn::gated_scan", _operator_backward, setup_context=_setup_context, lib=_LIBRARY
-)
-torch.library.register_vmap("minrnn::gated_scan", _operator_vmap, lib=_LIBRARY)
-
-
-def _backward_vmap(
-    info: Any,
-    in_dims: tuple[Any, ...],
-    dh: Tensor,
-    pre: list[Tensor],
-    h: Tensor,
-    h0: Tensor | None,
-    reset: Tensor | None,
-    gate: str,
-    candidate: str,
-    reverse: bool,
-) -> tuple[list[Tensor], list[int]]:
-    """Batched gradients (torch.autograd.grad with is_grads_batched) of a scan that was not batched itself."""
-    dims = (in_dims[0], in_dims[2], in_dims[3], in_dims[4], *in_dims[1])
-    dh, h, h0, reset, *pre = (
-        _fold(x, dim, info.batch_size) for x, dim in zip((dh, h, h0, reset, *pre), dims, strict=True)
-    )
-    gradients = _backward_op(dh, pre, h, h0, reset, gate, candidate, reverse)
-    return [d.unflatten(0, (info.batch_size, -1)) for d in gradients], [0] * len(gradients)
-
-
-torch.library.register_vmap("minrnn::gated_scan_backward", _backward_vmap, lib=_LIBRARY)

@@ -119,8 +119,15 @@ class TextTask:
         )
 
     def model_config(self, config: ModelConfig) -> ModelConfig:
-        """Return `config` with the `vocab_size` that this task's tokens need."""
-        return dataclasses.replace(config, vocab_size=self.vocabulary.size)
+        """Return `config` with the `vocab_size` that this task's tokens need.
+
+        Attention whose window is unset sees as far as it is trained to, `TextConfig.window` tokens: without a
+        bound, a state carried through the validation split would hold every key, and take hours.
+        """
+        config = dataclasses.replace(config, vocab_size=self.vocabulary.size)
+        if config.mixer == "attention" and config.window is None:
+            return dataclasses.replace(config, window=self.config.window)
+        return config
 
     def batch(self, step: int, batch_size: int, seed: int) -> Batch:
         """Return `batch_size` random windows of the training part, (B, T).

@@ -1,0 +1,261 @@
+"""The operator `minrnn::gated_scan`: its engines, its derivatives of every order, and its batching.
+
+Eager calls go through an autograd.Function, whose overhead is a quarter of a registered operator's autograd;
+graphs that torch.compile or torch.export trace hold the operator itself. Both doors share what stands below,
+so there is one law. Everywhere here `pre` holds the gate's k tensors, or one packed tensor, and nothing is
+checked: scan.py has done that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minrnn.ops.engines import ENGINES, forced, load
+from minrnn.ops.gates import CANDIDATES, GATES
+from minrnn.ops.reference import output_like, split, state_dtype
+
+__all__ = ["Mode", "apply"]
+
+
+class Mode(NamedTuple):
+    """Which recurrence: the trailing arguments of the operators."""
+
+    gate: str
+    """A name in GATES."""
+    candidate: str
+    """A name in CANDIDATES."""
+    reverse: bool
+    """From the last step to the first."""
+
+
+def apply(pre: list[Tensor], h0: Tensor | None, reset: Tensor | None, mode: Mode) -> Tensor:
+    """h of the recurrence, differentiable: see `minrnn.ops.gated_scan`."""
+    if torch.compiler.is_compiling():
+        return _forward_op(pre, h0, reset, *mode)
+    return _GatedScan.apply(mode, h0, reset, *pre)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The operators, and who serves them
+
+_LIBRARY = torch.library.Library("minrnn", "DEF")
+_LIBRARY.define(
+    "gated_scan(Tensor[] pre, Tensor? h0, Tensor? reset, str gate, str candidate, bool reverse) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "gated_scan_backward(Tensor dh, Tensor[] pre, Tensor h, Tensor? h0, Tensor? reset, "
+    "str gate, str candidate, bool reverse) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_forward_op = torch.ops.minrnn.gated_scan.default
+_backward_op = torch.ops.minrnn.gated_scan_backward.default
+
+
+def _register_engines() -> None:
+    chosen = forced()
+    for name, (_, _, key) in ENGINES.items():
+        if chosen not in (None, name) and name != "reference":
+            continue
+        module = load(name)
+        if isinstance(module, ImportError):
+            if chosen == name:
+                raise RuntimeError(f"MINRNN_ENGINE={name}, but that engine cannot load: {module}") from module
+            continue
+        _LIBRARY.impl("gated_scan", module.forward, key)
+        _LIBRARY.impl("gated_scan_backward", module.backward, key)
+
+
+_register_engines()
+
+
+@torch.library.register_fake("minrnn::gated_scan", lib=_LIBRARY)
+def _forward_fake(pre: list[Tensor], h0: Tensor | None, reset: Tensor | None, *mode: Any) -> Tensor:
+    return output_like(pre[0], split(Mode(*mode).gate, pre)[0].shape[2])
+
+
+@torch.library.register_fake("minrnn::gated_scan_backward", lib=_LIBRARY)
+def _backward_fake(
+    dh: Tensor, pre: list[Tensor], h: Tensor, h0: Tensor | None, reset: Tensor | None, *mode: Any
+) -> list[Tensor]:
+    dh0 = h.new_empty(h.shape[0], h.shape[2], dtype=state_dtype(h.dtype))
+    return [*(output_like(x, x.shape[2]) for x in pre), dh0]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Derivatives. A scan's backward and forward derivatives are scans, so all orders close over this file.
+
+
+def _backward(
+    dh: Tensor, pre: list[Tensor], h: Tensor, h0: Tensor | None, reset: Tensor | None, mode: Mode
+) -> tuple[list[Tensor], Tensor | None]:
+    """Gradients of (pre, h0): the engine's fused pass, or differentiable scans if those will be asked for."""
+    if torch.is_grad_enabled():  # create_graph=True, or a functorch transform
+        dpre, dh0 = _differentiable_backward(dh, pre, h, h0, reset, mode)
+    else:
+        *dpre, dh0 = _backward_op(dh, pre, h, h0, reset, *mode)
+    return dpre, None if h0 is None else dh0.to(h0.dtype)
+
+
+def _differentiable_backward(
+    dh: Tensor, pre: list[Tensor], h: Tensor, h0: Tensor | None, reset: Tensor | None, mode: Mode
+) -> tuple[list[Tensor], Tensor]:
+    """g[t] = dh[t] + a[t+1] g[t+1];  da[t] = g[t] h[t-1];  db[t] = g[t];  dh0 = a[0] g[0]."""
+    parts, a, h_prev = _linearise(pre, h, h0, reset, mode)
+    zero = torch.zeros_like(a[:, :1])
+    a_next = torch.cat([zero, a[:, :-1]] if mode.reverse else [a[:, 1:], zero], 1)
+    g = _linear(a_next, dh.to(a.dtype), None, reverse=not mode.reverse)
+    dparts = GATES[mode.gate].pullback(CANDIDATES[mode.candidate], parts, g * h_prev, g)
+    dpre = [torch.cat(dparts, -1)] if len(pre) == 1 else dparts
+    start = -1 if mode.reverse else 0
+    return [d.to(x.dtype) for d, x in zip(dpre, pre, strict=True)], a[:, start] * g[:, start]
+
+
+def _tangent(
+    tangents: Sequence[Tensor | None],
+    dh0: Tensor | None,
+    pre: list[Tensor],
+    h: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    mode: Mode,
+) -> Tensor:
+    """The forward-mode derivative: dh[t] = a[t] dh[t-1] + (da[t] h[t-1] + db[t])."""
+    parts, a, h_prev = _linearise(pre, h, h0, reset, mode)
+    filled = [torch.zeros_like(x) if d is None else d for d, x in zip(tangents, pre, strict=True)]
+    dparts = [d.to(a.dtype) for d in split(mode.gate, filled)]
+    da, db = GATES[mode.gate].pushforward(CANDIDATES[mode.candidate], parts, dparts)
+    dh0 = None if dh0 is None else dh0.to(a.dtype)
+    return _linear(a, da * h_prev + db, dh0, reverse=mode.reverse).to(h.dtype)
+
+
+def _linear(a: Tensor, b: Tensor, h0: Tensor | None, *, reverse: bool) -> Tensor:
+    return apply([a, b], h0, None, Mode("identity", "positive", reverse))
+
+
+def _linearise(
+    pre: list[Tensor], h: Tensor, h0: Tensor | None, reset: Tensor | None, mode: Mode
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Separate pre-activations, decays and previous states, resets applied, in float32 or wider."""
+    dtype = torch.promote_types(h.dtype, torch.float32)
+    parts = [x.to(dtype) for x in split(mode.gate, pre)]
+    a, _ = GATES[mode.gate].equations(CANDIDATES[mode.candidate], *parts)
+    h = h.to(dtype)
+    first = torch.zeros_like(h[:, :1]) if h0 is None else h0.to(dtype).unsqueeze(1)
+    h_prev = torch.cat([h[:, 1:], first] if mode.reverse else [first, h[:, :-1]], 1)
+    if reset is not None:
+        a, h_prev = (x.masked_fill(reset.unsqueeze(-1), 0) for x in (a, h_prev))
+    return parts, a, h_prev
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Batching: torch.func.vmap's dimension is merged with B
+
+
+def _fold(info: Any, tensors: Sequence[Tensor | None], dims: Sequence[int | None]) -> list[Any]:
+    """Every tensor with its batched dimension moved in front and merged with B."""
+
+    def fold(x: Tensor | None, dim: int | None) -> Tensor | None:
+        if x is None:
+            return None
+        size = info.batch_size
+        return (x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+
+    return [fold(x, dim) for x, dim in zip(tensors, dims, strict=True)]
+
+
+def _unfold(info: Any, x: Tensor) -> Tensor:
+    return x.unflatten(0, (info.batch_size, -1))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The eager door
+
+
+class _GatedScan(torch.autograd.Function):
+    """apply(mode, h0, reset, *pre) -> h."""
+
+    @staticmethod
+    def forward(mode: Mode, h0: Tensor | None, reset: Tensor | None, *pre: Tensor) -> Tensor:
+        return _forward_op(list(pre), h0, reset, *mode)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mode, h0, reset, *pre = inputs
+        ctx.save_for_backward(h0, reset, output, *pre)
+        ctx.save_for_forward(h0, reset, output, *pre)
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor) -> tuple[Any, ...]:
+        h0, reset, h, *pre = ctx.saved_tensors
+        dpre, dh0 = _backward(dh, pre, h, h0, reset, ctx.mode)
+        return None, dh0, None, *dpre
+
+    @staticmethod
+    def jvp(ctx: Any, _mode: None, dh0: Any, _reset: Any, *dpre: Any) -> Tensor:
+        h0, reset, h, *pre = ctx.saved_tensors
+        return _tangent(dpre, dh0, pre, h, h0, reset, ctx.mode)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], mode: Mode, h0: Tensor | None, reset: Tensor | None, *pre: Tensor
+    ) -> tuple[Tensor, int]:
+        # A NamedTuple's entry in in_dims is a tuple of its own; what follows it are the tensors'.
+        h = _GatedScan.apply(mode, *_fold(info, (h0, reset, *pre), in_dims[1:]))
+        return _unfold(info, h), 0
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The compiled door
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pre, h0, reset, *mode = inputs
+    ctx.mode = Mode(*mode)
+    ctx.save_for_backward(h0, reset, output, *pre)
+
+
+def _operator_backward(ctx: Any, dh: Tensor) -> tuple[Any, ...]:
+    h0, reset, h, *pre = ctx.saved_tensors
+    dpre, dh0 = _backward(dh, pre, h, h0, reset, ctx.mode)
+    return dpre, dh0, None, None, None, None
+
+
+def _forward_vmap(
+    info: Any,
+    in_dims: tuple[Any, ...],
+    pre: list[Tensor],
+    h0: Tensor | None,
+    reset: Tensor | None,
+    *mode: Any,
+) -> tuple[Tensor, int]:
+    h0, reset, *pre = _fold(info, (h0, reset, *pre), (in_dims[1], in_dims[2], *in_dims[0]))
+    return _unfold(info, _forward_op(pre, h0, reset, *mode)), 0
+
+
+def _backward_vmap(
+    info: Any,
+    in_dims: tuple[Any, ...],
+    dh: Tensor,
+    pre: list[Tensor],
+    h: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    *mode: Any,
+) -> tuple[list[Tensor], list[int]]:
+    """Many gradients at once, of a scan that was not batched itself."""
+    dims = (in_dims[0], *in_dims[2:5], *in_dims[1])
+    dh, h, h0, reset, *pre = _fold(info, (dh, h, h0, reset, *pre), dims)
+    gradients = _backward_op(dh, pre, h, h0, reset, *mode)
+    return [_unfold(info, d) for d in gradients], [0] * len(gradients)
+
+
+torch.library.register_autograd(
+    "minrnn::gated_scan", _operator_backward, setup_context=_setup_context, lib=_LIBRARY
+)
+torch.library.register_vmap("minrnn::gated_scan", _forward_vmap, lib=_LIBRARY)
+torch.library.register_vmap("minrnn::gated_scan_backward", _backward_vmap, lib=_LIBRARY)
