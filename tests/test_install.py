@@ -1,0 +1,58 @@
+"""Installing: constraints cover what pyproject.toml asks for; a missing extension is explained."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def requirements() -> Iterator[Requirement]:
+    """Yield what the package, its extras and its build ask for."""
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    groups = settings["project"]["optional-dependencies"].values()
+    for group in (settings["build-system"]["requires"], settings["project"]["dependencies"], *groups):
+        yield from map(Requirement, group)
+
+
+def pins() -> dict[str, str]:
+    lines = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+def test_constraints_pin_whatever_is_asked_for() -> None:
+    pinned = pins()
+    assert list(pinned) == sorted(map(canonicalize_name, pinned))
+    for requirement in requirements():
+        if requirement.name != "minrnn":
+            assert pinned[canonicalize_name(requirement.name)] in requirement.specifier
+
+
+def test_constraints_pin_the_tools_that_make_builds_with() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    (tools,) = re.findall(r"^BUILD_TOOLS := (.*)$", makefile, re.MULTILINE)
+    assert set(tools.split()) <= pins().keys()
+
+
+def test_without_the_extension_the_package_works_and_says_why() -> None:
+    code = """
+import sys
+sys.modules["minrnn.ops._cpu"] = None  # as if nothing had been compiled
+import torch, minrnn
+x = torch.randn(2, 5, 4, requires_grad=True)
+output, _ = minrnn.MinGRU(4, 3)(x)
+output.sum().backward()
+compiled, reference = minrnn.engines()[0], minrnn.engines()[-1]
+assert not compiled.serves and reference.serves
+print(compiled.detail)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert re.search(r"not compiled.*C\+\+ compiler.*reinstall", done.stdout), done.stdout

@@ -1,0 +1,104 @@
+"""README.md keeps its word: its Python runs, its commands are real, and what it points to is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from minrnn.cli.main import COMMANDS, main
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+TINY = {  # what makes a command quick, after what the README gives it
+    "train": "--task.source corpus.txt --task.window 8 --model.d-model 8 --model.num-layers 1 "
+    "--train.steps 2 --train.batch-size 2 --train.warmup-steps 1 --train.device cpu",
+    "evaluate": "--max-tokens 50",
+    "sample": "--tokens 5",
+    "engines": "",
+}
+
+
+def blocks(language: str) -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    return [text for name, text in fenced if name == language]
+
+
+def shell_lines(program: str) -> list[list[str]]:
+    lines = [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines()]
+    return [line[1:] for line in lines if line and line[0] == program]
+
+
+def map_entries() -> list[Path]:
+    (block,) = [block for block in blocks("") if "src/minrnn/ops/" in block]
+    return [REPOSITORY / line.split()[0] for line in block.splitlines()]
+
+
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) <= 200
+
+
+def test_its_python_runs() -> None:
+    (block,) = blocks("python")
+    assert len(block.splitlines()) <= 12
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_its_make_commands_are_targets_that_do_what_it_says() -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    done = {"demo": "bin/minrnn demo", "test": "bin/python -m pytest"}
+    assert shell_lines("make") == [[target] for target in done]
+    for target, command in done.items():
+        dry_run = subprocess.run(
+            ["make", "--dry-run", target], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        )
+        assert command in dry_run.stdout
+    assert "demo" in COMMANDS
+
+
+def test_its_commands_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINRNN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "corpus.txt").write_text("ROMEO: but soft, what light\n" * 30, encoding="utf-8")
+    commands = shell_lines("minrnn")
+    assert {arguments[0] for arguments in commands} >= TINY.keys()
+    for arguments in commands:
+        verb = arguments[0]
+        if verb not in TINY:
+            with pytest.raises(SystemExit, match=r"^0$"):
+                main([verb, "--help"])
+        elif "--resume" in arguments:  # whose settings are those of the run
+            assert main(arguments) == 0
+        else:
+            assert main([*arguments, *shlex.split(TINY[verb])]) == 0
+    assert "ROMEO:" in capsys.readouterr().out
+
+
+def test_its_map_names_what_is_there() -> None:
+    entries = map_entries()
+    assert [entry for entry in entries if not entry.exists()] == []
+    rooms = {folder.parent for folder in (REPOSITORY / "src" / "minrnn").rglob("__init__.py")}
+    assert rooms - {REPOSITORY / "src" / "minrnn"} <= set(entries)
+
+
+def test_its_links_lead_somewhere() -> None:
+    targets = re.findall(r"\]\(([^)]+)\)", README) + re.findall(r"<img[^>]*src=\"([^\"]+)\"", README)
+    local = [target for target in targets if "://" not in target]
+    assert local
+    assert [target for target in local if not (REPOSITORY / target).exists()] == []
+
+
+def test_every_recipe_and_verb_is_named_as_it_is() -> None:
+    recipes = [path.stem for path in (REPOSITORY / "src" / "minrnn" / "recipes").glob("*.toml")]
+    assert recipes
+    assert all(f"`{name}`" in README for name in recipes)
+    assert (
+        set(re.findall(r"minrnn ([a-z]+)\b", " ".join(re.findall(r"`([^`\n]+)`", README)))) <= COMMANDS.keys()
+    )
