@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from minrnn.benchmarks.check import TOLERANCE
-from minrnn.benchmarks.timing import Task, interleave, peak_bytes, summary
+from minrnn.benchmarks.timing import Phases, Task, interleave, old_objects_set_aside, peak_bytes, summary
 
 __all__ = ["OURS", "Record", "System", "measure"]
 
@@ -42,6 +42,8 @@ class System:
     """Compares with the reference; None where it computes something else."""
     inexact: str = ""
     """Why it may differ from the reference; without a reason it has to be equal."""
+    traffic: Mapping[str, int] = field(default_factory=dict)
+    """Bytes that each phase moves, where that is known."""
 
 
 def measure(
@@ -72,6 +74,7 @@ def measure(
         error: the largest error of h and of gradients relative to the largest value (null: not finite).
         detail: the reason, where there is one.
         seconds: for each phase median, p10, p90, min and number of samples; "step" is the sum of the phases.
+        bytes_per_second: for each phase whose traffic is known, in a median time.
         times_ours: median step over ours.
         share: for each phase, the limit's median over this system's: 1 is as fast as the limit.
         peak_bytes: memory that a step needs beside its inputs (null: the system cannot tell).
@@ -87,15 +90,13 @@ def measure(
         found = records[OURS]["detail"] or records[OURS]["error"]
         raise RuntimeError(f"bench: {OURS} differs from the reference ({found}); nothing is timed")
     tasks = {name: systems[name].task for name in records if records[name]["status"] not in NOT_TIMED}
-    taken = interleave(tasks, seconds, samples, lambda text: show(records, text))
-    for name, task in tasks.items():
-        phases = {phase: [sample[phase] for sample in taken[name]] for phase in taken[name][0]}
-        if len(phases) > 1:
-            phases["step"] = [sum(sample.values()) for sample in taken[name]]
-        records[name]["seconds"] = {phase: summary(times) for phase, times in phases.items()}
-        if memory_of is not None:
-            show(records, f"measuring the memory of {name}")
-            records[name]["peak_bytes"] = peak_bytes(task, memory_of)
+    with old_objects_set_aside():
+        taken = interleave(tasks, seconds, samples, lambda text: show(records, text))
+        for name, task in tasks.items():
+            records[name] |= _times(taken[name], systems[name].traffic)
+            if memory_of is not None:
+                show(records, f"measuring the memory of {name}")
+                records[name]["peak_bytes"] = peak_bytes(task, memory_of)
     for name in tasks:
         _compare(records[name], records[OURS], records[limit] if limit else None)
     show(records, "")
@@ -119,6 +120,15 @@ def _check(system: System, tolerance: float) -> Record:
     if system.inexact:
         return {"status": "inexact", "error": finite, "detail": system.inexact}
     return {"status": "refused", "error": finite, "detail": "differs from the reference"}
+
+
+def _times(taken: Sequence[Phases], traffic: Mapping[str, int]) -> Record:
+    phases = {phase: [sample[phase] for sample in taken] for phase in taken[0]}
+    if len(phases) > 1:
+        phases["step"] = [sum(sample.values()) for sample in taken]
+    seconds = {phase: summary(times) for phase, times in phases.items()}
+    speeds = {phase: size / seconds[phase]["median"] for phase, size in traffic.items()}
+    return {"seconds": seconds} | ({"bytes_per_second": speeds} if speeds else {})
 
 
 def _compare(record: Record, ours: Record, limit: Record | None) -> None:

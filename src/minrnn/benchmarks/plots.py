@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minrnn.benchmarks.measure import OURS
+from minrnn.benchmarks.measure import OURS, Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,15 +41,17 @@ def plot_timings(document: Mapping[str, Any], path: Path, axis: str) -> str | No
         return NO_MATPLOTLIB
     results = sorted(document["results"], key=lambda result: (_setting(result, axis), result["shape"][axis]))
     rows = [list(group) for _, group in groupby(results, lambda result: _setting(result, axis))]
-    figure = Figure(figsize=(15, 4 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), 3, squeeze=False)
-    for (times, shares, memory), group in zip(grid, rows, strict=True):
+    panels = 3 if any(_megabytes(record) for _, _, record in _records(results)) else 2
+    figure = Figure(figsize=(5 * panels, 4 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), panels, squeeze=False)
+    for row, group in zip(grid, rows, strict=True):
         limit = group[0]["limit"]
-        _draw(times, _lines(group, axis, _milliseconds), limit, "step (ms)", axis)
-        times.set_title(_setting(group[0], axis), loc="left", fontsize=10)
-        _draw(shares, _lines(group, axis, _share), limit, f"step: speed as % of {limit}'s", axis)
-        _draw(memory, _lines(group, axis, _megabytes), limit, "peak memory of a step (MB)", axis)
-        for axes in (times, shares, memory):
+        _draw(row[0], _lines(group, axis, _milliseconds), limit, "step (ms)", axis)
+        _draw(row[1], _lines(group, axis, _share), limit, f"step: speed as % of {limit}'s", axis)
+        if panels == 3:
+            _draw(row[2], _lines(group, axis, _megabytes), limit, "peak memory of a step (MB)", axis)
+        row[0].set_title(_setting(group[0], axis), loc="left", fontsize=10)
+        for axes in row:
             _name_ends(axes)
     figure.savefig(path, dpi=130)
     return None
@@ -81,8 +83,8 @@ def plot_errors(document: Mapping[str, Any], path: Path) -> str | None:
                 name = f"{result['system']} {result['dtype']}"
                 lines.setdefault(name, []).append((result["T"], result["error"]["h"]))
         _draw(axes, lines, None, "", "T")
-        half_life = document["half_lives"][forgetting]
-        axes.set_title(f"{gate}, {forgetting} forgetting (half-life {half_life:.2g} steps)", fontsize=10)
+        half_life = float(f"{document['half_lives'][forgetting]:.2g}")
+        axes.set_title(f"{gate}, {forgetting} forgetting (half-life {half_life:g} steps)", fontsize=10)
     for axes in all_axes:  # once their common scale is known
         _name_ends(axes)
     figure.savefig(path, dpi=150)
@@ -96,26 +98,34 @@ def _setting(result: Mapping[str, Any], axis: str) -> str:
     return ", ".join([result["gate"], *sizes, result["dtype"], threads])
 
 
-def _lines(group: Sequence[Mapping[str, Any]], axis: str, value: Any) -> dict[str, Line]:
+def _lines(
+    group: Sequence[Mapping[str, Any]], axis: str, value: Callable[[Record], float | None]
+) -> dict[str, Line]:
     lines: dict[str, Line] = {}
-    for result in group:
-        for name, record in result["systems"].items():
-            y = value(record)
-            if y:  # neither missing nor zero, which a logarithmic axis cannot show
-                mark = " (inexact)" if record["status"] == "inexact" else ""
-                lines.setdefault(name + mark, []).append((result["shape"][axis], y))
+    inexact = {name for result, name, record in _records(group) if record["status"] == "inexact"}
+    for result, name, record in _records(group):
+        y = value(record)
+        if y:  # neither missing nor zero, which a logarithmic axis cannot show
+            label = f"{name} (inexact)" if name in inexact else name
+            lines.setdefault(label, []).append((result["shape"][axis], y))
     return lines
 
 
-def _milliseconds(record: Mapping[str, Any]) -> float | None:
+def _records(results: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], str, Record]]:
+    for result in results:
+        for name, record in result["systems"].items():
+            yield result, name, record
+
+
+def _milliseconds(record: Record) -> float | None:
     return 1e3 * record["seconds"]["step"]["median"] if "seconds" in record else None
 
 
-def _share(record: Mapping[str, Any]) -> float | None:
+def _share(record: Record) -> float | None:
     return 100 * record["share"]["step"] if "share" in record else None
 
 
-def _megabytes(record: Mapping[str, Any]) -> float | None:
+def _megabytes(record: Record) -> float | None:
     peak = record.get("peak_bytes") or 0
     return peak / 1e6 if peak >= 1e5 else None  # less cannot be told from nothing
 

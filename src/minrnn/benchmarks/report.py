@@ -135,7 +135,7 @@ class CaseView:
         table.add_column("error", no_wrap=True)
         times = [f"{phase} {self._unit}" for phase in self._phases]
         shares = [f"{phase} %" for phase in self._phases]
-        for header in (*times, "p10 to p90", f"x {OURS}", *shares, "peak MB"):
+        for header in (*times, "p10-p90", f"x {OURS}", *shares, "peak MB"):
             table.add_column(header, justify="right", no_wrap=True)
         for name, record in records.items():
             style = {OURS: "bold", self._limit: "dim"}.get(name, "")
@@ -148,7 +148,7 @@ class CaseView:
             return cells
         seconds, step = record["seconds"], record["seconds"]["step"]
         cells += [self._time(seconds[phase]["median"]) for phase in self._phases]
-        cells += [f"{self._time(step['p10'])} to {self._time(step['p90'])}"]
+        cells += [f"{self._time(step['p10'])}-{self._time(step['p90'])}"]
         cells += [f"{record['times_ours']:.2f}" if "times_ours" in record else ""]
         shares = record.get("share", {})
         cells += [f"{100 * shares[phase]:.0f}" if phase in shares else "" for phase in self._phases]
@@ -160,7 +160,9 @@ class CaseView:
 
 
 def _verdict(record: Record) -> str:
-    """Return the error that was found, or why there is none."""
+    """Return the error that was found, or what there is to say instead."""
+    if "bytes_per_second" in record:
+        return f"{max(record['bytes_per_second'].values()) / 1e9:.3g} GB/s"
     if record["status"] == "other function":
         return "-"
     if record["status"] == "failed":

@@ -84,7 +84,8 @@ def _systems(case: Case, peers: Mapping[str, ScanPeer], packed: bool) -> dict[st
     for name, peer in peers.items():
         scan = torch.compile(peer.make(), dynamic=False) if peer.compiled else peer.make()
         scans[name] = system(scan, peer.reason(case.torch_dtype))
-    return {KIND.limit: System(_copies(case, dh.numel()), None), **scans}
+    moved = {phase: size * dh.numel() for phase, size in traffic(case.gate, case.torch_dtype).items()}
+    return {KIND.limit: System(_copies(case, moved), None, traffic=moved), **scans}
 
 
 def _ours(gate: str, pre: list[Tensor]) -> Tensor:
@@ -123,11 +124,11 @@ def _step(scan: Scan, case: Case, pre: list[Tensor], dh: Tensor) -> Task:
     return step
 
 
-def _copies(case: Case, elements: int) -> Task:
+def _copies(case: Case, moved: Mapping[str, int]) -> Task:
     """Time copies between buffers that are there already; a copy of n bytes moves 2 n."""
     buffers = {}
-    for phase, size in traffic(case.gate, case.torch_dtype).items():
-        source = torch.ones(max(1, size * elements // 8), device=case.device)  # float32: half of the bytes
+    for phase, size in moved.items():
+        source = torch.ones(max(1, size // 8), device=case.device)  # float32, half of the bytes
         buffers[phase] = source, torch.zeros_like(source)
 
     def copy() -> Phases:

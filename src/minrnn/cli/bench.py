@@ -36,7 +36,7 @@ BENCHES: dict[str, Bench] = {
     "accuracy": Bench(AccuracyBench, bench_accuracy, "errors against a float64 loop as sequences grow"),
 }
 
-WIDTH = 140  # of the tables where there is no terminal
+WIDTH = 150  # of the tables where there is no terminal
 
 
 def run(args: Sequence[str]) -> int:
