@@ -22,6 +22,7 @@ from minrnn.training import provenance, write_json
 __all__ = ["CaseView", "Report"]
 
 FORMAT = 1
+BUSY = 0.3  # of the load average: something else runs a third of the time
 
 
 class Report:
@@ -63,6 +64,9 @@ class Report:
         }
         served = [f"{engine.name} ({engine.detail})" for engine in engines() if engine.device == device.type]
         self.say(f"bench {benchmark} on {device}: {', '.join(served) or 'the reference engine'}")
+        load = self.document["load"]
+        if load and load[0] > BUSY:
+            self.say(f"the machine is busy (load {load[0]}): threads that wait for each other distort times")
 
     def say(self, text: str) -> None:
         """Say one line."""
