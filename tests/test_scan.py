@@ -375,6 +375,20 @@ def test_vmap_and_jacobians(gate: str) -> None:
 
 
 @pytest.mark.parametrize("gate", GATES)
+def test_forward_mode_without_gradients(gate: str) -> None:
+    """torch.no_grad turns backward mode off, and leaves forward mode on."""
+    pre, h0, reset = inputs(gate, 2, 5, 3)
+    f = function(gate, "positive", reset, False)
+    tangents = tuple(torch.ones_like(x) for x in (h0, *pre))
+    _, expected = torch.func.jvp(f, (h0, *pre), tangents)
+    with torch.no_grad():
+        _, actual = torch.func.jvp(f, (h0, *pre), tangents)
+        torch.testing.assert_close(actual, expected)
+        batched = torch.func.vmap(f)(h0[None], *[x[None] for x in pre])
+    torch.testing.assert_close(batched[0], f(h0, *pre))
+
+
+@pytest.mark.parametrize("gate", GATES)
 def test_batched_gradients(gate: str) -> None:
     """Many output gradients at once, by vmap over torch.autograd.grad: the engine's backward, batched."""
     pre, h0, reset = inputs(gate, 2, 5, 3)

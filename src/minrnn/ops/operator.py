@@ -8,11 +8,13 @@ checked: scan.py has done that.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from minrnn.ops.engines import ENGINES, forced, load
 from minrnn.ops.gates import CANDIDATES, GATES
@@ -34,9 +36,14 @@ class Mode(NamedTuple):
 
 def apply(pre: list[Tensor], h0: Tensor | None, reset: Tensor | None, mode: Mode) -> Tensor:
     """h of the recurrence, differentiable: see `minrnn.ops.gated_scan`."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or _have_tangents(h0, *pre)):
         return _forward_op(pre, h0, reset, *mode)
     return _GatedScan.apply(mode, h0, reset, *pre)
+
+
+def _have_tangents(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode differentiation is under way; unlike backward mode, no_grad leaves it on."""
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -207,6 +214,10 @@ class _GatedScan(torch.autograd.Function):
         # A NamedTuple's entry in in_dims is a tuple of its own; what follows it are the tensors'.
         h = _GatedScan.apply(mode, *_fold(info, (h0, reset, *pre), in_dims[1:]))
         return _unfold(info, h), 0
+
+
+# apply binds its arguments to forward's signature; kept here, it need not be found anew at every call.
+_GatedScan.forward.__signature__ = inspect.signature(_GatedScan.forward)  # type: ignore[attr-defined]
 
 
 # ----------------------------------------------------------------------------------------------------------
