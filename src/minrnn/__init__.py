@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from minrnn.mixers import MIXERS as MIXERS
     from minrnn.mixers import MinGRU as MinGRU
+    from minrnn.mixers import MinGRUCell as MinGRUCell
     from minrnn.mixers import MinLSTM as MinLSTM
+    from minrnn.mixers import MinLSTMCell as MinLSTMCell
+    from minrnn.mixers import PairedMinLSTM as PairedMinLSTM
+    from minrnn.mixers import PairedMinLSTMCell as PairedMinLSTMCell
+    from minrnn.mixers import convert_rnns as convert_rnns
     from minrnn.models import ModelConfig as ModelConfig
     from minrnn.models import SequenceModel as SequenceModel
     from minrnn.models import generate as generate
@@ -35,7 +40,16 @@ else:
 
     # The names above, by room, imported when they are asked for: `minrnn --help` should not wait for torch.
     _ROOMS = {
-        "mixers": ("MIXERS", "MinGRU", "MinLSTM"),
+        "mixers": (
+            "MIXERS",
+            "MinGRU",
+            "MinGRUCell",
+            "MinLSTM",
+            "MinLSTMCell",
+            "PairedMinLSTM",
+            "PairedMinLSTMCell",
+            "convert_rnns",
+        ),
         "models": ("ModelConfig", "SequenceModel", "generate", "load_checkpoint", "save_checkpoint"),
         "ops": ("CANDIDATES", "GATES", "engines", "gated_scan", "scan"),
         "tasks": ("TASKS", "TextConfig", "TextTask"),

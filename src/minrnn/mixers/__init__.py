@@ -1,9 +1,10 @@
-"""What moves information along time: the layers MinGRU and MinLSTM, and the table of all mixers."""
+"""What moves information along time: MinGRU and MinLSTM as layers and cells, and the table of all mixers."""
 
 from minrnn.mixers.attention import AttentionMixer
 from minrnn.mixers.classic import GRUMixer, LSTMMixer, RNNMixer
-from minrnn.mixers.mingru import MinGRU, MinGRUMixer
-from minrnn.mixers.minlstm import MinLSTM, MinLSTMMixer
+from minrnn.mixers.convert import PairedMinLSTM, PairedMinLSTMCell, convert_rnns
+from minrnn.mixers.mingru import MinGRU, MinGRUCell, MinGRUMixer
+from minrnn.mixers.minlstm import MinLSTM, MinLSTMCell, MinLSTMMixer
 from minrnn.mixers.mixer import Mixer, State
 
 MIXERS: dict[str, type[Mixer]] = {
@@ -16,4 +17,15 @@ MIXERS: dict[str, type[Mixer]] = {
 }
 """Every mixer by its name: `MIXERS[name](d_model, d_hidden, **options)`."""
 
-__all__ = ["MIXERS", "MinGRU", "MinLSTM", "Mixer", "State"]
+__all__ = [
+    "MIXERS",
+    "MinGRU",
+    "MinGRUCell",
+    "MinLSTM",
+    "MinLSTMCell",
+    "Mixer",
+    "PairedMinLSTM",
+    "PairedMinLSTMCell",
+    "State",
+    "convert_rnns",
+]

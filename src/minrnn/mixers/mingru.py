@@ -2,6 +2,7 @@
 
 import torch
 
+from minrnn.mixers.cell import MinRNNCell
 from minrnn.mixers.layer import MinRNN, MinRNNMixer
 
 
@@ -44,8 +45,6 @@ class MinGRU(MinRNN):
         (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
     """
 
-    forget_sign = -1
-
     def __init__(
         self,
         input_size: int,
@@ -70,6 +69,60 @@ class MinGRU(MinRNN):
             batch_first=batch_first,
             dropout=dropout,
             bidirectional=bidirectional,
+            candidate=candidate,
+            forget_bias=forget_bias,
+            device=device,
+            dtype=dtype,
+        )
+
+
+class MinGRUCell(MinRNNCell):
+    """Apply one step of a minGRU; a drop-in for `torch.nn.GRUCell`.
+
+        h' = (1 - z) * h + z * g(W_h x + b_h),   z = sigmoid(W_z x + b_z)
+
+    Equal to `MinGRU` on a sequence of one step. `weight_ih` holds the rows [z; candidate], `(2 *
+    hidden_size, input_size)`, and `bias_ih` likewise.
+
+    Args:
+        input_size: channels of the input.
+        hidden_size: channels of the state.
+        bias: whether the projection has a bias.
+        candidate: g, as in `MinGRU`.
+        forget_bias: as in `MinGRU`.
+        device: where the parameters live.
+        dtype: the parameters' dtype.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a size is not positive, the candidate is unknown, or a forget_bias is given without bias.
+
+    Source: "Were RNNs All We Needed?", section 3.1 and appendix B.
+
+    Example:
+        >>> cell, h = MinGRUCell(10, 20), torch.zeros(3, 20)
+        >>> for x in torch.randn(5, 3, 10):
+        ...     h = cell(x, h)
+        >>> h.shape
+        torch.Size([3, 20])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        *,
+        candidate: str = "positive",
+        forget_bias: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            "mingru",
+            input_size=input_size,
+            hidden_size=hidden_size,
+            bias=bias,
             candidate=candidate,
             forget_bias=forget_bias,
             device=device,

@@ -2,10 +2,24 @@
 
 import torch
 
+from minrnn.mixers.cell import MinRNNCell
+from minrnn.mixers.gated import GatedModule, check_flags
 from minrnn.mixers.layer import MinRNN, MinRNNMixer
 
 
-class MinLSTM(MinRNN):
+class _Normalised(GatedModule):
+    """Reads from the gate's name whether it is normalised."""
+
+    @property
+    def normalize(self) -> bool:
+        """Whether the gates are made to sum to one."""
+        return self.gate == "minlstm"
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.normalize else ", normalize=False")
+
+
+class MinLSTM(_Normalised, MinRNN):
     """Apply a multi-layer minLSTM to a sequence; a drop-in for `torch.nn.LSTM`, without the cell state.
 
         f[t] = sigmoid(W_f x[t] + b_f),   i[t] = sigmoid(W_i x[t] + b_i)
@@ -47,8 +61,6 @@ class MinLSTM(MinRNN):
         (torch.Size([5, 3, 40]), torch.Size([2, 3, 20]))
     """
 
-    forget_sign = +1
-
     def __init__(
         self,
         input_size: int,
@@ -66,7 +78,7 @@ class MinLSTM(MinRNN):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            "minlstm" if normalize else "minlstm_unnormalised",
+            _gate(type(self).__name__, normalize),
             input_size=input_size,
             hidden_size=hidden_size,
             num_layers=num_layers,
@@ -80,13 +92,62 @@ class MinLSTM(MinRNN):
             dtype=dtype,
         )
 
-    @property
-    def normalize(self) -> bool:
-        """Whether the gates are made to sum to one."""
-        return self.gate == "minlstm"
 
-    def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.normalize else ", normalize=False")
+class MinLSTMCell(_Normalised, MinRNNCell):
+    """Apply one step of a minLSTM; a drop-in for `torch.nn.GRUCell`, as there is no cell state.
+
+        h' = f' * h + i' * g(W_h x + b_h),   f = sigmoid(W_f x + b_f),   i = sigmoid(W_i x + b_i)
+        f' = f / (f + i),   i' = i / (f + i)          f' = f,   i' = i   with normalize=False
+
+    Equal to `MinLSTM` on a sequence of one step. `weight_ih` holds the rows [f; i; candidate], `(3 *
+    hidden_size, input_size)`, and `bias_ih` likewise.
+
+    Args:
+        input_size: channels of the input.
+        hidden_size: channels of the state.
+        bias: whether the projection has a bias.
+        candidate: g, as in `MinLSTM`.
+        forget_bias: as in `MinLSTM`.
+        normalize: as in `MinLSTM`.
+        device: where the parameters live.
+        dtype: the parameters' dtype.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a size is not positive, the candidate is unknown, or a forget_bias is given without bias.
+
+    Source: "Were RNNs All We Needed?", section 3.2 and appendix B.
+
+    Example:
+        >>> cell, h = MinLSTMCell(10, 20), torch.zeros(3, 20)
+        >>> for x in torch.randn(5, 3, 10):
+        ...     h = cell(x, h)
+        >>> h.shape
+        torch.Size([3, 20])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        *,
+        candidate: str = "positive",
+        forget_bias: float | None = None,
+        normalize: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            _gate(type(self).__name__, normalize),
+            input_size=input_size,
+            hidden_size=hidden_size,
+            bias=bias,
+            candidate=candidate,
+            forget_bias=forget_bias,
+            device=device,
+            dtype=dtype,
+        )
 
 
 class MinLSTMMixer(MinRNNMixer):
@@ -121,3 +182,8 @@ class MinLSTMMixer(MinRNNMixer):
             forget_bias=forget_bias,
             normalize=normalize,
         )
+
+
+def _gate(name: str, normalize: bool) -> str:
+    check_flags(name, normalize=normalize)
+    return "minlstm" if normalize else "minlstm_unnormalised"

@@ -1,0 +1,137 @@
+"""What a layer and a cell share: projections of the input to a gate's pre-activations, and how they start."""
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from minrnn.ops import CANDIDATES, GATES
+
+FORGET_BIAS = 1.0
+"""How far towards keeping the gate starts, in logits; at 1 a cell keeps about 73 % of its state a step."""
+
+_KEEPS = {"mingru": -1, "minlstm": +1, "minlstm_unnormalised": +1}
+"""+1 where raising the gate's first pre-activation keeps more of the state, -1 where it keeps less."""
+
+
+class GatedModule(nn.Module):
+    """The parameters of gated recurrences, one projection `weight_ih*`, `bias_ih*` for each.
+
+    The rows of a weight are the gate's pre-activations in the order that `gated_scan` takes them, so that a
+    recurrence is one matrix product and one scan. There is no `weight_hh`: nothing depends on the previous
+    state but the scan. A subclass calls `_add_projection` for each recurrence, then `reset_parameters`.
+    """
+
+    shown: ClassVar[dict[str, object]] = {"bias": True}
+    """Attributes that the representation shows where they differ from their default, given here."""
+
+    def __init__(
+        self,
+        gate: str,
+        *,
+        input_size: int,
+        hidden_size: int,
+        bias: bool,
+        candidate: str,
+        forget_bias: float | None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        check_sizes(name, input_size=input_size, hidden_size=hidden_size)
+        check_flags(name, bias=bias)
+        if candidate not in CANDIDATES:
+            raise ValueError(f"{name}: candidate must be one of {', '.join(CANDIDATES)}, got {candidate!r}")
+        if forget_bias and not bias:
+            raise ValueError(
+                f"{name}: forget_bias={forget_bias} needs a bias to live in; drop it or set bias=True"
+            )
+        self.gate = gate
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.bias = bias
+        self.candidate = candidate
+        self.forget_bias = (FORGET_BIAS if bias else 0.0) if forget_bias is None else float(forget_bias)
+        self._suffixes: list[str] = []
+
+    def _add_projection(
+        self, suffix: str, columns: int, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        rows = GATES[self.gate].num_pre * self.hidden_size
+        weight = torch.empty((rows, columns), device=device, dtype=dtype)
+        self.register_parameter(f"weight_ih{suffix}", nn.Parameter(weight))
+        if self.bias:
+            bias = torch.empty(rows, device=device, dtype=dtype)
+            self.register_parameter(f"bias_ih{suffix}", nn.Parameter(bias))
+        self._suffixes.append(suffix)
+
+    def _projection(self, suffix: str) -> list[nn.Parameter]:
+        kinds = ("weight_ih", "bias_ih") if self.bias else ("weight_ih",)
+        return [getattr(self, kind + suffix) for kind in kinds]
+
+    def _project(self, x: Tensor, suffix: str) -> Tensor:
+        """Compute the packed pre-activations `(B, T, num_pre * D)` of x `(B, T, C)`."""
+        # Read once a call: a parametrized weight is computed anew each time that it is read.
+        weight, *bias = self._projection(suffix)
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"{type(self).__name__}: input must have the weights' dtype, {weight.dtype}, got {x.dtype}; "
+                f"convert the input with .to({weight.dtype}) or the module with .to({x.dtype})"
+            )
+        if x.transpose(0, 1).is_contiguous():  # time-major in memory: linear would copy the transposed view
+            return functional.linear(x.transpose(0, 1), weight, *bias).transpose(0, 1)
+        return functional.linear(x, weight, *bias)
+
+    def reset_parameters(self) -> None:
+        """Draw parameters from U(-k, k), k = 1 / sqrt(hidden_size), as torch.nn.GRU; add the forget bias.
+
+        With the forget bias the cell starts by forgetting slowly, so that gradients reach far back from the
+        first step.
+        """
+        bound = 1.0 / math.sqrt(self.hidden_size)
+        with torch.no_grad():
+            for suffix in self._suffixes:
+                weight, *biases = self._projection(suffix)
+                weight.uniform_(-bound, bound)
+                for bias in biases:
+                    bias.uniform_(-bound, bound)
+                    bias[: self.hidden_size] += _KEEPS[self.gate] * self.forget_bias
+
+    def extra_repr(self) -> str:
+        defaults = {
+            **self.shown,
+            "candidate": "positive",
+            "forget_bias": FORGET_BIAS if self.bias else 0.0,
+        }
+        parts = [f"{self.input_size}, {self.hidden_size}"]
+        parts += [f"{k}={getattr(self, k)}" for k, default in defaults.items() if getattr(self, k) != default]
+        return ", ".join(parts)
+
+    def _check_hx(self, hx: Tensor | None, shape: tuple[int, ...]) -> None:
+        name = type(self).__name__
+        if hx is None:
+            return
+        if not isinstance(hx, Tensor):
+            raise TypeError(
+                f"{name}: hx must be one tensor (there is no cell state), got {type(hx).__name__}; "
+                "convert_rnns makes modules that take torch.nn.LSTM's pair"
+            )
+        if hx.shape != shape:
+            raise ValueError(f"{name}: hx must be {shape}, got {tuple(hx.shape)}")
+
+
+def check_sizes(name: str, **sizes: int) -> None:
+    """Raise unless every size is a positive int; `name` starts the message."""
+    for key, size in sizes.items():
+        if not isinstance(size, int):
+            raise TypeError(f"{name}: {key} must be an int, got {type(size).__name__}")
+        if size <= 0:
+            raise ValueError(f"{name}: {key} must be greater than zero, got {size}")
+
+
+def check_flags(name: str, **flags: bool) -> None:
+    """Raise unless every flag is a bool; `name` starts the message."""
+    for key, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: {key} must be a bool, got {type(flag).__name__}")

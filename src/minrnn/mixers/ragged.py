@@ -1,0 +1,105 @@
+"""The three ways in which torch holds sequences of different lengths, as rows joined end to end and back."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+
+class Ragged(NamedTuple):
+    """Sequences of different lengths, one after the other."""
+
+    rows: Tensor
+    """`(total, C)`: every sequence's steps."""
+    offsets: Tensor
+    """`(N + 1,)`, int64: where each sequence starts, and the total at the end."""
+    dress: Callable[[Tensor], Any]
+    """Gives rows `(total, any)` the form in which the sequences came."""
+
+
+def read_packed(packed: PackedSequence) -> Ragged:
+    """Join the sequences of a PackedSequence, in the order in which they were before it sorted them.
+
+    A PackedSequence holds all sequences' first steps, then all second steps, and so on; sequences that have
+    ended drop out at the end of a step.
+    """
+    data, device = packed.data, packed.data.device
+    N, total = int(packed.batch_sizes[0]), data.shape[0]
+    held = packed.batch_sizes.to(device)  # (T,): sequences in each step, falling
+    # A sequence's place within the steps: `unsorted_indices`, or its own number if they came sorted.
+    place = torch.arange(N, device=device) if packed.unsorted_indices is None else packed.unsorted_indices
+    lengths = torch.searchsorted(-held, -place)
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    first = held.cumsum(0) - held  # (T,): where each step starts
+    step = torch.arange(total, device=device) - _spread(offsets[:-1], lengths, total)
+    order = first[step] + _spread(place, lengths, total)  # (total,): where each joined row lies
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(total, device=device))
+
+    def dress(rows: Tensor) -> PackedSequence:
+        return PackedSequence(
+            rows.index_select(0, back), packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices
+        )
+
+    return Ragged(data.index_select(0, order), offsets, dress)
+
+
+def read_jagged(name: str, nested: Tensor, channels: int) -> Ragged:
+    """Take the rows of a jagged nested tensor `(N, *, channels)`; `name` starts the messages.
+
+    Raises:
+        TypeError: its layout is not torch.jagged.
+        ValueError: its shape is another, or its ragged axis is not the second.
+    """
+    if nested.layout != torch.jagged:
+        raise TypeError(f"{name}: a nested input must have layout torch.jagged, got {nested.layout}")
+    if nested.dim() != 3 or nested.shape[2] != channels:  # a ragged axis equals no number
+        raise ValueError(f"{name}: a nested input must be (N, *, {channels}), got {tuple(nested.shape)}")
+    if nested.lengths() is not None:  # there are holes between the sequences, as after torch.nested.narrow
+        nested = nested.contiguous()
+    offsets = nested.offsets()
+
+    def dress(rows: Tensor) -> Tensor:
+        # With the same offsets, so that the output has the input's shape to torch and may be added to it.
+        return torch.nested.nested_tensor_from_jagged(rows, offsets=offsets)
+
+    return Ragged(nested.values(), offsets.to(torch.int64), dress)
+
+
+def read_documents(name: str, input: Tensor, cu_seqlens: Tensor, batch_axis: int) -> Ragged:
+    """Take sequences that `cu_seqlens` finds in a tensor `(total, C)`, or one with a batch of 1 beside.
+
+    The offsets are checked where they lie on the CPU; on an accelerator, to read them would be to wait.
+
+    Raises:
+        TypeError: cu_seqlens is not an int32 or int64 tensor.
+        ValueError: the batch is not 1, or the offsets do not go from 0 to total without falling.
+    """
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        kind = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"{name}: cu_seqlens must be an int32 or int64 tensor, got {kind}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"{name}: cu_seqlens must be (N + 1,), got {tuple(cu_seqlens.shape)}")
+    batched = input.dim() == 3
+    if batched and input.shape[batch_axis] != 1:
+        raise ValueError(
+            f"{name}: with cu_seqlens, input must be (total, C) or a batch of 1, got {tuple(input.shape)}"
+        )
+    rows = input.squeeze(batch_axis) if batched else input
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        total = rows.shape[0]
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != total or (cu_seqlens.diff() < 0).any():
+            raise ValueError(
+                f"{name}: cu_seqlens must rise from 0 to the input's {total} steps, got {cu_seqlens.tolist()}"
+            )
+
+    def dress(rows: Tensor) -> Tensor:
+        return rows.unsqueeze(batch_axis) if batched else rows
+
+    return Ragged(rows, cu_seqlens.to(rows.device, torch.int64), dress)
+
+
+def _spread(values: Tensor, lengths: Tensor, total: int) -> Tensor:
+    """Give each sequence's value to each of its steps; told the total, a GPU need not be waited for."""
+    return values.repeat_interleave(lengths, output_size=total)
