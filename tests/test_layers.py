@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 import warnings
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minrnn.mixers import MinGRU, MinLSTM
@@ -229,14 +232,101 @@ def test_gradients(name: str) -> None:
 
 
 @every_layer
-def test_state_dict_deepcopy_and_conversion(name: str) -> None:
+def test_copies_are_whole(name: str) -> None:
+    layer, x = build(name, num_layers=2, bidirectional=True), make_input(T, B, I)
+    loaded = LAYERS[name](I, H, num_layers=2, bidirectional=True).double()
+    assert loaded.load_state_dict(layer.state_dict()) == ([], [])
+    emptied = LAYERS[name](I, H, num_layers=2, bidirectional=True, device="meta", dtype=torch.float64)
+    emptied = emptied.to_empty(device="cpu")
+    emptied.load_state_dict(layer.state_dict())
+    for same in (loaded, emptied, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert repr(same) == repr(layer)
+        assert torch.equal(same(x)[0], layer(x)[0])
+    assert copy.deepcopy(layer).weight_ih_l0 is not layer.weight_ih_l0
+
+
+@every_layer
+def test_emptied_parameters_can_be_drawn_anew(name: str) -> None:
+    layer = LAYERS[name](I, H, device="meta").to_empty(device="cpu")
+    torch.manual_seed(0)
+    layer.reset_parameters()
+    torch.manual_seed(0)
+    for key, value in LAYERS[name](I, H).state_dict().items():
+        assert torch.equal(layer.state_dict()[key], value)
+
+
+@every_layer
+def test_runs_on_the_meta_device(name: str) -> None:
+    layer = LAYERS[name](I, H, num_layers=2, bidirectional=True, device="meta")
+    output, h_n = layer(torch.empty(T, B, I, device="meta"), torch.empty(4, B, H, device="meta"))
+    assert output.shape == (T, B, 2 * H)
+    assert h_n.shape == (4, B, H)
+    assert output.is_meta
+
+
+@every_layer
+def test_conversion_of_dtype(name: str) -> None:
     layer, x = build(name, num_layers=2), make_input(T, B, I)
-    other = LAYERS[name](I, H, num_layers=2).double()
-    other.load_state_dict(layer.state_dict())
-    assert torch.equal(other(x)[0], layer(x)[0])
-    assert torch.equal(copy.deepcopy(layer)(x)[0], layer(x)[0])
     assert layer.flatten_parameters() is None
     assert layer.to(torch.bfloat16)(x.bfloat16())[0].dtype == torch.bfloat16
+
+
+class Halved(nn.Module):
+    """Half the weight, counting how often it is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.computed = 0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.computed += 1
+        return weight / 2
+
+
+@every_layer
+def test_parametrized_weights(name: str) -> None:
+    layer, x = build(name, num_layers=2), make_input(T, B, I)
+    expected = copy.deepcopy(layer)
+    halved = [Halved(), Halved()]
+    for number, parametrization in enumerate(halved):
+        parametrize.register_parametrization(layer, f"weight_ih_l{number}", parametrization)
+        with torch.no_grad():
+            getattr(expected, f"weight_ih_l{number}").div_(2)
+    before = [parametrization.computed for parametrization in halved]
+    output, _ = layer(x)
+    assert [p.computed for p in halved] == [count + 1 for count in before]  # spectral_norm counts on it
+    assert torch.equal(output, expected(x)[0])
+    output.sum().backward()
+    assert layer.parametrizations.weight_ih_l0.original.grad is not None  # type: ignore[union-attr]
+    for key in ("weight_ih_l0", "weight_ih_l1"):
+        parametrize.remove_parametrizations(layer, key)
+    assert torch.equal(layer(x)[0], expected(x)[0])
+
+
+@every_layer
+def test_weight_norm_and_pruning(name: str) -> None:
+    layer, x = build(name), make_input(T, B, I)
+    output, _ = layer(x)
+    nn.utils.parametrizations.weight_norm(layer, "weight_ih_l0")
+    torch.testing.assert_close(layer(x)[0], output)
+    pruned = prune.random_unstructured(build(name), "weight_ih_l0", amount=0.5)
+    assert not torch.equal(pruned(x)[0], output)
+    pruned(x)[0].sum().backward()
+
+
+@every_layer
+def test_functional_call_reads_the_weights_it_is_given(name: str) -> None:
+    layer, x = build(name), make_input(T, B, I)
+    zeros = {key: torch.zeros_like(p) for key, p in layer.named_parameters()}
+    output, _ = functional_call(layer, zeros, (x,))
+    # All gates half open and g(0) = 0.5, whatever the input: h[0] is 0.25.
+    torch.testing.assert_close(output[0], torch.full((B, H), 0.25, dtype=torch.float64))
+
+
+@every_layer
+def test_state_may_be_passed_by_torchs_name(name: str) -> None:
+    layer, x, h_0 = build(name), make_input(T, B, I), make_input(1, B, H)
+    assert torch.equal(layer(input=x, hx=h_0)[0], layer(x, h_0)[0])
 
 
 @every_layer
