@@ -45,7 +45,7 @@ def read_packed(packed: PackedSequence) -> Ragged:
     return Ragged(data.index_select(0, order), offsets, dress)
 
 
-def read_jagged(name: str, nested: Tensor, channels: int) -> Ragged:
+def read_jagged(name: str, nested: Any, channels: int) -> Ragged:  # Tensor declares no offsets()
     """Take the rows of a jagged nested tensor `(N, *, channels)`; `name` starts the messages.
 
     Raises:

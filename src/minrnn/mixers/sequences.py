@@ -84,10 +84,10 @@ class Joined:
     def _scan_from(self, h0: Tensor, gate: str, candidate: str, pre: Tensor, reverse: bool) -> Tensor:
         """Start every sequence from a state of its own: its first step's drive b becomes a * h0 + b.
 
-        So the gates are computed here and not inside the scan. On a CPU that makes a layer's forward and
-        backward 1.3 to 2 times as slow as without h0, most where it is narrow, and takes more memory. One
-        scan for each distinct length keeps them inside, but was no faster (0.8 to 1.8 times this) and makes
-        hundreds of calls where lengths vary; padding was 1.2 to 20 times as slow as one scan.
+        So the gates are computed here and not inside the scan. On one core that makes a layer's forward and
+        backward 1.5 to 2 times as slow as without h0 (with 32 channels, up to 4), about what padding to the
+        longest costs, and takes more memory. One scan for each distinct length keeps the gates inside, but
+        was no faster on the whole (0.8 to 1.8 times this) and makes hundreds of calls where lengths vary.
         """
         dtype = torch.promote_types(pre.dtype, torch.float32)
         if h0.dtype not in (pre.dtype, dtype):
