@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 BUILD_TOOLS := scikit-build-core nanobind cmake ninja
 
-.PHONY: demo test lint wheels clean
+.PHONY: demo test lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
