@@ -48,9 +48,9 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False, log: RunLog
         log: where progress is reported.
 
     Returns:
-        What results.json holds: the metrics of the last weights on the whole validation split; `best`, those of
-        the best evaluation during training, and its step; tokens, seconds, parameters, mixer, device, machine,
-        versions and commit.
+        What results.json holds: the metrics of the last weights on the whole validation split; `best`, those
+        of the best evaluation during training, and its step; tokens, seconds, parameters, mixer, device,
+        machine, versions and commit.
 
     Raises:
         FileExistsError: `run_dir` holds something and `resume` is False.
@@ -109,8 +109,8 @@ class Run:
 
     def __init__(self, config: RunConfig, run_dir: Path, log: RunLog) -> None:
         self.settings, self.run_dir, self.log = config.train, run_dir, log
-        # Set even where it changes nothing: this stops MKL from choosing fewer threads under load, which would
-        # change the order of its sums, and with it the last bits of a resumed run.
+        # Set even where it changes nothing: this stops MKL from choosing fewer threads under load, which
+        # would change the order of its sums, and with it the last bits of a resumed run.
         torch.set_num_threads(self.settings.threads or torch.get_num_threads())
         torch.manual_seed(self.settings.seed)
         self.device = choose_device(self.settings.device)
