@@ -13,7 +13,7 @@ from minrnn.ops.gates import CANDIDATES, GATES
 from minrnn.ops.reference import output_like, state_dtype
 
 try:
-    import minrnn.ops._cpu as _cpu  # type: ignore[import-not-found]  # compiled, so there is nothing to read
+    import minrnn.ops._cpu as _cpu
 except ModuleNotFoundError as error:
     raise ImportError(
         "it was not compiled when minrnn was installed, for want of a working C++ compiler; install one and "
