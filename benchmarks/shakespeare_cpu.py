@@ -1,7 +1,6 @@
-"""The recipe shakespeare-cpu for every mixer: the runs, and the table that RESULTS.md shows.
+"""The recipe shakespeare-cpu for every mixer: the runs whose table RESULTS.md shows.
 
-    python benchmarks/shakespeare_cpu.py run mingru attention --seeds 0 1 2
-    python benchmarks/shakespeare_cpu.py table
+    python benchmarks/shakespeare_cpu.py mingru attention minlstm rnn lstm gru --seeds 0 1 2
 
 Every run is `minrnn train shakespeare-cpu --model.mixer MIXER --train.seed SEED` on one CPU thread, and two
 of them go on at a time, so that their seconds can be compared. What is kept of a run is its results.json and
@@ -14,7 +13,6 @@ import argparse
 import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,16 +26,10 @@ NANOGPT_WINDOW = 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    run = verbs.add_parser("run", help="train mixers, one thread each, and keep their results")
-    run.add_argument("mixers", nargs="+")
-    run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    run.add_argument("--together", type=int, default=2, help="runs at a time (default: 2)")
-    verbs.add_parser("table", help="print the table of the committed results as Markdown")
+    parser.add_argument("mixers", nargs="+")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--together", type=int, default=2, help="runs at a time (default: 2)")
     arguments = parser.parse_args()
-    if arguments.verb == "table":
-        print(table())
-        return
     with ThreadPoolExecutor(arguments.together) as pool:
         jobs = itertools.product(arguments.seeds, arguments.mixers)
         for done in [pool.submit(train, mixer, seed) for seed, mixer in jobs]:
@@ -82,31 +74,6 @@ def collect(run: Path) -> dict[str, Any]:
             [record["step"], round(record["loss"], 4)] for record in curve if "loss" in record
         ][::10],
     }
-
-
-def table() -> str:
-    """One line a mixer: means over the seeds, and the spread of the loss."""
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(RESULTS.glob("*.json")):
-        result = json.loads(path.read_text())
-        runs.setdefault(result["mixer"], []).append(result)
-    lines = [
-        "| mixer | parameters | seeds | loss, state carried | lowest to highest | windows of 256 "
-        "| windows of 64 | minutes |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for mixer, results in sorted(runs.items(), key=lambda item: mean(item[1], "val_loss")):
-        losses = [result["val_loss"] for result in results]
-        lines.append(
-            f"| {mixer} | {results[0]['parameters']:,} | {len(results)} | **{statistics.mean(losses):.4f}** "
-            f"| {min(losses):.4f} to {max(losses):.4f} | {mean(results, 'val_loss_windowed'):.4f} "
-            f"| {mean(results, 'val_loss_windowed_64'):.4f} | {mean(results, 'seconds') / 60:.1f} |"
-        )
-    return "\n".join(lines)
-
-
-def mean(results: list[dict[str, Any]], key: str) -> float:
-    return statistics.mean(result[key] for result in results)
 
 
 if __name__ == "__main__":
