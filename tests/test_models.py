@@ -221,6 +221,15 @@ def test_widths() -> None:
     assert (bare.conv, bare.mlp, bare.mlp_norm) == (None, None, None)
 
 
+def test_with_every_part_off_a_block_is_its_mixer() -> None:
+    model, tokens = build(conv_width=0, mlp_ratio=0, norm="none", residual=False), make_tokens()
+    x = model.embedding(tokens)
+    for block in model.blocks:
+        y, _ = block.mixer(x)
+        x = block.down(y)
+    torch.testing.assert_close(model(tokens)[0], x @ model.head.weight.T)
+
+
 def test_dropout_acts_in_training_only() -> None:
     model, tokens = build(dropout=0.5), make_tokens()
     assert not torch.equal(model(tokens)[0], model(tokens)[0])

@@ -52,6 +52,7 @@ class Block(nn.Module):
         make_norm: makes a norm over the block's channels.
         conv: before the mixer, or None.
         mlp: the second branch, or None.
+        residual: whether a branch is added to its input, or takes its place.
         dropout: probability of zeroing a channel of a branch's output, while training.
         bias: whether the projection from the mixer back to the block's width has a bias.
     """
@@ -63,6 +64,7 @@ class Block(nn.Module):
         make_norm: Callable[[], nn.Module],
         conv: CausalConv | None,
         mlp: MLP | None,
+        residual: bool,
         dropout: float,
         bias: bool,
     ) -> None:
@@ -73,6 +75,7 @@ class Block(nn.Module):
         self.down = nn.Linear(mixer.d_hidden, mixer.d_model, bias=bias)
         self.mlp_norm = make_norm() if mlp is not None else None
         self.mlp = mlp
+        self.residual = residual
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -85,7 +88,11 @@ class Block(nn.Module):
             y, window = self.conv(y, windows[0] if windows else None, reset=reset)
             windows = (window,)
         y, carried = self.mixer(y, carried, reset=reset)
-        x = x + self.dropout(self.down(y))
+        x = self._join(x, self.down(y))
         if self.mlp is not None and self.mlp_norm is not None:
-            x = x + self.dropout(self.mlp(self.mlp_norm(x)))
+            x = self._join(x, self.mlp(self.mlp_norm(x)))
         return x, (windows, carried)
+
+    def _join(self, x: Tensor, branch: Tensor) -> Tensor:
+        branch = self.dropout(branch)
+        return x + branch if self.residual else branch

@@ -17,7 +17,7 @@ from minrnn.mixers.mixer import check_reset
 from minrnn.models.block import ACTIVATIONS, MLP, Block, BlockState
 from minrnn.models.convolution import CausalConv
 
-NORMS = ("layer", "rms")
+NORMS = ("layer", "rms", "none")
 
 MIXER_OPTIONS = ("candidate", "forget_bias", "normalize", "num_heads", "window")
 """Fields of ModelConfig that belong to some mixers only and are handed on when they are set."""
@@ -54,7 +54,9 @@ class ModelConfig:
     mlp_activation: str = "gelu"
     """The MLP's activation: gelu, relu or silu."""
     norm: str = "layer"
-    """The norm before each branch and the head: layer or rms."""
+    """The norm before each branch and the head: layer, rms or none."""
+    residual: bool = True
+    """Add each branch to its input; otherwise its output takes the input's place."""
     dropout: float = 0.0
     """Probability of zeroing a channel of the embedding or of a branch's output, while training."""
     tie_embeddings: bool = False
@@ -253,12 +255,15 @@ def _make_block(config: ModelConfig) -> Block:
         make_norm=partial(_make_norm, config),
         conv=conv,
         mlp=mlp,
+        residual=config.residual,
         dropout=config.dropout,
         bias=config.bias,
     )
 
 
 def _make_norm(config: ModelConfig) -> nn.Module:
+    if config.norm == "none":
+        return nn.Identity()
     if config.norm == "layer":
         return nn.LayerNorm(config.d_model, bias=config.bias)
     return nn.RMSNorm(config.d_model)
