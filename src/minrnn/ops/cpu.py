@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minrnn.ops.gates import CANDIDATES, GATES
-from minrnn.ops.reference import output_like, state_dtype
+from minrnn.ops.reference import contiguous_channels, initial_state, output_like, state_dtype
 
 try:
     import minrnn.ops._cpu as _cpu
@@ -40,10 +40,10 @@ def forward(
     pre: list[Tensor], h0: Tensor | None, reset: Tensor | None, gate: str, candidate: str, reverse: bool
 ) -> Tensor:
     """As `reference.forward`, fused: reads each pre-activation once and writes h once."""
-    pre = [_readable(x) for x in pre]
+    pre = [contiguous_channels(x) for x in pre]
     D = _channels(pre, gate)
     h = _output(pre[0], D)
-    h0 = _initial(h0, h)
+    h0 = initial_state(h0, h.dtype)
     reset = None if reset is None else reset.resolve_neg()
     _cpu.forward(*_call(pre, h0, reset, gate, candidate, reverse, D), _strided(h))
     return h
@@ -60,10 +60,10 @@ def backward(
     reverse: bool,
 ) -> list[Tensor]:
     """As `reference.backward`, fused: reads pre-activations, h and dh once, writes the gradients once."""
-    pre, dh, h = [_readable(x) for x in pre], _readable(dh), _readable(h)
+    pre, dh, h = [contiguous_channels(x) for x in pre], contiguous_channels(dh), contiguous_channels(h)
     B, _, D = h.shape
     dpre = [_output(x, x.shape[2]) for x in pre]
-    h0 = _initial(h0, h)
+    h0 = initial_state(h0, h.dtype)
     dh0 = h.new_empty(B, D, dtype=state_dtype(h.dtype))
     _cpu.backward(
         *_call(pre, h0, reset, gate, candidate, reverse, D),
@@ -124,16 +124,3 @@ def _parts(pre: list[Tensor], gate: str, D: int) -> tuple[_Strided, _Strided, _S
 
 def _strided(x: Tensor) -> _Strided:
     return x.data_ptr(), x.stride(0), x.stride(1)
-
-
-def _readable(x: Tensor) -> Tensor:
-    """x itself where its channels are contiguous and its values are stored as they read; else a copy."""
-    x = x.resolve_neg()
-    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
-
-
-def _initial(h0: Tensor | None, h: Tensor) -> Tensor | None:
-    if h0 is None:
-        return None
-    h0 = h0.to(state_dtype(h.dtype)).resolve_neg()
-    return h0 if h0.stride(1) == 1 or h0.shape[1] == 1 else h0.contiguous()

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from minrnn.ops.gates import CANDIDATES, GATES
 
-__all__ = ["backward", "carry_dtype", "forward", "output_like", "split", "state_dtype"]
+__all__ = [
+    "backward",
+    "carry_dtype",
+    "contiguous_channels",
+    "forward",
+    "initial_state",
+    "output_like",
+    "split",
+    "state_dtype",
+]
 
 
 def carry_dtype(device: torch.device) -> torch.dtype:
@@ -36,6 +45,17 @@ def output_like(pre: Tensor, D: int) -> Tensor:
     if pre.stride(0) < pre.stride(1):
         return pre.new_empty(T, B, D).transpose(0, 1)
     return pre.new_empty(B, T, D)
+
+
+def contiguous_channels(x: Tensor) -> Tensor:
+    """x itself where its channels are contiguous and its values are stored as they read; else a copy."""
+    x = x.resolve_neg()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def initial_state(h0: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """h0 as an engine for inputs of `dtype` reads it: see `state_dtype` and `contiguous_channels`."""
+    return None if h0 is None else contiguous_channels(h0.to(state_dtype(dtype)))
 
 
 def forward(
