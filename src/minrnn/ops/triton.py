@@ -125,128 +125,132 @@ def _decay(a, complement):
 
 
 @triton.jit
-def _identity(a, b):
-    keep = tl.where(a >= 0.5, 1.0, tl.where(a <= -0.5, -1.0, 0.0)).to(a.dtype)
-    return keep, a - keep, b  # exact for |a| <= 2
+def _identity(pre):
+    keep = tl.where(pre[0] >= 0.5, 1.0, tl.where(pre[0] <= -0.5, -1.0, 0.0)).to(pre[0].dtype)
+    return keep, pre[0] - keep, pre[1]  # exact for |a| <= 2
 
 
 @triton.jit
 def _identity_pullback(h_prev, g):
-    return g * h_prev, g, g
+    return g * h_prev, g
 
 
 @triton.jit
-def _mingru_values(z_pre, c_pre, CANDIDATE: tl.constexpr):
-    z, complement, denominator = _sigmoid(z_pre)
+def _mingru_values(pre, CANDIDATE: tl.constexpr):
+    z, complement, denominator = _sigmoid(pre[0])
     inverse = 1.0 / denominator
-    c, slope = _candidate(c_pre, CANDIDATE)
+    c, slope = _candidate(pre[1], CANDIDATE)
     return z * inverse, complement * inverse, c, slope
 
 
 @triton.jit
-def _mingru(z_pre, c_pre, CANDIDATE: tl.constexpr):  # a = 1 - z, b = z * candidate
-    z, complement, c, _ = _mingru_values(z_pre, c_pre, CANDIDATE)
+def _mingru(pre, CANDIDATE: tl.constexpr):  # a = 1 - z, b = z * candidate
+    z, complement, c, _ = _mingru_values(pre, CANDIDATE)
     keep, rest = _decay(complement, z)
     return keep, rest, z * c
 
 
 @triton.jit
-def _mingru_pullback(z_pre, c_pre, h_prev, g, CANDIDATE: tl.constexpr):
-    z, complement, c, slope = _mingru_values(z_pre, c_pre, CANDIDATE)
-    dc_pre = g * (z * slope)
-    return g * (c - h_prev) * (z * complement), dc_pre, dc_pre
+def _mingru_pullback(pre, h_prev, g, CANDIDATE: tl.constexpr):
+    z, complement, c, slope = _mingru_values(pre, CANDIDATE)
+    return g * (c - h_prev) * (z * complement), g * (z * slope)
 
 
 @triton.jit
-def _minlstm_values(f_pre, i_pre, c_pre, CANDIDATE: tl.constexpr):
+def _minlstm_values(pre, CANDIDATE: tl.constexpr):
     # With f = F / P and i = I / Q the shares are F Q / (F Q + I P) and I P / (F Q + I P). Where both gates
     # underflow, F and I are scaled so that the larger is one.
-    F, f_complement, P = _sigmoid(f_pre)
-    I, i_complement, Q = _sigmoid(i_pre)  # noqa: E741  # the equation's own letter
-    ratio = _exp_nonpositive(-tl.abs(f_pre - i_pre))
-    both_negative = (f_pre < 0) & (i_pre < 0)
-    keeps = f_pre >= i_pre
+    F, f_complement, P = _sigmoid(pre[0])
+    I, i_complement, Q = _sigmoid(pre[1])  # noqa: E741  # the equation's own letter
+    ratio = _exp_nonpositive(-tl.abs(pre[0] - pre[1]))
+    both_negative = (pre[0] < 0) & (pre[1] < 0)
+    keeps = pre[0] >= pre[1]
     f = tl.where(both_negative, tl.where(keeps, 1.0, ratio), F) * Q
     i = tl.where(both_negative, tl.where(keeps, ratio, 1.0), I) * P
     inverse = 1.0 / (f + i)
-    c, slope = _candidate(c_pre, CANDIDATE)
+    c, slope = _candidate(pre[2], CANDIDATE)
     return f * inverse, f_complement / P, i * inverse, i_complement / Q, c, slope
 
 
 @triton.jit
-def _minlstm(f_pre, i_pre, c_pre, CANDIDATE: tl.constexpr):  # a = f / (f + i), b = i / (f + i) * candidate
-    f, _, i, _, c, _ = _minlstm_values(f_pre, i_pre, c_pre, CANDIDATE)
+def _minlstm(pre, CANDIDATE: tl.constexpr):  # a = f / (f + i), b = i / (f + i) * candidate
+    f, _, i, _, c, _ = _minlstm_values(pre, CANDIDATE)
     keep, rest = _decay(f, i)
     return keep, rest, i * c
 
 
 @triton.jit
-def _minlstm_pullback(f_pre, i_pre, c_pre, h_prev, g, CANDIDATE: tl.constexpr):
-    f, f_complement, i, i_complement, c, slope = _minlstm_values(f_pre, i_pre, c_pre, CANDIDATE)
+def _minlstm_pullback(pre, h_prev, g, CANDIDATE: tl.constexpr):
+    f, f_complement, i, i_complement, c, slope = _minlstm_values(pre, CANDIDATE)
     d = g * (h_prev - c) * (f * i)
     return d * f_complement, -d * i_complement, g * (i * slope)
 
 
 @triton.jit
-def _minlstm_unnormalised_values(f_pre, i_pre, c_pre, CANDIDATE: tl.constexpr):
-    f, f_complement, P = _sigmoid(f_pre)
-    i, i_complement, Q = _sigmoid(i_pre)
+def _minlstm_unnormalised_values(pre, CANDIDATE: tl.constexpr):
+    f, f_complement, P = _sigmoid(pre[0])
+    i, i_complement, Q = _sigmoid(pre[1])
     of_forget = 1.0 / P
     of_input = 1.0 / Q
-    c, slope = _candidate(c_pre, CANDIDATE)
+    c, slope = _candidate(pre[2], CANDIDATE)
     return f * of_forget, f_complement * of_forget, i * of_input, i_complement * of_input, c, slope
 
 
 @triton.jit
-def _minlstm_unnormalised(f_pre, i_pre, c_pre, CANDIDATE: tl.constexpr):  # a = f, b = i * candidate
-    f, f_complement, i, _, c, _ = _minlstm_unnormalised_values(f_pre, i_pre, c_pre, CANDIDATE)
+def _minlstm_unnormalised(pre, CANDIDATE: tl.constexpr):  # a = f, b = i * candidate
+    f, f_complement, i, _, c, _ = _minlstm_unnormalised_values(pre, CANDIDATE)
     keep, rest = _decay(f, f_complement)
     return keep, rest, i * c
 
 
 @triton.jit
-def _minlstm_unnormalised_pullback(f_pre, i_pre, c_pre, h_prev, g, CANDIDATE: tl.constexpr):
-    f, f_complement, i, i_complement, c, slope = _minlstm_unnormalised_values(f_pre, i_pre, c_pre, CANDIDATE)
+def _minlstm_unnormalised_pullback(pre, h_prev, g, CANDIDATE: tl.constexpr):
+    f, f_complement, i, i_complement, c, slope = _minlstm_unnormalised_values(pre, CANDIDATE)
     return g * h_prev * (f * f_complement), g * c * (i * i_complement), g * (i * slope)
 
 
 @triton.jit
-def _recurrence(x, y, z, GATE: tl.constexpr, CANDIDATE: tl.constexpr):
+def _recurrence(pre, GATE: tl.constexpr, CANDIDATE: tl.constexpr):
     if GATE == "identity":
-        keep, rest, b = _identity(x, y)
+        keep, rest, b = _identity(pre)
     elif GATE == "mingru":
-        keep, rest, b = _mingru(x, y, CANDIDATE)
+        keep, rest, b = _mingru(pre, CANDIDATE)
     elif GATE == "minlstm":
-        keep, rest, b = _minlstm(x, y, z, CANDIDATE)
+        keep, rest, b = _minlstm(pre, CANDIDATE)
     else:
         tl.static_assert(GATE == "minlstm_unnormalised", "no such gate")
-        keep, rest, b = _minlstm_unnormalised(x, y, z, CANDIDATE)
+        keep, rest, b = _minlstm_unnormalised(pre, CANDIDATE)
     return keep, rest, b
 
 
 @triton.jit
-def _pullback(x, y, z, h_prev, g, GATE: tl.constexpr, CANDIDATE: tl.constexpr):
+def _pullback(pre, h_prev, g, GATE: tl.constexpr, CANDIDATE: tl.constexpr):
     if GATE == "identity":
-        dx, dy, dz = _identity_pullback(h_prev, g)
+        dpre = _identity_pullback(h_prev, g)
     elif GATE == "mingru":
-        dx, dy, dz = _mingru_pullback(x, y, h_prev, g, CANDIDATE)
+        dpre = _mingru_pullback(pre, h_prev, g, CANDIDATE)
     elif GATE == "minlstm":
-        dx, dy, dz = _minlstm_pullback(x, y, z, h_prev, g, CANDIDATE)
+        dpre = _minlstm_pullback(pre, h_prev, g, CANDIDATE)
     else:
         tl.static_assert(GATE == "minlstm_unnormalised", "no such gate")
-        dx, dy, dz = _minlstm_unnormalised_pullback(x, y, z, h_prev, g, CANDIDATE)
-    return dx, dy, dz
+        dpre = _minlstm_unnormalised_pullback(pre, h_prev, g, CANDIDATE)
+    return dpre
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The state: a pair of floats, high + low.
+# Pairs of floats, (high, low): the state, the adjoint, and products of decays.
 
 
 @triton.jit
-def _advance(high, low, keep, rest, b):
-    # high + low = (keep + rest) * (high + low) + b; the sum of base and change loses nothing (Knuth's two-sum).
-    base = keep * high
-    change = tl.fma(rest, high, tl.fma(keep + rest, low, b))
+def _pair(high, BLOCK_D: tl.constexpr, REAL: tl.constexpr):
+    return tl.full([BLOCK_D], high, REAL), tl.full([BLOCK_D], 0.0, REAL)
+
+
+@triton.jit
+def _advance(pair, keep, rest, b):
+    # (keep + rest) * pair + b; the sum of base and change loses nothing (Knuth's two-sum).
+    base = keep * pair[0]
+    change = tl.fma(rest, pair[0], tl.fma(keep + rest, pair[1], b))
     total = base + change
     part = total - base
     lost = (base - (total - part)) + (change - part)
@@ -254,19 +258,26 @@ def _advance(high, low, keep, rest, b):
 
 
 @triton.jit
-def _to_double(high, low):
-    return high.to(tl.float64) + low.to(tl.float64)
+def _forget(reset, pair):
+    return tl.where(reset, 0.0, pair[0]), tl.where(reset, 0.0, pair[1])
 
 
 @triton.jit
-def _from_double(x, REAL: tl.constexpr):
+def _load_pair(ptr, inside, REAL: tl.constexpr):
+    x = tl.load(ptr, mask=inside, other=0.0)
     high = x.to(REAL)
     return high, (x - high.to(tl.float64)).to(REAL)
 
 
+@triton.jit
+def _store_pair(ptr, pair, inside):
+    tl.store(ptr, pair[0].to(tl.float64) + pair[1].to(tl.float64), mask=inside)
+
+
 # ----------------------------------------------------------------------------------------------------------
-# Kernels. A program is one chunk of time of one tile of channels of one batch row. `step` counts in the order
+# Kernels. A program is one chunk of time of one tile of channels of one batch row; `step` counts in the order
 # in which the loop runs, which is that of the recurrence in forward passes and the opposite in backward ones.
+# A sequence is a tuple (pointer, batch stride, time stride), an absent one None.
 
 
 @triton.jit
@@ -278,230 +289,206 @@ def _place(B, T, D, length, BLOCK_D: tl.constexpr):
     b = program // tiles % B
     chunk = program // tiles // B
     begin = chunk * length
-    return b, d, d < D, chunk, begin, tl.minimum(begin + length, T)
+    return b, d, chunk, begin, tl.minimum(begin + length, T)
 
 
 @triton.jit
-def _load(ptr, stride_b, stride_t, b, t, d, inside, REAL: tl.constexpr):
-    return tl.load(ptr + b * stride_b + t * stride_t + d, mask=inside, other=0.0).to(REAL)
+def _time(step, T, DESCENDING: tl.constexpr):
+    return T - 1 - step if DESCENDING else step
 
 
 @triton.jit
-def _store(ptr, stride_b, stride_t, b, t, d, inside, value):
-    tl.store(ptr + b * stride_b + t * stride_t + d, value.to(ptr.dtype.element_ty), mask=inside)
+def _load(sequence, b, t, d, D, REAL: tl.constexpr):
+    x = tl.load(sequence[0] + b * sequence[1] + t * sequence[2] + d, mask=d < D, other=0.0)
+    return x.to(REAL)
 
 
 @triton.jit
-def _load_reset(ptr, stride_b, stride_t, b, t, d):
-    # Every lane loads the same flag: a tensor's load is fetched ahead, a scalar's is waited for.
-    return tl.load(ptr + b * stride_b + t * stride_t + d * 0) != 0
+def _store(sequence, b, t, d, D, x):
+    ptr = sequence[0] + b * sequence[1] + t * sequence[2] + d
+    tl.store(ptr, x.to(sequence[0].dtype.element_ty), mask=d < D)
 
 
-@triton.jit(do_not_specialize=["B", "T", "length", "chunks"])
-def forward_prefix_kernel(
-    x_ptr, x_stride_b, x_stride_t,
-    y_ptr, y_stride_b, y_stride_t,
-    z_ptr, z_stride_b, z_stride_t,
-    reset_ptr, reset_stride_b, reset_stride_t,
-    decay_ptr, carry_ptr,
-    B, T, D, length, chunks,
+@triton.jit
+def _load_rows(sequences, b, t, d, D, REAL: tl.constexpr):
+    rows = ()
+    for j in tl.static_range(len(sequences)):
+        rows = rows + (_load(sequences[j], b, t, d, D, REAL),)
+    return rows
+
+
+@triton.jit
+def _load_reset(reset, b, t, d):
+    # Every lane loads the same flag: a tensor's load is fetched ahead, a scalar's would be waited for.
+    return tl.load(reset[0] + b * reset[1] + t * reset[2] + d * 0) != 0
+
+
+@triton.jit
+def _forward_block(
+    state, decay, step, h, pre, reset, b, d, T, D,
     GATE: tl.constexpr, CANDIDATE: tl.constexpr, DESCENDING: tl.constexpr,
-    REAL: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    REAL: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Product of decays and end state from zero of each chunk, float64 (chunks, B, D)."""
-    b, d, inside, chunk, begin, end = _place(B, T, D, length, BLOCK_D)
-    high = tl.full([BLOCK_D], 0.0, REAL)
-    low = tl.full([BLOCK_D], 0.0, REAL)
-    decay_high = tl.full([BLOCK_D], 1.0, REAL)
-    decay_low = tl.full([BLOCK_D], 0.0, REAL)
-    for step in tl.range(begin, end, num_stages=STAGES):
-        t = T - 1 - step if DESCENDING else step
-        x = _load(x_ptr, x_stride_b, x_stride_t, b, t, d, inside, REAL)
-        y = _load(y_ptr, y_stride_b, y_stride_t, b, t, d, inside, REAL)
-        z = y
-        if z_ptr is not None:
-            z = _load(z_ptr, z_stride_b, z_stride_t, b, t, d, inside, REAL)
-        if reset_ptr is not None:
-            reset = _load_reset(reset_ptr, reset_stride_b, reset_stride_t, b, t, d)
-            high = tl.where(reset, 0.0, high)
-            low = tl.where(reset, 0.0, low)
-            decay_high = tl.where(reset, 0.0, decay_high)
-            decay_low = tl.where(reset, 0.0, decay_low)
-        keep, rest, drive = _recurrence(x, y, z, GATE, CANDIDATE)
-        high, low = _advance(high, low, keep, rest, drive)
-        decay_high, decay_low = _advance(decay_high, decay_low, keep, rest, 0.0)
-    offset = (chunk * B + b) * D + d
-    tl.store(carry_ptr + offset, _to_double(high, low), mask=inside)
-    tl.store(decay_ptr + offset, _to_double(decay_high, decay_low), mask=inside)
-
-
-@triton.jit(do_not_specialize=["B", "T", "length", "chunks"])
-def backward_prefix_kernel(
-    dh_ptr, dh_stride_b, dh_stride_t,
-    x_ptr, x_stride_b, x_stride_t,
-    y_ptr, y_stride_b, y_stride_t,
-    z_ptr, z_stride_b, z_stride_t,
-    reset_ptr, reset_stride_b, reset_stride_t,
-    decay_ptr, carry_ptr,
-    B, T, D, length, chunks,
-    GATE: tl.constexpr, CANDIDATE: tl.constexpr, DESCENDING: tl.constexpr,
-    REAL: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """The same for the adjoint: its end is a[t] * g[t] of the chunk's last step."""
-    b, d, inside, chunk, begin, end = _place(B, T, D, length, BLOCK_D)
-    high = tl.full([BLOCK_D], 0.0, REAL)
-    low = tl.full([BLOCK_D], 0.0, REAL)
-    keep = tl.full([BLOCK_D], 0.0, REAL)
-    rest = tl.full([BLOCK_D], 0.0, REAL)
-    decay_high = tl.full([BLOCK_D], 1.0, REAL)
-    decay_low = tl.full([BLOCK_D], 0.0, REAL)
-    for step in tl.range(begin, end, num_stages=STAGES):
-        t = T - 1 - step if DESCENDING else step
-        dh = _load(dh_ptr, dh_stride_b, dh_stride_t, b, t, d, inside, REAL)
-        x = _load(x_ptr, x_stride_b, x_stride_t, b, t, d, inside, REAL)
-        y = _load(y_ptr, y_stride_b, y_stride_t, b, t, d, inside, REAL)
-        z = y
-        if z_ptr is not None:
-            z = _load(z_ptr, z_stride_b, z_stride_t, b, t, d, inside, REAL)
-        high, low = _advance(high, low, keep, rest, dh)
-        keep, rest, _ = _recurrence(x, y, z, GATE, CANDIDATE)
-        decay_high, decay_low = _advance(decay_high, decay_low, keep, rest, 0.0)
-        if reset_ptr is not None:
-            reset = _load_reset(reset_ptr, reset_stride_b, reset_stride_t, b, t, d)
-            high = tl.where(reset, 0.0, high)
-            low = tl.where(reset, 0.0, low)
-            keep = tl.where(reset, 0.0, keep)
-            rest = tl.where(reset, 0.0, rest)
-            decay_high = tl.where(reset, 0.0, decay_high)
-            decay_low = tl.where(reset, 0.0, decay_low)
-    high, low = _advance(high, low, keep, rest, 0.0)
-    offset = (chunk * B + b) * D + d
-    tl.store(carry_ptr + offset, _to_double(high, low), mask=inside)
-    tl.store(decay_ptr + offset, _to_double(decay_high, decay_low), mask=inside)
-
-
-@triton.jit(do_not_specialize=["B", "chunks"])
-def join_kernel(
-    decay_ptr, carry_ptr, h0_ptr, h0_stride_b, B, D, chunks, BLOCK_D: tl.constexpr, STAGES: tl.constexpr
-):  # fmt: skip
-    """End states from zero become the carries with which the chunks begin."""
-    b, d, inside, _, _, _ = _place(B, 1, D, 1, BLOCK_D)
-    carry = tl.full([BLOCK_D], 0.0, tl.float64)
-    if h0_ptr is not None:
-        carry = tl.load(h0_ptr + b * h0_stride_b + d, mask=inside, other=0.0).to(tl.float64)
-    for chunk in tl.range(0, chunks, num_stages=STAGES):
-        offset = (chunk.to(tl.int64) * B + b) * D + d
-        decay = tl.load(decay_ptr + offset, mask=inside, other=0.0)
-        end = tl.load(carry_ptr + offset, mask=inside, other=0.0)
-        tl.store(carry_ptr + offset, carry, mask=inside)
-        # A reset inside the chunk forgets everything before it, infinities and NaN included.
-        carry = tl.where(decay == 0.0, end, decay * carry + end)
+    rows = ()  # all loads come first, so that one wait serves them and the steps' gates overlap
+    resets = ()
+    for r in tl.static_range(STEPS):
+        t = _time(step + r, T, DESCENDING)
+        rows = rows + (_load_rows(pre, b, t, d, D, REAL),)
+        if reset is not None:
+            resets = resets + (_load_reset(reset, b, t, d),)
+    for r in tl.static_range(STEPS):
+        keep, rest, drive = _recurrence(rows[r], GATE, CANDIDATE)
+        if reset is not None:
+            state = _forget(resets[r], state)
+        state = _advance(state, keep, rest, drive)
+        if h is None:
+            if reset is not None:
+                decay = _forget(resets[r], decay)
+            decay = _advance(decay, keep, rest, 0.0)
+        else:
+            _store(h, b, _time(step + r, T, DESCENDING), d, D, state[0])
+    return state, decay
 
 
 @triton.jit(do_not_specialize=["B", "T", "length"])
 def forward_kernel(
-    h_ptr, h_stride_b, h_stride_t,
-    x_ptr, x_stride_b, x_stride_t,
-    y_ptr, y_stride_b, y_stride_t,
-    z_ptr, z_stride_b, z_stride_t,
-    reset_ptr, reset_stride_b, reset_stride_t,
-    h0_ptr, h0_stride_b, carry_ptr,
-    B, T, D, length,
+    h, pre, reset, h0, decay_ptr, carry_ptr, B, T, D, length,
     GATE: tl.constexpr, CANDIDATE: tl.constexpr, DESCENDING: tl.constexpr,
-    REAL: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    REAL: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """h[t] = a[t] h[t-1] + b[t]."""
-    b, d, inside, chunk, begin, end = _place(B, T, D, length, BLOCK_D)
-    high = tl.full([BLOCK_D], 0.0, REAL)
-    low = tl.full([BLOCK_D], 0.0, REAL)
-    if carry_ptr is not None:
-        high, low = _from_double(tl.load(carry_ptr + (chunk * B + b) * D + d, mask=inside, other=0.0), REAL)
-    elif h0_ptr is not None:
-        high = tl.load(h0_ptr + b * h0_stride_b + d, mask=inside, other=0.0).to(REAL)
-    for step in tl.range(begin, end, num_stages=STAGES):
-        t = T - 1 - step if DESCENDING else step
-        x = _load(x_ptr, x_stride_b, x_stride_t, b, t, d, inside, REAL)
-        y = _load(y_ptr, y_stride_b, y_stride_t, b, t, d, inside, REAL)
-        z = y
-        if z_ptr is not None:
-            z = _load(z_ptr, z_stride_b, z_stride_t, b, t, d, inside, REAL)
-        if reset_ptr is not None:
-            reset = _load_reset(reset_ptr, reset_stride_b, reset_stride_t, b, t, d)
-            high = tl.where(reset, 0.0, high)
-            low = tl.where(reset, 0.0, low)
-        keep, rest, drive = _recurrence(x, y, z, GATE, CANDIDATE)
-        high, low = _advance(high, low, keep, rest, drive)
-        _store(h_ptr, h_stride_b, h_stride_t, b, t, d, inside, high)
+    """h[t] = a[t] h[t-1] + b[t]; without h, the chunks' products of decays and end states from zero instead."""
+    b, d, chunk, begin, end = _place(B, T, D, length, BLOCK_D)
+    border = (chunk * B + b) * D + d
+    state = _pair(0.0, BLOCK_D, REAL)
+    decay = _pair(1.0, BLOCK_D, REAL)
+    if h is not None:
+        if carry_ptr is not None:
+            state = _load_pair(carry_ptr + border, d < D, REAL)
+        elif h0 is not None:
+            state = (tl.load(h0[0] + b * h0[1] + d, mask=d < D, other=0.0).to(REAL), state[1])
+    whole = end - (end - begin) % STEPS
+    for step in tl.range(begin, whole, STEPS, num_stages=STAGES):
+        state, decay = _forward_block(
+            state, decay, step, h, pre, reset, b, d, T, D, GATE, CANDIDATE, DESCENDING, REAL, STEPS
+        )
+    for step in tl.range(whole, end):
+        state, decay = _forward_block(
+            state, decay, step, h, pre, reset, b, d, T, D, GATE, CANDIDATE, DESCENDING, REAL, 1
+        )
+    if h is None:
+        _store_pair(carry_ptr + border, state, d < D)
+        _store_pair(decay_ptr + border, decay, d < D)
+
+
+@triton.jit
+def _backward_block(
+    adjoint, factor, decay, step, dpre, dh, h, pre, reset, h0, b, d, T, D,
+    GATE: tl.constexpr, CANDIDATE: tl.constexpr, DESCENDING: tl.constexpr,
+    REAL: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    rows = ()
+    incoming = ()
+    previous = ()
+    resets = ()
+    for r in tl.static_range(STEPS):
+        t = _time(step + r, T, DESCENDING)
+        rows = rows + (_load_rows(pre, b, t, d, D, REAL),)
+        incoming = incoming + (_load(dh, b, t, d, D, REAL),)
+        if dpre is not None:
+            first = step + r == T - 1  # of the recurrence: h0 came before it; some row is loaded all the same
+            t_prev = tl.where(first, t, t - 1 if DESCENDING else t + 1)
+            previous = previous + (tl.where(first, h0, _load(h, b, t_prev, d, D, REAL)),)
+        if reset is not None:
+            resets = resets + (_load_reset(reset, b, t, d),)
+    for r in tl.static_range(STEPS):
+        adjoint = _advance(adjoint, factor[0], factor[1], incoming[r])
+        keep, rest, _ = _recurrence(rows[r], GATE, CANDIDATE)
+        factor = (keep, rest)
+        if dpre is None:
+            decay = _advance(decay, keep, rest, 0.0)
+        else:
+            h_prev = previous[r]
+            if reset is not None:
+                h_prev = tl.where(resets[r], 0.0, h_prev)
+            gradients = _pullback(rows[r], h_prev, adjoint[0], GATE, CANDIDATE)
+            for j in tl.static_range(len(dpre)):
+                _store(dpre[j], b, _time(step + r, T, DESCENDING), d, D, gradients[j])
+        if reset is not None:
+            adjoint = _forget(resets[r], adjoint)
+            factor = _forget(resets[r], factor)
+            decay = _forget(resets[r], decay)
+    return adjoint, factor, decay
 
 
 @triton.jit(do_not_specialize=["B", "T", "length"])
 def backward_kernel(
-    dx_ptr, dx_stride_b, dx_stride_t,
-    dy_ptr, dy_stride_b, dy_stride_t,
-    dz_ptr, dz_stride_b, dz_stride_t,
-    dh0_ptr,
-    dh_ptr, dh_stride_b, dh_stride_t,
-    h_ptr, h_stride_b, h_stride_t,
-    x_ptr, x_stride_b, x_stride_t,
-    y_ptr, y_stride_b, y_stride_t,
-    z_ptr, z_stride_b, z_stride_t,
-    reset_ptr, reset_stride_b, reset_stride_t,
-    h0_ptr, h0_stride_b, carry_ptr,
-    B, T, D, length,
+    dpre, dh0_ptr, dh, h, pre, reset, h0, decay_ptr, carry_ptr, B, T, D, length,
     GATE: tl.constexpr, CANDIDATE: tl.constexpr, DESCENDING: tl.constexpr,
-    REAL: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    REAL: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """g[t] = dh[t] + a[t+1] g[t+1], and from it and h[t-1] the gradients of the pre-activations."""
-    b, d, inside, chunk, begin, end = _place(B, T, D, length, BLOCK_D)
-    high = tl.full([BLOCK_D], 0.0, REAL)
-    low = tl.full([BLOCK_D], 0.0, REAL)
-    if carry_ptr is not None:
-        high, low = _from_double(tl.load(carry_ptr + (chunk * B + b) * D + d, mask=inside, other=0.0), REAL)
-    h0 = tl.full([BLOCK_D], 0.0, REAL)
-    if h0_ptr is not None:
-        h0 = tl.load(h0_ptr + b * h0_stride_b + d, mask=inside, other=0.0).to(REAL)
-    keep = tl.full([BLOCK_D], 1.0, REAL)  # the carry has been multiplied by its decay already
-    rest = tl.full([BLOCK_D], 0.0, REAL)
-    for step in tl.range(begin, end, num_stages=STAGES):
-        t = T - 1 - step if DESCENDING else step
-        dh = _load(dh_ptr, dh_stride_b, dh_stride_t, b, t, d, inside, REAL)
-        x = _load(x_ptr, x_stride_b, x_stride_t, b, t, d, inside, REAL)
-        y = _load(y_ptr, y_stride_b, y_stride_t, b, t, d, inside, REAL)
-        z = y
-        if z_ptr is not None:
-            z = _load(z_ptr, z_stride_b, z_stride_t, b, t, d, inside, REAL)
-        first = step == T - 1  # of the recurrence: h0 came before it, and any row that exists may be loaded
-        t_prev = tl.where(first, t, t - 1 if DESCENDING else t + 1)
-        h_prev = tl.where(first, h0, _load(h_ptr, h_stride_b, h_stride_t, b, t_prev, d, inside, REAL))
-        if reset_ptr is not None:
-            reset = _load_reset(reset_ptr, reset_stride_b, reset_stride_t, b, t, d)
-            h_prev = tl.where(reset, 0.0, h_prev)
-        high, low = _advance(high, low, keep, rest, dh)
-        dx, dy, dz = _pullback(x, y, z, h_prev, high, GATE, CANDIDATE)
-        _store(dx_ptr, dx_stride_b, dx_stride_t, b, t, d, inside, dx)
-        _store(dy_ptr, dy_stride_b, dy_stride_t, b, t, d, inside, dy)
-        if dz_ptr is not None:
-            _store(dz_ptr, dz_stride_b, dz_stride_t, b, t, d, inside, dz)
-        keep, rest, _ = _recurrence(x, y, z, GATE, CANDIDATE)
-        if reset_ptr is not None:
-            high = tl.where(reset, 0.0, high)
-            low = tl.where(reset, 0.0, low)
-            keep = tl.where(reset, 0.0, keep)
-            rest = tl.where(reset, 0.0, rest)
-    if end == T:
-        high, low = _advance(high, low, keep, rest, 0.0)
-        tl.store(dh0_ptr + b * D + d, high, mask=inside)
+    """g[t] = dh[t] + a[t+1] g[t+1] and the gradients it gives; without dpre, the chunks' prefixes instead."""
+    b, d, chunk, begin, end = _place(B, T, D, length, BLOCK_D)
+    border = (chunk * B + b) * D + d
+    adjoint = _pair(0.0, BLOCK_D, REAL)
+    factor = _pair(1.0, BLOCK_D, REAL)  # keep and rest of the step before: carries come multiplied already
+    decay = _pair(1.0, BLOCK_D, REAL)
+    initial = tl.full([BLOCK_D], 0.0, REAL)
+    if dpre is not None:
+        if carry_ptr is not None:
+            adjoint = _load_pair(carry_ptr + border, d < D, REAL)
+        if h0 is not None:
+            initial = tl.load(h0[0] + b * h0[1] + d, mask=d < D, other=0.0).to(REAL)
+    whole = end - (end - begin) % STEPS
+    for step in tl.range(begin, whole, STEPS, num_stages=STAGES):
+        adjoint, factor, decay = _backward_block(
+            adjoint, factor, decay, step, dpre, dh, h, pre, reset, initial, b, d, T, D,
+            GATE, CANDIDATE, DESCENDING, REAL, STEPS,
+        )  # fmt: skip
+    for step in tl.range(whole, end):
+        adjoint, factor, decay = _backward_block(
+            adjoint, factor, decay, step, dpre, dh, h, pre, reset, initial, b, d, T, D,
+            GATE, CANDIDATE, DESCENDING, REAL, 1,
+        )  # fmt: skip
+    adjoint = _advance(adjoint, factor[0], factor[1], 0.0)
+    if dpre is None:
+        _store_pair(carry_ptr + border, adjoint, d < D)
+        _store_pair(decay_ptr + border, decay, d < D)
+    elif end == T:
+        tl.store(dh0_ptr + b * D + d, adjoint[0], mask=d < D)
+
+
+@triton.jit(do_not_specialize=["B", "chunks"])
+def join_kernel(h0, decay_ptr, carry_ptr, B, D, chunks, BLOCK_D: tl.constexpr, STAGES: tl.constexpr):
+    """End states from zero become the carries with which the chunks begin."""
+    b, d, _, begin, end = _place(B, chunks, D, chunks, BLOCK_D)
+    carry = tl.full([BLOCK_D], 0.0, tl.float64)
+    if h0 is not None:
+        carry = tl.load(h0[0] + b * h0[1] + d, mask=d < D, other=0.0).to(tl.float64)
+    for chunk in tl.range(begin, end, num_stages=STAGES):
+        border = (chunk * B + b) * D + d
+        decay = tl.load(decay_ptr + border, mask=d < D, other=0.0)
+        state = tl.load(carry_ptr + border, mask=d < D, other=0.0)
+        tl.store(carry_ptr + border, carry, mask=d < D)
+        # A reset inside the chunk forgets everything before it, infinities and NaN included.
+        carry = tl.where(decay == 0.0, state, decay * carry + state)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The engine
 
+# Fusion of products and sums is asked for aloud, because Triton's default is about to change.
+_OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 _REALS = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 _WARPS_UNCUT = 2  # warps a processor below which a second reading costs less than idle lanes
 _WARPS_CUT = 8  # warps a processor that chunks make up for them
 _MIN_CHUNK = 64  # steps: a chunk must outweigh writing, joining and reading its prefix
-_FEW_WARPS, _DEEP, _SHALLOW = 8, 16, 8  # steps fetched ahead: more where few warps share a processor
+_FEW_WARPS = 8  # warps a processor below which each must keep more rows in flight
+_STEPS = 4  # steps whose gates overlap, and that share one wait
+_DEEP, _SHALLOW = 5, 3  # blocks of steps in flight, the one in use included
+_JOINED = 8  # chunks in flight
+
+_Sequence = tuple[Tensor, int, int]
 
 
 class _Cut(NamedTuple):
@@ -536,23 +523,21 @@ def forward(
     pre: list[Tensor], h0: Tensor | None, reset: Tensor | None, gate: str, candidate: str, reverse: bool
 ) -> Tensor:
     """As `reference.forward`, fused: reads each pre-activation once and writes h once."""
-    parts = [contiguous_channels(x) for x in split(gate, pre)]
-    B, T, D = parts[0].shape
+    parts = _parts(gate, [contiguous_channels(x) for x in pre])
+    B, T, D = parts[0][0].shape
     h = output_like(pre[0], D)
-    h0 = initial_state(h0, h.dtype)
+    start = _start(h0, h.dtype)
+    flags = _flags(reset)
     cut = _cut(B, T, D, h.element_size(), _processors(h.device))
-    sources = (*_parts(parts), *_resets(reset))
-    settings = _settings(h.dtype, cut, gate, candidate, descending=reverse)
+    grid, settings = (cut.tiles * B * cut.chunks,), _settings(h.dtype, cut, gate, candidate, reverse)
     with torch.cuda.device_of(h):
-        carry = None
+        decay = carry = None
         if cut.chunks > 1:
             decay, carry = _prefixes(h, cut)
-            forward_prefix_kernel[_grid(B, cut)](
-                *sources, decay, carry, B, T, D, cut.length, cut.chunks, **settings
-            )
-            _join(decay, carry, h0, cut)
-        forward_kernel[_grid(B, cut)](
-            *_strided(h), *sources, *_initial(h0), carry, B, T, D, cut.length, **settings
+            forward_kernel[grid](None, parts, flags, None, decay, carry, B, T, D, cut.length, **settings)
+            _join(start, decay, carry, cut)
+        forward_kernel[grid](
+            _strided(h), parts, flags, start, None, carry, B, T, D, cut.length, **settings
         )
     return h
 
@@ -568,56 +553,40 @@ def backward(
     reverse: bool,
 ) -> list[Tensor]:
     """As `reference.backward`, fused: reads pre-activations, h and dh once, writes the gradients once."""
-    parts = [contiguous_channels(x) for x in split(gate, pre)]
+    parts = _parts(gate, [contiguous_channels(x) for x in pre])
     dh, h = contiguous_channels(dh), contiguous_channels(h)
     B, T, D = h.shape
     dpre = [output_like(x, x.shape[2]) for x in pre]
     dh0 = h.new_empty(B, D, dtype=state_dtype(h.dtype))
-    h0 = initial_state(h0, h.dtype)
+    incoming, flags = _strided(dh), _flags(reset)
     cut = _cut(B, T, D, h.element_size(), _processors(h.device))
-    sources = (*_parts(parts), *_resets(reset))
-    settings = _settings(h.dtype, cut, gate, candidate, descending=not reverse)
+    grid, settings = (cut.tiles * B * cut.chunks,), _settings(h.dtype, cut, gate, candidate, not reverse)
     with torch.cuda.device_of(h):
-        carry = None
+        decay = carry = None
         if cut.chunks > 1:
             decay, carry = _prefixes(h, cut)
-            backward_prefix_kernel[_grid(B, cut)](
-                *_strided(dh), *sources, decay, carry, B, T, D, cut.length, cut.chunks, **settings
+            backward_kernel[grid](
+                None, None, incoming, None, parts, flags, None, decay, carry, B, T, D, cut.length, **settings
             )
-            _join(decay, carry, None, cut)
-        backward_kernel[_grid(B, cut)](
-            *_parts(split(gate, dpre)),
-            dh0,
-            *_strided(dh),
-            *_strided(h),
-            *sources,
-            *_initial(h0),
-            carry,
-            B,
-            T,
-            D,
-            cut.length,
-            **settings,
-        )
+            _join(None, decay, carry, cut)
+        backward_kernel[grid](
+            _parts(gate, dpre), dh0, incoming, _strided(h), parts, flags, _start(h0, h.dtype), None, carry,
+            B, T, D, cut.length, **settings,
+        )  # fmt: skip
     return [*dpre, dh0]
 
 
-def _settings(
-    dtype: torch.dtype, cut: _Cut, gate: str, candidate: str, *, descending: bool
-) -> dict[str, Any]:
+def _settings(dtype: torch.dtype, cut: _Cut, gate: str, candidate: str, descending: bool) -> dict[str, Any]:
     return {
         "GATE": gate,
         "CANDIDATE": candidate,
         "DESCENDING": descending,
         "REAL": _REALS[state_dtype(dtype)],
         "BLOCK_D": cut.BLOCK_D,
+        "STEPS": _STEPS,
         "STAGES": cut.STAGES,
-        "num_warps": 1,
+        **_OPTIONS,
     }
-
-
-def _grid(B: int, cut: _Cut) -> tuple[int]:
-    return (cut.tiles * B * cut.chunks,)
 
 
 def _prefixes(h: Tensor, cut: _Cut) -> tuple[Tensor, Tensor]:
@@ -627,27 +596,27 @@ def _prefixes(h: Tensor, cut: _Cut) -> tuple[Tensor, Tensor]:
     return decay, carry
 
 
-def _join(decay: Tensor, carry: Tensor, h0: Tensor | None, cut: _Cut) -> None:
+def _join(start: tuple[Tensor, int] | None, decay: Tensor, carry: Tensor, cut: _Cut) -> None:
     chunks, B, D = carry.shape
     join_kernel[(cut.tiles * B,)](
-        decay, carry, *_initial(h0), B, D, chunks, BLOCK_D=cut.BLOCK_D, STAGES=_SHALLOW, num_warps=1
+        start, decay, carry, B, D, chunks, BLOCK_D=cut.BLOCK_D, STAGES=_JOINED, **_OPTIONS
     )
 
 
-def _strided(x: Tensor) -> tuple[Tensor, int, int]:
+def _strided(x: Tensor) -> _Sequence:
     return x, x.stride(0), x.stride(1)
 
 
-def _parts(parts: list[Tensor]) -> tuple[Any, ...]:
-    """Three parts with their strides, the third absent where a gate has two."""
-    flat = [value for x in parts for value in _strided(x)]
-    return (*flat, *((None, 0, 0) if len(parts) == 2 else ()))
+def _parts(gate: str, pre: list[Tensor]) -> tuple[_Sequence, ...]:
+    """The gate's parts, whether they came packed or not: views of the same memory."""
+    return tuple(_strided(x) for x in split(gate, pre))
 
 
-def _resets(reset: Tensor | None) -> tuple[Any, ...]:
+def _flags(reset: Tensor | None) -> _Sequence | None:
     # Four bytes a flag, so that it can be copied ahead; B x T flags are next to nothing beside B x T x D.
-    return (None, 0, 0) if reset is None else _strided(reset.to(torch.int32))
+    return None if reset is None else _strided(reset.to(torch.int32))
 
 
-def _initial(h0: Tensor | None) -> tuple[Any, ...]:
-    return (None, 0) if h0 is None else (h0, h0.stride(0))
+def _start(h0: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, int] | None:
+    h0 = initial_state(h0, dtype)
+    return None if h0 is None else (h0, h0.stride(0))
