@@ -47,18 +47,43 @@ __all__ = ["backward", "forward"]
 # Elementary functions, for float32 and float64. NaN passes through all of them.
 
 
+# The instructions themselves, where the compiler would guard them against ranges that do not occur here. They
+# are good to two units in the last place, and a third cheaper in all than what tl.exp2 and / compile to.
+_PTX = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None)
+
+
+@triton.jit
+def _exp2(x):
+    if _PTX:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def _reciprocal(x):
+    if x.dtype == tl.float32 and _PTX:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
 @triton.jit
 def _exp_nonpositive(x):
-    # The hardware's exp2 is good to two roundings, but rounding x * log2(e) before it would cost |x| more.
     if x.dtype == tl.float64:
-        e = tl.exp(x)
+        return tl.exp(x)
     else:
-        x = tl.maximum(x, -87.33654, propagate_nan=tl.PropagateNan.ALL)  # exp of this is the least normal
-        high = x * 1.4426950216293335  # log2(e) rounded to float32
-        low = tl.fma(x, 1.4426950216293335, -high) + x * 1.9259629911266175e-8
-        e = tl.exp2(high)
-        e = tl.fma(e, low * 0.6931471805599453, e)
-    return e
+        # What rounding x * log2(e) loses would cost |x| / 2 roundings of the result, so it is put back. The
+        # lower limit is that of normal results; infinities have to stop there too.
+        x = tl.maximum(x, -87.33654, propagate_nan=tl.PropagateNan.ALL)
+        exponent = x * 1.4426950216293335  # log2(e) as float32 holds it
+        lost = tl.fma(x, 1.4426950216293335, -exponent)
+        e = _exp2(exponent)
+        return tl.fma(e, lost * 0.6931471805599453, e)
 
 
 @triton.jit
@@ -71,7 +96,7 @@ def _sigmoid(x):
 @triton.jit
 def _positive(x):
     _, small, denominator = _sigmoid(tl.abs(x))
-    inverse = 1.0 / denominator
+    inverse = _reciprocal(denominator)
     return tl.where(x >= 0, x + 0.5, small * inverse), tl.where(x >= 0, 1.0, small * inverse * inverse)
 
 
@@ -83,7 +108,7 @@ def _linear(x):
 @triton.jit
 def _tanh(x):
     _, e, denominator = _sigmoid(2.0 * tl.abs(x))
-    inverse = 1.0 / denominator
+    inverse = _reciprocal(denominator)
     far = (1.0 - e) * inverse  # cancels near zero, where the series of (tanh(x) / x - 1) / x^2 takes over
     x2 = x * x
     p = 6404582.0 / 10854718875.0 * x2 - 929569.0 / 638512875.0
@@ -138,7 +163,7 @@ def _identity_pullback(h_prev, g):
 @triton.jit
 def _mingru_values(pre, CANDIDATE: tl.constexpr):
     z, complement, denominator = _sigmoid(pre[0])
-    inverse = 1.0 / denominator
+    inverse = _reciprocal(denominator)
     c, slope = _candidate(pre[1], CANDIDATE)
     return z * inverse, complement * inverse, c, slope
 
@@ -167,9 +192,9 @@ def _minlstm_values(pre, CANDIDATE: tl.constexpr):
     keeps = pre[0] >= pre[1]
     f = tl.where(both_negative, tl.where(keeps, 1.0, ratio), F) * Q
     i = tl.where(both_negative, tl.where(keeps, ratio, 1.0), I) * P
-    inverse = 1.0 / (f + i)
+    inverse = _reciprocal(f + i)
     c, slope = _candidate(pre[2], CANDIDATE)
-    return f * inverse, f_complement / P, i * inverse, i_complement / Q, c, slope
+    return f * inverse, f_complement * _reciprocal(P), i * inverse, i_complement * _reciprocal(Q), c, slope
 
 
 @triton.jit
@@ -190,8 +215,8 @@ def _minlstm_pullback(pre, h_prev, g, CANDIDATE: tl.constexpr):
 def _minlstm_unnormalised_values(pre, CANDIDATE: tl.constexpr):
     f, f_complement, P = _sigmoid(pre[0])
     i, i_complement, Q = _sigmoid(pre[1])
-    of_forget = 1.0 / P
-    of_input = 1.0 / Q
+    of_forget = _reciprocal(P)
+    of_input = _reciprocal(Q)
     c, slope = _candidate(pre[2], CANDIDATE)
     return f * of_forget, f_complement * of_forget, i * of_input, i_complement * of_input, c, slope
 
@@ -248,13 +273,13 @@ def _pair(high, BLOCK_D: tl.constexpr, REAL: tl.constexpr):
 
 @triton.jit
 def _advance(pair, keep, rest, b):
-    # (keep + rest) * pair + b; the sum of base and change loses nothing (Knuth's two-sum).
+    # (keep + rest) * pair + b; the sum of base and change loses nothing (Knuth's two-sum). Without rest * low
+    # the change is off by less than it is rounded.
     base = keep * pair[0]
-    change = tl.fma(rest, pair[0], tl.fma(keep + rest, pair[1], b))
+    change = tl.fma(rest, pair[0], tl.fma(keep, pair[1], b))
     total = base + change
     part = total - base
-    lost = (base - (total - part)) + (change - part)
-    return total, tl.where(lost == lost, lost, 0.0)
+    return total, (base - (total - part)) + (change - part)
 
 
 @triton.jit
@@ -484,9 +509,7 @@ _WARPS_UNCUT = 2  # warps a processor below which a second reading costs less th
 _WARPS_CUT = 8  # warps a processor that chunks make up for them
 _MIN_CHUNK = 64  # steps: a chunk must outweigh writing, joining and reading its prefix
 _FEW_WARPS = 8  # warps a processor below which each must keep more rows in flight
-_STEPS = 4  # steps whose gates overlap, and that share one wait
-_DEEP, _SHALLOW = 5, 3  # blocks of steps in flight, the one in use included
-_JOINED = 8  # chunks in flight
+_DEEP, _SHALLOW = 16, 8  # rows in flight for each warp
 
 _Sequence = tuple[Tensor, int, int]
 
@@ -498,12 +521,16 @@ class _Cut(NamedTuple):
     chunks: int
     length: int
     BLOCK_D: int
+    STEPS: int
+    """Steps whose gates overlap, and that share one wait."""
     STAGES: int
+    """Blocks of steps in flight, the one in use included."""
 
 
 def _cut(B: int, T: int, D: int, itemsize: int, processors: int) -> _Cut:
-    # Asynchronous copies move at least four bytes a lane, so 16-bit channels go in pairs.
-    BLOCK_D = 32 * max(1, 4 // itemsize)
+    # Asynchronous copies move at least four bytes a lane, so 16-bit channels go in pairs. More than four values
+    # a lane at once, or two of float64, do not fit in registers.
+    BLOCK_D, STEPS = 32 * max(1, 4 // itemsize), 4 if itemsize == 4 else 2
     tiles = -(-D // BLOCK_D)
     units, chunks = B * tiles, 1
     if units < _WARPS_UNCUT * processors:
@@ -511,7 +538,7 @@ def _cut(B: int, T: int, D: int, itemsize: int, processors: int) -> _Cut:
     length = -(-T // chunks)
     chunks = -(-T // length)
     few = units * chunks <= _FEW_WARPS * processors
-    return _Cut(tiles, chunks, length, BLOCK_D, _DEEP if few else _SHALLOW)
+    return _Cut(tiles, chunks, length, BLOCK_D, STEPS, (_DEEP if few else _SHALLOW) // STEPS + 1)
 
 
 def _processors(device: torch.device) -> int:
@@ -583,7 +610,7 @@ def _settings(dtype: torch.dtype, cut: _Cut, gate: str, candidate: str, descendi
         "DESCENDING": descending,
         "REAL": _REALS[state_dtype(dtype)],
         "BLOCK_D": cut.BLOCK_D,
-        "STEPS": _STEPS,
+        "STEPS": cut.STEPS,
         "STAGES": cut.STAGES,
         **_OPTIONS,
     }
@@ -599,7 +626,7 @@ def _prefixes(h: Tensor, cut: _Cut) -> tuple[Tensor, Tensor]:
 def _join(start: tuple[Tensor, int] | None, decay: Tensor, carry: Tensor, cut: _Cut) -> None:
     chunks, B, D = carry.shape
     join_kernel[(cut.tiles * B,)](
-        start, decay, carry, B, D, chunks, BLOCK_D=cut.BLOCK_D, STAGES=_JOINED, **_OPTIONS
+        start, decay, carry, B, D, chunks, BLOCK_D=cut.BLOCK_D, STAGES=_SHALLOW, **_OPTIONS
     )
 
 
