@@ -201,7 +201,7 @@ def test_third_parties_are_declared() -> None:
     required = project["dependencies"], *project["optional-dependencies"].values()
     declared = {re.split(r"[^\w-]", entry)[0].lower() for group in required for entry in group}
     used = {name for module in MODULES.values() for name in third_parties(module)}
-    assert used - {"triton"} <= declared  # triton comes with the builds of torch that can use it
+    assert used <= declared
 
 
 def test_only_one_source_file_knows_python() -> None:

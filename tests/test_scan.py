@@ -21,7 +21,8 @@ CELLS = [
     for gate, candidate in itertools.product(GATES, CANDIDATES)
     if GATES[gate].has_candidate or candidate == "positive"
 ]
-LOADED = {name: load(name) for name in ENGINES}
+# tests/test_triton.py holds the GPU's engine to the same laws.
+LOADED = {name: load(name) for name, (_, device, _) in ENGINES.items() if device != "cuda"}
 MODULES = {name: module for name, module in LOADED.items() if isinstance(module, ModuleType)}
 
 # Largest error relative to the largest value: about one rounding of the output.

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from types import ModuleType
 
+import torch
+
 __all__ = ["ENGINES", "Engine", "engines", "forced", "load"]
 
 
@@ -33,6 +35,7 @@ class Engine:
 # name: (module, device type, key of torch's dispatcher)
 ENGINES: dict[str, tuple[str, str, str]] = {
     "cpp": ("minrnn.ops.cpu", "cpu", "CPU"),
+    "triton": ("minrnn.ops.triton", "cuda", "CUDA"),
     "reference": ("minrnn.ops.reference", "any", "CompositeExplicitAutograd"),
 }
 
@@ -52,9 +55,12 @@ def forced() -> str | None:
 
 
 def load(name: str) -> ModuleType | ImportError:
-    """The engine's module, or the error that says why it cannot load."""
+    """The engine's module, or the error that says why it cannot load or has nothing to run on."""
+    module, device, _ = ENGINES[name]
+    if device == "cuda" and not torch.cuda.is_available():
+        return ImportError("torch finds no CUDA device")
     try:
-        return importlib.import_module(ENGINES[name][0])
+        return importlib.import_module(module)
     except ImportError as error:
         return error
 
@@ -63,7 +69,7 @@ def engines() -> list[Engine]:
     """Every engine, whether it serves its device, and why not.
 
     >>> [engine.name for engine in engines()]
-    ['cpp', 'reference']
+    ['cpp', 'triton', 'reference']
     """
     return [_describe(name) for name in ENGINES]
 
@@ -82,4 +88,6 @@ def _describe(name: str) -> Engine:
 def _detail(name: str, module: ModuleType) -> str:
     if name == "reference":
         return "plain loop in float64: the specification; serves every device that has no engine of its own"
+    if name == "triton":
+        return f"Triton {module.VERSION}, compiled when first used"
     return f"compiled C++, {module.ISA} instructions"

@@ -8,8 +8,11 @@ checked: scan.py has done that.
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -65,8 +68,12 @@ _backward_op = torch.ops.minrnn.gated_scan_backward.default
 
 def _register_engines() -> None:
     chosen = forced()
-    for name, (_, _, key) in ENGINES.items():
+    for name, (_, device, key) in ENGINES.items():
         if chosen not in (None, name) and name != "reference":
+            continue
+        if device == "cuda" and chosen is None:
+            _LIBRARY.impl("gated_scan", _when_used(name, "forward"), key)
+            _LIBRARY.impl("gated_scan_backward", _when_used(name, "backward"), key)
             continue
         module = load(name)
         if isinstance(module, ImportError):
@@ -75,6 +82,21 @@ def _register_engines() -> None:
             continue
         _LIBRARY.impl("gated_scan", module.forward, key)
         _LIBRARY.impl("gated_scan_backward", module.backward, key)
+
+
+@cache
+def _serving(name: str) -> ModuleType:
+    module = load(name)
+    return importlib.import_module(ENGINES["reference"][0]) if isinstance(module, ImportError) else module
+
+
+def _when_used(name: str, function: str) -> Callable[..., Any]:
+    """The engine's function, loaded by its first call; the reference's, where the engine cannot load.
+
+    Looking for a GPU at import would start its driver, which processes forked later could not use, and
+    Triton takes as long to import as all the rest.
+    """
+    return lambda *arguments: getattr(_serving(name), function)(*arguments)
 
 
 _register_engines()
