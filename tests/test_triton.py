@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -210,106 +211,102 @@ def test_chunks_cover_time_exactly(shape: tuple[int, int, int], itemsize: int) -
 # ----------------------------------------------------------------------------------------------------------
 # Compiled ahead of time, for cards that need not be there
 
-DIVISIBLE = [["tt.divisibility", 16]]
-ABSENT = "constexpr"
+
+class Absent(NamedTuple):
+    """A driver for a card that is not there: enough for a kernel's arguments to be typed, and it compiled."""
+
+    capability: int
+
+    def get_current_target(self) -> Any:
+        return importlib.import_module("triton.backends.compiler").GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # under which compiled kernels are kept, so not a number of a device that is
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
-def build(kernel: Any, gate: str, io: str, capability: int, *, prefix: bool = False) -> Any:
-    """Compile a kernel as `forward` and `backward` would for channels in multiples of 16."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+class Compiling:
+    """A kernel that is compiled where it would be launched."""
 
-    real = "fp64" if io == "fp64" else "fp32"
-    sequence = (f"*{io}", "i32", "i32")
-    parts = (sequence,) * GATES[gate].num_pre
-    cut = compiled._cut(64, 4096, 2048, {"fp64": 8, "fp32": 4}.get(io, 2), 132)
-    types: dict[str, Any] = dict.fromkeys(("B", "T", "D", "length", "chunks"), "i32")
-    types |= {"h": sequence, "dh": sequence, "pre": parts, "dpre": parts, "dh0_ptr": f"*{real}"}
-    types |= {"reset": ABSENT, "h0": (f"*{real}", "i32"), "decay_ptr": "*fp64", "carry_ptr": "*fp64"}
-    if prefix:
-        types |= dict.fromkeys(("h", "dpre", "dh0_ptr", "h0"), ABSENT)
-    elif kernel is not compiled.join_kernel:
-        types |= dict.fromkeys(("decay_ptr", "carry_ptr"), ABSENT)
-    constants = {
-        "GATE": gate,
-        "CANDIDATE": "positive",
-        "DESCENDING": False,
-        "REAL": getattr(triton.language, {"fp64": "float64", "fp32": "float32"}[real]),
-        "BLOCK_D": cut.BLOCK_D,
-        "STEPS": cut.STEPS,
-        "STAGES": cut.STAGES,
-    }
-    signature = {name: ABSENT if name in constants else types[name] for name in kernel.arg_names}
-    absent = {(i,): constants.get(name) for i, name in enumerate(signature) if signature[name] == ABSENT}
-    divisible = {
-        path: DIVISIBLE
-        for i, name in enumerate(signature)
-        if name not in ("B", "T", "length", "chunks") and signature[name] != ABSENT
-        for path in leaves((i,), signature[name])
-    }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=absent, attrs=divisible)
-    target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options=dict(compiled._OPTIONS))
+    def __init__(self, kernel: Any, built: list[tuple[str, Any]]) -> None:
+        self.kernel, self.built = kernel, built
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        def compile_only(*arguments: Any, **settings: Any) -> None:
+            kernel = self.kernel.warmup(*arguments, grid=grid, **settings)
+            self.built.append(
+                (self.kernel.__name__, kernel.result() if hasattr(kernel, "result") else kernel)
+            )
+
+        return compile_only
 
 
-def leaves(path: tuple[int, ...], kind: Any) -> Iterator[tuple[int, ...]]:
-    if isinstance(kind, tuple):
-        for i, part in enumerate(kind):
-            yield from leaves((*path, i), part)
-    else:
-        yield path
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, Any]]:
+    """Return the kernels, by name, that the engine's calls have compiled instead of launched."""
+    kernels: list[tuple[str, Any]] = []
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for name in ("forward_kernel", "backward_kernel", "join_kernel"):
+        monkeypatch.setattr(compiled, name, Compiling(getattr(compiled, name), kernels))
+    return kernels
 
 
-# Rows that each step reads and writes: forward z, c -> h; backward z, c, dh, h -> dz, dc; a backward prefix
-# needs the decay alone, not the candidate.
+# What a kernel does not use, it does not read: of the pre-activations, those that backward needs, and of these
+# the ones that the decay depends on.
+NEEDED = {"identity": 1, "mingru": 2, "minlstm": 3, "minlstm_unnormalised": 3}
+NEEDED_BY_DECAY = {"identity": 1, "mingru": 1, "minlstm": 2, "minlstm_unnormalised": 1}
 BUILDS = [
-    ("forward_kernel", "identity", "fp32", False, 2, 1),
-    ("forward_kernel", "mingru", "fp32", False, 2, 1),
-    ("forward_kernel", "mingru", "fp16", False, 2, 1),
-    ("forward_kernel", "minlstm", "bf16", False, 3, 1),
-    ("forward_kernel", "minlstm_unnormalised", "fp64", False, 3, 1),
-    ("forward_kernel", "mingru", "fp32", True, 2, 0),
-    ("backward_kernel", "mingru", "fp32", False, 4, 2),
-    ("backward_kernel", "mingru", "bf16", False, 4, 2),
-    ("backward_kernel", "minlstm", "fp32", False, 5, 3),
-    ("backward_kernel", "mingru", "fp32", True, 2, 0),
+    *((gate, torch.float32, False, 90) for gate in GATES),
+    ("mingru", torch.float64, False, 90),
+    ("minlstm", torch.bfloat16, False, 80),
+    ("mingru", torch.bfloat16, True, 80),
 ]
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("name", "gate", "io", "prefix", "reads", "writes"), BUILDS)
+@pytest.mark.parametrize(("gate", "dtype", "cut", "capability"), BUILDS)
 def test_compiled_traffic(
-    name: str,
     gate: str,
-    io: str,
-    prefix: bool,
-    reads: int,
-    writes: int,
+    dtype: torch.dtype,
+    cut: bool,
     capability: int,
-    tmp_path: Path,
+    built: list[tuple[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In the loop each row is read once, ahead of its use, each output written once; offsets are 64-bit."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = build(getattr(compiled, name), gate, io, capability, prefix=prefix)
-    assert kernel.asm["cubin"]
-    steps = compiled._cut(64, 4096, 2048, {"fp64": 8, "fp32": 4}.get(io, 2), 132).STEPS
-    loop = re.search(r"scf\.for.*?\n    \}", kernel.asm["ttgir"], re.DOTALL)
-    assert loop is not None
-    assert loop[0].count("async_copy_global_to_local") == steps * reads
-    assert loop[0].count("tt.store") == steps * writes
-    assert loop[0].count("tt.load") == 0
-    # Forward writes h in the loop and in its remainder; backward writes dh0, a prefix its pair, after both.
-    after = 2 if prefix else int(name == "backward_kernel")
-    assert kernel.asm["ptx"].count("st.global") == (steps + 1) * writes + after
-    offsets = re.findall(r"tt\.addptr .*? : .*, (?:tensor<\d+x)?(i\d+)>?", kernel.asm["ttir"])
-    assert set(offsets) == {"i64"}
-
-
-@pytest.mark.parametrize("capability", [80, 90])
-def test_join_compiles(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    assert build(compiled.join_kernel, "mingru", "fp32", capability).asm["cubin"]
+    monkeypatch.setattr(triton.runtime.driver, "_active", Absent(capability))
+    monkeypatch.setattr(compiled, "_processors", lambda _: 132 if cut else 1)
+    n = GATES[gate].num_pre
+    pre, reset, h0 = torch.zeros(2, 128, 64 * n, dtype=dtype), torch.zeros(2, 128).bool(), torch.zeros(2, 64)
+    optional = (h0, reset) if cut else (None, None)
+    h = compiled.forward([pre], *optional, gate, "positive", False)
+    compiled.backward(h, [pre], h, *optional, gate, "positive", False)
+    # name, rows read and written in a step, and what is written after the loop
+    passes = {
+        "forward prefix": ("forward_kernel", n, 0, 2),
+        "forward": ("forward_kernel", n, 1, 0),
+        "backward prefix": ("backward_kernel", NEEDED_BY_DECAY[gate] + 1, 0, 2),
+        "backward": ("backward_kernel", NEEDED[gate] + 2, n, 1),
+        "join": ("join_kernel", 2, 1, 0),
+    }
+    order = ["forward prefix", "join", "forward", "backward prefix", "join", "backward"]
+    expected = [passes[name] for name in (order if cut else ["forward", "backward"])]
+    assert [name for name, _ in built] == [name for name, *_ in expected]
+    steps = compiled._cut(2, 128, 64, dtype.itemsize, 1).STEPS
+    for (name, kernel), (_, reads, writes, after) in zip(built, expected, strict=True):
+        assert kernel.asm["cubin"]
+        joins = name == "join_kernel"
+        rows, flags = (1, 0) if joins else (steps, int(cut))
+        loop = re.search(r"scf\.for.*?\n    \}", kernel.asm["ttgir"], re.DOTALL)
+        assert loop is not None
+        assert loop[0].count("async_copy_global_to_local") == rows * (reads + flags)
+        assert loop[0].count("tt.load") == 0
+        assert loop[0].count("tt.store") == rows * writes
+        # Blocks of steps have a loop, and what remains of them another.
+        assert kernel.asm["ttgir"].count("tt.store") == (rows + (not joins)) * writes + after
+        offsets = re.findall(r"tt\.addptr .*? : .*, (?:tensor<\d+x)?(i\d+)>?", kernel.asm["ttir"])
+        assert set(offsets) == {"i64"}
 
 
 # ----------------------------------------------------------------------------------------------------------
