@@ -253,8 +253,8 @@ def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, An
     return kernels
 
 
-# What a kernel does not use, it does not read: of the pre-activations, those that backward needs, and of these
-# the ones that the decay depends on.
+# What a kernel does not use, it does not read: of the pre-activations, those that backward needs, and of
+# these the ones that the decay depends on.
 NEEDED = {"identity": 1, "mingru": 2, "minlstm": 3, "minlstm_unnormalised": 3}
 NEEDED_BY_DECAY = {"identity": 1, "mingru": 1, "minlstm": 2, "minlstm_unnormalised": 1}
 BUILDS = [

@@ -6,12 +6,12 @@ the pre-activations, h, dh and their gradients once. Gates are recomputed, reset
 the same loop.
 
 *State.* Gates are computed in float32, and the state between steps is a pair of floats, not a double: a
-double needs conversions, which run at an eighth of float32's rate where doubles are fast, and on most cards
-doubles are not fast. The decay is the pair keep + rest, keep in {-1, 0, 1}, so that keep * h is exact and
-only the change rest * h + b is rounded; what their sum rounds away goes into the state's low part, and from
-there into the next step's change (Kahan's compensation). Where a = 1 - w, a step's rounding is a fraction of
-w |h|, and is forgotten at the rate w: the error does not grow with T. Whether products and sums are fused
-makes no difference to that. Pairs cannot hold infinities: a state that overflows becomes NaN.
+double needs conversions, which run at a quarter to an eighth of float32's rate where doubles are fast, and on
+most cards doubles are not fast. The decay is the pair keep + rest, keep in {-1, 0, 1}, so that keep * h is
+exact and only the change rest * h + b is rounded; what their sum rounds away goes into the state's low part,
+and from there into the next step's change (Kahan's compensation). Where a = 1 - w, a step's rounding is a
+fraction of w |h|, and is forgotten at the rate w: the error does not grow with T. Whether products and sums
+are fused makes no difference to that. Pairs cannot hold infinities: a state that overflows becomes NaN.
 
 *Time.* Where batch and channels are too few to fill the device, time is cut into chunks as in csrc/scan.h: a
 first kernel finds each chunk's prefix (the product of its decays, its end state from zero), a second joins
@@ -97,9 +97,9 @@ def _sigmoid(x):
 
 @triton.jit
 def _positive(x):
-    _, small, denominator = _sigmoid(tl.abs(x))
-    inverse = _reciprocal(denominator)
-    return tl.where(x >= 0, x + 0.5, small * inverse), tl.where(x >= 0, 1.0, small * inverse * inverse)
+    e = _exp_nonpositive(-tl.abs(x))
+    inverse = _reciprocal(1.0 + e)
+    return tl.where(x >= 0, x + 0.5, e * inverse), tl.where(x >= 0, 1.0, e * inverse * inverse)
 
 
 @triton.jit
@@ -109,8 +109,8 @@ def _linear(x):
 
 @triton.jit
 def _tanh(x):
-    _, e, denominator = _sigmoid(2.0 * tl.abs(x))
-    inverse = _reciprocal(denominator)
+    e = _exp_nonpositive(-2.0 * tl.abs(x))
+    inverse = _reciprocal(1.0 + e)
     far = (1.0 - e) * inverse  # cancels near zero, where the series of (tanh(x) / x - 1) / x^2 takes over
     x2 = x * x
     p = 6404582.0 / 10854718875.0 * x2 - 929569.0 / 638512875.0
@@ -507,6 +507,8 @@ def join_kernel(h0, decay_ptr, carry_ptr, B, D, chunks, BLOCK_D: tl.constexpr, S
 _OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 _REALS = {torch.float32: tl.float32, torch.float64: tl.float64}
 
+# Estimates from latencies and instruction counts, to be measured: a warp alone keeps 16 rows in flight and
+# needs some 100 cycles a step, so that four on each processor come near the memory's limit.
 _WARPS_UNCUT = 2  # warps a processor below which a second reading costs less than idle lanes
 _WARPS_CUT = 8  # warps a processor that chunks make up for them
 _MIN_CHUNK = 64  # steps: a chunk must outweigh writing, joining and reading its prefix
@@ -558,14 +560,18 @@ def forward(
     start = _start(h0, h.dtype)
     flags = _flags(reset)
     cut = _cut(B, T, D, h.element_size(), _processors(h.device))
-    grid, settings = (cut.tiles * B * cut.chunks,), _settings(h.dtype, cut, gate, candidate, reverse)
+    units, settings = cut.tiles * B, _settings(h.dtype, cut, gate, candidate, reverse)
     with torch.cuda.device_of(h):
         decay = carry = None
         if cut.chunks > 1:
             decay, carry = _prefixes(h, cut)
-            forward_kernel[grid](None, parts, flags, None, decay, carry, B, T, D, cut.length, **settings)
+            forward_kernel[(units * (cut.chunks - 1),)](  # nobody needs the last chunk's prefix
+                None, parts, flags, None, decay, carry, B, T, D, cut.length, **settings
+            )
             _join(start, decay, carry, cut)
-        forward_kernel[grid](_strided(h), parts, flags, start, None, carry, B, T, D, cut.length, **settings)
+        forward_kernel[(units * cut.chunks,)](
+            _strided(h), parts, flags, start, None, carry, B, T, D, cut.length, **settings
+        )
     return h
 
 
@@ -587,16 +593,16 @@ def backward(
     dh0 = h.new_empty(B, D, dtype=state_dtype(h.dtype))
     incoming, flags = _strided(dh), _flags(reset)
     cut = _cut(B, T, D, h.element_size(), _processors(h.device))
-    grid, settings = (cut.tiles * B * cut.chunks,), _settings(h.dtype, cut, gate, candidate, not reverse)
+    units, settings = cut.tiles * B, _settings(h.dtype, cut, gate, candidate, not reverse)
     with torch.cuda.device_of(h):
         decay = carry = None
         if cut.chunks > 1:
             decay, carry = _prefixes(h, cut)
-            backward_kernel[grid](
+            backward_kernel[(units * (cut.chunks - 1),)](
                 None, None, incoming, None, parts, flags, None, decay, carry, B, T, D, cut.length, **settings
             )
             _join(None, decay, carry, cut)
-        backward_kernel[grid](
+        backward_kernel[(units * cut.chunks,)](
             _parts(gate, dpre), dh0, incoming, _strided(h), parts, flags, _start(h0, h.dtype), None, carry,
             B, T, D, cut.length, **settings,
         )  # fmt: skip
