@@ -267,7 +267,7 @@ def test_config_round_trip() -> None:
         ({"expansion": float("inf")}, ValueError, "expansion must be positive"),
         ({"mixer": "mamba"}, ValueError, "mixer must be one of mingru, .*, got 'mamba'"),
         ({"mlp_activation": "tanh"}, ValueError, "mlp_activation must be one of gelu"),
-        ({"norm": "batch"}, ValueError, "norm must be one of layer, rms, got 'batch'"),
+        ({"norm": "batch"}, ValueError, "norm must be one of layer, rms, none, got 'batch'"),
         ({"d_model": "8"}, TypeError, "d_model must be int, got '8'"),
         ({"num_layers": 2.0}, TypeError, "num_layers must be int"),
         ({"bias": 1}, TypeError, "bias must be bool, got 1"),
