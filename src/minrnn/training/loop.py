@@ -122,6 +122,9 @@ class Run:
         self._pending: list[Tensor] = []  # (loss, norm) of steps that are still on the device
         self._seconds_before = 0.0  # spent by the sessions before this one
         self._window_tokens = 0  # since the last report
+        self._whole: tuple[int, dict[str, float]] | None = (
+            None  # last evaluation of all the split, and its step
+        )
         self._session_started = self._window_started = time.perf_counter()
 
     @property
@@ -192,6 +195,8 @@ class Run:
         metrics = self.task.evaluate(self.model, max_tokens=self.settings.eval_tokens)
         if not math.isfinite(metrics["val_loss"]):
             raise NonFiniteLossError(self._advice(f"its val_loss is {metrics['val_loss']}"))
+        if self.settings.eval_tokens == 0:
+            self._whole = self.state.step, metrics
         is_best = metrics["val_loss"] < self.state.best.get("val_loss", math.inf)
         if is_best:
             self.state.best = {"step": self.state.step, **metrics}
@@ -212,13 +217,15 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Measure the last weights on the whole validation split; write results.json and loss.png."""
-        self.log.busy("evaluating on the whole validation split")
-        metrics = self.task.evaluate(self.model)
+        if self._whole is None or self._whole[0] != self.state.step:
+            self.log.busy("evaluating on the whole validation split")
+            self._whole = self.state.step, self.task.evaluate(self.model)
+        step, metrics = self._whole
         results = {
             "recipe": self.config.recipe,
             "mixer": self.config.model.mixer,
             "parameters": self.parameters,
-            "step": self.state.step,
+            "step": step,
             **metrics,
             "best": self.state.best,
             "tokens": self.state.tokens,
