@@ -12,9 +12,9 @@ from torch.nn import functional
 
 import minrnn.models.generation
 from minrnn.mixers import MIXERS
+from minrnn.mixers.convolution import CausalConv
 from minrnn.models import ModelConfig, ModelState, SequenceModel, generate, map_state
 from minrnn.models.block import ACTIVATIONS
-from minrnn.models.convolution import CausalConv
 from minrnn.models.sequence import NORMS
 
 B, T, V, D = 3, 12, 11, 8

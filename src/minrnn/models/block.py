@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from minrnn.mixers import Mixer, State
-from minrnn.models.convolution import CausalConv
+from minrnn.mixers.convolution import CausalConv
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from minrnn.mixers import MIXERS
+from minrnn.mixers.convolution import CausalConv
 from minrnn.mixers.mixer import check_reset
 from minrnn.models.block import ACTIVATIONS, MLP, Block, BlockState
-from minrnn.models.convolution import CausalConv
 
 NORMS = ("layer", "rms", "none")
 
