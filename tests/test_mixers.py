@@ -1,6 +1,7 @@
 """The laws that every mixer obeys, swept over MIXERS and the options that change how a mixer computes."""
 
 import copy
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -24,6 +25,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "attention-window-1": ("attention", {"window": 1}),
     "attention-window-4": ("attention", {"window": 4, "num_heads": 2}),
     "attention-window-longer-than-T": ("attention", {"window": 50, "bias": False}),
+    "aaren-one-head-no-bias": ("aaren", {"num_heads": 1, "bias": False}),
+    "s4d-short-chunks": ("s4d", {"d_state": 4}),
 }
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
@@ -322,3 +325,39 @@ def test_attention_misuse_is_reported() -> None:
         MIXERS["attention"](D_MODEL, D_HIDDEN, num_heads=8)
     with pytest.raises(ValueError, match="window must be 0"):
         MIXERS["attention"](D_MODEL, D_HIDDEN, window=-1)
+
+
+# Numbers of the matrices' entries, from the papers, and of all that the mixer learns beside them.
+PARAMETERS: dict[str, tuple[Callable[[int, int], int], Callable[[int, int], int]]] = {
+    # "Were RNNs All We Needed?", sections 3.1.3 and 3.2.4; one bias a pre-activation.
+    "mingru": (lambda d_x, d_h: 2 * d_h * d_x, lambda d_x, d_h: 2 * d_h),
+    "minlstm": (lambda d_x, d_h: 3 * d_h * d_x, lambda d_x, d_h: 3 * d_h),
+    # torch.nn's cells have two biases a pre-activation, of which one would do.
+    "rnn": (lambda d_x, d_h: d_h * (d_x + d_h), lambda d_x, d_h: 2 * d_h),
+    "gru": (lambda d_x, d_h: 3 * d_h * (d_x + d_h), lambda d_x, d_h: 2 * 3 * d_h),
+    "lstm": (lambda d_x, d_h: 4 * d_h * (d_x + d_h), lambda d_x, d_h: 2 * 4 * d_h),
+    "attention": (lambda d_x, d_h: 3 * d_h * d_x, lambda d_x, d_h: 3 * d_h),
+    # The queries, and a bias of the values.
+    "aaren": (lambda d_x, d_h: 2 * d_h * d_x, lambda d_x, d_h: 2 * d_h),
+    # For each channel D and dt, and for each of N / 2 pairs A and C, two numbers each; a bias of the mixing.
+    "s4d": (lambda d_x, d_h: 2 * d_h * d_x, lambda d_x, d_h: d_x * (2 + 2 * 64) + 2 * d_h),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize(("d_x", "d_h"), [(8, 8), (8, 32), (24, 16)])
+def test_parameter_counts(name: str, d_x: int, d_h: int) -> None:
+    matrices, others = PARAMETERS[name]
+    count = sum(parameter.numel() for parameter in MIXERS[name](d_x, d_h).parameters())
+    assert count == matrices(d_x, d_h) + others(d_x, d_h)
+    bare = sum(parameter.numel() for parameter in MIXERS[name](d_x, d_h, bias=False).parameters())
+    in_no_bias = {"aaren": d_h, "s4d": d_x * (2 + 2 * 64)}.get(name, 0)
+    assert bare == matrices(d_x, d_h) + in_no_bias
+
+
+@pytest.mark.parametrize(("small", "full"), [("mingru", "gru"), ("minlstm", "lstm")])
+def test_the_papers_ratios_of_parameters(small: str, full: str) -> None:
+    """At d_h = 1, 2, 3 and 4 times d_x, as the paper's sections 3.1.3 and 3.2.4 state them."""
+    stated = {"mingru": [33, 22, 17, 13], "minlstm": [38, 25, 19, 15]}[small]
+    found = [100 * PARAMETERS[small][0](64, 64 * a) / PARAMETERS[full][0](64, 64 * a) for a in (1, 2, 3, 4)]
+    assert [round(percent) for percent in found] == stated

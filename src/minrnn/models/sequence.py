@@ -19,7 +19,7 @@ from minrnn.models.block import ACTIVATIONS, MLP, Block, BlockState
 
 NORMS = ("layer", "rms", "none")
 
-MIXER_OPTIONS = ("candidate", "forget_bias", "normalize", "num_heads", "window")
+MIXER_OPTIONS = ("candidate", "forget_bias", "normalize", "num_heads", "window", "d_state")
 """Fields of ModelConfig that belong to some mixers only and are handed on when they are set."""
 
 EMBEDDING_STD = 0.02
@@ -44,7 +44,7 @@ class ModelConfig:
     num_layers: int = 4
     """Blocks."""
     mixer: str = "mingru"
-    """What moves information along time: mingru, minlstm, rnn, gru, lstm or attention."""
+    """What moves information along time: mingru, minlstm, rnn, gru, lstm, attention, aaren or s4d."""
     expansion: float = 1.0
     """Channels of the mixer's state, as a multiple of d_model."""
     conv_width: int = 4
@@ -70,9 +70,11 @@ class ModelConfig:
     normalize: bool | None = None
     """minlstm: make the forget and input gates sum to one; unset: yes."""
     num_heads: int | None = None
-    """attention: heads; unset: 4."""
+    """attention, aaren: heads; unset: 4."""
     window: int | None = None
     """attention: tokens that each token sees, itself included; 0: all; unset: the task's window, or all."""
+    d_state: int | None = None
+    """s4d: numbers of state for each channel; unset: 64."""
 
     def __post_init__(self) -> None:
         self._check_types()

@@ -1,0 +1,134 @@
+"""Aaren: attention whose query is learned, which makes it a recurrence: a minGRU whose gate is a softmax."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from minrnn.mixers.mixer import Mixer, State
+from minrnn.ops import gated_scan
+
+FIRST = 100.0
+"""The gate's logit where nothing came before: 1 - z is 4e-44, so z is 1 in every floating type."""
+
+
+class AarenMixer(Mixer):
+    """Multi-head attention of one learned query to everything so far, as a recurrence of constant state.
+
+        s[t] = <q, k[t]> / sqrt(d_head),   lse[t] = logsumexp(s[0..t])
+        o[t] = (1 - z[t]) o[t-1] + z[t] v[t],   z[t] = exp(s[t] - lse[t]) = sigmoid(s[t] - lse[t-1])
+
+    k and v are linear in x, each d_model -> d_hidden, split into heads; each head has a query q of its own,
+    and y holds the heads' o side by side. By the last equality this is a minGRU with a linear candidate, and
+    it runs on the same scan: z and 1 - z are two sigmoids of one logit, so neither loses digits where the
+    other is near 1. The running logsumexp is a scan too, of each head's sum of exp(s - running maximum).
+
+    A query needs one number of a key, so q and W_k are multiplied first: d_model * num_heads products a step
+    instead of d_model * d_hidden. For the same reason keys have no bias: it would shift all scores alike.
+
+    The state is o `(B, d_hidden)` and lse `(B, num_heads)`, always float64: after t steps it grows by 1 / t a
+    step, which float32 begins to round away within some ten thousand steps. Scores are float32 at least,
+    under autocast too.
+
+    Args:
+        d_model: channels of the input.
+        d_hidden: channels of the output, over all heads.
+        num_heads: attention heads; must divide d_hidden.
+        bias: whether the projection to v has a bias.
+
+    Raises:
+        ValueError: the heads do not divide d_hidden.
+
+    Source: Feng et al., "Attention as an RNN" (arXiv 2405.13956), sections 3.1 to 3.3. There the query is a
+    learned token times W_q, which is the vector q learned here.
+    """
+
+    state_names = ("o", "lse")
+
+    def __init__(self, d_model: int, d_hidden: int, *, num_heads: int = 4, bias: bool = True) -> None:
+        super().__init__(d_model, d_hidden)
+        if num_heads <= 0 or d_hidden % num_heads:
+            raise ValueError(f"AarenMixer: num_heads must divide d_hidden={d_hidden}, got {num_heads}")
+        self.num_heads = num_heads
+        self.query = nn.Parameter(torch.randn(num_heads, d_hidden // num_heads))
+        self.key = nn.Linear(d_model, d_hidden, bias=False)
+        self.value = nn.Linear(d_model, d_hidden, bias=bias)
+
+    def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
+        v = self.value(x)  # (B, T, d_hidden)
+        o0, lse0 = (None, None) if state is None else state
+        previous, lse = _running_logsumexp(scores := self._scores(x), lse0, reset)
+        z_pre = (scores - previous).clamp(max=FIRST)  # (B, T, num_heads)
+        dtype = torch.promote_types(v.dtype, torch.float32)
+        o = gated_scan(
+            "mingru",
+            z_pre.to(dtype).repeat_interleave(self.d_hidden // self.num_heads, dim=-1),
+            v.to(dtype),
+            h0=None if o0 is None else o0.to(dtype),
+            reset=reset,
+            candidate="linear",
+        )
+        # Copies: views would keep the whole call's outputs alive for as long as the state.
+        return o.to(v.dtype), (o[:, -1].clone(), lse[:, -1].clone())
+
+    def _scores(self, x: Tensor) -> Tensor:
+        """<q, k[t]> / sqrt(d_head) of every head, `(B, T, num_heads)`, float64."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            key = self.key.weight.to(dtype).unflatten(0, (self.num_heads, -1))
+            rows = torch.einsum("hd,hdm->hm", self.query.to(dtype), key) / math.sqrt(key.shape[1])
+            return functional.linear(x.to(dtype), rows).double()
+
+
+def _running_logsumexp(scores: Tensor, carried: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sum the exponentials of each sequence's scores, in logarithms, before and after every step.
+
+    Args:
+        scores: `(B, T, heads)`, float64.
+        carried: `(B, heads)`: the logsumexp of the scores before the call, or None.
+        reset: `(B, T)`, bool, or None.
+
+    Returns:
+        The logsumexp of the scores before each step, -inf where there are none, and up to and with each step,
+        both `(B, T, heads)`.
+    """
+    starts = None if reset is None else reset.unsqueeze(-1)
+    before = scores.new_full((scores.shape[0], scores.shape[2]), -math.inf) if carried is None else carried
+    before = before.to(scores.dtype).unsqueeze(1)
+    # The maximum only keeps the sum in range; it cancels, so no gradient flows through it.
+    top = _running_max(torch.cat([before, scores], dim=1).detach(), starts)  # (B, T + 1, heads)
+    rescale = torch.exp(top[:, :-1] - top[:, 1:])
+    total = gated_scan(
+        "identity",
+        rescale if starts is None else rescale.masked_fill(starts, 0),
+        torch.exp(scores - top[:, 1:]),
+        h0=None if carried is None else torch.exp(before - top[:, :1])[:, 0],
+        reset=reset,
+    )
+    after = top[:, 1:] + total.log()
+    previous = torch.cat([before, after[:, :-1]], dim=1)
+    return previous if starts is None else previous.masked_fill(starts, -math.inf), after
+
+
+def _running_max(x: Tensor, starts: Tensor | None) -> Tensor:
+    """Return each sequence's running maximum along time, rounded to float32 where `starts` is given.
+
+    torch has no cummax that starts again. Taken as integers, floats keep their order, and integers have room
+    above them for the number of the sequence: so no later maximum can come from an earlier sequence.
+
+    Args:
+        x: `(B, 1 + T, heads)`: what is carried, then T steps.
+        starts: `(B, T, 1)`, bool: where a sequence starts, or None.
+    """
+    if starts is None:
+        return x.cummax(dim=1).values
+    band = functional.pad(starts, (0, 0, 1, 0)).cumsum(dim=1) << 32  # (B, 1 + T, 1), int64
+    ordered = _flip_negative(x.float().view(torch.int32))
+    highest = (ordered + band).cummax(dim=1).values - band
+    return _flip_negative(highest.to(torch.int32)).view(torch.float32).to(x.dtype)
+
+
+def _flip_negative(bits: Tensor) -> Tensor:
+    """Map the bits of float32 to int32 of the same order, and back: of negatives, all bits but the sign."""
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

@@ -1,0 +1,257 @@
+"""S4D: a diagonal state space, trained as a convolution and stepped as a recurrence."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from minrnn.mixers.mixer import Mixer, State
+
+
+def _lin(d_state: int) -> Tensor:
+    return math.pi * torch.arange(d_state // 2, dtype=torch.float64)
+
+
+def _inv(d_state: int) -> Tensor:
+    n = torch.arange(d_state // 2, dtype=torch.float64)
+    return d_state / math.pi * (d_state / (2 * n + 1) - 1)
+
+
+def _legs(d_state: int) -> Tensor:
+    root = (2 * torch.arange(d_state, dtype=torch.float64) + 1).sqrt()
+    skew = torch.outer(root, root).triu(1) / 2
+    eigenvalues = torch.linalg.eigvalsh(1j * (skew - skew.mT))  # +w and -w
+    return eigenvalues[d_state // 2 :]
+
+
+FREQUENCIES: dict[str, Callable[[int], Tensor]] = {
+    # S4D-Lin: pi n: a Fourier basis.
+    "lin": _lin,
+    # S4D-Inv: N / pi (N / (2 n + 1) - 1): close to legs, in closed form.
+    "inv": _inv,
+    # S4D-LegS: the eigenvalues of HiPPO-LegS's normal part.
+    "legs": _legs,
+}
+"""Im A at the start: d_state -> `(d_state / 2,)`; Re A starts at -1/2 in each (section 4 of the paper)."""
+
+
+class S4DMixer(Mixer):
+    """A diagonal complex state space for each channel, then the source layer's activation and mixing.
+
+        h[t] = exp(dt A) h[t-1] + (exp(dt A) - 1) / A x[t]      (d_state / 2 complex numbers a channel)
+        u[t] = 2 Re <C, h[t]> + D x[t]
+        y[t] = GLU(W gelu(u[t]) + b)                            (d_model -> 2 d_hidden -> d_hidden)
+
+    The states are the halves of conjugate pairs. A = -exp(log_decay) + i frequency and dt = exp(log_dt) are
+    learned for each channel; the discretisation is the zero-order hold; B is 1, because only B * C matters.
+    The state space has d_model channels: it widens each by d_state itself, and d_hidden widens the mixing
+    alone, which is where the source's layer ends. The way back to d_model is the block's.
+
+    A call of one step is the recurrence. A longer one is a convolution, by FFT, with the kernel of the
+    response to a pulse, plus the response to the state carried in; sequences that a reset begins are
+    convolved by themselves. Nothing of size T * d_state is made for a channel: powers of exp(dt A) are
+    products of two short tables, and sums over them are matrix products. The tables and each step are
+    computed in float64: the phase of the t-th power is t times as wrong as that of the first. Like every
+    convolution by FFT, it spreads rounding errors, and what is not finite, over a whole sequence.
+
+    The state is h `(B, d_model, d_state / 2, 2)`: real and imaginary parts, float32 at least.
+
+    Args:
+        d_model: channels of the input and of the state space.
+        d_hidden: channels of the output.
+        d_state: N of the paper: the state's real numbers for each channel; even.
+        initialization: where A starts: "lin" (S4D-Lin), "inv" (S4D-Inv) or "legs" (S4D-LegS).
+        dt_min, dt_max: the steps dt start between these, evenly in their logarithm.
+        bias: whether the mixing has a bias.
+
+    Raises:
+        ValueError: d_state is not even and positive, the initialization is unknown, or not
+            0 < dt_min <= dt_max.
+
+    Source: Gu et al., "On the Parameterization and Initialization of Diagonal State Space Models" (arXiv
+    2206.11893), sections 3 and 4; activation and mixing as in the layer published with it.
+    """
+
+    state_names = ("h",)
+
+    def __init__(
+        self,
+        d_model: int,
+        d_hidden: int,
+        *,
+        d_state: int = 64,
+        initialization: str = "lin",
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(d_model, d_hidden)
+        if d_state <= 0 or d_state % 2:
+            raise ValueError(f"S4DMixer: d_state must be even and positive, got {d_state}")
+        if initialization not in FREQUENCIES:
+            raise ValueError(
+                f"S4DMixer: initialization must be one of {', '.join(FREQUENCIES)}, got {initialization!r}"
+            )
+        if not 0 < dt_min <= dt_max < math.inf:
+            raise ValueError(f"S4DMixer: dt must have 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
+        self.d_state = d_state
+        frequency = FREQUENCIES[initialization](d_state).to(torch.get_default_dtype())
+        self.log_dt = nn.Parameter(torch.empty(d_model).uniform_(math.log(dt_min), math.log(dt_max)))
+        self.log_decay = nn.Parameter(torch.full((d_model, d_state // 2), math.log(0.5)))
+        self.frequency = nn.Parameter(frequency.repeat(d_model, 1))
+        self.C = nn.Parameter(torch.randn(d_model, d_state // 2, 2) * math.sqrt(0.5))
+        self.D = nn.Parameter(torch.randn(d_model))
+        self.output = nn.Linear(d_model, 2 * d_hidden, bias=bias)
+
+    def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):  # it would multiply kernels in 16 bits
+            h0 = None if state is None else torch.view_as_complex(state[0].to(dtype).contiguous())
+            run = self._step if x.shape[1] == 1 else self._convolve
+            u, h = run(x.to(dtype), h0, reset)
+            u = (u + self.D.to(dtype) * x).to(x.dtype)
+        return functional.glu(self.output(functional.gelu(u)), dim=-1), (torch.view_as_real(h).to(dtype),)
+
+    def _discretize(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dt A, the factor of the input, and C; each `(d_model, d_state / 2)`, complex128."""
+        A = torch.complex(-self.log_decay.double().exp(), self.frequency.double())
+        rate = self.log_dt.double().exp().unsqueeze(1) * A
+        return rate, torch.expm1(rate) / A, torch.view_as_complex(self.C.double())
+
+    def _step(self, x: Tensor, h0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Advance the state h0 `(B, d_model, d_state / 2)` by the recurrence; x is `(B, 1, d_model)`."""
+        rate, drive, C = self._discretize()
+        h = drive * x[:, 0].unsqueeze(-1)
+        if h0 is not None:
+            h = h + rate.exp() * (h0 if reset is None else h0.masked_fill(reset.unsqueeze(-1), 0))
+        u = 2 * (C * h).sum(-1).real
+        return u.unsqueeze(1).to(x.dtype), h
+
+    def _convolve(self, x: Tensor, h0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Do what repeated `_step` does to x `(B, T, d_model)`, by convolution."""
+        response = _Response(*self._discretize(), length=x.shape[1], dtype=x.dtype)
+        x = x.permute(2, 0, 1).contiguous()  # (d_model, B, T): an FFT along an inner axis takes twice as long
+        h0 = None if h0 is None else h0.transpose(0, 1)
+        if reset is None:
+            u, ringing = convolve(x, response.to_pulse()), h0
+        else:
+            u = convolve_sequences(x, response.to_pulse(), reset)
+            number = reset.cumsum(dim=1)  # (B, T): of each step's sequence; 0 is the one carried in
+            x = x.masked_fill(number < number[:, -1:], 0)
+            ringing = None if h0 is None else h0.masked_fill(number[:, -1:] > 0, 0)
+        if h0 is not None:
+            ring = response.to_state(h0)
+            u = u + (ring if reset is None else ring.masked_fill(number > 0, 0))
+        h = response.last_state(x, ringing)
+        return u.permute(1, 2, 0), h.transpose(0, 1).contiguous()
+
+
+class _Response:
+    """How the state space of every channel answers a pulse, a state and an input, over `length` steps.
+
+    The t-th power of exp(rate), t = q * chunk + r, is outer[q] * inner[r]. A chunk is at least as long as the
+    state, so that a state for each chunk takes no more memory than the input.
+
+    Args:
+        rate, drive, C: see `S4DMixer._discretize`.
+        length: T.
+        dtype: of inputs and results.
+    """
+
+    def __init__(self, rate: Tensor, drive: Tensor, C: Tensor, *, length: int, dtype: torch.dtype) -> None:
+        self.rate, self.drive, self.C, self.length, self.dtype = rate, drive, C, length, dtype
+        chunk = 2 * rate.shape[1]
+        while chunk * chunk < length:
+            chunk *= 2
+        self.chunk = min(length, chunk)
+        self.num_chunks = -(-length // self.chunk)
+        self.inner = _real(_powers(rate, self.chunk), dtype)  # (D, chunk, N)
+        self.outer = _powers(rate * self.chunk, self.num_chunks)  # (D, num_chunks, N / 2)
+
+    def to_pulse(self) -> Tensor:
+        """The convolution's kernel, `(D, T)`: 2 Re <C, exp(rate t) drive>."""
+        factor = 2 * (self.C * self.drive).unsqueeze(1) * self.outer
+        return (_real(factor.conj(), self.dtype) @ self.inner.mT).flatten(1)[:, : self.length]
+
+    def to_state(self, h0: Tensor) -> Tensor:
+        """The output that a state h0 `(D, B, N / 2)` rings out with: 2 Re <C, exp(rate (t + 1)) h0>."""
+        D, B, _ = h0.shape
+        factor = (2 * self.C * self.rate.exp()).unsqueeze(1) * self.outer
+        chunks = h0.unsqueeze(2) * factor.unsqueeze(1).to(h0.dtype)  # (D, B, num_chunks, N / 2)
+        ring = _real(chunks.conj(), self.dtype).flatten(1, 2) @ self.inner.mT
+        return ring.reshape(D, B, -1)[..., : self.length]
+
+    def last_state(self, x: Tensor, h0: Tensor | None) -> Tensor:
+        """The state after x `(D, B, T)`: sum_t exp(rate (T - 1 - t)) drive x[t] + exp(rate T) h0."""
+        D, B, T = x.shape
+        padded = functional.pad(x, (self.num_chunks * self.chunk - T, 0))
+        ends = padded.reshape(D, B * self.num_chunks, self.chunk) @ self.inner.flip(1)
+        ends = torch.view_as_complex(ends.reshape(D, B, self.num_chunks, -1, 2))
+        weights = (self.outer.flip(1) * self.drive.unsqueeze(1)).to(ends.dtype)
+        h = (ends * weights.unsqueeze(1)).sum(2)
+        return h if h0 is None else h + (self.rate * T).exp().unsqueeze(1).to(h0.dtype) * h0
+
+
+def _powers(rate: Tensor, count: int) -> Tensor:
+    """exp(rate t) for t = 0 .. count - 1, `(D, count, N / 2)`."""
+    t = torch.arange(count, dtype=torch.float64, device=rate.device)
+    return torch.exp(rate.unsqueeze(1) * t.unsqueeze(1))
+
+
+def _real(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Complex numbers as pairs, `(..., n)` -> `(..., 2 n)`: Re <x*, y> is then the pairs' inner product."""
+    return torch.view_as_real(x.resolve_conj()).flatten(-2).to(dtype)
+
+
+def convolve(x: Tensor, kernel: Tensor) -> Tensor:
+    """Convolve causally: y[t] = sum_s kernel[t - s] x[s], s = 0 .. t.
+
+    Args:
+        x: `(D, B, T)`.
+        kernel: `(D, T)`.
+
+    Returns:
+        y, `(D, B, T)`.
+    """
+    T = x.shape[-1]
+    wanted = 2 * T - 1  # shorter, and the end would wrap around onto the start
+    unit = 1
+    while 8 * unit < wanted:
+        unit *= 2
+    length = -(-wanted // unit) * unit  # 5 to 8 times a power of two: an FFT of large prime factors is slow
+    spectrum = torch.fft.rfft(x, length) * torch.fft.rfft(kernel, length).unsqueeze(1)
+    return torch.fft.irfft(spectrum, length)[..., :T]
+
+
+def convolve_sequences(x: Tensor, kernel: Tensor, reset: Tensor) -> Tensor:
+    """Convolve each sequence of every row by itself, as `convolve` would.
+
+    Sequences are padded to the longest of those whose lengths round up to the same power of two, so that
+    there are at most 1 + log2(T) convolutions, and less than twice the steps.
+
+    Args:
+        x: `(D, B, T)`.
+        kernel: `(D, T)`.
+        reset: `(B, T)`, bool: where a sequence starts.
+
+    Returns:
+        y, `(D, B, T)`.
+    """
+    D, B, T = x.shape
+    begins = torch.cat([torch.ones_like(reset[:, :1]), reset[:, 1:]], dim=1).flatten()
+    starts = begins.nonzero().flatten()  # (sequences,), along rows laid end to end
+    lengths = torch.diff(starts, append=starts.new_tensor([B * T]))
+    magnitude = torch.frexp((lengths - 1).double()).exponent  # of a length n, that of the power of two >= n
+    steps, pieces = [], []
+    for size in magnitude.unique():
+        chosen = magnitude == size
+        offset = torch.arange(int(lengths[chosen].max()), device=x.device)
+        inside = offset < lengths[chosen, None]  # (sequences, longest)
+        step = torch.where(inside, starts[chosen, None] + offset, 0)
+        padded = x.flatten(1)[:, step].masked_fill(~inside, 0)
+        pieces.append(convolve(padded, kernel[:, : len(offset)])[:, inside])
+        steps.append(step[inside])
+    y = torch.empty_like(x).flatten(1).index_copy(1, torch.cat(steps), torch.cat(pieces, dim=1))
+    return y.reshape(D, B, T)
