@@ -329,7 +329,7 @@ def test_attention_misuse_is_reported() -> None:
 
 # Numbers of the matrices' entries, from the papers, and of all that the mixer learns beside them.
 PARAMETERS: dict[str, tuple[Callable[[int, int], int], Callable[[int, int], int]]] = {
-    # "Were RNNs All We Needed?", sections 3.1.3 and 3.2.4; one bias a pre-activation.
+    # "Were RNNs All We Needed?", sections 3.1 and 3.2; one bias a pre-activation.
     "mingru": (lambda d_x, d_h: 2 * d_h * d_x, lambda d_x, d_h: 2 * d_h),
     "minlstm": (lambda d_x, d_h: 3 * d_h * d_x, lambda d_x, d_h: 3 * d_h),
     # torch.nn's cells have two biases a pre-activation, of which one would do.
@@ -344,6 +344,10 @@ PARAMETERS: dict[str, tuple[Callable[[int, int], int], Callable[[int, int], int]
 }
 
 
+def test_every_mixer_has_its_parameters_counted() -> None:
+    assert PARAMETERS.keys() == MIXERS.keys()
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 @pytest.mark.parametrize(("d_x", "d_h"), [(8, 8), (8, 32), (24, 16)])
 def test_parameter_counts(name: str, d_x: int, d_h: int) -> None:
@@ -356,8 +360,8 @@ def test_parameter_counts(name: str, d_x: int, d_h: int) -> None:
 
 
 @pytest.mark.parametrize(("small", "full"), [("mingru", "gru"), ("minlstm", "lstm")])
-def test_the_papers_ratios_of_parameters(small: str, full: str) -> None:
-    """At d_h = 1, 2, 3 and 4 times d_x, as the paper's sections 3.1.3 and 3.2.4 state them."""
-    stated = {"mingru": [33, 22, 17, 13], "minlstm": [38, 25, 19, 15]}[small]
+def test_ratios_of_parameters(small: str, full: str) -> None:
+    """Percent of the traditional cell's, at d_h = 1, 2, 3 and 4 times d_x."""
+    expected = {"mingru": [33, 22, 17, 13], "minlstm": [38, 25, 19, 15]}[small]
     found = [100 * PARAMETERS[small][0](64, 64 * a) / PARAMETERS[full][0](64, 64 * a) for a in (1, 2, 3, 4)]
-    assert [round(percent) for percent in found] == stated
+    assert [round(percent) for percent in found] == expected

@@ -40,8 +40,8 @@ class AarenMixer(Mixer):
     Raises:
         ValueError: the heads do not divide d_hidden.
 
-    Source: Feng et al., "Attention as an RNN" (arXiv 2405.13956), sections 3.1 to 3.3. There the query is a
-    learned token times W_q, which is the vector q learned here.
+    Source: Feng et al., "Attention as an RNN" (arXiv 2405.13956), sections 3.1 to 3.3. The query is
+    learned there too, and not computed from the input; where it is projected first, q is the result.
     """
 
     state_names = ("o", "lse")
