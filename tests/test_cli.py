@@ -230,6 +230,32 @@ def test_train_then_evaluate_then_sample(
         assert "'Ω'" in error
 
 
+def test_a_task_that_is_no_text_is_trained_and_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = "--model.d-model 8 --model.num-layers 1 --train.steps 2 --train.warmup-steps 1 --train.device cpu"
+    task = "--task.language parity --task.eval-sequences 70 --task.eval-max-length 50"
+    assert main(["train", "formal-languages", "--run", "run", *small.split(), *task.split()]) == 0
+    said = capsys.readouterr().out
+    assert "parity: strings of 1 to 40 symbols" in said
+    assert said.endswith("next: minrnn evaluate run\n")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert main(["evaluate", "run", "--checkpoint", "last"]) == 0
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert evaluation["accuracy"] == results["accuracy"]
+    for args, message in (
+        ("evaluate run --window 4", "window must be left out for formal-languages, got 4"),
+        ("sample run", "run must be a run that learnt text"),
+        ("demo listops", "the recipe must be one of text, got listops"),
+        ("train listops --task.windo 4", "Unrecognized options: --task.windo"),
+        ("train listops --task.max-arg 4", "did you mean --task.max-args"),
+    ):
+        capsys.readouterr()
+        status, error = error_of(capsys, *args.split())
+        assert status == 2
+        assert message in error
+
+
 def test_the_demo_trains_compares_and_writes(
     recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -458,3 +458,19 @@ def test_attention_sees_the_tasks_window_unless_told(
 ) -> None:
     assert task.model_config(ModelConfig(mixer="attention", window=window)).window == expected
     assert task.model_config(ModelConfig(mixer="mingru")).window is None
+
+
+def test_a_held_out_end_is_validated_on_and_the_validation_part_stays_untouched(tmp_path: Path) -> None:
+    text = "to train on " * 150 + "x" * 200  # the first 1,800 are the training part
+    config = TextConfig(write(tmp_path / "text.txt", text), window=WINDOW)
+    whole, cut = TextTask(config), TextTask(dataclasses.replace(config, held_out=0.25))
+    assert whole.train_tokens.size == 1800
+    assert cut.train_tokens.tolist() == whole.train_tokens[:1350].tolist()
+    assert cut.val_tokens.tolist() == whole.train_tokens[1350:].tolist()
+    assert (cut.vocab_size, cut.sha256) == (whole.vocab_size, whole.sha256)
+    assert cut._windows.shape == (1350 - WINDOW, WINDOW + 1)  # no batch reaches beyond the cut
+    for held_out in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="held_out must be a fraction"):
+            dataclasses.replace(config, held_out=held_out)
+    with pytest.raises(ValueError, match="tokens for training, got 0"):
+        TextTask(dataclasses.replace(config, held_out=0.9999))

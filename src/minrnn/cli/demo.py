@@ -14,9 +14,9 @@ from rich.table import Table
 
 from minrnn.cli import sample, train
 from minrnn.cli.arguments import parse
-from minrnn.tasks import TASKS
+from minrnn.tasks import TextConfig, TextTask
 from minrnn.tasks.ngram import ngram_baseline
-from minrnn.training import load_recipe, read_config
+from minrnn.training import load_recipe
 
 BASELINE_ORDER = 3
 
@@ -36,11 +36,14 @@ class DemoCommand:
 def run(args: Sequence[str]) -> int:
     """Run `minrnn demo`: `minrnn train`, a comparison, and `minrnn sample`."""
     command = parse(DemoCommand, "demo", args)
-    run_dir = train.new_run_dir(load_recipe(command.recipe).recipe)
+    config = load_recipe(command.recipe)
+    if not isinstance(config.task, TextConfig):
+        raise ValueError(f"demo: the recipe must be one of text, got {command.recipe}, of {config.task.task}")
+    run_dir = train.new_run_dir(config.recipe)
     status = train.run([command.recipe, "--run", str(run_dir)])
     if status:
         return status
-    Console().print(_comparison(run_dir))
+    Console().print(_comparison(run_dir, TextTask(config.task)))
     again = [str(run_dir), *f"--tokens {command.tokens} --temperature 0.8 --prompt".split(), command.prompt]
     print(f"$ minrnn sample {shlex.join(again)}")
     sample.run(again)
@@ -50,10 +53,9 @@ def run(args: Sequence[str]) -> int:
     return 0
 
 
-def _comparison(run_dir: Path) -> Table:
+def _comparison(run_dir: Path, task: TextTask) -> Table:
     """Put the run's result beside that of an n-gram model on the same text, in bits per byte."""
     results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
-    task = TASKS["text"](read_config(run_dir).task)
     baseline = ngram_baseline(task, BASELINE_ORDER)
     bits_per_byte = {
         f"order-{BASELINE_ORDER} n-gram of {task.vocabulary.kind}": baseline["bits_per_byte"],

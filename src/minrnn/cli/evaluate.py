@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minrnn.cli.arguments import parse
-from minrnn.tasks import TASKS
+from minrnn.tasks import TASKS, Task, TextConfig, TextTask
 from minrnn.training import choose_device, load_trained, provenance, read_config, write_json
 
 
@@ -25,7 +25,7 @@ class EvaluateCommand:
     checkpoint: Literal["best", "last"] = "best"
     """Weights with the lowest validation loss, or the last ones."""
     window: int | None = None
-    """Tokens in each window of val_loss_windowed (None: as the run was trained)."""
+    """Tokens in each window of val_loss_windowed (None: as the run was trained); of text only."""
     max_tokens: int = 0
     """Tokens of the split that are predicted (0: all)."""
     device: str = "auto"
@@ -38,10 +38,17 @@ def run(args: Sequence[str]) -> int:
     config = read_config(command.run)
     device = choose_device(command.device)
     model, vocabulary, step = load_trained(command.run, command.checkpoint, device)
-    window = config.task.window if command.window is None else command.window
-    task = TASKS["text"](replace(config.task, window=window), vocabulary)
+    settings: dict[str, object] = {"checkpoint": command.checkpoint, "step": step}
+    if isinstance(config.task, TextConfig):
+        window = config.task.window if command.window is None else command.window
+        task: Task = TextTask(replace(config.task, window=window), vocabulary)
+        settings["window"] = window
+    elif command.window is None:
+        task = TASKS[config.task.task](config.task)
+    else:
+        raise ValueError(f"evaluate: window must be left out for {config.task.task}, got {command.window}")
     metrics = task.evaluate(model, max_tokens=command.max_tokens)
-    results = {"checkpoint": command.checkpoint, "step": step, "window": window, **metrics}
+    results = {**settings, **metrics}
     table = Table("metric", "value", title=str(command.run))
     for name, value in results.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))

@@ -45,6 +45,8 @@ def run(args: Sequence[str]) -> int:
     command = parse(SampleCommand, "sample", args)
     device = choose_device(command.device)
     model, vocabulary, _ = load_trained(command.run, command.checkpoint, device)
+    if vocabulary is None:
+        raise ValueError(f"sample: {command.run} must be a run that learnt text; what this one says is none")
     prompt = torch.from_numpy(vocabulary.encode(command.prompt or "\n"))[None].to(device)  # (1, T)
     tokens = generate(
         model,

@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import tyro
 from rich.console import Console
 
 from minrnn.cli.arguments import parse
 from minrnn.models import ModelConfig
-from minrnn.tasks import TextConfig
 from minrnn.training import (
     Interrupted,
     RunConfig,
@@ -29,9 +29,11 @@ from minrnn.training import (
 
 DEFAULT_RECIPE = "demo"
 
+TaskConfigT = TypeVar("TaskConfigT")
+
 
 @dataclass(frozen=True)
-class TrainCommand:
+class TrainCommand(Generic[TaskConfigT]):
     """Train a model, and leave its checkpoints, metrics and results in a directory."""
 
     recipe: tyro.conf.Positional[str]
@@ -42,7 +44,7 @@ class TrainCommand:
     """Go on from the last checkpoint in --run DIR, with the settings that are saved there."""
     model: ModelConfig
     """The network."""
-    task: TextConfig
+    task: TaskConfigT
     """What it learns."""
     train: TrainConfig
     """How it learns."""
@@ -65,11 +67,16 @@ def run(args: Sequence[str]) -> int:
         if (run_dir / "checkpoints" / "last").exists():
             log.note(f"stopped; go on from the last checkpoint with: minrnn train --run {run_dir} --resume")
         raise
-    log.note(
-        f"val_loss {results['val_loss']:.4f} nats a token at step {results['step']}, "
-        f"{results['bits_per_byte']:.4f} bits a byte; next: minrnn sample {run_dir}"
-    )
+    log.note(_summary(results, run_dir))
     return 0
+
+
+def _summary(results: Mapping[str, Any], run_dir: Path) -> str:
+    """Say how well it went, and what can be done with it."""
+    loss = f"val_loss {results['val_loss']:.4f} nats a token at step {results['step']}"
+    if "bits_per_byte" in results:
+        return f"{loss}, {results['bits_per_byte']:.4f} bits a byte; next: minrnn sample {run_dir}"
+    return f"{loss}, accuracy {results['accuracy']:.4f}; next: minrnn evaluate {run_dir}"
 
 
 def new_run_dir(recipe: str) -> Path:
@@ -93,10 +100,11 @@ def _resumed_run(args: Sequence[str]) -> Path | None:
     return found.run if found.resume else None
 
 
-def _parse(args: Sequence[str], config: RunConfig, recipe: str) -> TrainCommand:
+def _parse(args: Sequence[str], config: RunConfig, recipe: str) -> TrainCommand[Any]:
     """Read the arguments over the values of a configuration, which are the defaults that the help shows."""
-    defaults = TrainCommand(recipe, None, False, config.model, config.task, config.train)
-    command = parse(TrainCommand, "train", args, defaults=defaults, description=_description())
+    defaults: TrainCommand[Any] = TrainCommand(recipe, None, False, config.model, config.task, config.train)
+    kind: Any = TrainCommand[type(config.task)]  # type: ignore[misc]  # which one, the recipe says
+    command: TrainCommand[Any] = parse(kind, "train", args, defaults=defaults, description=_description())
     if command.recipe != recipe and command.resume:
         raise ValueError(f"{command.run} is a run of the recipe {recipe}, got {command.recipe}; leave it out")
     if command.recipe != recipe:

@@ -1,8 +1,41 @@
 """What to learn: the table TASKS, and each task's configuration and batches."""
 
-from minrnn.tasks.text import Batch, TextConfig, TextTask
+from collections.abc import Callable
+
+from minrnn.tasks.formal_languages import LANGUAGES, FormalLanguageConfig, FormalLanguageTask
+from minrnn.tasks.labelled import LabelledTask
+from minrnn.tasks.listops import ListOpsConfig, ListOpsTask
+from minrnn.tasks.selective_copying import SelectiveCopyingConfig, SelectiveCopyingTask
+from minrnn.tasks.task import IGNORED, Batch, Task
+from minrnn.tasks.text import TextConfig, TextTask
 from minrnn.tasks.vocabulary import VOCABULARIES, Vocabulary
 
-TASKS = {"text": TextTask}
+TaskConfig = TextConfig | SelectiveCopyingConfig | FormalLanguageConfig | ListOpsConfig
 
-__all__ = ["TASKS", "VOCABULARIES", "Batch", "TextConfig", "TextTask", "Vocabulary"]
+TASKS: dict[str, Callable[..., Task]] = {
+    TextConfig.task: TextTask,
+    SelectiveCopyingConfig.task: SelectiveCopyingTask,
+    FormalLanguageConfig.task: FormalLanguageTask,
+    ListOpsConfig.task: ListOpsTask,
+}
+"""Every task by the name that its configuration bears: `TASKS[config.task](config)`."""
+
+__all__ = [
+    "IGNORED",
+    "LANGUAGES",
+    "TASKS",
+    "VOCABULARIES",
+    "Batch",
+    "FormalLanguageConfig",
+    "FormalLanguageTask",
+    "LabelledTask",
+    "ListOpsConfig",
+    "ListOpsTask",
+    "SelectiveCopyingConfig",
+    "SelectiveCopyingTask",
+    "Task",
+    "TaskConfig",
+    "TextConfig",
+    "TextTask",
+    "Vocabulary",
+]

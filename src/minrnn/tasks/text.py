@@ -3,18 +3,25 @@
 import dataclasses
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from minrnn.models import ModelConfig, ModelState
+from minrnn.models import ModelConfig
 from minrnn.tasks.sources import find_corpus
+from minrnn.tasks.task import (
+    Batch,
+    Task,
+    check_batch,
+    check_max_tokens,
+    device_of,
+    evaluation_mode,
+    nats,
+)
 from minrnn.tasks.tokens import TokenisedCorpus, tokenise
 from minrnn.tasks.vocabulary import VOCABULARIES, Vocabulary
 
@@ -34,6 +41,12 @@ class TextConfig:
     """Length T of a training sequence, in tokens; val_loss_windowed is measured on windows of this length."""
     eval_chunk: int = 4096
     """Tokens in one call of the model during evaluation; changes memory and speed, not the result."""
+    held_out: float = 0.0
+    """Fraction of the training text, at its end, that is validated on instead of trained on; the validation
+    part then stays untouched, to be measured once at the end (0: all is trained on)."""
+
+    task: ClassVar[str] = "text"
+    """The task's name in TASKS."""
 
     def __post_init__(self) -> None:
         if self.vocabulary not in VOCABULARIES:
@@ -43,30 +56,12 @@ class TextConfig:
         for name in ("window", "eval_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"TextConfig: {name} must be at least 1 token, got {getattr(self, name)}")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"TextConfig: held_out must be a fraction in [0, 1), got {self.held_out}")
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Sequences and what follows each of their tokens."""
-
-    inputs: Tensor
-    """(B, T) int64."""
-
-    targets: Tensor
-    """(B, T) int64: inputs one step later."""
-
-    fresh: bool = True
-    """Whether these sequences continue nothing, and start from the empty state."""
-
-    def to(self, device: torch.device) -> "Batch":
-        """Return the batch on `device`."""
-        return Batch(self.inputs.to(device), self.targets.to(device), self.fresh)
-
-
-class TextTask:
+class TextTask(Task):
     """Next-token prediction on a text, with the loss in nats per token.
-
-    Models are called as `logits, state = model(tokens, state)`: tokens (B, T) int64, logits (B, T, V).
 
     Args:
         config: the text and its pieces.
@@ -97,14 +92,29 @@ class TextTask:
         return self._corpus.vocabulary
 
     @property
+    def vocab_size(self) -> int:
+        """The vocabulary's size V."""
+        return self.vocabulary.size
+
+    @property
+    def saved_vocabulary(self) -> dict[str, str]:
+        """The vocabulary, as `Vocabulary.from_dict` reads it."""
+        return self.vocabulary.to_dict()
+
+    @property
     def train_tokens(self) -> NDArray[np.unsignedinteger]:
         """Ids to train on, (N,), read-only."""
-        return self._corpus.train
+        return self._corpus.train[: self._num_train]
 
     @property
     def val_tokens(self) -> NDArray[np.unsignedinteger]:
         """Ids to validate on, (M,), read-only."""
-        return self._corpus.val
+        return self._corpus.train[self._num_train :] if self.config.held_out else self._corpus.val
+
+    @property
+    def _num_train(self) -> int:
+        size = self._corpus.train.size
+        return size - round(self.config.held_out * size)
 
     @property
     def sha256(self) -> str:
@@ -124,7 +134,7 @@ class TextTask:
         Attention whose window is unset sees as far as it is trained to, `TextConfig.window` tokens: without a
         bound, a state carried through the validation split would hold every key, and take hours.
         """
-        config = dataclasses.replace(config, vocab_size=self.vocabulary.size)
+        config = super().model_config(config)
         if config.mixer == "attention" and config.window is None:
             return dataclasses.replace(config, window=self.config.window)
         return config
@@ -142,9 +152,7 @@ class TextTask:
         Raises:
             ValueError: an argument is out of range.
         """
-        _check_batch("batch", step, batch_size)
-        if not 0 <= seed < 1 << 128:
-            raise ValueError(f"batch: seed must lie in 0 .. 2^128 - 1, got {seed}")
+        check_batch("batch", step, batch_size, seed, seeds=1 << 128)
         return self._gather(_random_starts(seed, step, batch_size, len(self._windows)), fresh=True)
 
     def stream_batch(self, step: int, batch_size: int) -> Batch:
@@ -161,7 +169,7 @@ class TextTask:
         Raises:
             ValueError: an argument is out of range, or the streams would be shorter than a window.
         """
-        _check_batch("stream_batch", step, batch_size)
+        check_batch("stream_batch", step, batch_size)
         T = self.config.window
         stream_length = (self.train_tokens.size - 1) // batch_size  # the last token is only ever a target
         if stream_length < T:
@@ -171,23 +179,6 @@ class TextTask:
             )
         position = step % (stream_length // T)
         return self._gather(np.arange(batch_size) * stream_length + position * T, fresh=position == 0)
-
-    def loss(
-        self, model: nn.Module, batch: Batch, state: ModelState | None = None
-    ) -> tuple[Tensor, ModelState]:
-        """Return the mean cross-entropy of the batch in nats per token, and the state after it.
-
-        Args:
-            model: maps tokens and state to logits and state.
-            batch: moved to the model's device where it is not there.
-            state: after the batch before; a fresh batch starts from the empty state, whatever is given here.
-
-        Returns:
-            The loss, a scalar in at least float32, and the state, not detached.
-        """
-        batch = batch.to(_device_of(model))
-        logits, state = model(batch.inputs, None if batch.fresh else state)
-        return _cross_entropy(logits, batch.targets, "mean"), state
 
     def evaluate(self, model: nn.Module, *, max_tokens: int = 0) -> dict[str, float]:
         """Measure `model` on the validation part in two protocols; both predict every token but the first.
@@ -208,11 +199,10 @@ class TextTask:
         Raises:
             ValueError: `max_tokens` is negative.
         """
-        if max_tokens < 0:
-            raise ValueError(f"evaluate: max_tokens must be at least 0 (0: all), got {max_tokens}")
+        check_max_tokens(max_tokens)
         tokens = self.val_tokens[: max_tokens + 1] if max_tokens else self.val_tokens
         num_predicted = tokens.size - 1
-        with _evaluation_mode(model), torch.inference_mode():
+        with evaluation_mode(model), torch.inference_mode():
             stream_nats = self._stream_nats(model, tokens)
             windowed_nats = self._windowed_nats(model, tokens)
         return {
@@ -236,18 +226,18 @@ class TextTask:
 
     def _stream_nats(self, model: nn.Module, tokens: NDArray[np.integer]) -> float:
         """Return the total loss with the tokens as one stream, in chunks that carry the state."""
-        device, nats, state = _device_of(model), 0.0, None
+        device, total, state = device_of(model), 0.0, None
         for start in range(0, tokens.size - 1, self.config.eval_chunk):
             chunk = _to_tensor(tokens[None, start : start + self.config.eval_chunk + 1], device)
             logits, state = model(chunk[:, :-1], state)
-            nats += _cross_entropy(logits, chunk[:, 1:], "sum").item()
-        return nats
+            total += nats(logits, chunk[:, 1:], "sum").item()
+        return total
 
     def _windowed_nats(self, model: nn.Module, tokens: NDArray[np.integer]) -> float:
         """Return the total loss with every window on its own, from the empty state."""
         return sum(
-            _cross_entropy(model(inputs, None)[0], targets, "sum").item()
-            for inputs, targets in self._evaluation_windows(tokens, _device_of(model))
+            nats(model(inputs, None)[0], targets, "sum").item()
+            for inputs, targets in self._evaluation_windows(tokens, device_of(model))
         )
 
     def _evaluation_windows(
@@ -265,13 +255,6 @@ class TextTask:
             yield piece[:, :-1], piece[:, 1:]
 
 
-def _check_batch(function: str, step: int, batch_size: int) -> None:
-    if step < 0:
-        raise ValueError(f"{function}: step must be at least 0, got {step}")
-    if batch_size < 1:
-        raise ValueError(f"{function}: batch_size must be at least 1, got {batch_size}")
-
-
 def _random_starts(seed: int, step: int, count: int, num_starts: int) -> NDArray[np.int64]:
     """Return `count` random integers in 0 .. num_starts - 1.
 
@@ -284,27 +267,3 @@ def _random_starts(seed: int, step: int, count: int, num_starts: int) -> NDArray
 
 def _to_tensor(tokens: NDArray[np.integer], device: torch.device) -> Tensor:
     return torch.from_numpy(tokens.astype(np.int64)).to(device)
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """Return the loss in nats, in float32 for logits of half precision."""
-    if logits.dtype.itemsize < 4:
-        logits = logits.float()
-    return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put `model` in eval mode, and each of its modules back in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

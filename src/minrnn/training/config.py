@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from minrnn.models import ModelConfig
-from minrnn.tasks import TextConfig
+from minrnn.tasks import TaskConfig, TextConfig
 
 C = TypeVar("C")
 
@@ -90,8 +90,8 @@ class RunConfig:
     """Name of the recipe that the run started from."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model."""
-    task: TextConfig = field(default_factory=TextConfig)
-    """The task."""
+    task: TaskConfig = field(default_factory=TextConfig)
+    """The task; its table names it (`name = "listops"`), or is the text's."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The training."""
 
@@ -114,7 +114,8 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as nested dicts of JSON values: the inverse of `from_dict`."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        return {**values, "task": {"name": self.task.task, **values["task"]}}
 
 
 def load_recipe(name: str) -> RunConfig:
@@ -202,6 +203,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         if value not in typing.get_args(hint):
             raise ValueError(f"{key} must be one of {', '.join(typing.get_args(hint))}, got {value!r}")
         return value
+    if hint is TaskConfig:
+        return _convert_task(value, key)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         if value is None and types.NoneType in typing.get_args(hint):
             return None
@@ -212,3 +215,16 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if type(value) is not hint:
         raise ValueError(f"{key} must be {hint.__name__}, got {value!r}")
     return value
+
+
+def _convert_task(value: Any, key: str) -> Any:
+    """Return a task's table as the configuration that its name asks for; without one it is the text's."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{key} must be a table, got {value!r}")
+    kinds = {kind.task: kind for kind in typing.get_args(TaskConfig)}
+    name = value.get("name", TextConfig.task)
+    if name not in kinds:
+        raise ValueError(
+            f"{key}.name must be one of {', '.join(kinds)}, got {name!r}{nearest(str(name), kinds)}"
+        )
+    return _build(kinds[name], {k: v for k, v in value.items() if k != "name"}, prefix=f"{key}.")

@@ -289,6 +289,8 @@ def _evaluation_text(metrics: Metrics, is_best: bool) -> str:
     parts = [f"val_loss {metrics['val_loss']:.4f}"]
     if "bits_per_byte" in metrics:
         parts.append(f"{metrics['bits_per_byte']:.4f} bits a byte")
+    if "accuracy" in metrics:
+        parts.append(f"accuracy {metrics['accuracy']:.4f}")
     if is_best:
         parts.append("best so far")
     return "  ".join(parts)

@@ -14,7 +14,7 @@ from torch import Tensor
 from minrnn.models import ModelConfig, SequenceModel, map_state, save_checkpoint
 from minrnn.models.checkpoint import find_directory
 from minrnn.ops import engines
-from minrnn.tasks import TASKS, TextTask
+from minrnn.tasks import TASKS, Task
 from minrnn.training.config import RunConfig, read_config
 from minrnn.training.log import RunLog, plot_losses, write_json
 from minrnn.training.optim import clip_gradients, learning_rate_at, make_optimizer, set_learning_rate
@@ -114,7 +114,7 @@ class Run:
         torch.set_num_threads(self.settings.threads or torch.get_num_threads())
         torch.manual_seed(self.settings.seed)
         self.device = choose_device(self.settings.device)
-        self.task: TextTask = TASKS["text"](config.task)
+        self.task = TASKS[config.task.task](config.task)
         self.config = dataclasses.replace(config, model=_complete(config.model, self.task))
         self.model = SequenceModel(self.config.model).to(self.device)
         self.optimizer = make_optimizer(self.model, self.settings)
@@ -248,8 +248,8 @@ class Run:
         self.state, extra = load_last(last, self.model, self.optimizer)
         if extra["corpus"] != self.task.sha256:
             raise ValueError(
-                f"resume: the text {self.config.task.source!r} has changed since this run was trained on it; "
-                "start a new run"
+                f"resume: the text or data has changed since this run was trained on it; it is now "
+                f"{self.task.describe()}; start a new run"
             )
         if self.state.step > self.settings.steps:
             raise ValueError(
@@ -309,7 +309,7 @@ class Run:
         """Return what is saved with a model so that it can be used without its run."""
         return {
             "step": self.state.step,
-            "vocabulary": self.task.vocabulary.to_dict(),
+            "vocabulary": self.task.saved_vocabulary,
             "corpus": self.task.sha256,
         }
 
@@ -318,7 +318,7 @@ def _count(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
-def _complete(model: ModelConfig, task: TextTask) -> ModelConfig:
+def _complete(model: ModelConfig, task: Task) -> ModelConfig:
     """Return the model's configuration with what the task decides: the vocabulary's size."""
     complete = task.model_config(model)
     if model.vocab_size not in (ModelConfig.vocab_size, complete.vocab_size):

@@ -124,8 +124,10 @@ class Trained(NamedTuple):
     """A model that a run has trained, and what is needed to use it."""
 
     model: SequenceModel
-    vocabulary: Vocabulary
+    vocabulary: Vocabulary | None
+    """Of a model of text; None where its tokens are no text."""
     step: int
+    """That the weights are of."""
 
 
 def load_trained(run_dir: Path, which: str, device: torch.device) -> Trained:
@@ -137,7 +139,7 @@ def load_trained(run_dir: Path, which: str, device: torch.device) -> Trained:
         device: where the model goes.
 
     Returns:
-        The model, the vocabulary of its tokens and the step that its weights are of.
+        The model, the vocabulary of its tokens (None where they are no text) and its weights' step.
 
     Raises:
         FileNotFoundError: there is no such run, or it has no such checkpoint yet.
@@ -153,6 +155,8 @@ def load_trained(run_dir: Path, which: str, device: torch.device) -> Trained:
     match extra:
         case {"vocabulary": dict(vocabulary), "step": int(step)}:
             return Trained(model, Vocabulary.from_dict(vocabulary), step)
+        case {"vocabulary": None, "step": int(step)}:
+            return Trained(model, None, step)
     raise ValueError(f"{directory} names no vocabulary and step: no run wrote it")
 
 
@@ -162,6 +166,10 @@ def check_unchanged(saved: RunConfig, config: RunConfig) -> None:
     Raises:
         ValueError: naming the first setting that differs and is not in `CHANGEABLE`.
     """
+    if saved.task.task != config.task.task:
+        raise ValueError(
+            f"resume: the task is {saved.task.task!r} in this run, got {config.task.task!r}; start a new run"
+        )
     for table in ("model", "task", "train"):
         old, new = asdict(getattr(saved, table)), asdict(getattr(config, table))
         for name, value in old.items():

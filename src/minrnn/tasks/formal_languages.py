@@ -1,0 +1,188 @@
+"""Formal languages: rules that a machine of few states, or a counter, computes at any length.
+
+Trained on short strings and measured on long ones, they show what a cell has learnt: the rule or the strings.
+A string is followed by a marker for each token of its answer, as in Delétang et al., "Neural Networks and the
+Chomsky Hierarchy" (arXiv 2207.02098); the languages are those of Beck et al., "xLSTM" (arXiv 2405.04517),
+with the alphabets of the code that the authors of "Were RNNs All We Needed?" released.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minrnn.tasks.draws import Draws, Part
+from minrnn.tasks.labelled import LabelledTask, blocks, pack
+from minrnn.tasks.task import Batch, check_batch
+
+String = NDArray[np.int64]
+
+CYCLE = 5
+"""Places on the circle that cycle-navigation walks around."""
+
+
+def parity(string: String) -> String:
+    """Return whether the number of ones is odd: 0 or 1."""
+    return string.sum(keepdims=True) % 2
+
+
+def even_pairs(string: String) -> String:
+    """Return whether the number of places where the next symbol is another is even: 0 or 1."""
+    changes = np.count_nonzero(string[1:] != string[:-1])
+    return np.array([1 - changes % 2])
+
+
+def cycle_navigation(string: String) -> String:
+    """Return where a walk on a circle ends that starts at 0; symbols step by -1, 0 and 1."""
+    return (string - 1).sum(keepdims=True) % CYCLE
+
+
+def majority(string: String) -> String:
+    """Return the symbol that occurs most often; the lowest of several."""
+    return np.bincount(string).argmax(axis=0, keepdims=True)
+
+
+def majority_count(string: String) -> String:
+    """Return how often the most frequent symbol occurs; at most the vocabulary's last token."""
+    return np.minimum(np.bincount(string).max(keepdims=True), MAX_COUNT)
+
+
+def bucket_sort(string: String) -> String:
+    """Return the symbols in their order."""
+    return np.sort(string)
+
+
+MAX_COUNT = 63
+
+
+class Language(NamedTuple):
+    """A rule from strings to answers."""
+
+    symbols: int
+    """Size of the alphabet."""
+    answers: int
+    """Different answer tokens."""
+    rule: Callable[[String], String]
+    """The answer to a string; for missing-duplicate, the string itself."""
+    repeats: bool = False
+    """Whether the string is said again as far as a gap, and the answer is the symbol in the gap."""
+
+
+LANGUAGES: dict[str, Language] = {
+    "bucket-sort": Language(10, 10, bucket_sort),
+    "missing-duplicate": Language(9, 9, lambda string: string, repeats=True),
+    "cycle-navigation": Language(3, CYCLE, cycle_navigation),
+    "even-pairs": Language(2, 2, even_pairs),
+    "majority": Language(63, 63, majority),
+    "majority-count": Language(63, MAX_COUNT + 1, majority_count),
+    "parity": Language(2, 2, parity),
+}
+
+
+@dataclass(frozen=True)
+class FormalLanguageConfig:
+    """Which language is learnt, and on strings of which lengths. The defaults are the paper's."""
+
+    language: Literal[
+        "bucket-sort",
+        "missing-duplicate",
+        "cycle-navigation",
+        "even-pairs",
+        "majority",
+        "majority-count",
+        "parity",
+    ] = "parity"
+    """The rule."""
+    min_length: int = 1
+    """Symbols of the shortest string that is trained on."""
+    max_length: int = 40
+    """Symbols of the longest string that is trained on; each length between is as likely."""
+    eval_min_length: int = 40
+    """Symbols of the shortest string that is measured."""
+    eval_max_length: int = 256
+    """Symbols of the longest string that is measured; each length between is as likely."""
+    eval_sequences: int = 2048
+    """Strings in an evaluation."""
+    part: Part = "validation"
+    """What an evaluation measures: validation, by which weights are chosen, or test."""
+
+    task: ClassVar[str] = "formal-languages"
+    """The task's name in TASKS."""
+
+    def __post_init__(self) -> None:
+        if self.language not in LANGUAGES:
+            raise ValueError(
+                f"FormalLanguageConfig: language must be one of {', '.join(LANGUAGES)}, got {self.language!r}"
+            )
+        if self.eval_sequences < 1:
+            raise ValueError(
+                f"FormalLanguageConfig: eval_sequences must be at least 1, got {self.eval_sequences}"
+            )
+        for low, high in (("min_length", "max_length"), ("eval_min_length", "eval_max_length")):
+            if not 1 <= getattr(self, low) <= getattr(self, high):
+                raise ValueError(
+                    f"FormalLanguageConfig: {low} must lie in 1 .. {high} = {getattr(self, high)}, got "
+                    f"{getattr(self, low)}"
+                )
+
+
+class FormalLanguageTask(LabelledTask):
+    """Answer strings by a rule.
+
+    Tokens are the symbols and answers 0 .. n - 1, and the marker n that asks for an answer.
+
+    Args:
+        config: the language and the lengths.
+    """
+
+    def __init__(self, config: FormalLanguageConfig) -> None:
+        self.config = config
+        self.language = LANGUAGES[config.language]
+
+    @property
+    def vocab_size(self) -> int:
+        """Symbols or answers, whichever are more, and the marker."""
+        return max(self.language.symbols, self.language.answers) + 1
+
+    @property
+    def sha256(self) -> str:
+        """Digest of what decides the training strings."""
+        config = self.config
+        return hashlib.sha256(
+            f"1 {config.language} {config.min_length} {config.max_length}".encode()
+        ).hexdigest()
+
+    def describe(self) -> str:
+        """Return the language and the lengths in one line."""
+        config = self.config
+        return (
+            f"{config.language}: strings of {config.min_length} to {config.max_length} symbols to train on, "
+            f"{config.eval_sequences:,} of {config.eval_min_length} to {config.eval_max_length} to measure"
+        )
+
+    def batch(self, step: int, batch_size: int, seed: int) -> Batch:
+        """Return new strings with their answers, (B, T), T of the longest: a pure function."""
+        check_batch("batch", step, batch_size, seed)
+        draws = Draws(seed, "train", step)
+        return self._strings(draws, batch_size, self.config.min_length, self.config.max_length)
+
+    def evaluation_batches(self) -> Iterator[Batch]:
+        """Yield the strings of the part, which no seed of training draws from."""
+        config = self.config
+        for index, size in blocks(config.eval_sequences):
+            draws = Draws(0, config.part, index)
+            yield self._strings(draws, size, config.eval_min_length, config.eval_max_length)
+
+    def _strings(self, draws: Draws, count: int, shortest: int, longest: int) -> Batch:
+        lengths = shortest + draws.integers(longest - shortest + 1, count)
+        symbols = draws.integers(self.language.symbols, count, longest)
+        strings = [row[:length] for row, length in zip(symbols, lengths, strict=True)]
+        answers = [self.language.rule(string) for string in strings]
+        if self.language.repeats:
+            gaps = draws.integers(1 << 32, count) % lengths
+            answers = [answer[gap : gap + 1] for answer, gap in zip(answers, gaps, strict=True)]
+            strings = [np.concatenate([s, s[:gap]]) for s, gap in zip(strings, gaps, strict=True)]
+        return pack(strings, answers, marker=self.vocab_size - 1)

@@ -1,0 +1,245 @@
+"""ListOps: compute the value of a nested expression over digits, such as [MAX 2 9 [MIN 4 7 ] 0 ] = 9.
+
+The grammar, its probabilities and limits are those of the generator that Long Range Arena published (Tay et
+al., arXiv 2011.04006; lra_benchmarks/data/listops.py), which follows Nangia and Bowman (arXiv 1804.06028):
+
+    a node at depth max_depth is a digit; any other is a digit with probability 3/4
+    an operator is MIN, MAX, MED or SM, equally likely, with 2 .. max_args arguments, equally likely
+    an expression is kept if min_length < tokens < max_length, and is not there already
+
+SM is the sum modulo 10; MED is the median, rounded down where two middle values differ. Classes are as
+frequent as the grammar makes them: nothing is balanced, there or here. The source writes arguments in further
+parentheses, which its own pipeline removes; here there are none.
+"""
+
+import hashlib
+import json
+import random
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minrnn.tasks.draws import Draws, Part
+from minrnn.tasks.labelled import LabelledTask, blocks, pack
+from minrnn.tasks.sources import cache_folder
+from minrnn.tasks.task import Batch, check_batch
+
+FORMAT_VERSION = 1  # part of a cached file's name: one of another version is not found
+
+MIN, MAX, MED, SM = 10, 11, 12, 13
+END = 14
+MARKER = 15
+SYMBOLS = (*map(str, range(10)), "[MIN", "[MAX", "[MED", "[SM", "]", "=")
+"""What each token stands for; the last, which follows the expression, asks for its value."""
+
+OPERATORS = (MIN, MAX, MED, SM)
+DIGIT_PROBABILITY = 0.75
+PATIENCE = 100_000
+"""Expressions in a row that may be refused; at Long Range Arena's limits about one in twelve is kept."""
+
+
+@dataclass(frozen=True)
+class ListOpsConfig:
+    """Which expressions are learnt. The defaults are Long Range Arena's."""
+
+    max_length: int = 2000
+    """Every expression has fewer tokens than this."""
+    min_length: int = 500
+    """Every expression has more tokens than this."""
+    max_depth: int = 10
+    """Levels of the deepest expression, its digits included."""
+    max_args: int = 10
+    """Most arguments of an operator."""
+    num_train: int = 96_000
+    """Expressions to train on."""
+    num_validation: int = 2000
+    """Expressions to choose weights by."""
+    num_test: int = 2000
+    """Expressions to report on."""
+    data_seed: int = 0
+    """Seed of the expressions."""
+    part: Part = "validation"
+    """What an evaluation measures: validation or test."""
+
+    task: ClassVar[str] = "listops"
+    """The task's name in TASKS."""
+
+    def __post_init__(self) -> None:
+        least = {"max_depth": 1, "max_args": 2, "num_train": 1, "num_validation": 1, "num_test": 1}
+        for name, low in {**least, "min_length": 0, "data_seed": 0}.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"ListOpsConfig: {name} must be at least {low}, got {getattr(self, name)}")
+        if self.max_length < self.min_length + 2:
+            raise ValueError(
+                f"ListOpsConfig: max_length must be at least min_length + 2 = {self.min_length + 2}, for "
+                f"lengths lie between them, got {self.max_length}"
+            )
+
+    @property
+    def num_expressions(self) -> int:
+        """Expressions of all parts."""
+        return self.num_train + self.num_validation + self.num_test
+
+
+class Expressions(NamedTuple):
+    """Expressions end to end, and their values."""
+
+    tokens: NDArray[np.uint8]
+    """All tokens, (N,)."""
+    ends: NDArray[np.int64]
+    """Where each expression ends in them."""
+    values: NDArray[np.uint8]
+    """What each is worth, 0 .. 9."""
+
+    def question(self, index: int) -> NDArray[np.uint8]:
+        """Return the tokens of one expression."""
+        start = self.ends[index - 1] if index else 0
+        return self.tokens[start : self.ends[index]]
+
+
+class ListOpsTask(LabelledTask):
+    """Say the value of an expression after its last bracket: ten classes.
+
+    The expressions are generated when the task is made (a minute or two at the defaults) and kept in the
+    cache folder.
+
+    Args:
+        config: the grammar's limits and the sizes of the parts.
+
+    Raises:
+        ValueError: the limits leave too few different expressions.
+        OSError: the cache cannot be written.
+    """
+
+    def __init__(self, config: ListOpsConfig) -> None:
+        self.config = config
+        self._expressions = _cached(config)
+
+    @property
+    def vocab_size(self) -> int:
+        """Digits, operators, bracket and marker."""
+        return len(SYMBOLS)
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the expressions."""
+        return hashlib.sha256(self._expressions.tokens.tobytes()).hexdigest()
+
+    def describe(self) -> str:
+        """Return the numbers of expressions and their lengths in one line."""
+        config = self.config
+        return (
+            f"{config.task}: {config.num_train:,} expressions to train on, {config.num_validation:,} to "
+            f"validate on, of more than {config.min_length} and fewer than {config.max_length:,} tokens"
+        )
+
+    def batch(self, step: int, batch_size: int, seed: int) -> Batch:
+        """Return expressions drawn from the training part, (B, T), T of the longest: a pure function."""
+        check_batch("batch", step, batch_size, seed)
+        return self._gather(Draws(seed, "train", step).integers(self.config.num_train, batch_size))
+
+    def evaluation_batches(self) -> Iterator[Batch]:
+        """Yield the expressions of the part."""
+        config = self.config
+        is_test = config.part == "test"
+        first = config.num_train + (config.num_validation if is_test else 0)
+        count = config.num_test if is_test else config.num_validation
+        for _, size in blocks(count):
+            yield self._gather(np.arange(first, first + size))
+            first += size
+
+    def _gather(self, indices: NDArray[np.integer]) -> Batch:
+        questions = [self._expressions.question(int(index)) for index in indices]
+        answers = [self._expressions.values[index : index + 1] for index in indices]
+        return pack(questions, answers, marker=MARKER)
+
+
+def generate_expressions(config: ListOpsConfig) -> Expressions:
+    """Generate different expressions, those of training first, then validation, then test.
+
+    A pure function of the configuration: Python keeps the numbers of `random.Random.random` the same.
+
+    Raises:
+        ValueError: the limits allow too few different expressions.
+    """
+    source = random.Random(config.data_seed)
+    found: dict[bytes, int] = {}  # in the order in which they were found
+    refused = 0  # since the last that was kept
+    while len(found) < config.num_expressions and refused < PATIENCE:
+        grown = _Expression(source, config)
+        tokens = bytes(grown.tokens)
+        refused += 1
+        if config.min_length < len(tokens) < config.max_length and tokens not in found:
+            found[tokens] = grown.value
+            refused = 0
+    if refused:
+        raise ValueError(
+            f"ListOpsConfig: the limits must allow {config.num_expressions:,} different expressions, got "
+            f"{len(found):,}; allow longer or deeper ones, or take fewer"
+        )
+    ends = np.cumsum([len(tokens) for tokens in found])
+    values = np.fromiter(found.values(), np.uint8)
+    return Expressions(np.frombuffer(b"".join(found), np.uint8), ends, values)
+
+
+class _Expression:
+    """One expression, grown at random; growth stops where it has become too long to be kept."""
+
+    def __init__(self, source: random.Random, config: ListOpsConfig) -> None:
+        self._random, self._config = source.random, config
+        self.tokens: list[int] = []
+        self.value = self._grow(1)
+
+    def _grow(self, depth: int) -> int:
+        config = self._config
+        is_digit = depth >= config.max_depth or self._random() < DIGIT_PROBABILITY
+        if is_digit or len(self.tokens) >= config.max_length:
+            digit = int(self._random() * 10)
+            self.tokens.append(digit)
+            return digit
+        operator = OPERATORS[int(self._random() * len(OPERATORS))]
+        num_args = 2 + int(self._random() * (config.max_args - 1))
+        self.tokens.append(operator)
+        values = [self._grow(depth + 1) for _ in range(num_args)]
+        self.tokens.append(END)
+        return _apply(operator, values)
+
+
+def _apply(operator: int, values: list[int]) -> int:
+    if operator == MIN:
+        return min(values)
+    if operator == MAX:
+        return max(values)
+    if operator == SM:
+        return sum(values) % 10
+    ordered, middle = sorted(values), len(values) // 2
+    return ordered[middle] if len(values) % 2 else (ordered[middle - 1] + ordered[middle]) // 2
+
+
+def _cached(config: ListOpsConfig) -> Expressions:
+    """Return the configuration's expressions, from the cache folder where they are there."""
+    limits = [config.max_length, config.min_length, config.max_depth, config.max_args, config.data_seed]
+    described = json.dumps([FORMAT_VERSION, *limits, config.num_expressions])
+    shelf = cache_folder() / "listops"
+    path = shelf / f"{hashlib.sha256(described.encode()).hexdigest()[:32]}.npz"
+    if path.is_file():
+        with np.load(path) as arrays:
+            return Expressions(*(arrays[name] for name in Expressions._fields))
+    expressions = generate_expressions(config)
+    try:
+        shelf.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=shelf) as folder:
+            partial = Path(folder, path.name)
+            np.savez_compressed(partial, **expressions._asdict())
+            partial.replace(path)
+    except OSError as error:
+        raise OSError(
+            f"listops: cannot write the expressions to {shelf}: {error} (MINRNN_CACHE can name another "
+            "folder)"
+        ) from error
+    return expressions

@@ -1,0 +1,106 @@
+"""Selective copying: say again the data tokens of a long sequence, in their order, without its blanks.
+
+    . . 7 . 2 . . . 9 .  =  =  =
+                         7  2  9
+
+Where the data stand is random, so a cell must decide by a token's content whether to keep it. Source: Gu and
+Dao, "Mamba" (arXiv 2312.00752), section 4.1.1, after Jing et al. (2019); sizes and tokens as in the code that
+the authors of "Were RNNs All We Needed?" released for their tables 1 and 2.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from minrnn.tasks.draws import Draws, Part
+from minrnn.tasks.labelled import LabelledTask, blocks
+from minrnn.tasks.task import IGNORED, Batch, check_batch
+
+MARKER = 0
+"""The token that asks for the next data token; data are 1 .. kinds, and the last token is the blank."""
+
+
+@dataclass(frozen=True)
+class SelectiveCopyingConfig:
+    """Which sequences are copied from. The defaults are the paper's."""
+
+    length: int = 4096
+    """Positions that the data tokens are spread over; as many markers as there are data tokens follow."""
+    num_tokens: int = 16
+    """Data tokens in a sequence."""
+    kinds: int = 14
+    """Different data tokens; with the marker and the blank they are the vocabulary."""
+    eval_sequences: int = 12_800
+    """Sequences in an evaluation."""
+    part: Part = "validation"
+    """What an evaluation measures: validation, by which weights are chosen, or test."""
+
+    task: ClassVar[str] = "selective-copying"
+    """The task's name in TASKS."""
+
+    def __post_init__(self) -> None:
+        for name in ("length", "num_tokens", "kinds", "eval_sequences"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"SelectiveCopyingConfig: {name} must be at least 1, got {getattr(self, name)}"
+                )
+        if self.num_tokens > self.length:
+            raise ValueError(
+                f"SelectiveCopyingConfig: num_tokens must be at most length = {self.length}, got "
+                f"{self.num_tokens}"
+            )
+
+
+class SelectiveCopyingTask(LabelledTask):
+    """Copy the data tokens that stand among blanks.
+
+    Args:
+        config: the sequences' sizes.
+    """
+
+    def __init__(self, config: SelectiveCopyingConfig) -> None:
+        self.config = config
+
+    @property
+    def vocab_size(self) -> int:
+        """Marker, data, blank."""
+        return self.config.kinds + 2
+
+    @property
+    def sha256(self) -> str:
+        """Digest of what decides the training sequences."""
+        config = self.config
+        return hashlib.sha256(f"1 {config.length} {config.num_tokens} {config.kinds}".encode()).hexdigest()
+
+    def describe(self) -> str:
+        """Return the sizes in one line."""
+        config = self.config
+        return (
+            f"{config.task}: {config.num_tokens} tokens of {config.kinds} kinds to copy out of "
+            f"{config.length:,}, new ones at every step, {config.eval_sequences:,} sequences to validate on"
+        )
+
+    def batch(self, step: int, batch_size: int, seed: int) -> Batch:
+        """Return new sequences, (B, length + num_tokens): a pure function of the arguments."""
+        check_batch("batch", step, batch_size, seed)
+        return self._sequences(Draws(seed, "train", step), batch_size)
+
+    def evaluation_batches(self) -> Iterator[Batch]:
+        """Yield the sequences of the part, which no seed of training draws from."""
+        for index, size in blocks(self.config.eval_sequences):
+            yield self._sequences(Draws(0, self.config.part, index), size)
+
+    def _sequences(self, draws: Draws, count: int) -> Batch:
+        config = self.config
+        data = 1 + draws.integers(config.kinds, count, config.num_tokens)
+        places = draws.subsets(config.length, config.num_tokens, count)
+        inputs = np.full((count, config.length + config.num_tokens), MARKER, dtype=np.int64)
+        inputs[:, : config.length] = self.vocab_size - 1  # blanks
+        np.put_along_axis(inputs, places, data, axis=1)
+        targets = np.full_like(inputs, IGNORED)
+        targets[:, config.length :] = data
+        return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
