@@ -1,34 +1,41 @@
 // The gate equations as functors, and the elementary functions they need.
 //
-// Every function here is branch-free scalar code: the loops in rows.cpp vectorise it. `Real` is float or
-// double, and is the type in which gates are computed; the state is carried in double (see Recurrence).
+// Everything here is branch-free and works on vectors of channels (lanes.h); `V` is such a vector, of the type in which
+// gates are computed. NaN passes through all of it.
 #pragma once
 
 #include <cstdint>
 
+#include "lanes.h"
+
 namespace minrnn {
-namespace {  // internal linkage: each instruction set compiles its own copy, and the linker must not merge them
+namespace {
 
 // ---------------------------------------------------------------------------------------------------------
-// Elementary functions. NaN passes through all of them.
+// Elementary functions
 
 template <class Real> struct ExpConstants;
 
 template <> struct ExpConstants<float> {
-    using Bits = int32_t;
     static constexpr int mantissa_bits = 23;
     static constexpr float lowest = -87.33654f;        // exp(lowest) is the smallest normal number
+    static constexpr float negligible = -17.5f;        // 1 + exp(negligible) is 1
     static constexpr float round_shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    // n * ln2 is not rounded before it is subtracted, so one constant serves: 2.4e-7 relative at the lowest x.
+    static constexpr float ln2_high = 0.693147182f, ln2_low = 0;
+#else
     static constexpr float ln2_high = 0.693145752f, ln2_low = 1.42860677e-6f;
+#endif
     static constexpr float log2_e = 1.44269504f;
     // Minimax on |r| <= ln(2)/2 with the constant fixed at one: 9e-8 relative, a float's own rounding is 6e-8.
     static constexpr float poly[] = {1.f, 0.9999997f, 0.49999148f, 0.16667639f, 0.041898161f, 0.0082902722f};
 };
 
 template <> struct ExpConstants<double> {
-    using Bits = int64_t;
     static constexpr int mantissa_bits = 52;
     static constexpr double lowest = -708.39641853226408;
+    static constexpr double negligible = -37.5;
     static constexpr double round_shift = 6755399441055744.0;  // 1.5 * 2^52
     static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
     static constexpr double log2_e = 1.44269504088896340736;
@@ -39,67 +46,63 @@ template <> struct ExpConstants<double> {
 };
 
 // exp(x) for x <= 0; arguments below the smallest normal result are clamped there.
-template <class Real> inline Real exp_nonpositive(Real x) {
-    using C = ExpConstants<Real>;
-    using Bits = typename C::Bits;
-    x = x < C::lowest ? C::lowest : x;  // false for NaN, which therefore stays
-    const Real shifted = x * C::log2_e + C::round_shift;
-    const Real n = shifted - C::round_shift;
-    const Real r = (x - n * C::ln2_high) - n * C::ln2_low;
-    constexpr int degree = static_cast<int>(sizeof(C::poly) / sizeof(Real)) - 1;
-    Real p = C::poly[degree];
+template <class V> MINRNN_INLINE V exp_nonpositive(V x) {
+    using C = ExpConstants<RealOf<V>>;
+    x = at_least(x, C::lowest);
+    const V shifted = x * C::log2_e + C::round_shift;
+    const V n = shifted - C::round_shift;
+    V r = x - n * C::ln2_high;
+    if constexpr (C::ln2_low != 0) r -= n * C::ln2_low;
+    constexpr int degree = static_cast<int>(sizeof(C::poly) / sizeof(C::poly[0])) - 1;
+    V p = splat<V>(C::poly[degree]);
 #pragma GCC unroll 16
     for (int i = degree - 1; i >= 0; --i) p = p * r + C::poly[i];
-    const Bits scale = __builtin_bit_cast(Bits, shifted) << C::mantissa_bits;  // n, moved into the exponent
-    return __builtin_bit_cast(Real, __builtin_bit_cast(Bits, p) + scale);
+    return (V)((BitsOf<V>)p + ((BitsOf<V>)shifted << C::mantissa_bits));  // n, moved into the exponent
 }
 
-inline float absolute(float x) { return __builtin_fabsf(x); }
-inline double absolute(double x) { return __builtin_fabs(x); }
-
-// Sigmoids and candidates are fractions. A division costs as much as ten multiplications, so each fraction shows
-// its denominator, a gate takes one reciprocal of the product of all, and each gets back its own.
-
-template <class Real> struct Sigmoid {  // sigmoid(x) and sigmoid(-x): 1 - sigmoid(x) would lose the small one
-    Real x, e, denominator;
-    explicit inline Sigmoid(Real x) : x(x), e(exp_nonpositive(-absolute(x))), denominator(1 + e) {}
-    inline Real numerator() const { return x >= 0 ? Real(1) : e; }
-    inline Real complement_numerator() const { return x >= 0 ? e : Real(1); }
+// sigmoid(x) and sigmoid(-x), each of full relative accuracy: 1 - sigmoid(x) would lose the small one.
+template <class V> struct Sigmoid {
+    V value, complement;
+    explicit MINRNN_INLINE Sigmoid(V x) {
+        const V e = exp_nonpositive(-absolute(x)), large = reciprocal(1 + e), small = e * large;
+        value = x >= 0 ? large : small;
+        complement = x >= 0 ? small : large;
+    }
 };
 
 // ---------------------------------------------------------------------------------------------------------
-// Candidates: the function that the candidate's pre-activation goes through, and its slope, both to be
-// completed by `inverse` = 1 / denominator.
+// Candidates: the function that the candidate's pre-activation goes through, and its slope.
 
-template <class Real> struct Positive {  // x + 0.5 for x >= 0, sigmoid(x) below: continuous, always above zero
-    Real x, e, denominator;
-    explicit inline Positive(Real x) : x(x), e(exp_nonpositive(-absolute(x))), denominator(1 + e) {}
-    inline Real value(Real inverse) const { return x >= 0 ? x + Real(0.5) : e * inverse; }
-    inline Real slope(Real inverse) const { return x >= 0 ? Real(1) : e * inverse * inverse; }
-};
-
-template <class Real> struct Linear {
-    Real x;
-    static constexpr Real denominator = 1;
-    explicit inline Linear(Real x) : x(x) {}
-    inline Real value(Real) const { return x; }
-    inline Real slope(Real) const { return 1; }
-};
-
-template <class Real> struct Tanh {
-    Real x, e, denominator;
-    explicit inline Tanh(Real x) : x(x), e(exp_nonpositive(-2 * absolute(x))), denominator(1 + e) {}
-    inline Real value(Real inverse) const {
-        // (1 - e) / (1 + e) cancels near zero, so a short odd series takes over there.
-        const Real far = (1 - e) * inverse, x2 = x * x;
-        return absolute(x) < Real(0.125) ? x * (1 + x2 * series(x2)) : (x < 0 ? -far : far);
+template <class V> struct Positive {  // x + 0.5 for x >= 0, sigmoid(x) below: continuous, always above zero
+    V value, slope;
+    explicit MINRNN_INLINE Positive(V x) {
+        const V e = exp_nonpositive(-absolute(x)), large = reciprocal(1 + e), small = e * large;
+        value = x >= 0 ? x + RealOf<V>(0.5) : small;
+        slope = x >= 0 ? splat<V>(1) : small * large;
     }
-    inline Real slope(Real inverse) const { return 4 * e * inverse * inverse; }
+};
+
+template <class V> struct Linear {
+    V value, slope;
+    explicit MINRNN_INLINE Linear(V x) : value(x), slope(splat<V>(1)) {}
+};
+
+template <class V> struct Tanh {
+    V value, slope;
+    explicit MINRNN_INLINE Tanh(V x) {
+        using Real = RealOf<V>;
+        const V e = exp_nonpositive(-2 * absolute(x)), inverse = reciprocal(1 + e);
+        // (1 - e) / (1 + e) cancels near zero, so a short odd series takes over there.
+        const V far = (1 - e) * inverse, x2 = x * x;
+        value = absolute(x) < Real(0.125) ? x * (1 + x2 * series(x2)) : (x < 0 ? -far : far);
+        slope = 4 * e * inverse * inverse;
+    }
 
   private:
     // (tanh(x) / x - 1) / x^2 by its Taylor series: remainder below 1e-19 for |x| < 1/8.
-    static inline Real series(Real x2) {
-        Real p = Real(6404582.0 / 10854718875.0);
+    static MINRNN_INLINE V series(V x2) {
+        using Real = RealOf<V>;
+        V p = splat<V>(Real(6404582.0 / 10854718875.0));
         p = p * x2 + Real(-929569.0 / 638512875.0);
         p = p * x2 + Real(21844.0 / 6081075.0);
         p = p * x2 + Real(-1382.0 / 155925.0);
@@ -111,143 +114,150 @@ template <class Real> struct Tanh {
 };
 
 // ---------------------------------------------------------------------------------------------------------
-// Gates. A gate maps one step's pre-activations to the recurrence h = a * h_prev + b, and the adjoint of h
-// to the gradients of the pre-activations.
+// The recurrence h = a h_prev + b.
+//
+// The state is an unevaluated sum hi + lo: in one float, an update far smaller than the state is rounded away, and the
+// error grows with T. A double would serve as well, but its conversions cost three times as much as the second float.
+// For the same reason a is not enough where it is near 1: with 1 - a = 1e-6, a float a has one digit of its distance
+// from 1 left. Wherever a is above one half it is therefore given as 1 + m, and m = a - 1 has full relative accuracy.
 
-template <class Real> struct Recurrence {
-    double a;
-    Real b;
+template <class V> struct Carry {
+    V hi, lo;
 };
 
-// a in double, from a and 1 - a, each of full relative accuracy in Real. Where forgetting is slow, subtracting in
-// double keeps what Real would round away: with 1 - a = 1e-6, a float a has one digit of it left.
-template <class Real> inline double decay(Real a, Real complement) {
-    return complement < Real(0.5) ? 1.0 - static_cast<double>(complement) : static_cast<double>(a);
+template <class V> struct Decay {
+    BitsOf<V> slow;  // lanes in which a = 1 + m; in the others a = m
+    V m;
+};
+
+// From a and 1 - a, each of full relative accuracy.
+template <class V> MINRNN_INLINE Decay<V> decay(V a, V forgets) {
+    const BitsOf<V> slow = forgets < RealOf<V>(0.5);
+    return {slow, slow ? -forgets : a};
 }
+
+template <class V> struct Recurrence {
+    Decay<V> a;
+    V b;
+};
+
+MINRNN_INLINE Carry<Floats> advance(Carry<Floats> h, Recurrence<Floats> r) {
+    const Floats change = r.a.m * h.hi + r.b, with_lo = change + h.lo;
+    const Floats delta = r.a.slow ? with_lo : change;
+    const Floats sum = h.hi + delta, error = delta - (sum - h.hi);
+    return {r.a.slow ? sum : change, r.a.slow ? error : Floats{}};
+}
+
+MINRNN_INLINE Carry<Doubles> advance(Carry<Doubles> h, Recurrence<Doubles> r) {
+    const Doubles change = r.a.m * h.hi + r.b;
+    return {r.a.slow ? h.hi + change : change, h.lo};
+}
+
+template <class V> MINRNN_INLINE Carry<V> multiply(Carry<V> h, Decay<V> a) { return advance(h, {a, V{}}); }
+
+// carry + x, whichever is larger
+MINRNN_INLINE Carry<Floats> add(Carry<Floats> carry, Floats x) {
+    const Floats sum = carry.hi + x, from_x = sum - carry.hi;
+    return {sum, ((carry.hi - (sum - from_x)) + (x - from_x)) + carry.lo};
+}
+
+MINRNN_INLINE Carry<Doubles> add(Carry<Doubles> carry, Doubles x) { return {carry.hi + x, carry.lo}; }
+
+// ---------------------------------------------------------------------------------------------------------
+// Gates. A gate maps one step's pre-activations to the recurrence, and the adjoint of h to their gradients.
+
+template <class V> struct Gradients {
+    V d0, d1, d2;
+    Decay<V> a;
+};
 
 struct Identity {  // scan(a, b) itself
     static constexpr int num_pre = 2;
-    template <class Real> static inline Recurrence<Real> forward(Real a, Real b, Real) {
-        return {static_cast<double>(a), b};
+
+    template <class V> static MINRNN_INLINE Decay<V> nearest(V a) {
+        const BitsOf<V> slow = a > RealOf<V>(0.5);
+        return {slow, slow ? a - 1 : a};
     }
-    template <class Real>
-    static inline double backward(Real a, Real, Real, Real h_prev, Real dh, Real &da, Real &db, Real &) {
-        da = dh * h_prev;
-        db = dh;
-        return static_cast<double>(a);
+    template <class V> static MINRNN_INLINE Recurrence<V> forward(V a, V b, V) { return {nearest(a), b}; }
+    template <class V> static MINRNN_INLINE Gradients<V> backward(V a, V, V, V h_prev, V dh) {
+        return {dh * h_prev, dh, V{}, nearest(a)};
     }
 };
 
 template <template <class> class Candidate> struct MinGRU {  // a = 1 - z, b = z * candidate
     static constexpr int num_pre = 2;
 
-    template <class Real> struct Values {
-        Real z, complement, c, slope;
-        inline Values(Real z_pre, Real c_pre) {
-            const Sigmoid<Real> sigmoid(z_pre);
-            const Candidate<Real> candidate(c_pre);
-            const Real inverse = 1 / (sigmoid.denominator * candidate.denominator);
-            const Real of_sigmoid = inverse * candidate.denominator, of_candidate = inverse * sigmoid.denominator;
-            z = sigmoid.numerator() * of_sigmoid;
-            complement = sigmoid.complement_numerator() * of_sigmoid;
-            c = candidate.value(of_candidate);
-            slope = candidate.slope(of_candidate);
-        }
-    };
-
-    template <class Real> static inline Recurrence<Real> forward(Real z_pre, Real c_pre, Real) {
-        const Values<Real> v(z_pre, c_pre);
-        return {decay(v.complement, v.z), v.z * v.c};
+    template <class V> static MINRNN_INLINE Recurrence<V> forward(V z_pre, V c_pre, V) {
+        const Sigmoid<V> z(z_pre);
+        const Candidate<V> c(c_pre);
+        return {decay(z.complement, z.value), z.value * c.value};
     }
 
-    template <class Real>
-    static inline double backward(Real z_pre, Real c_pre, Real, Real h_prev, Real dh, Real &dz_pre,
-                                  Real &dc_pre, Real &) {
-        const Values<Real> v(z_pre, c_pre);
-        dz_pre = dh * (v.c - h_prev) * (v.z * v.complement);
-        dc_pre = dh * (v.z * v.slope);
-        return decay(v.complement, v.z);
+    template <class V>
+    static MINRNN_INLINE Gradients<V> backward(V z_pre, V c_pre, V, V h_prev, V dh) {
+        const Sigmoid<V> z(z_pre);
+        const Candidate<V> c(c_pre);
+        return {dh * (c.value - h_prev) * (z.value * z.complement), dh * (z.value * c.slope), V{},
+                decay(z.complement, z.value)};
+    }
+};
+
+// f / (f + i) and i / (f + i) of two sigmoids, and each sigmoid's complement.
+template <class V> struct Shares {
+    V f, i, f_complement, i_complement;
+    // sigmoid(x) is N(x) / (1 + e(x)) with e = exp(-|x|) and N = 1 or e, so the shares are F Q / (F Q + I P) and
+    // I P / (F Q + I P). Where 1 + e is 1 for both and F and I are exponentials, which may underflow, both are taken
+    // relative to the larger.
+    MINRNN_INLINE Shares(V f_pre, V i_pre) {
+        const V larger = f_pre > i_pre ? f_pre : i_pre;
+        const BitsOf<V> tiny = larger < ExpConstants<RealOf<V>>::negligible;
+        const V shift = tiny ? larger : V{};
+        const V f_shifted = f_pre - shift, i_shifted = i_pre - shift;
+        const V ef = exp_nonpositive(-absolute(f_shifted)), ei = exp_nonpositive(-absolute(i_shifted));
+        const BitsOf<V> f_positive = f_shifted >= 0, i_positive = i_shifted >= 0;
+        const V P = 1 + (tiny ? V{} : ef), Q = 1 + (tiny ? V{} : ei);
+        const V f_part = (f_positive ? splat<V>(1) : ef) * Q, i_part = (i_positive ? splat<V>(1) : ei) * P;
+        const V inverse = reciprocal(f_part + i_part);
+        f = f_part * inverse;
+        i = i_part * inverse;
+        f_complement = (f_positive & ~tiny ? ef : splat<V>(1)) * reciprocal(P);
+        i_complement = (i_positive & ~tiny ? ei : splat<V>(1)) * reciprocal(Q);
     }
 };
 
 template <template <class> class Candidate> struct MinLSTM {  // a = f / (f + i), b = i / (f + i) * candidate
     static constexpr int num_pre = 3;
 
-    template <class Real> struct Values {
-        Real f, i, f_complement, i_complement, c, slope;
-        // With f = F / P and i = I / Q the shares are F Q / (F Q + I P) and I P / (F Q + I P). Where both gates
-        // underflow, F and I are scaled so that the larger is one.
-        inline Values(Real f_pre, Real i_pre, Real c_pre) {
-            const Sigmoid<Real> forget(f_pre), input(i_pre);
-            const Candidate<Real> candidate(c_pre);
-            const Real ratio = exp_nonpositive(-absolute(f_pre - i_pre));
-            const bool both_negative = (f_pre < 0) & (i_pre < 0), keeps = f_pre >= i_pre;
-            const Real F = both_negative ? (keeps ? Real(1) : ratio) : forget.numerator();
-            const Real I = both_negative ? (keeps ? ratio : Real(1)) : input.numerator();
-            const Real P = forget.denominator, Q = input.denominator, C = candidate.denominator;
-            const Real f_part = F * Q, i_part = I * P, sum = f_part + i_part, PQ = P * Q, sum_C = sum * C;
-            const Real inverse = 1 / (PQ * sum_C);
-            const Real of_sum = inverse * PQ * C, of_gates = inverse * sum_C;
-            f = f_part * of_sum;
-            i = i_part * of_sum;
-            f_complement = forget.complement_numerator() * (of_gates * Q);
-            i_complement = input.complement_numerator() * (of_gates * P);
-            const Real of_candidate = inverse * PQ * sum;
-            c = candidate.value(of_candidate);
-            slope = candidate.slope(of_candidate);
-        }
-    };
-
-    template <class Real> static inline Recurrence<Real> forward(Real f_pre, Real i_pre, Real c_pre) {
-        const Values<Real> v(f_pre, i_pre, c_pre);
-        return {decay(v.f, v.i), v.i * v.c};
+    template <class V> static MINRNN_INLINE Recurrence<V> forward(V f_pre, V i_pre, V c_pre) {
+        const Shares<V> share(f_pre, i_pre);
+        const Candidate<V> c(c_pre);
+        return {decay(share.f, share.i), share.i * c.value};
     }
 
-    template <class Real>
-    static inline double backward(Real f_pre, Real i_pre, Real c_pre, Real h_prev, Real dh, Real &df_pre,
-                                  Real &di_pre, Real &dc_pre) {
-        const Values<Real> v(f_pre, i_pre, c_pre);
-        const Real d = dh * (h_prev - v.c) * (v.f * v.i);
-        df_pre = d * v.f_complement;
-        di_pre = -d * v.i_complement;
-        dc_pre = dh * (v.i * v.slope);
-        return decay(v.f, v.i);
+    template <class V>
+    static MINRNN_INLINE Gradients<V> backward(V f_pre, V i_pre, V c_pre, V h_prev, V dh) {
+        const Shares<V> share(f_pre, i_pre);
+        const Candidate<V> c(c_pre);
+        const V d = dh * (h_prev - c.value) * (share.f * share.i);
+        return {d * share.f_complement, -d * share.i_complement, dh * (share.i * c.slope), decay(share.f, share.i)};
     }
 };
 
 template <template <class> class Candidate> struct MinLSTMUnnormalised {  // a = f, b = i * candidate
     static constexpr int num_pre = 3;
 
-    template <class Real> struct Values {
-        Real f, f_complement, i, i_complement, c, slope;
-        inline Values(Real f_pre, Real i_pre, Real c_pre) {
-            const Sigmoid<Real> forget(f_pre), input(i_pre);
-            const Candidate<Real> candidate(c_pre);
-            const Real P = forget.denominator, Q = input.denominator, C = candidate.denominator;
-            const Real inverse = 1 / (P * Q * C);
-            const Real of_forget = inverse * (Q * C), of_input = inverse * (P * C), of_candidate = inverse * (P * Q);
-            f = forget.numerator() * of_forget;
-            f_complement = forget.complement_numerator() * of_forget;
-            i = input.numerator() * of_input;
-            i_complement = input.complement_numerator() * of_input;
-            c = candidate.value(of_candidate);
-            slope = candidate.slope(of_candidate);
-        }
-    };
-
-    template <class Real> static inline Recurrence<Real> forward(Real f_pre, Real i_pre, Real c_pre) {
-        const Values<Real> v(f_pre, i_pre, c_pre);
-        return {decay(v.f, v.f_complement), v.i * v.c};
+    template <class V> static MINRNN_INLINE Recurrence<V> forward(V f_pre, V i_pre, V c_pre) {
+        const Sigmoid<V> f(f_pre), i(i_pre);
+        const Candidate<V> c(c_pre);
+        return {decay(f.value, f.complement), i.value * c.value};
     }
 
-    template <class Real>
-    static inline double backward(Real f_pre, Real i_pre, Real c_pre, Real h_prev, Real dh, Real &df_pre,
-                                  Real &di_pre, Real &dc_pre) {
-        const Values<Real> v(f_pre, i_pre, c_pre);
-        df_pre = dh * h_prev * (v.f * v.f_complement);
-        di_pre = dh * v.c * (v.i * v.i_complement);
-        dc_pre = dh * (v.i * v.slope);
-        return decay(v.f, v.f_complement);
+    template <class V>
+    static MINRNN_INLINE Gradients<V> backward(V f_pre, V i_pre, V c_pre, V h_prev, V dh) {
+        const Sigmoid<V> f(f_pre), i(i_pre);
+        const Candidate<V> c(c_pre);
+        return {dh * h_prev * (f.value * f.complement), dh * c.value * (i.value * i.complement),
+                dh * (i.value * c.slope), decay(f.value, f.complement)};
     }
 };
 

@@ -6,119 +6,172 @@
 namespace minrnn {
 namespace {
 
-template <class Real, class G> struct Rows {
-    static void forward(int64_t n, const Real *__restrict p0, const Real *__restrict p1,
-                        const Real *__restrict p2, double *__restrict carry, Real *__restrict h) {
-        for (int64_t d = 0; d < n; ++d) {
-            const Recurrence<Real> r = G::template forward<Real>(p0[d], p1[d], G::num_pre > 2 ? p2[d] : Real(0));
-            const double next = r.a * carry[d] + static_cast<double>(r.b);
-            carry[d] = next;
-            h[d] = static_cast<Real>(next);
+template <class IO, class G> struct Rows {
+    using Real = typename Computed<IO>::Real;
+    using V = Lanes<Real>;
+    using In = const IO *;
+    using Out = IO *;
+    using CarryRow = minrnn::CarryRow<Real>;
+    using Pre = typename RowKernels<IO>::Pre;
+
+    // One block of lanes of the arrays, beginning at channel d; Count is All, or a number of channels below that.
+    template <class Count> struct Block {
+        int64_t d;
+        Count count;
+        MINRNN_INLINE V from(In row) const { return load(row + d, count); }
+        MINRNN_INLINE void to(Out row, V x) const { store(x, row + d, count); }
+        MINRNN_INLINE V third(In row) const {
+            if constexpr (G::num_pre > 2) return from(row);
+            return V{};
+        }
+        MINRNN_INLINE Carry<V> from(CarryRow row) const { return {load(row.hi + d, count), load(row.lo + d, count)}; }
+        MINRNN_INLINE void to(CarryRow row, Carry<V> carry) const {
+            store(carry.hi, row.hi + d, count);
+            store(carry.lo, row.lo + d, count);
+        }
+    };
+
+    // Each kernel: `step` computes a block, `put` stores what it found.
+
+    struct Forward {
+        In p0, p1, p2;
+        CarryRow carry;
+        Out h;
+        template <class B> MINRNN_INLINE Carry<V> step(B at) const {
+            return advance(at.from(carry), G::forward(at.from(p0), at.from(p1), at.third(p2)));
+        }
+        template <class B> MINRNN_INLINE void put(B at, const Carry<V> &next) const {
+            at.to(carry, next);
+            at.to(h, next.hi);
+        }
+    };
+
+    struct Prefix {
+        Carry<V> state, product;
+    };
+
+    struct ForwardPrefix {
+        In p0, p1, p2;
+        CarryRow carry, decay;
+        template <class B> MINRNN_INLINE Prefix step(B at) const {
+            const Recurrence<V> r = G::forward(at.from(p0), at.from(p1), at.third(p2));
+            return {advance(at.from(carry), r), multiply(at.from(decay), r.a)};
+        }
+        template <class B> MINRNN_INLINE void put(B at, const Prefix &next) const {
+            at.to(carry, next.state);
+            at.to(decay, next.product);
+        }
+    };
+
+    struct Adjoint {
+        Gradients<V> gradients;
+        Carry<V> next;
+    };
+
+    struct Backward {
+        In p0, p1, p2, h_prev, dh;
+        CarryRow carry;
+        Out d0, d1, d2;
+        template <class B> MINRNN_INLINE Adjoint step(B at) const {
+            const Carry<V> adjoint = add(at.from(carry), at.from(dh));
+            const Gradients<V> g =
+                G::backward(at.from(p0), at.from(p1), at.third(p2), at.from(h_prev), adjoint.hi);
+            return {g, multiply(adjoint, g.a)};
+        }
+        template <class B> MINRNN_INLINE void put(B at, const Adjoint &result) const {
+            at.to(carry, result.next);
+            at.to(d0, result.gradients.d0);
+            at.to(d1, result.gradients.d1);
+            if constexpr (G::num_pre > 2) at.to(d2, result.gradients.d2);
+        }
+    };
+
+    struct BackwardPrefix {
+        In p0, p1, p2, dh;
+        CarryRow carry, decay;
+        template <class B> MINRNN_INLINE Prefix step(B at) const {
+            const Decay<V> a = G::forward(at.from(p0), at.from(p1), at.third(p2)).a;
+            return {multiply(add(at.from(carry), at.from(dh)), a), multiply(at.from(decay), a)};
+        }
+        template <class B> MINRNN_INLINE void put(B at, const Prefix &next) const {
+            at.to(carry, next.state);
+            at.to(decay, next.product);
+        }
+    };
+
+    struct Round {
+        const Real *from;
+        IO *to;
+        template <class B> MINRNN_INLINE V step(B at) const { return load(from + at.d, at.count); }
+        template <class B> MINRNN_INLINE void put(B at, V x) const { store(x, to + at.d, at.count); }
+    };
+
+    // All n channels. The last block overlaps the one before it where n is no multiple of the lanes: it is computed
+    // first, from what the arrays still hold, and stored last, over equal numbers.
+    template <class Kernel> static MINRNN_INLINE void sweep(Order order, int64_t n, const Kernel &kernel) {
+        constexpr int64_t lanes = kLanes<V>;
+        if (n < lanes) {
+            const Block<int64_t> only{0, n};
+            kernel.put(only, kernel.step(only));
+            return;
+        }
+        const int64_t rest = n % lanes;
+        if (rest == 0) {
+            blocks(order, n, kernel);
+            return;
+        }
+        const Block<All> last{n - lanes, {}};
+        const auto result = kernel.step(last);
+        blocks(order, n - rest, kernel);
+        kernel.put(last, result);
+    }
+
+    template <class Kernel> static MINRNN_INLINE void blocks(Order order, int64_t n, const Kernel &kernel) {
+        constexpr int64_t lanes = kLanes<V>;
+        const int64_t first = order == Order::kRising ? 0 : n - lanes, step = order == Order::kRising ? lanes : -lanes;
+        for (int64_t i = 0; i < n / lanes; ++i) {
+            const Block<All> at{first + i * step, {}};
+            kernel.put(at, kernel.step(at));
         }
     }
 
-    static void forward_prefix(int64_t n, const Real *__restrict p0, const Real *__restrict p1,
-                               const Real *__restrict p2, double *__restrict carry, double *__restrict decay) {
-        for (int64_t d = 0; d < n; ++d) {
-            const Recurrence<Real> r = G::template forward<Real>(p0[d], p1[d], G::num_pre > 2 ? p2[d] : Real(0));
-            carry[d] = r.a * carry[d] + static_cast<double>(r.b);
-            decay[d] *= r.a;
-        }
+    static void forward(Order order, int64_t n, const Pre &pre, CarryRow carry, IO *h) {
+        sweep(order, n, Forward{pre[0], pre[1], pre[2], carry, h});
     }
-
-    static void backward(int64_t n, const Real *__restrict p0, const Real *__restrict p1,
-                         const Real *__restrict p2, const Real *__restrict h_prev, const Real *__restrict dh,
-                         double *__restrict carry, Real *__restrict d0, Real *__restrict d1,
-                         Real *__restrict d2) {
-        for (int64_t d = 0; d < n; ++d) {
-            const double adjoint = static_cast<double>(dh[d]) + carry[d];
-            Real g0, g1, g2 = 0;
-            const double a = G::template backward<Real>(p0[d], p1[d], G::num_pre > 2 ? p2[d] : Real(0), h_prev[d],
-                                                        static_cast<Real>(adjoint), g0, g1, g2);
-            carry[d] = a * adjoint;
-            d0[d] = g0;
-            d1[d] = g1;
-            if (G::num_pre > 2) d2[d] = g2;
-        }
+    static void forward_prefix(Order order, int64_t n, const Pre &pre, CarryRow carry, CarryRow decay) {
+        sweep(order, n, ForwardPrefix{pre[0], pre[1], pre[2], carry, decay});
     }
-
-    static void backward_prefix(int64_t n, const Real *__restrict p0, const Real *__restrict p1,
-                                const Real *__restrict p2, const Real *__restrict dh, double *__restrict carry,
-                                double *__restrict decay) {
-        for (int64_t d = 0; d < n; ++d) {
-            const double a = G::template forward<Real>(p0[d], p1[d], G::num_pre > 2 ? p2[d] : Real(0)).a;
-            carry[d] = a * (static_cast<double>(dh[d]) + carry[d]);
-            decay[d] *= a;
-        }
+    static void backward(Order order, int64_t n, const Pre &pre, const IO *h_prev, const IO *dh, CarryRow carry,
+                         const typename RowKernels<IO>::Gradients &dpre) {
+        sweep(order, n, Backward{pre[0], pre[1], pre[2], h_prev, dh, carry, dpre[0], dpre[1], dpre[2]});
     }
+    static void backward_prefix(Order order, int64_t n, const Pre &pre, const IO *dh, CarryRow carry, CarryRow decay) {
+        sweep(order, n, BackwardPrefix{pre[0], pre[1], pre[2], dh, carry, decay});
+    }
+    static void round(int64_t n, const Real *from, IO *to) { sweep(Order::kRising, n, Round{from, to}); }
 
-    static constexpr RowKernels<Real> kernels() { return {forward, forward_prefix, backward, backward_prefix}; }
+    static constexpr RowKernels<IO> kernels() { return {forward, forward_prefix, backward, backward_prefix, round}; }
 };
 
-// bfloat16 is the upper half of a float.
-void widen_bfloat16(int64_t n, const uint16_t *__restrict from, float *__restrict to) {
-    for (int64_t d = 0; d < n; ++d) to[d] = __builtin_bit_cast(float, static_cast<uint32_t>(from[d]) << 16);
+template <class IO, template <template <class> class> class G, class Set> constexpr void fill(Set &set, Gate gate) {
+    set[gate][kPositive] = Rows<IO, G<Positive>>::kernels();
+    set[gate][kLinear] = Rows<IO, G<Linear>>::kernels();
+    set[gate][kTanh] = Rows<IO, G<Tanh>>::kernels();
 }
 
-void narrow_bfloat16(int64_t n, const float *__restrict from, uint16_t *__restrict to) {
-    for (int64_t d = 0; d < n; ++d) {
-        const uint32_t bits = __builtin_bit_cast(uint32_t, from[d]);
-        const uint32_t nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-        const uint32_t quiet_nan = (bits >> 16) | 0x40u;  // rounding up a NaN could make it an infinity
-        to[d] = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : nearest_even);
-    }
-}
-
-// float16: the exponent is rebased by a multiplication, which also handles subnormal numbers exactly.
-void widen_float16(int64_t n, const uint16_t *__restrict from, float *__restrict to) {
-    const float rebase = __builtin_bit_cast(float, static_cast<uint32_t>(127 + 127 - 15) << 23);  // 2^112
-    for (int64_t d = 0; d < n; ++d) {
-        const uint32_t magnitude = static_cast<uint32_t>(from[d] & 0x7fffu) << 13;
-        const uint32_t sign = static_cast<uint32_t>(from[d] & 0x8000u) << 16;
-        const uint32_t finite = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, magnitude) * rebase);
-        const uint32_t special = magnitude | 0x7f800000u;  // infinity and NaN keep their mantissa
-        to[d] = __builtin_bit_cast(float, sign | (magnitude >= 0x0f800000u ? special : finite));
-    }
-}
-
-void narrow_float16(int64_t n, const float *__restrict from, uint16_t *__restrict to) {
-    const float half = __builtin_bit_cast(float, static_cast<uint32_t>(127 - 1) << 23);
-    for (int64_t d = 0; d < n; ++d) {
-        const uint32_t bits = __builtin_bit_cast(uint32_t, from[d]);
-        const uint32_t magnitude = bits & 0x7fffffffu, sign = (bits >> 16) & 0x8000u;
-        // Normal range: rebase the exponent, round the 13 dropped bits to nearest even.
-        const uint32_t normal = (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
-        // Below 2^-14: adding 0.5 makes the float unit round at the subnormals' spacing, 2^-24.
-        const float shifted = __builtin_bit_cast(float, magnitude) + half;
-        const uint32_t subnormal = __builtin_bit_cast(uint32_t, shifted) - (126u << 23);
-        const uint32_t rounded = magnitude < (113u << 23) ? subnormal : normal;
-        const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-        to[d] = static_cast<uint16_t>(sign | (magnitude >= 0x477ff000u ? large : rounded));  // 65520 and above
-    }
-}
-
-template <class Real, template <template <class> class> class G, class Set>
-constexpr void fill(Set &set, Gate gate) {
-    set[gate][kPositive] = Rows<Real, G<Positive>>::kernels();
-    set[gate][kLinear] = Rows<Real, G<Linear>>::kernels();
-    set[gate][kTanh] = Rows<Real, G<Tanh>>::kernels();
-}
-
-template <class Real, class Set> constexpr void fill_all(Set &set) {
-    for (int c = 0; c < kNumCandidates; ++c) set[kIdentity][c] = Rows<Real, Identity>::kernels();
-    fill<Real, MinGRU>(set, kMinGRU);
-    fill<Real, MinLSTM>(set, kMinLSTM);
-    fill<Real, MinLSTMUnnormalised>(set, kMinLSTMUnnormalised);
+template <class IO, class Set> constexpr void fill_all(Set &set) {
+    for (int c = 0; c < kNumCandidates; ++c) set[kIdentity][c] = Rows<IO, Identity>::kernels();
+    fill<IO, MinGRU>(set, kMinGRU);
+    fill<IO, MinLSTM>(set, kMinLSTM);
+    fill<IO, MinLSTMUnnormalised>(set, kMinLSTMUnnormalised);
 }
 
 constexpr RowTable make_rows() {
     RowTable table{};
     fill_all<float>(table.single);
     fill_all<double>(table.full);
-    table.widen_bfloat16 = widen_bfloat16;
-    table.narrow_bfloat16 = narrow_bfloat16;
-    table.widen_float16 = widen_float16;
-    table.narrow_float16 = narrow_float16;
+    fill_all<bfloat16>(table.brain);
+    fill_all<float16>(table.half);
     return table;
 }
 

@@ -3,25 +3,17 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 #include <vector>
 
 #include "rows.h"
 
 namespace minrnn {
 
-struct bfloat16 {
-    uint16_t bits;
-};
-struct float16 {
-    uint16_t bits;
-};
-
 // A (B, T, D) array whose channels are contiguous; strides count elements.
 template <class IO> struct Sequence {
     IO *data;
     int64_t stride_b, stride_t;
-    IO *row(int64_t b, int64_t t, int64_t d) const { return data + b * stride_b + t * stride_t + d; }
+    IO *row(int64_t b, int64_t t, int64_t d) const { return data ? data + b * stride_b + t * stride_t + d : nullptr; }
 };
 
 // A (B, D) array whose channels are contiguous.
@@ -37,7 +29,7 @@ struct Resets {  // (B, T) bytes, or null
 };
 
 template <class IO> struct Problem {
-    using Real = std::conditional_t<std::is_same_v<IO, double>, double, float>;
+    using Real = typename Computed<IO>::Real;
     int64_t B, T, D;
     int gate, candidate, num_pre, threads;
     bool reverse;
@@ -52,42 +44,6 @@ constexpr int64_t kMaxTile = 512;       // channels at once: keeps every row buf
 constexpr int64_t kMinTile = 32;        // below two cache lines a row, reads no longer stream
 constexpr int64_t kMinChunk = 512;      // steps at once: a chunk must outweigh the cost of its prefix
 constexpr int64_t kSerialBelow = 32768; // elements: starting threads costs more than this much work
-
-// Rows of 16-bit numbers pass through a float buffer; others are used where they lie.
-template <class IO> struct RowAccess {
-    static const IO *load(const RowTable &, const IO *row, int64_t, IO *) { return row; }
-    static IO *target(IO *row, IO *) { return row; }
-    static void store(const RowTable &, const IO *, int64_t, IO *) {}
-};
-
-template <> struct RowAccess<bfloat16> {
-    static const float *load(const RowTable &rows, const bfloat16 *row, int64_t n, float *buffer) {
-        rows.widen_bfloat16(n, &row->bits, buffer);
-        return buffer;
-    }
-    static float *target(bfloat16 *, float *buffer) { return buffer; }
-    static void store(const RowTable &rows, const float *buffer, int64_t n, bfloat16 *row) {
-        rows.narrow_bfloat16(n, buffer, &row->bits);
-    }
-};
-
-template <> struct RowAccess<float16> {
-    static const float *load(const RowTable &rows, const float16 *row, int64_t n, float *buffer) {
-        rows.widen_float16(n, &row->bits, buffer);
-        return buffer;
-    }
-    static float *target(float16 *, float *buffer) { return buffer; }
-    static void store(const RowTable &rows, const float *buffer, int64_t n, float16 *row) {
-        rows.narrow_float16(n, buffer, &row->bits);
-    }
-};
-
-inline const RowKernels<float> &kernels(const RowTable &rows, int gate, int candidate, float) {
-    return rows.single[gate][candidate];
-}
-inline const RowKernels<double> &kernels(const RowTable &rows, int gate, int candidate, double) {
-    return rows.full[gate][candidate];
-}
 
 // How B x D x T is cut: `tiles` of `width` channels, and `chunks` of `length` steps. Time is cut only where
 // batch and channels alone cannot occupy the threads, because it costs a second reading of the input.
@@ -110,158 +66,167 @@ inline Partition partition(int64_t B, int64_t T, int64_t D, int threads) {
     return {width, tiles, length, ceil_div(T, length), threads};
 }
 
-template <class Real> struct RowBuffers {  // uninitialised on purpose: only 16-bit inputs use them
-    alignas(64) Real pre[3][kMaxTile], h_prev[kMaxTile], dh[kMaxTile], out[3][kMaxTile];
-};
-
-// One tile of one batch row: channels [d, d + n) of batch b, steps [begin, end).
+// One tile of one batch row: channels [d, d + n) of batch b, steps [begin, end) in the order in which they run.
 struct Tile {
     int64_t b, d, n, begin, end;
 };
 
+// What a tile carries from step to step, kept in the first-level cache.
+template <class Real> struct TileCarry {
+    alignas(64) Real hi[kMaxTile], lo[kMaxTile];
+    CarryRow<Real> row() { return {hi, lo}; }
+};
+
+template <class Real> void fill(CarryRow<Real> row, int64_t n, Real value) {
+    std::fill_n(row.hi, n, value);
+    std::fill_n(row.lo, n, Real(0));
+}
+
 template <class IO> class Sweep {
   public:
     using Real = typename Problem<IO>::Real;
-    Sweep(const Problem<IO> &problem, const RowTable &rows)
-        : p(problem), rows(rows), row(kernels(rows, p.gate, p.candidate, Real())) {}
+    using Carry = CarryRow<Real>;
+    Sweep(const Problem<IO> &problem, const RowTable &rows) : p(problem), kernels(rows.of(p.gate, p.candidate, IO())) {}
 
   protected:
     const Problem<IO> &p;
-    const RowTable &rows;
-    const RowKernels<Real> &row;
+    const RowKernels<IO> &kernels;
 
-    struct Pre {
-        const Real *p0, *p1, *p2;
+    template <class X> struct Rows {
+        X *at[3];
     };
 
-    Pre load_pre(const Tile &tile, int64_t t, RowBuffers<Real> &buffers) const {
-        const Real *loaded[3] = {nullptr, nullptr, nullptr};
-        for (int j = 0; j < p.num_pre; ++j)
-            loaded[j] = load(p.pre[j], tile, t, buffers.pre[j]);
-        return {loaded[0], loaded[1], loaded[2]};
-    }
-
-    const Real *load(const Sequence<const IO> &sequence, const Tile &tile, int64_t t, Real *buffer) const {
-        return RowAccess<IO>::load(rows, sequence.row(tile.b, t, tile.d), tile.n, buffer);
+    template <class X> Rows<X> rows(const Sequence<X> (&sequences)[3], const Tile &tile, int64_t t) const {
+        return {{sequences[0].row(tile.b, t, tile.d), sequences[1].row(tile.b, t, tile.d),
+                 sequences[2].row(tile.b, t, tile.d)}};
     }
 };
 
-template <class IO> class Forward : Sweep<IO> {
-    using typename Sweep<IO>::Real;
-    using typename Sweep<IO>::Pre;
+template <class IO> class Forward : public Sweep<IO> {
     using Sweep<IO>::p;
-    using Sweep<IO>::rows;
-    using Sweep<IO>::row;
+    using Sweep<IO>::kernels;
     Sequence<IO> h;
 
   public:
+    using typename Sweep<IO>::Real;
+    using typename Sweep<IO>::Carry;
     Forward(const Problem<IO> &problem, const RowTable &rows, Sequence<IO> h) : Sweep<IO>(problem, rows), h(h) {}
 
-    void initial(const Tile &tile, double *carry) const {
-        const Real *h0 = p.h0.data ? p.h0.data + tile.b * p.h0.stride_b + tile.d : nullptr;
-        for (int64_t d = 0; d < tile.n; ++d) carry[d] = h0 ? static_cast<double>(h0[d]) : 0.0;
+    void initial(const Tile &tile, Carry carry) const {
+        fill(carry, tile.n, Real(0));
+        if (p.h0.data) std::copy_n(p.h0.data + tile.b * p.h0.stride_b + tile.d, tile.n, carry.hi);
     }
 
-    void prefix(const Tile &tile, double *carry, double *decay) const {
-        RowBuffers<Real> buffers;
+    void prefix(const Tile &tile, Carry carry, Carry decay) const {
+        const Order order = p.reverse ? Order::kFalling : Order::kRising;
         for (int64_t k = tile.begin; k < tile.end; ++k) {
             const int64_t t = p.time(k);
             if (p.reset.at(tile.b, t)) {
-                std::fill_n(carry, tile.n, 0.0);
-                std::fill_n(decay, tile.n, 0.0);
+                fill(carry, tile.n, Real(0));
+                fill(decay, tile.n, Real(0));
             }
-            const Pre pre = this->load_pre(tile, t, buffers);
-            row.forward_prefix(tile.n, pre.p0, pre.p1, pre.p2, carry, decay);
+            kernels.forward_prefix(order, tile.n, this->rows(p.pre, tile, t).at, carry, decay);
         }
     }
 
-    void run(const Tile &tile, double *carry) const {
-        RowBuffers<Real> buffers;
+    void run(const Tile &tile, Carry carry) const {
+        const Order order = p.reverse ? Order::kFalling : Order::kRising;
         for (int64_t k = tile.begin; k < tile.end; ++k) {
             const int64_t t = p.time(k);
-            if (p.reset.at(tile.b, t)) std::fill_n(carry, tile.n, 0.0);
-            const Pre pre = this->load_pre(tile, t, buffers);
-            IO *out = h.row(tile.b, t, tile.d);
-            Real *target = RowAccess<IO>::target(out, buffers.out[0]);
-            row.forward(tile.n, pre.p0, pre.p1, pre.p2, carry, target);
-            RowAccess<IO>::store(rows, target, tile.n, out);
+            if (p.reset.at(tile.b, t)) fill(carry, tile.n, Real(0));
+            kernels.forward(order, tile.n, this->rows(p.pre, tile, t).at, carry, h.row(tile.b, t, tile.d));
         }
     }
 
-    void finish(const Tile &, const double *) const {}
+    void finish(const Tile &, Carry) const {}
 };
 
 // Steps run from the last to the first. On entry to step k the carry is a[k+1] * adjoint[k+1].
-template <class IO> class Backward : Sweep<IO> {
-    using typename Sweep<IO>::Real;
-    using typename Sweep<IO>::Pre;
+template <class IO> class Backward : public Sweep<IO> {
     using Sweep<IO>::p;
-    using Sweep<IO>::rows;
-    using Sweep<IO>::row;
+    using Sweep<IO>::kernels;
     Sequence<const IO> dh, h;
     Sequence<IO> dpre[3];
-    States<Real> dh0;
+    States<typename Sweep<IO>::Real> dh0;
 
   public:
+    using typename Sweep<IO>::Real;
+    using typename Sweep<IO>::Carry;
     Backward(const Problem<IO> &problem, const RowTable &rows, Sequence<const IO> dh, Sequence<const IO> h,
              const Sequence<IO> (&dpre)[3], States<Real> dh0)
         : Sweep<IO>(problem, rows), dh(dh), h(h), dpre{dpre[0], dpre[1], dpre[2]}, dh0(dh0) {}
 
-    void initial(const Tile &tile, double *carry) const { std::fill_n(carry, tile.n, 0.0); }
+    void initial(const Tile &tile, Carry carry) const { fill(carry, tile.n, Real(0)); }
 
-    void prefix(const Tile &tile, double *carry, double *decay) const {
-        RowBuffers<Real> buffers;
+    void prefix(const Tile &tile, Carry carry, Carry decay) const {
+        const Order order = p.reverse ? Order::kRising : Order::kFalling;
         for (int64_t k = last(tile); k >= first(tile); --k) {
             const int64_t t = p.time(k);
-            const Pre pre = this->load_pre(tile, t, buffers);
-            const Real *dh_row = this->load(dh, tile, t, buffers.dh);
-            row.backward_prefix(tile.n, pre.p0, pre.p1, pre.p2, dh_row, carry, decay);
+            kernels.backward_prefix(order, tile.n, this->rows(p.pre, tile, t).at, dh.row(tile.b, t, tile.d), carry,
+                                    decay);
             if (p.reset.at(tile.b, t)) {
-                std::fill_n(carry, tile.n, 0.0);
-                std::fill_n(decay, tile.n, 0.0);
+                fill(carry, tile.n, Real(0));
+                fill(decay, tile.n, Real(0));
             }
         }
     }
 
-    void run(const Tile &tile, double *carry) const {
-        RowBuffers<Real> buffers;
+    void run(const Tile &tile, Carry carry) const {
+        alignas(64) IO start[kMaxTile];
+        const Order order = p.reverse ? Order::kRising : Order::kFalling;
         for (int64_t k = last(tile); k >= first(tile); --k) {
             const int64_t t = p.time(k);
             const bool reset = p.reset.at(tile.b, t);
-            const Pre pre = this->load_pre(tile, t, buffers);
-            const Real *dh_row = this->load(dh, tile, t, buffers.dh);
-            Real *out[3] = {nullptr, nullptr, nullptr};
-            for (int j = 0; j < p.num_pre; ++j)
-                out[j] = RowAccess<IO>::target(dpre[j].row(tile.b, t, tile.d), buffers.out[j]);
-            row.backward(tile.n, pre.p0, pre.p1, pre.p2, previous(tile, k, reset, buffers.h_prev), dh_row, carry,
-                         out[0], out[1], out[2]);
-            for (int j = 0; j < p.num_pre; ++j)
-                RowAccess<IO>::store(rows, out[j], tile.n, dpre[j].row(tile.b, t, tile.d));
-            if (reset) std::fill_n(carry, tile.n, 0.0);
+            const IO *h_prev =
+                k > 0 && !reset ? h.row(tile.b, p.time(k - 1), tile.d) : initial_state(tile, reset, start);
+            kernels.backward(order, tile.n, this->rows(p.pre, tile, t).at, h_prev, dh.row(tile.b, t, tile.d), carry,
+                             this->rows(dpre, tile, t).at);
+            if (reset) fill(carry, tile.n, Real(0));
         }
     }
 
-    void finish(const Tile &tile, const double *carry) const {
-        Real *out = dh0.data + tile.b * dh0.stride_b + tile.d;
-        for (int64_t d = 0; d < tile.n; ++d) out[d] = static_cast<Real>(carry[d]);
+    void finish(const Tile &tile, Carry carry) const {
+        std::copy_n(carry.hi, tile.n, dh0.data + tile.b * dh0.stride_b + tile.d);
     }
 
   private:
-    // Tiles count steps in the order in which they run, here from the end of the recurrence.
     int64_t last(const Tile &tile) const { return p.T - 1 - tile.begin; }
     int64_t first(const Tile &tile) const { return p.T - tile.end; }
 
-    const Real *previous(const Tile &tile, int64_t k, bool reset, Real *buffer) const {
-        if (!reset && k > 0) return this->load(h, tile, p.time(k - 1), buffer);
-        if (!reset && p.h0.data) return p.h0.data + tile.b * p.h0.stride_b + tile.d;
-        std::fill_n(buffer, tile.n, Real(0));
+    const IO *initial_state(const Tile &tile, bool reset, IO *buffer) const {
+        if (p.h0.data && !reset)
+            kernels.round(tile.n, p.h0.data + tile.b * p.h0.stride_b + tile.d, buffer);
+        else
+            std::fill_n(buffer, tile.n, IO(0));
         return buffer;
     }
 };
 
+// Turns each chunk's end state from zero into the state with which the chunk begins.
+template <class Pass, class Carries, class Decays>
+void join_prefixes(const Pass &pass, const Tile &tile, int64_t chunks, const Carries &carries, const Decays &decays) {
+    using Real = typename Pass::Real;
+    TileCarry<Real> start;
+    pass.initial(tile, start.row());
+    std::vector<double> state(tile.n);
+    for (int64_t d = 0; d < tile.n; ++d) state[d] = double(start.hi[d]) + double(start.lo[d]);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const CarryRow<Real> end = carries(chunk), decay = decays(chunk);
+        for (int64_t d = 0; d < tile.n; ++d) {
+            const double entering = state[d], product = double(decay.hi[d]) + double(decay.lo[d]);
+            const double from_zero = double(end.hi[d]) + double(end.lo[d]);
+            // A reset inside the chunk forgets everything before it, infinities and NaN included.
+            state[d] = product == 0.0 ? from_zero : product * entering + from_zero;
+            end.hi[d] = static_cast<Real>(entering);
+            end.lo[d] = static_cast<Real>(entering - double(end.hi[d]));
+        }
+    }
+}
+
 // Runs a sweep over all tiles. Where time is cut, a first pass finds each chunk's prefix (product of decays,
 // end state from zero), the prefixes are joined in order, and the second pass starts each chunk from its carry.
 template <class Pass> void run(const Pass &pass, int64_t B, int64_t T, int64_t D, int requested_threads) {
+    using Real = typename Pass::Real;
     const Partition cut = partition(B, T, D, requested_threads);
     const int64_t units = B * cut.tiles;
     const auto tile_of = [&](int64_t unit, int64_t chunk) -> Tile {
@@ -272,43 +237,36 @@ template <class Pass> void run(const Pass &pass, int64_t B, int64_t T, int64_t D
     if (cut.chunks == 1) {
 #pragma omp parallel for num_threads(cut.threads) schedule(dynamic, 1) if (cut.threads > 1)
         for (int64_t unit = 0; unit < units; ++unit) {
-            alignas(64) double carry[kMaxTile];
+            TileCarry<Real> carry;
             const Tile tile = tile_of(unit, 0);
-            pass.initial(tile, carry);
-            pass.run(tile, carry);
-            pass.finish(tile, carry);
+            pass.initial(tile, carry.row());
+            pass.run(tile, carry.row());
+            pass.finish(tile, carry.row());
         }
         return;
     }
     const int64_t jobs = units * cut.chunks;
-    std::vector<double> carries(jobs * cut.width, 0.0), decays(jobs * cut.width, 1.0);
+    std::vector<Real> carries(2 * jobs * cut.width), decays(2 * jobs * cut.width);
+    const auto row_of = [&](std::vector<Real> &rows, int64_t job) -> CarryRow<Real> {
+        return {&rows[2 * job * cut.width], &rows[(2 * job + 1) * cut.width]};
+    };
 #pragma omp parallel for num_threads(cut.threads) schedule(dynamic, 1)
     for (int64_t job = 0; job < jobs; ++job) {
         const int64_t unit = job / cut.chunks, chunk = job % cut.chunks;
-        if (chunk + 1 < cut.chunks)  // nobody needs the last chunk's prefix
-            pass.prefix(tile_of(unit, chunk), &carries[job * cut.width], &decays[job * cut.width]);
+        if (chunk + 1 == cut.chunks) continue;  // nobody needs the last chunk's prefix
+        fill(row_of(decays, job), cut.width, Real(1));
+        pass.prefix(tile_of(unit, chunk), row_of(carries, job), row_of(decays, job));
     }
-    for (int64_t unit = 0; unit < units; ++unit) {
-        std::vector<double> carry(cut.width);
-        pass.initial(tile_of(unit, 0), carry.data());
-        for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) {
-            double *end = &carries[(unit * cut.chunks + chunk) * cut.width];
-            const double *decay = &decays[(unit * cut.chunks + chunk) * cut.width];
-            for (int64_t d = 0; d < cut.width; ++d) {
-                const double entering = carry[d];
-                // A reset inside the chunk forgets everything before it, infinities and NaN included.
-                carry[d] = decay[d] == 0.0 ? end[d] : decay[d] * entering + end[d];
-                end[d] = entering;
-            }
-        }
-    }
+    for (int64_t unit = 0; unit < units; ++unit)
+        join_prefixes<Pass>(pass, tile_of(unit, 0), cut.chunks,
+                            [&](int64_t chunk) { return row_of(carries, unit * cut.chunks + chunk); },
+                            [&](int64_t chunk) { return row_of(decays, unit * cut.chunks + chunk); });
 #pragma omp parallel for num_threads(cut.threads) schedule(dynamic, 1)
     for (int64_t job = 0; job < jobs; ++job) {
         const int64_t chunk = job % cut.chunks;
         const Tile tile = tile_of(job / cut.chunks, chunk);
-        double *carry = &carries[job * cut.width];
-        pass.run(tile, carry);
-        if (chunk + 1 == cut.chunks) pass.finish(tile, carry);
+        pass.run(tile, row_of(carries, job));
+        if (chunk + 1 == cut.chunks) pass.finish(tile, row_of(carries, job));
     }
 }
 
