@@ -1,4 +1,4 @@
-"""The recurrence h[t] = a[t] h[t-1] + b[t], and nothing else."""
+"""The recurrence h[t] = a[t] h[t-1] + b[t], and Mamba's, which has many states a channel; nothing else."""
 
 from minrnn.ops.engines import Engine as Engine
 from minrnn.ops.engines import engines as engines
@@ -6,3 +6,4 @@ from minrnn.ops.gates import CANDIDATES as CANDIDATES
 from minrnn.ops.gates import GATES as GATES
 from minrnn.ops.scan import gated_scan as gated_scan
 from minrnn.ops.scan import scan as scan
+from minrnn.ops.selective import selective_scan as selective_scan

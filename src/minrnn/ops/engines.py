@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 
-__all__ = ["ENGINES", "Engine", "engines", "forced", "load"]
+__all__ = ["ENGINES", "Engine", "Functions", "engines", "forced", "load", "register", "serving"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,75 @@ def load(name: str) -> ModuleType | ImportError:
         return importlib.import_module(module)
     except ImportError as error:
         return error
+
+
+Functions = tuple[Callable[..., Any], Callable[..., Any]]
+"""An engine's forward and backward, with the arguments of the operators that they implement."""
+
+
+def register(
+    library: torch.library.Library,
+    operator: str,
+    modules: Mapping[str, str],
+    functions: Callable[[ModuleType], Functions],
+) -> None:
+    """Register an operator and its backward for each device, with the engine that serves it.
+
+    Args:
+        library: where `operator` and `operator_backward` are defined.
+        operator: the operator's name.
+        modules: the module of each engine that knows the operator, by the engine's name.
+        functions: finds the two operators' implementations in such a module.
+
+    Raises:
+        RuntimeError: MINRNN_ENGINE names an engine that cannot load.
+    """
+    chosen = forced()
+    for name, (_, device, key) in ENGINES.items():
+        if name not in modules or (chosen not in (None, name) and name != "reference"):
+            continue
+        if device == "cuda" and chosen is None:
+            forward, backward = _when_used(name, modules, functions)
+        elif isinstance(module := _find(name, modules), ModuleType):
+            forward, backward = functions(module)
+        elif chosen == name:
+            raise RuntimeError(f"MINRNN_ENGINE={name}, but that engine cannot load: {module}") from module
+        else:
+            continue
+        library.impl(operator, forward, key)
+        library.impl(f"{operator}_backward", backward, key)
+
+
+def serving(name: str, modules: Mapping[str, str]) -> ModuleType:
+    """The engine's module among `modules`; the reference's, where the engine cannot load."""
+    module = _find(name, modules)
+    return module if isinstance(module, ModuleType) else importlib.import_module(modules["reference"])
+
+
+def _find(name: str, modules: Mapping[str, str]) -> ModuleType | ImportError:
+    engine = load(name)
+    if isinstance(engine, ImportError):
+        return engine
+    try:
+        return importlib.import_module(modules[name])
+    except ImportError as error:
+        return error
+
+
+def _when_used(
+    name: str, modules: Mapping[str, str], functions: Callable[[ModuleType], Functions]
+) -> Functions:
+    """The engine's functions, found by the first call of one.
+
+    Looking for a GPU at import would start its driver, which processes forked later could not use, and
+    Triton takes as long to import as all the rest.
+    """
+
+    @cache
+    def found() -> Functions:
+        return functions(serving(name, modules))
+
+    return lambda *arguments: found()[0](*arguments), lambda *arguments: found()[1](*arguments)
 
 
 def engines() -> list[Engine]:

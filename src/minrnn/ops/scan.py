@@ -12,9 +12,10 @@ from torch import Tensor
 from minrnn.ops.gates import CANDIDATES, GATES
 from minrnn.ops.operator import Mode, apply
 
-__all__ = ["gated_scan", "scan"]
+__all__ = ["FLOATS", "check_like", "gated_scan", "scan"]
 
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""The dtypes of inputs."""
 
 
 def scan(a: Tensor, b: Tensor, h0: Tensor | None = None, *, reverse: bool = False) -> Tensor:
@@ -136,7 +137,7 @@ def _check(
         if not isinstance(x, Tensor) and not (x is None and name in ("h0", "reset")):
             raise TypeError(f"{function}: {name} must be a tensor, got {type(x).__name__}")
     first = pre[0]
-    if first.dtype not in _FLOATS:
+    if first.dtype not in FLOATS:
         raise TypeError(
             f"{function}: {names[0]} must be float32, float64, bfloat16 or float16, got {first.dtype}"
         )
@@ -145,7 +146,7 @@ def _check(
             f"{function}: {names[0]} must be of shape (B, T, D), all at least 1, got {tuple(first.shape)}"
         )
     for name, x in zip(names[1:], pre[1:], strict=True):
-        _check_like(function, name, x, tuple(first.shape), first.dtype, first.device, names[0])
+        check_like(function, name, x, tuple(first.shape), first.dtype, first.device, names[0])
     B, T, D = first.shape
     if len(pre) == 1:
         if D % packed:
@@ -155,12 +156,12 @@ def _check(
         D //= packed
     if h0 is not None:
         dtype = torch.float32 if h0.dtype == torch.float32 and first.dtype != torch.float64 else first.dtype
-        _check_like(function, "h0", h0, (B, D), dtype, first.device, names[0])
+        check_like(function, "h0", h0, (B, D), dtype, first.device, names[0])
     if reset is not None:
-        _check_like(function, "reset", reset, (B, T), torch.bool, first.device, names[0])
+        check_like(function, "reset", reset, (B, T), torch.bool, first.device, names[0])
 
 
-def _check_like(
+def check_like(
     function: str,
     name: str,
     x: Tensor,
@@ -169,6 +170,7 @@ def _check_like(
     device: torch.device,
     first: str,
 ) -> None:
+    """Raise unless x has this shape, dtype and device, to go with the argument called `first`."""
     if tuple(x.shape) != shape:
         raise ValueError(
             f"{function}: {name} must be of shape {shape} to go with {first}, got {tuple(x.shape)}"

@@ -1,0 +1,106 @@
+"""The compiled engine of the selective scan: csrc/selective*.cpp behind a wrapper that hands it pointers.
+
+float32 and float64 are read where they lie; 16-bit inputs are computed with as float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minrnn.ops.reference import contiguous_channels, output_like, state_dtype
+from minrnn.ops.selective.reference import CHUNK, Inputs, empty_borders
+
+try:
+    import minrnn.ops._selective as _selective
+    from minrnn.ops._cpu import advise_huge_pages
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "it was not compiled when minrnn was installed, for want of a working C++ compiler; install one and "
+        "reinstall minrnn (pip install --verbose shows what fails)"
+    ) from error
+
+__all__ = ["backward", "forward"]
+
+_LARGE = 4 << 20  # bytes: below this a tensor holds at most one aligned 2 MiB page
+_Strided = tuple[int, int, int]
+
+
+def forward(given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.forward`, fused: reads each sequence once, writes y and the borders once."""
+    x = _readable(given)
+    y = _output(x.u)
+    last = x.u.new_empty(len(x.u), *x.A.shape)
+    borders = empty_borders(x, save)
+    _selective.forward(*_call(x), _strided(y), last.data_ptr(), borders.data_ptr() if save else 0)
+    return y.to(given.u.dtype), last, borders
+
+
+def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[Tensor]:
+    """As `reference.backward`, fused: computes a chunk's states and adjoints while they are in the cache.
+
+    Sums over channels and rows come in parts, one for each group of channels and each row of the batch,
+    which are added up here in their order.
+    """
+    x = _readable(given)
+    (batch, T, channels), N = x.u.shape, x.A.shape[1]
+    dy, dlast = contiguous_channels(dy.to(x.u.dtype)), dlast.resolve_neg().contiguous()
+    du, ddelta_pre = _output(x.u), _output(x.u)
+    dz = x.u.new_empty(0) if x.z is None else _output(x.u)
+    groups = _selective.num_groups(batch, channels)
+    dB, dC = x.u.new_empty(groups, batch, T, N), x.u.new_empty(groups, batch, T, N)
+    dA, dD = (x.u.new_empty(batch, n, channels, dtype=torch.float64) for n in (N, 1))
+    dh0 = x.u.new_empty(batch, channels, N)
+    _selective.backward(
+        *_call(x),
+        _strided(dy),
+        (dlast.data_ptr(), borders.data_ptr()),
+        (_strided(du), _strided(ddelta_pre), _strided(dz)),
+        tuple(part.data_ptr() for part in (dB, dC, dA, dD, dh0)),
+    )
+    narrow, wide = given.u.dtype, x.u.dtype
+    return [
+        du.to(narrow),
+        ddelta_pre.to(narrow),
+        dA.sum(0).mT.to(wide).contiguous(),
+        _sum(dB).to(narrow),
+        _sum(dC).to(narrow),
+        x.u.new_empty(0) if x.D is None else dD.sum((0, 1)).to(wide),
+        dz.to(narrow),
+        dh0,
+    ]
+
+
+def _readable(x: Inputs) -> Inputs:
+    """The inputs as the extension reads them."""
+    wide = x.widened(state_dtype(x.u.dtype))
+    u, delta_pre, B, C = (contiguous_channels(s) for s in (wide.u, wide.delta_pre, wide.B, wide.C))
+    A, D, h0 = (None if s is None else s.resolve_neg().contiguous() for s in (wide.A, wide.D, wide.h0))
+    z = None if wide.z is None else contiguous_channels(wide.z)
+    return Inputs(u, delta_pre, A, B, C, D, z, h0, x.reset)  # type: ignore[arg-type]
+
+
+def _call(x: Inputs) -> tuple[object, ...]:
+    sequences = (x.u, x.delta_pre, x.z, x.B, x.C, x.reset)
+    return (
+        x.u.dtype == torch.float64,
+        torch.get_num_threads(),
+        (*x.u.shape, x.A.shape[1], CHUNK),
+        tuple(map(_strided, sequences)),
+        tuple(0 if s is None else s.data_ptr() for s in (x.A, x.D, x.h0)),
+    )
+
+
+def _output(like: Tensor) -> Tensor:
+    output = output_like(like, like.shape[2])
+    if output.nbytes >= _LARGE:
+        advise_huge_pages(output.data_ptr(), output.nbytes)
+    return output
+
+
+def _sum(parts: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts.sum(0)
+
+
+def _strided(x: Tensor | None) -> _Strided:
+    return (0, 0, 0) if x is None or not x.numel() else (x.data_ptr(), x.stride(0), x.stride(1))

@@ -1,0 +1,102 @@
+"""Mamba's selective scan: the public function and its checks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minrnn.ops.scan import FLOATS, check_like
+from minrnn.ops.selective.operator import apply
+from minrnn.ops.selective.reference import Inputs
+
+__all__ = ["selective_scan"]
+
+
+def selective_scan(
+    u: Tensor,
+    delta_pre: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    z: Tensor | None = None,
+    h0: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mamba's recurrence, whose decay, drive and read-out all depend on the input.
+
+        delta[t] = softplus(delta_pre[t])
+        h[t, d, n] = exp(delta[t, d] A[d, n]) h[t-1, d, n] + delta[t, d] B[t, n] u[t, d],    h[-1] = h0
+        y[t, d] = (sum_n C[t, n] h[t, d, n] + D[d] u[t, d]) silu(z[t, d])
+
+    The state is never stored for all steps: engines keep it at the border of every chunk, and backward
+    computes the steps in between again. It is carried in float32 at least, and so that its error does not
+    grow with T. First derivatives take the engine's fused pass; where higher ones or forward mode are asked
+    for, (batch, T, channels, N) tensors are made.
+
+    The letters are the paper's, so that B and D are tensors here, and the axes go by their names.
+
+    Args:
+        u: input, (batch, T, channels), float32, float64, bfloat16 or float16. Any batch and time strides,
+            as for all sequences here.
+        delta_pre: step size before the softplus, its bias included, as u.
+        A: rates, (channels, N), zero or negative, in u's dtype or float32.
+        B: how the input enters the state, (batch, T, N), in u's dtype.
+        C: how the output is read from the state, (batch, T, N), in u's dtype.
+        D: skip connection, (channels,), in A's possible dtypes; none when None.
+        z: gate of the output before its silu, as u; none when None.
+        h0: initial state, (batch, channels, N), in A's possible dtypes; zeros when None.
+        reset: (batch, T) bool; where True the state is forgotten before that step.
+
+    Returns:
+        y (batch, T, channels) in u's dtype, and the final state (batch, channels, N) in float32 at least.
+
+    Raises:
+        TypeError: an argument is not a tensor, or its dtype does not fit.
+        ValueError: a shape or device does not fit.
+
+    >>> import torch
+    >>> one = torch.ones(1, 3, 1)
+    >>> delta_pre = torch.full((1, 3, 1), 1.0).expm1().log()  # softplus of it is 1
+    >>> y, h = selective_scan(one, delta_pre, torch.tensor([[-1.0]]), one, one)
+    >>> [round(v, 4) for v in y.flatten().tolist()]
+    [1.0, 1.3679, 1.5032]
+
+    Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (arXiv 2312.00752),
+    sections 3.2 to 3.4: A is discretised exactly, B by its first-order (Euler) form, as in the authors' code.
+    """
+    inputs = Inputs(u, delta_pre, A, B, C, D, z, h0, reset)
+    _check(inputs)
+    return apply(inputs)
+
+
+def _check(x: Inputs) -> None:
+    name = "selective_scan"
+    optional = ("D", "z", "h0", "reset")
+    for field, value in x._asdict().items():
+        if not isinstance(value, Tensor) and not (value is None and field in optional):
+            raise TypeError(f"{name}: {field} must be a tensor, got {type(value).__name__}")
+    if x.u.dtype not in FLOATS:
+        raise TypeError(f"{name}: u must be float32, float64, bfloat16 or float16, got {x.u.dtype}")
+    if x.u.dim() != 3 or 0 in x.u.shape:
+        raise ValueError(
+            f"{name}: u must be of shape (batch, T, channels), all at least 1, got {tuple(x.u.shape)}"
+        )
+    if x.A.dim() != 2 or x.A.shape[1] == 0:
+        raise ValueError(f"{name}: A must be of shape (channels, N), N at least 1, got {tuple(x.A.shape)}")
+    (batch, T, channels), N = x.u.shape, x.A.shape[1]
+    sequence, vectors = (batch, T, channels), (batch, T, N)
+    shapes = {"delta_pre": sequence, "B": vectors, "C": vectors, "z": sequence}
+    wide = {"A": (channels, N), "D": (channels,), "h0": (batch, channels, N)}
+    for field, value in x._asdict().items():
+        if value is None or field == "u":
+            continue
+        if field == "reset":
+            check_like(name, field, value, (batch, T), torch.bool, x.u.device, "u")
+        elif field in shapes:
+            check_like(name, field, value, shapes[field], x.u.dtype, x.u.device, "u")
+        else:
+            single = value.dtype == torch.float32 and x.u.dtype != torch.float64
+            dtype = torch.float32 if single else x.u.dtype
+            check_like(name, field, value, wide[field], dtype, x.u.device, "u")
