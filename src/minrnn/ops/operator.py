@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from minrnn.ops.engines import ENGINES, forced, load
 from minrnn.ops.gates import CANDIDATES, GATES
 from minrnn.ops.reference import output_like, split, state_dtype
 
-__all__ = ["Mode", "apply"]
+__all__ = ["Mode", "apply", "is_plain", "is_transformed", "needs_gradients"]
 
 
 class Mode(NamedTuple):
@@ -39,9 +40,32 @@ class Mode(NamedTuple):
 
 def apply(pre: list[Tensor], h0: Tensor | None, reset: Tensor | None, mode: Mode) -> Tensor:
     """h of the recurrence, differentiable: see `minrnn.ops.gated_scan`."""
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or _have_tangents(h0, *pre)):
-        return _forward_op(pre, h0, reset, *mode)
-    return _GatedScan.apply(mode, h0, reset, *pre)
+    if not torch.compiler.is_compiling():
+        if is_transformed():
+            # Unlike backward mode, forward mode is left on by no_grad.
+            if torch.is_grad_enabled() or _have_tangents(h0, *pre):
+                return _GatedScan.apply(mode, h0, reset, *pre)
+        elif needs_gradients(h0, *pre):
+            return _PlainScan.apply(mode, h0, reset, *pre)
+    return _forward_op(pre, h0, reset, *mode)
+
+
+def is_transformed() -> bool:
+    """Whether one of torch.func's transforms, or forward-mode differentiation, is under way."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether these are torch's own tensors, and their numbers and gradients are all that is wanted.
+
+    What is computed from them may then be written in place.
+    """
+    return not is_transformed() and all(x is None or type(x) in (Tensor, Parameter) for x in tensors)
+
+
+def needs_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to record what becomes of these tensors."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _have_tangents(*tensors: Tensor | None) -> bool:
@@ -202,11 +226,12 @@ def _unfold(info: Any, x: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The eager door
+# The eager door, in two forms: torch binds the arguments of one with setup_context to a signature at every
+# call, which is a quarter of its cost, and function transforms take no other.
 
 
 class _GatedScan(torch.autograd.Function):
-    """apply(mode, h0, reset, *pre) -> h."""
+    """apply(mode, h0, reset, *pre) -> h, under any transform."""
 
     @staticmethod
     def forward(mode: Mode, h0: Tensor | None, reset: Tensor | None, *pre: Tensor) -> Tensor:
@@ -240,6 +265,19 @@ class _GatedScan(torch.autograd.Function):
 
 # apply binds its arguments to forward's signature; kept here, it need not be found anew at every call.
 _GatedScan.forward.__signature__ = inspect.signature(_GatedScan.forward)  # type: ignore[attr-defined]
+
+
+class _PlainScan(torch.autograd.Function):
+    """apply(mode, h0, reset, *pre) -> h, where nothing is transformed when it is called."""
+
+    @staticmethod
+    def forward(ctx: Any, mode: Mode, h0: Tensor | None, reset: Tensor | None, *pre: Tensor) -> Tensor:
+        h = _forward_op(list(pre), h0, reset, *mode)
+        ctx.mode = mode
+        ctx.save_for_backward(h0, reset, h, *pre)
+        return h
+
+    backward = _GatedScan.backward
 
 
 # ----------------------------------------------------------------------------------------------------------
