@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -27,6 +28,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "attention-window-longer-than-T": ("attention", {"window": 50, "bias": False}),
     "aaren-one-head-no-bias": ("aaren", {"num_heads": 1, "bias": False}),
     "s4d-short-chunks": ("s4d", {"d_state": 4}),
+    "mamba-small": ("mamba", {"d_state": 3, "d_conv": 1, "dt_rank": 2}),
 }
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
@@ -341,6 +343,11 @@ PARAMETERS: dict[str, tuple[Callable[[int, int], int], Callable[[int, int], int]
     "aaren": (lambda d_x, d_h: 2 * d_h * d_x, lambda d_x, d_h: 2 * d_h),
     # For each channel D and dt, and for each of N / 2 pairs A and C, two numbers each; a bias of the mixing.
     "s4d": (lambda d_x, d_h: 2 * d_h * d_x, lambda d_x, d_h: d_x * (2 + 2 * 64) + 2 * d_h),
+    # The way in; to step sizes, B and C; to the steps' channels. Convolution, steps' bias, A and D.
+    "mamba": (
+        lambda d_x, d_h: 2 * d_h * d_x + d_h * (-(-d_x // 16) + 2 * 16) + -(-d_x // 16) * d_h,
+        lambda d_x, d_h: d_h * (4 + 1 + 1 + 16 + 1),
+    ),
 }
 
 
@@ -354,6 +361,8 @@ def test_parameter_counts(name: str, d_x: int, d_h: int) -> None:
     matrices, others = PARAMETERS[name]
     count = sum(parameter.numel() for parameter in MIXERS[name](d_x, d_h).parameters())
     assert count == matrices(d_x, d_h) + others(d_x, d_h)
+    if "bias" not in signature(MIXERS[name]).parameters:
+        return
     bare = sum(parameter.numel() for parameter in MIXERS[name](d_x, d_h, bias=False).parameters())
     in_no_bias = {"aaren": d_h, "s4d": d_x * (2 + 2 * 64)}.get(name, 0)
     assert bare == matrices(d_x, d_h) + in_no_bias

@@ -265,7 +265,7 @@ def test_config_round_trip() -> None:
         ({"dropout": 1.0}, ValueError, r"dropout must be a probability in \[0, 1\), got 1.0"),
         ({"expansion": float("nan")}, ValueError, "expansion must be positive, got nan"),
         ({"expansion": float("inf")}, ValueError, "expansion must be positive"),
-        ({"mixer": "mamba"}, ValueError, "mixer must be one of mingru, .*, got 'mamba'"),
+        ({"mixer": "hyena"}, ValueError, "mixer must be one of mingru, .*, got 'hyena'"),
         ({"mlp_activation": "tanh"}, ValueError, "mlp_activation must be one of gelu"),
         ({"norm": "batch"}, ValueError, "norm must be one of layer, rms, none, got 'batch'"),
         ({"d_model": "8"}, TypeError, "d_model must be int, got '8'"),

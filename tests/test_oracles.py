@@ -164,6 +164,27 @@ def s4d(w: Weights, x: Tensor, **_: Any) -> Tensor:
     return torch.stack(outputs)
 
 
+# --- "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", section 3 --------------------------
+
+
+def mamba(w: Weights, x: Tensor, *, d_state: int = 16, dt_rank: int = 1, **_: Any) -> Tensor:
+    """The selective state space in its block: A by the zero-order hold, B by its first-order form."""
+    A = -torch.exp(w["A_log"])
+    width = len(w["conv.weight"])
+    inside = [torch.zeros(D_HIDDEN, dtype=x.dtype)] * (width - 1)  # what the convolution remembers
+    h, outputs = torch.zeros_like(A), []
+    for step in x:
+        v, z = affine(w, "in_proj.*", step, 2)
+        inside.append(v)
+        u = w["conv.bias"] + sum(w["conv.weight"][j] * inside[-1 - j] for j in range(width))
+        u = u * sigmoid(u)
+        dt, B, C = affine(w, "x_proj.*", u)[0].split((dt_rank, d_state, d_state))
+        delta = torch.log(1 + torch.exp(affine(w, "dt_proj.*", dt)[0])).unsqueeze(1)
+        h = torch.exp(delta * A) * h + delta * B * u.unsqueeze(1)
+        outputs.append(((C * h).sum(1) + w["D"] * u) * z * sigmoid(z))
+    return torch.stack(outputs)
+
+
 ORACLES: dict[str, Callable[..., Tensor]] = {
     "mingru": mingru,
     "minlstm": minlstm,
@@ -173,6 +194,7 @@ ORACLES: dict[str, Callable[..., Tensor]] = {
     "attention": attention,
     "aaren": aaren,
     "s4d": s4d,
+    "mamba": mamba,
 }
 """oracle(weights, x, **options): x `(T, d_model)` -> y `(T, d_hidden)`, one sequence from the empty state."""
 
@@ -184,6 +206,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "attention-window": ("attention", {"window": 5, "num_heads": 2}),
     "aaren-one-head-no-bias": ("aaren", {"num_heads": 1, "bias": False}),
     "s4d-inv": ("s4d", {"initialization": "inv", "d_state": 6}),
+    "mamba-small": ("mamba", {"d_state": 3, "d_conv": 2, "dt_rank": 2}),
 }
 
 TOLERANCES = {torch.float32: (2e-6, 5e-6), torch.float64: (1e-10, 1e-10)}

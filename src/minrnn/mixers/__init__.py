@@ -4,6 +4,7 @@ from minrnn.mixers.aaren import AarenMixer
 from minrnn.mixers.attention import AttentionMixer
 from minrnn.mixers.classic import GRUMixer, LSTMMixer, RNNMixer
 from minrnn.mixers.convert import PairedMinLSTM, PairedMinLSTMCell, convert_rnns
+from minrnn.mixers.mamba import MambaMixer
 from minrnn.mixers.mingru import MinGRU, MinGRUCell, MinGRUMixer
 from minrnn.mixers.minlstm import MinLSTM, MinLSTMCell, MinLSTMMixer
 from minrnn.mixers.mixer import Mixer, State
@@ -18,6 +19,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "attention": AttentionMixer,
     "aaren": AarenMixer,
     "s4d": S4DMixer,
+    "mamba": MambaMixer,
 }
 """Every mixer by its name: `MIXERS[name](d_model, d_hidden, **options)`."""
 

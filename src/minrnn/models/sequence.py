@@ -44,7 +44,7 @@ class ModelConfig:
     num_layers: int = 4
     """Blocks."""
     mixer: str = "mingru"
-    """What moves information along time: mingru, minlstm, rnn, gru, lstm, attention, aaren or s4d."""
+    """What moves information along time: mingru, minlstm, rnn, gru, lstm, attention, aaren, s4d or mamba."""
     expansion: float = 1.0
     """Channels of the mixer's state, as a multiple of d_model."""
     conv_width: int = 4
@@ -74,7 +74,7 @@ class ModelConfig:
     window: int | None = None
     """attention: tokens that each token sees, itself included; 0: all; unset: the task's window, or all."""
     d_state: int | None = None
-    """s4d: numbers of state for each channel; unset: 64."""
+    """s4d, mamba: numbers of state for each channel; unset: 64 and 16."""
 
     def __post_init__(self) -> None:
         self._check_types()

@@ -64,7 +64,7 @@ def selective_scan(
     [1.0, 1.3679, 1.5032]
 
     Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (arXiv 2312.00752),
-    sections 3.2 to 3.4: A is discretised exactly, B by its first-order (Euler) form, as in the authors' code.
+    section 3. A is discretised exactly, B by its first-order (Euler) form, as in the authors' code.
     """
     inputs = Inputs(u, delta_pre, A, B, C, D, z, h0, reset)
     _check(inputs)
