@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from minrnn.ops import CANDIDATES, GATES, engines, reference
-from minrnn.ops.operator import _serving
+from minrnn.ops.engines import serving
+from minrnn.ops.operator import MODULES
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install 'minrnn[gpu]'")
 import minrnn.ops.triton as compiled  # noqa: E402  # needs Triton
@@ -319,14 +320,14 @@ def test_without_a_gpu_the_engine_says_so_and_the_reference_would_serve() -> Non
     described = {engine.name: engine for engine in engines()}["triton"]
     assert not described.serves
     assert described.detail == "not available: torch finds no CUDA device"
-    assert _serving("triton") is reference
+    assert serving("triton", MODULES) is reference
 
 
 @on_gpu
 def test_the_engine_serves_the_gpu() -> None:
     described = {engine.name: engine for engine in engines()}["triton"]
     assert described.serves
-    assert _serving("triton") is compiled
+    assert serving("triton", MODULES) is compiled
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -8,11 +8,8 @@ checked: scan.py has done that.
 
 from __future__ import annotations
 
-import importlib
 import inspect
-from collections.abc import Callable, Sequence
-from functools import cache
-from types import ModuleType
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,11 +17,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from minrnn.ops.engines import ENGINES, forced, load
+from minrnn.ops.engines import ENGINES, register
 from minrnn.ops.gates import CANDIDATES, GATES
 from minrnn.ops.reference import output_like, split, state_dtype
+from minrnn.ops.transforms import fold, have_tangents, unfold
 
-__all__ = ["Mode", "apply", "is_plain", "is_transformed", "needs_gradients"]
+__all__ = ["MODULES", "Mode", "apply", "is_plain", "is_transformed", "needs_gradients"]
 
 
 class Mode(NamedTuple):
@@ -43,7 +41,7 @@ def apply(pre: list[Tensor], h0: Tensor | None, reset: Tensor | None, mode: Mode
     if not torch.compiler.is_compiling():
         if is_transformed():
             # Unlike backward mode, forward mode is left on by no_grad.
-            if torch.is_grad_enabled() or _have_tangents(h0, *pre):
+            if torch.is_grad_enabled() or have_tangents(h0, *pre):
                 return _GatedScan.apply(mode, h0, reset, *pre)
         elif needs_gradients(h0, *pre):
             return _PlainScan.apply(mode, h0, reset, *pre)
@@ -68,11 +66,6 @@ def needs_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _have_tangents(*tensors: Tensor | None) -> bool:
-    """Whether forward-mode differentiation is under way; unlike backward mode, no_grad leaves it on."""
-    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # The operators, and who serves them
 
@@ -89,41 +82,10 @@ _LIBRARY.define(
 _forward_op = torch.ops.minrnn.gated_scan.default
 _backward_op = torch.ops.minrnn.gated_scan_backward.default
 
+MODULES = {name: module for name, (module, _, _) in ENGINES.items()}
+"""The modules that compute the gated scan, by the engine's name."""
 
-def _register_engines() -> None:
-    chosen = forced()
-    for name, (_, device, key) in ENGINES.items():
-        if chosen not in (None, name) and name != "reference":
-            continue
-        if device == "cuda" and chosen is None:
-            _LIBRARY.impl("gated_scan", _when_used(name, "forward"), key)
-            _LIBRARY.impl("gated_scan_backward", _when_used(name, "backward"), key)
-            continue
-        module = load(name)
-        if isinstance(module, ImportError):
-            if chosen == name:
-                raise RuntimeError(f"MINRNN_ENGINE={name}, but that engine cannot load: {module}") from module
-            continue
-        _LIBRARY.impl("gated_scan", module.forward, key)
-        _LIBRARY.impl("gated_scan_backward", module.backward, key)
-
-
-@cache
-def _serving(name: str) -> ModuleType:
-    module = load(name)
-    return importlib.import_module(ENGINES["reference"][0]) if isinstance(module, ImportError) else module
-
-
-def _when_used(name: str, function: str) -> Callable[..., Any]:
-    """The engine's function, loaded by its first call; the reference's, where the engine cannot load.
-
-    Looking for a GPU at import would start its driver, which processes forked later could not use, and
-    Triton takes as long to import as all the rest.
-    """
-    return lambda *arguments: getattr(_serving(name), function)(*arguments)
-
-
-_register_engines()
+register(_LIBRARY, "gated_scan", MODULES, lambda module: (module.forward, module.backward))
 
 
 @torch.library.register_fake("minrnn::gated_scan", lib=_LIBRARY)
@@ -206,26 +168,6 @@ def _linearise(
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Batching: torch.func.vmap's dimension is merged with B
-
-
-def _fold(info: Any, tensors: Sequence[Tensor | None], dims: Sequence[int | None]) -> list[Any]:
-    """Every tensor with its batched dimension moved in front and merged with B."""
-
-    def fold(x: Tensor | None, dim: int | None) -> Tensor | None:
-        if x is None:
-            return None
-        size = info.batch_size
-        return (x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
-
-    return [fold(x, dim) for x, dim in zip(tensors, dims, strict=True)]
-
-
-def _unfold(info: Any, x: Tensor) -> Tensor:
-    return x.unflatten(0, (info.batch_size, -1))
-
-
-# ----------------------------------------------------------------------------------------------------------
 # The eager door, in two forms: torch binds the arguments of one with setup_context to a signature at every
 # call, which is a quarter of its cost, and function transforms take no other.
 
@@ -259,8 +201,8 @@ class _GatedScan(torch.autograd.Function):
         info: Any, in_dims: tuple[Any, ...], mode: Mode, h0: Tensor | None, reset: Tensor | None, *pre: Tensor
     ) -> tuple[Tensor, int]:
         # A NamedTuple's entry in in_dims is a tuple of its own; what follows it are the tensors'.
-        h = _GatedScan.apply(mode, *_fold(info, (h0, reset, *pre), in_dims[1:]))
-        return _unfold(info, h), 0
+        h = _GatedScan.apply(mode, *fold(info, (h0, reset, *pre), in_dims[1:]))
+        return unfold(info, h), 0
 
 
 # apply binds its arguments to forward's signature; kept here, it need not be found anew at every call.
@@ -304,8 +246,8 @@ def _forward_vmap(
     reset: Tensor | None,
     *mode: Any,
 ) -> tuple[Tensor, int]:
-    h0, reset, *pre = _fold(info, (h0, reset, *pre), (in_dims[1], in_dims[2], *in_dims[0]))
-    return _unfold(info, _forward_op(pre, h0, reset, *mode)), 0
+    h0, reset, *pre = fold(info, (h0, reset, *pre), (in_dims[1], in_dims[2], *in_dims[0]))
+    return unfold(info, _forward_op(pre, h0, reset, *mode)), 0
 
 
 def _backward_vmap(
@@ -320,9 +262,9 @@ def _backward_vmap(
 ) -> tuple[list[Tensor], list[int]]:
     """Many gradients at once, of a scan that was not batched itself."""
     dims = (in_dims[0], *in_dims[2:5], *in_dims[1])
-    dh, h, h0, reset, *pre = _fold(info, (dh, h, h0, reset, *pre), dims)
+    dh, h, h0, reset, *pre = fold(info, (dh, h, h0, reset, *pre), dims)
     gradients = _backward_op(dh, pre, h, h0, reset, *mode)
-    return [_unfold(info, d) for d in gradients], [0] * len(gradients)
+    return [unfold(info, d) for d in gradients], [0] * len(gradients)
 
 
 torch.library.register_autograd(

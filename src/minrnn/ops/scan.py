@@ -175,6 +175,7 @@ def check_like(
     device: torch.device,
     first: str,
 ) -> None:
+    """Raise unless x is a tensor of this shape, dtype and device, to go with the argument called `first`."""
     _check_tensor(function, name, x)
     if x.shape != shape:
         raise ValueError(
