@@ -13,7 +13,6 @@ from minrnn.ops.selective.reference import CHUNK, Inputs, empty_borders
 
 try:
     import minrnn.ops._selective as _selective
-    from minrnn.ops._cpu import advise_huge_pages
 except ModuleNotFoundError as error:
     raise ImportError(
         "it was not compiled when minrnn was installed, for want of a working C++ compiler; install one and "
@@ -22,7 +21,6 @@ except ModuleNotFoundError as error:
 
 __all__ = ["backward", "forward"]
 
-_LARGE = 4 << 20  # bytes: below this a tensor holds at most one aligned 2 MiB page
 _Strided = tuple[int, int, int]
 
 
@@ -92,10 +90,7 @@ def _call(x: Inputs) -> tuple[object, ...]:
 
 
 def _output(like: Tensor) -> Tensor:
-    output = output_like(like, like.shape[2])
-    if output.nbytes >= _LARGE:
-        advise_huge_pages(output.data_ptr(), output.nbytes)
-    return output
+    return output_like(like, like.shape[2])
 
 
 def _sum(parts: Tensor) -> Tensor:

@@ -35,10 +35,15 @@ Derivatives = tuple[Tensor | None, ...]
 
 def apply(x: Inputs) -> tuple[Tensor, Tensor]:
     """y and the final state, differentiable: see `minrnn.ops.selective_scan`."""
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or have_tangents(*x[:-1])):
-        y, last, _ = _forward_op(*x, torch.is_grad_enabled())
-    else:
-        y, last, _ = _SelectiveScan.apply(*x)
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        if operator.is_transformed():
+            # Unlike backward mode, forward mode is left on by no_grad.
+            if torch.is_grad_enabled() or have_tangents(*x[:-1]):
+                return _SelectiveScan.apply(*x)[:2]
+        elif operator.needs_gradients(*x[:-1]):
+            return _PlainSelectiveScan.apply(*x)
+    y, last, _ = _forward_op(*x, compiling and torch.is_grad_enabled())
     return y, last
 
 
@@ -234,11 +239,11 @@ def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The eager door
+# The eager door, in two forms as that of the gated scan
 
 
 class _SelectiveScan(torch.autograd.Function):
-    """apply(*Inputs) -> y, the final state, borders."""
+    """apply(*Inputs) -> y, the final state, borders; under any transform."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -268,6 +273,21 @@ class _SelectiveScan(torch.autograd.Function):
 
 # apply binds its arguments to forward's signature; kept here, it need not be found anew at every call.
 _SelectiveScan.forward.__signature__ = inspect.signature(_SelectiveScan.forward)  # type: ignore[attr-defined]
+
+
+class _PlainSelectiveScan(torch.autograd.Function):
+    """apply(*Inputs) -> y, the final state; where nothing is transformed when it is called."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        y, last, borders = _forward_op(*inputs, True)
+        ctx.save_for_backward(borders, *inputs)
+        return y, last
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> Derivatives:
+        borders, *inputs = ctx.saved_tensors
+        return _backward(dy, dlast, borders, Inputs(*inputs))
 
 
 # ----------------------------------------------------------------------------------------------------------
