@@ -15,7 +15,7 @@ from minrnn.benchmarks.measure import OURS, Record
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_errors", "plot_timings"]
+__all__ = ["NO_MATPLOTLIB", "name_ends", "plot_errors", "plot_timings"]
 
 Line = list[tuple[float, float]]
 
@@ -52,7 +52,7 @@ def plot_timings(document: Mapping[str, Any], path: Path, axis: str) -> str | No
             _draw(row[2], _lines(group, axis, _megabytes), limit, "peak memory of a step (MB)", axis)
         row[0].set_title(_setting(group[0], axis), loc="left", fontsize=10)
         for axes in row:
-            _name_ends(axes)
+            name_ends(axes)
     figure.savefig(path, dpi=130)
     return None
 
@@ -86,7 +86,7 @@ def plot_errors(document: Mapping[str, Any], path: Path) -> str | None:
         half_life = float(f"{document['half_lives'][forgetting]:.2g}")
         axes.set_title(f"{gate}, {forgetting} forgetting (half-life {half_life:g} steps)", fontsize=10)
     for axes in all_axes:  # once their common scale is known
-        _name_ends(axes)
+        name_ends(axes)
     figure.savefig(path, dpi=150)
     return None
 
@@ -155,10 +155,11 @@ def _draw(axes: Axes, lines: Mapping[str, Line], limit: str | None, label: str, 
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _name_ends(axes: Axes) -> None:
+def name_ends(axes: Axes) -> None:
     """Write each line's name beside its last point, moved up or down where names would overlap."""
-    low, high = map(math.log, axes.get_ylim())
-    lines = {line: (math.log(np.asarray(line.get_ydata())[-1]) - low) / (high - low) for line in axes.lines}
+    scale = math.log if axes.get_yscale() == "log" else float
+    low, high = map(scale, axes.get_ylim())
+    lines = {line: (scale(np.asarray(line.get_ydata())[-1]) - low) / (high - low) for line in axes.lines}
     order = sorted(lines, key=lambda line: lines[line])
     for line, height in zip(order, spread([lines[line] for line in order], 0.055), strict=True):
         axes.text(

@@ -26,6 +26,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command("minrnn.cli.evaluate", "measure a trained model on its validation split"),
     "engines": Command("minrnn.cli.engines", "show what computes the recurrence on which device"),
     "bench": Command("minrnn.cli.bench", "time and check engines and layers beside other implementations"),
+    "reproduce": Command("minrnn.cli.reproduce", "make the paper's tables and figures again"),
 }
 
 ENVIRONMENT = {

@@ -114,13 +114,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write values as an indented JSON file, whole or not at all.
+def write_json(path: Path, values: Mapping[str, Any], *, indent: int | None = 2) -> None:
+    """Write values as a JSON file, whole or not at all.
+
+    Args:
+        path: the file.
+        values: what it holds.
+        indent: spaces for each level; None writes one line, which is much smaller where lists are long.
 
     Raises:
         OSError: when it cannot be written; a file that was there before is still as it was.
     """
-    _replace(path, json.dumps(values, indent=2) + "\n")
+    _replace(path, json.dumps(values, indent=indent) + "\n")
 
 
 def plot_losses(run_dir: Path) -> str | None:

@@ -1,0 +1,257 @@
+"""`minrnn reproduce`: the paper's tables and figures again, cell by cell, and RESULTS.md from all of them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from minrnn.cli.arguments import parse
+from minrnn.experiments import EXPERIMENTS
+
+if TYPE_CHECKING:
+    from minrnn.experiments.experiment import Cell, Choice, Experiment, Watch
+
+
+@dataclass(frozen=True)
+class ReproduceCommand:
+    """Run an experiment's cells that are not finished yet; its tables and plots are in OUTPUT/NAME-SCALE.
+
+    Stopped in whatever way, the same command goes on. Cells need nothing of one another: --list-cells prints
+    a command for each, to be run on other machines or at the same time, and copying their files together
+    joins them.
+    """
+
+    scale: Literal["cpu", "paper", "tiny"] = "cpu"
+    """cpu: two cores, about two hours; paper: the paper's own setting; tiny: seconds, to see that it runs."""
+    seeds: int | None = None
+    """Seeds of each mixer (None: three of those that matter most, one of the rest)."""
+    mixers: tuple[str, ...] = ()
+    """Mixers, or variants of them; a wrong name lists them all (none: all)."""
+    cell: tuple[str, ...] = ()
+    """Names of the cells to run (none: all that are not finished)."""
+    list_cells: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one command for each cell that is not finished, and run nothing."""
+    estimate: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Time a step of each kind of cell, print how long all would take here, and run nothing."""
+    output: Path = Path("results")
+    """Folder of all experiments' results."""
+    device: str = "auto"
+    """Device to compute on: auto (a GPU when there is one), cpu, cuda, ..."""
+    threads: int = 0
+    """CPU threads (0: as many as torch chooses)."""
+
+
+@dataclass(frozen=True)
+class ReportCommand:
+    """Write RESULTS.md from the results of all experiments and benchmarks; run it in a checkout."""
+
+    results: Path = Path("results")
+    """Folder of the experiments' results."""
+    benchmarks: Path = Path("benchmarks", "results")
+    """Folder of the benchmarks' results."""
+    page: Path = Path("benchmarks", "page.md")
+    """Text in which tables take the place of their names."""
+    write: Path = Path("RESULTS.md")
+    """File to write."""
+
+
+REPORT = "report"
+
+
+def run(args: Sequence[str]) -> int:
+    """Run `minrnn reproduce`; a stop by signal n that was saved is the exit status 128 + n."""
+    if not args or args[0] in ("-h", "--help"):
+        print(help_text())
+        raise SystemExit(0)
+    name, *rest = args
+    if name == "--list":
+        return _list(rest)
+    if name == REPORT:
+        return _report(rest)
+    if name not in EXPERIMENTS:
+        matches = difflib.get_close_matches(name, [*EXPERIMENTS, REPORT], n=1, cutoff=0.5)
+        nearest = f"; did you mean {matches[0]}?" if matches else ""
+        raise ValueError(f"reproduce: unknown experiment {name!r}{nearest} ({', '.join(EXPERIMENTS)})")
+    return _reproduce(name, rest)
+
+
+def help_text() -> str:
+    """Return what `minrnn reproduce --help` prints."""
+    width = max(map(len, EXPERIMENTS))
+    lines = [f"  {name:{width}}  {entry.help} ({entry.shows})" for name, entry in EXPERIMENTS.items()]
+    return "\n".join(
+        [
+            "usage: minrnn reproduce EXPERIMENT [OPTIONS]",
+            "       minrnn reproduce report [OPTIONS]",
+            "       minrnn reproduce --list",
+            "",
+            "Make the tables and figures of the paper again, all on the same data, budget and code.",
+            "",
+            "experiments:",
+            *lines,
+            "",
+            "`minrnn reproduce EXPERIMENT -h` shows the options; report writes RESULTS.md.",
+        ]
+    )
+
+
+def _list(args: Sequence[str]) -> int:
+    """Print each experiment's cells at each scale, and how many are finished in ./results."""
+    from minrnn.experiments.experiment import Choice
+    from minrnn.experiments.results import ResultsFolder
+
+    if args:
+        raise ValueError(f"reproduce: --list must stand alone, got {' '.join(args)}")
+    width = max(map(len, EXPERIMENTS))
+    for name, entry in EXPERIMENTS.items():
+        experiment = entry.load()
+        counts = []
+        for scale in ("cpu", "paper"):
+            cells = experiment.cells(Choice(scale=scale))
+            folder = ResultsFolder(ReproduceCommand.output, name, scale)
+            done = len(folder.records())
+            counts.append(f"{scale}: {len(cells)} cells" + (f", {done} finished" if done else ""))
+        print(f"{name:{width}}  {entry.help} ({entry.shows}); {'; '.join(counts)}")
+    return 0
+
+
+def _report(args: Sequence[str]) -> int:
+    command = parse(ReportCommand, f"reproduce {REPORT}", args)
+    from minrnn.experiments.page import write_page
+
+    write_page(command.page, command.benchmarks, command.results, command.write)
+    print(f"written: {command.write}")
+    return 0
+
+
+def _reproduce(name: str, args: Sequence[str]) -> int:
+    entry = EXPERIMENTS[name]
+    about = f"{entry.help[0].upper()}{entry.help[1:]} ({entry.shows}).\n\n{ReproduceCommand.__doc__}"
+    command = parse(ReproduceCommand, f"reproduce {name}", args, description=about)
+    from minrnn.experiments.experiment import Choice
+    from minrnn.experiments.runner import reproduce
+    from minrnn.training import Interrupted, choose_device
+
+    choice = Choice(command.scale, command.seeds, command.mixers, command.device, command.threads)
+    choose_device(choice.device)  # a wrong name is said before anything is begun
+    experiment = entry.load()
+    if command.list_cells:
+        return _list_cells(experiment, choice, command)
+    if command.estimate or command.scale == "paper":
+        _estimate(experiment, choice, command)
+    if command.estimate:
+        return 0
+    console = Console()
+    with _watch(console) as watch:
+        try:
+            reproduce(experiment, choice, command.output, watch, only=command.cell)
+        except Interrupted as stop:
+            watch.note(f"{stop}; the same command goes on")
+            return 128 + stop.signum
+    return 0
+
+
+def _list_cells(experiment: Experiment, choice: Choice, command: ReproduceCommand) -> int:
+    """Print a command for each cell; what is finished is a comment, so that a shell may run the list."""
+    from minrnn.experiments.results import ResultsFolder
+    from minrnn.experiments.runner import command_of, pick
+
+    folder = ResultsFolder(command.output, experiment.name, choice.scale)
+    for cell in pick(experiment.cells(choice), command.cell):
+        done = "# finished: " if folder.record(cell) is not None else ""
+        print(done + command_of(experiment.name, choice, command.output, cell.name))
+    return 0
+
+
+def _estimate(experiment: Experiment, choice: Choice, command: ReproduceCommand) -> None:
+    """Print the command and about how long it takes here, from a small part of each kind of cell."""
+    from minrnn.experiments.runner import command_of, pick
+    from minrnn.training import choose_device
+
+    kinds: dict[object, list[Cell]] = {}
+    for cell in pick(experiment.cells(choice), command.cell):
+        kinds.setdefault(cell.kind, []).append(cell)
+    device = choose_device(choice.device)
+    console = Console()
+    total = 0.0
+    with console.status("timing") as status:
+        for cells in kinds.values():
+            status.update(f"timing {cells[0].name}")
+            total += len(cells) * experiment.estimate(cells[0], choice)
+    count = sum(map(len, kinds.values()))
+    print(command_of(experiment.name, choice, command.output))
+    print(f"about {_duration(total)} on this machine ({device}): {count} cells, evaluations not counted")
+
+
+def _duration(seconds: float) -> str:
+    """Write a time with its unit.
+
+    >>> _duration(50), _duration(4000), _duration(200_000)
+    ('50 seconds', '1.1 hours', '2.3 days')
+    """
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * size or (unit == "hours" and seconds >= size):
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+class _Bar:
+    """A bar over the present cell, with the time left of all; other notes stay above it."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TaskProgressColumn())
+        self._progress = Progress(*columns, TextColumn("{task.fields[said]}"), console=console, expand=True)
+        self._task = self._progress.add_task("", total=1.0, said="")
+
+    def __enter__(self) -> Watch:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def note(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def begin(self, name: str, number: int, total: int) -> None:
+        self._progress.update(self._task, description=f"{number}/{total} {name}", completed=0.0, said="")
+
+    def progress(self, fraction: float, text: str, left: float | None) -> None:
+        said = text if left is None else f"{text}  {_duration(left)} left"
+        self._progress.update(self._task, completed=fraction, said=said)
+
+
+class _Lines:
+    """Plain lines, one for each cell: for pipes, files and batch systems."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._begun: str | None = None
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def begin(self, name: str, number: int, total: int) -> None:
+        self._begun = f"{number}/{total} {name}"
+
+    def progress(self, fraction: float, text: str, left: float | None) -> None:
+        if self._begun is not None:
+            self.note(self._begun + ("" if left is None else f", about {_duration(left)} left"))
+            self._begun = None
+
+
+def _watch(console: Console) -> _Bar | _Lines:
+    return _Bar(console) if console.is_terminal else _Lines(console)

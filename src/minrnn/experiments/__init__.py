@@ -1,0 +1,42 @@
+"""Every table and figure of the paper by one command: the table EXPERIMENTS."""
+
+from minrnn.experiments.experiment import Entry
+
+EXPERIMENTS: dict[str, Entry] = {
+    "runtime": Entry(
+        "minrnn.experiments.runtime",
+        "figure 1",
+        "time and memory of a training step against sequence length",
+    ),
+    "inference": Entry(
+        "minrnn.experiments.inference",
+        "appendix D.2",
+        "time and memory of a generated token against context length",
+    ),
+    "selective-copying": Entry(
+        "minrnn.experiments.selective_copying",
+        "tables 1 and 2",
+        "copying tokens from among noise: depth, mixers, longer sequences",
+    ),
+    "stability": Entry(
+        "minrnn.experiments.stability",
+        "figure 5",
+        "learning curves over seeds, and how far open the forget gate starts",
+    ),
+    "shakespeare": Entry(
+        "minrnn.experiments.shakespeare",
+        "Shakespeare",
+        "a language model of characters: loss against steps and seconds",
+    ),
+    "formal-languages": Entry(
+        "minrnn.experiments.formal_languages",
+        "table 4, Chomsky hierarchy",
+        "seven formal languages, learnt short and asked long",
+    ),
+    "listops": Entry(
+        "minrnn.experiments.listops",
+        "table 4, Long Range Arena, and table 6",
+        "nested expressions: mixers, and what a block is made of",
+    ),
+}
+"""Each experiment by its name."""

@@ -1,0 +1,250 @@
+"""RESULTS.md: the text of a page with every table in its place, from what was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minrnn.experiments import EXPERIMENTS
+from minrnn.experiments.experiment import Choice, Experiment, Record, Table
+from minrnn.experiments.parameters import parameter_table
+from minrnn.experiments.results import ResultsFolder
+from minrnn.experiments.runner import command_of
+
+__all__ = ["write_page"]
+
+REPORTED = ("cpu", "paper")
+"""Scales that mean something; tiny is not reported."""
+
+
+def write_page(page: Path, benchmarks: Path, results: Path, target: Path) -> None:
+    """Write the page of results.
+
+    Args:
+        page: its text, with {names} where tables go.
+        benchmarks: the folder of what `minrnn bench` and benchmarks/ wrote.
+        results: the folder of what `minrnn reproduce` wrote.
+        target: the file to write; pictures are linked from where it lies.
+
+    Raises:
+        FileNotFoundError: the text or a file that it needs is not there.
+        ValueError: it names a table that there is not, or a file is damaged.
+    """
+    text = page.read_text(encoding="utf-8")
+    figures = _Benchmarks(benchmarks).figures() | {"experiments": experiments(results, target.parent)}
+    try:
+        written = text.format(**figures)
+    except KeyError as error:
+        raise ValueError(
+            f"report: {page} must name tables among {', '.join(figures)}, got {error}"
+        ) from error
+    target.write_text(written, encoding="utf-8")
+
+
+def experiments(results: Path, beside: Path) -> str:
+    """Return a section for each experiment that has finished cells, and one on parameters.
+
+    Args:
+        results: the folder of all experiments' results.
+        beside: the folder that links to pictures start from.
+    """
+    sections = [_parameters()]
+    missing = []
+    for name, entry in EXPERIMENTS.items():
+        folders = [ResultsFolder(results, name, scale) for scale in REPORTED]
+        found = {folder: records for folder in folders if (records := folder.records())}
+        if not found:
+            missing.append(f"`{name}` ({entry.shows})")
+            continue
+        experiment = entry.load()
+        parts = [f"## {experiment.title}", experiment.question, f"*Changed:* {experiment.changes}"]
+        parts += [
+            _scale(experiment, folder, records, beside, len(found) > 1) for folder, records in found.items()
+        ]
+        sections.append("\n\n".join(parts))
+    if missing:
+        sections.append(
+            f"## Not measured yet\n\nOf the experiments, {', '.join(missing)}: `minrnn reproduce NAME` makes "
+            f"them."
+        )
+    return "\n\n".join(sections)
+
+
+def _parameters() -> str:
+    return f"## Parameters\n\n{parameter_table().markdown()}"
+
+
+def _scale(
+    experiment: Experiment, folder: ResultsFolder, records: Sequence[Record], beside: Path, headed: bool
+) -> str:
+    """Return an experiment's tables and plot at one scale, with what they were made by."""
+    parts = [f"### {folder.scale}"] if headed else []
+    picture = folder.path / "plot.png"
+    if picture.is_file():
+        parts.append(f"![{experiment.title}]({os.path.relpath(picture, beside)})")
+    parts += [table.markdown() for table in experiment.tables(records)]
+    root = Path(os.path.relpath(folder.path.parent, beside))
+    scales: dict[str, Choice] = {"cpu": Choice(), "paper": Choice(scale="paper")}
+    command = command_of(experiment.name, scales[folder.scale], root)
+    parts.append(f"{_provenance(records)}\n\n    {command}")
+    if folder.scale == "cpu":
+        paper = command_of(experiment.name, scales["paper"], root)
+        parts.append(
+            f"At the paper's own setting (add `--estimate` to see how long it would take):\n\n    {paper}"
+        )
+    return "\n\n".join(parts)
+
+
+def _provenance(records: Sequence[Record]) -> str:
+    """Say on what, with what and for how long the cells were computed."""
+    machines = sorted({_machine(record) for record in records})
+    commits = sorted({(record["commit"] or "an installed package")[:12] for record in records})
+    failed = [record["cell"] for record in records if record["failed"] is not None]
+    hours = sum(record["seconds"] for record in records) / 3600
+    text = (
+        f"{len(records)} cells, {hours:.1f} hours of computing in all, on {'; '.join(machines)}; "
+        f"commit {', '.join(commits)}."
+    )
+    return text + (f" Diverged: {', '.join(failed)}." if failed else "")
+
+
+def _machine(record: Record) -> str:
+    machine, torch = record["machine"], record["versions"]["torch"]
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
+    if record["device"] == "cpu":
+        return f"{machine['processor']} ({threads}), torch {torch}"
+    return f"{record['device']}, torch {torch}"
+
+
+class _Benchmarks:
+    """The tables of what was measured by `minrnn bench`, and of the runs of benchmarks/shakespeare_cpu.py."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def figures(self) -> dict[str, str]:
+        return self._shakespeare() | self._speed() | self._accuracy()
+
+    def _read(self, name: str) -> dict[str, Any]:
+        report: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+        return report
+
+    def _shakespeare(self) -> dict[str, str]:
+        runs: dict[str, list[dict[str, Any]]] = {}
+        for path in sorted((self.folder / "shakespeare-cpu").glob("*.json")):
+            result = json.loads(path.read_text(encoding="utf-8"))
+            runs.setdefault(result["mixer"], []).append(result)
+        rows = []
+        for mixer, results in sorted(runs.items(), key=lambda item: _mean(item[1], "val_loss")):
+            losses = [result["val_loss"] for result in results]
+            rows.append(
+                [
+                    mixer,
+                    f"{results[0]['parameters']:,}",
+                    str(len(results)),
+                    f"**{statistics.mean(losses):.3f}**",
+                    f"{min(losses):.3f} to {max(losses):.3f}",
+                    f"{_mean(results, 'val_loss_windowed'):.3f}",
+                    f"{_mean(results, 'val_loss_windowed_64'):.3f}",
+                    f"{_mean(results, 'seconds') / 60:.1f}",
+                ]
+            )
+        head = ["mixer", "parameters", "seeds", "state carried", "lowest to highest"]
+        head += ["windows of 256", "windows of 64", "minutes"]
+        seconds = {mixer: _mean(results, "seconds") for mixer, results in runs.items()}
+        ratios = [seconds[slow] / seconds["mingru"] for slow in ("rnn", "gru", "lstm") if slow in seconds]
+        return {"shakespeare": _markdown(head, rows), "slowdown": f"{min(ratios):.1f} to {max(ratios):.1f}"}
+
+    def _speed(self) -> dict[str, str]:
+        reports = {name: self._read(name) for name in ("scan", "layer", "shares")}
+        scan = reports["scan"]
+        cores = f"{scan['machine']['processor']} ({scan['machine']['cores']} cores)"
+        return {
+            "machine": f"{cores}, torch {scan['versions']['torch']}",
+            "threads": str(scan["results"][0]["threads"]),
+            "scan": _systems(scan),
+            "layer": _systems(reports["layer"]),
+            "shares": _shares(reports["shares"]),
+            **{f"{name}_command": report["command"] for name, report in reports.items()},
+        }
+
+    def _accuracy(self) -> dict[str, str]:
+        report = self._read("accuracy")
+        errors = {
+            (result["system"], result["dtype"], result["forgetting"], result["T"]): result["error"]["h"]
+            for result in report["results"]
+        }
+        lines = dict.fromkeys((system, dtype, forgetting) for system, dtype, forgetting, _ in errors)
+        lengths = (2**8, 2**12, 2**16, 2**20)
+        rows = [
+            [
+                f"{system} {dtype}",
+                forgetting,
+                *(f"{errors[system, dtype, forgetting, T]:.1e}" for T in lengths),
+            ]
+            for system, dtype, forgetting in lines
+        ]
+        head = ["system", "forgetting", *(f"T = {T:,}" for T in lengths)]
+        return {"accuracy": _markdown(head, rows), "accuracy_command": report["command"]}
+
+
+def _systems(report: Mapping[str, Any]) -> str:
+    """One line for each shape and system: milliseconds, and how many times ours."""
+    rows = []
+    for result in report["results"]:
+        for name, record in result["systems"].items():
+            if "seconds" not in record or name == "copy":
+                continue
+            times = record["seconds"]
+            rows.append(
+                [
+                    ", ".join(str(size) for size in result["shape"].values()),
+                    name,
+                    *(f"{times[phase]['median'] * 1e3:.2f}" for phase in ("forward", "backward", "step")),
+                    f"{record['times_ours']:.2f}",
+                    f"{record['peak_bytes'] / 1e6:.0f}",
+                ]
+            )
+    head = ["B, T, D", "system", "forward, ms", "backward, ms", "step, ms", "times ours"]
+    return _markdown([*head, "memory at the peak, MB"], rows)
+
+
+def _shares(report: Mapping[str, Any]) -> str:
+    rows = []
+    for result in report["results"]:
+        ours, copy = result["systems"]["minrnn"], result["systems"]["copy"]
+        rows.append(
+            [
+                ", ".join(str(size) for size in result["shape"].values()),
+                result["gate"],
+                result["dtype"],
+                f"{ours['seconds']['forward']['median'] * 1e3:.2f}",
+                f"{ours['seconds']['backward']['median'] * 1e3:.2f}",
+                f"{copy['bytes_per_second']['backward'] / 1e9:.0f}",
+                f"{ours['share']['forward']:.0%}",
+                f"{ours['share']['backward']:.0%}",
+            ]
+        )
+    head = [
+        "B, T, D",
+        "gate",
+        "dtype",
+        "forward, ms",
+        "backward, ms",
+        "copy, GB/s",
+        "share forward",
+        "backward",
+    ]
+    return _markdown(head, rows)
+
+
+def _mean(results: Iterable[Mapping[str, Any]], key: str) -> float:
+    return statistics.mean(result[key] for result in results)
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return Table("", head, rows).markdown()

@@ -1,0 +1,108 @@
+"""The directory of an experiment's results: a small JSON file for each cell, so that cells can be shared."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minrnn.experiments.experiment import Cell, Experiment, Record
+from minrnn.training import write_json
+
+FORMAT = 1
+
+__all__ = ["ResultsFolder"]
+
+
+class ResultsFolder:
+    """What an experiment has found at one scale.
+
+    `cells/NAME.json` is the record of a finished cell: experiment, scale, cell, setting and config as `Cell`
+    has them, `result` (null where `failed` says why there is none), seconds, command, device, machine,
+    versions and commit. `config.json` holds the configuration of every cell that was asked for, `tables.md`,
+    `plot.png` and `plot.svg` show what there is, and `unfinished/NAME/` what an interrupted cell goes on
+    from.
+
+    Args:
+        root: the folder of all experiments' results.
+        name: the experiment's.
+        scale: its size.
+    """
+
+    def __init__(self, root: Path, name: str, scale: str) -> None:
+        self.path = root / f"{name}-{scale}"
+        self.name, self.scale = name, scale
+
+    def begin(self, experiment: Experiment, cells: Sequence[Cell]) -> None:
+        """Write or add to config.json."""
+        path = self.path / "config.json"
+        known = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else {}
+        self.path.mkdir(parents=True, exist_ok=True)
+        configs = known | {cell.name: dict(cell.config) for cell in cells}
+        write_json(path, {"experiment": self.name, "scale": self.scale, "cells": configs}, indent=None)
+
+    def record(self, cell: Cell) -> Record | None:
+        """Return the record of a cell, or None where it is not finished.
+
+        Raises:
+            ValueError: there is one that was computed with another configuration, or is damaged.
+        """
+        path = self._file(cell.name)
+        if not path.is_file():
+            return None
+        record = _read(path)
+        found, wanted = record["config"], json.loads(json.dumps(cell.config))
+        if found != wanted:
+            raise ValueError(
+                f"reproduce: {path} must have this version's settings, got {_difference(found, wanted)}; "
+                "remove it, or choose another --output"
+            )
+        return record
+
+    def records(self) -> list[Record]:
+        """Return the records of all finished cells, those of other sittings included, by name."""
+        return [_read(path) for path in sorted((self.path / "cells").glob("*.json"))]
+
+    def save(self, cell: Cell, record: Mapping[str, Any]) -> None:
+        """Write a cell's record, whole or not at all, and clear up what it went on from."""
+        path = self._file(cell.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        about = {"format": FORMAT, "experiment": self.name, "scale": self.scale, "cell": cell.name}
+        whole = {**about, "setting": dict(cell.setting), "config": dict(cell.config), **record}
+        write_json(path, whole, indent=None)
+        shutil.rmtree(self.unfinished(cell), ignore_errors=True)
+        with contextlib.suppress(OSError):  # others are at work
+            self.unfinished(cell).parent.rmdir()
+
+    def unfinished(self, cell: Cell) -> Path:
+        """Return the folder that a cell works in."""
+        return self.path / "unfinished" / cell.name
+
+    def _file(self, name: str) -> Path:
+        return self.path / "cells" / f"{name}.json"
+
+
+def _read(path: Path) -> Record:
+    try:
+        record: Record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"reproduce: {path} is no JSON ({error}); remove it to have it made again"
+        ) from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise ValueError(f"reproduce: {path} is no record of this version; remove it to have it made again")
+    return record
+
+
+def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Name the first setting that differs."""
+    for name in dict.fromkeys([*found, *wanted]):
+        one, other = found.get(name), wanted.get(name)
+        if isinstance(one, dict) and isinstance(other, dict) and one != other:
+            return f"{name}.{_difference(one, other)}"
+        if one != other:
+            return f"{name} = {one!r} in place of {other!r}"
+    return "the same"  # not reached: they differ

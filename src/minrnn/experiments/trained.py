@@ -1,0 +1,240 @@
+"""Experiments whose cells are training runs: one model, one seed, one recipe."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
+from statistics import mean, stdev
+from typing import Any, ClassVar, Generic, TypeVar
+
+from minrnn.experiments.experiment import Cell, Choice, Experiment, Record, Scale, Tell, Workplace
+from minrnn.experiments.variants import choose, every_mixer
+from minrnn.models import SequenceModel
+from minrnn.tasks import TASKS
+from minrnn.training import RunConfig, RunLog, TrainConfig, choose_device, load_trained, read_metrics, train
+
+__all__ = ["Plan", "TrainedExperiment", "bests", "by_kind", "points", "spread", "training_seconds"]
+
+CURVE_POINTS = 80
+"""Points that are kept of a learning curve: enough to plot, and few enough to keep every run's."""
+
+FEW = 4
+"""Sequences of the step that is timed first for an estimate."""
+
+PATIENCE = 10.0
+"""Seconds; where a whole batch would take longer, the estimate is that of a few sequences in proportion."""
+
+SizeT = TypeVar("SizeT")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that is made for several seeds."""
+
+    name: str
+    """Begins the names of its cells."""
+    setting: Mapping[str, Any]
+    """What tells it from others, `mixer` among it."""
+    config: RunConfig
+    """The run, with seed 0."""
+    seeds: int
+    """Seeds, where the choice names no number."""
+
+
+class TrainedExperiment(Experiment, Generic[SizeT]):
+    """An experiment in which every cell is trained by the one loop, resumes as runs do, and is then measured.
+
+    A cell's result holds, beside what `examine` adds: parameters, step, tokens, seconds (of the whole run,
+    over all sittings), training_seconds (without evaluations), the metrics of the last weights, `best` (the
+    metrics on the validation part of the weights that are lowest there, and their step), `curve` (step,
+    training seconds, loss) and `evaluations` (step, training seconds and metrics).
+    """
+
+    sizes: ClassVar[Mapping[Scale, Any]]
+    """The settings of each scale, a `SizeT`."""
+
+    def mixers(self) -> Sequence[str]:
+        """Return the mixers and variants that take part."""
+        return every_mixer()
+
+    @abstractmethod
+    def plans(self, size: SizeT, mixer: str) -> Iterator[Plan]:
+        """Yield the runs of a mixer, or of a variant."""
+
+    @abstractmethod
+    def examine(self, model: SequenceModel, config: RunConfig, size: SizeT) -> dict[str, Any]:
+        """Measure the weights that were best on the validation part, on parts that chose nothing."""
+
+    def cells(self, choice: Choice) -> list[Cell]:
+        size: SizeT = self.sizes[choice.scale]
+        return [
+            cell
+            for mixer in choose(choice.mixers, self.mixers())
+            for plan in self.plans(size, mixer)
+            for cell in _cells(plan, choice.seeds or plan.seeds)
+        ]
+
+    def measure(self, cell: Cell, place: Workplace, tell: Tell) -> dict[str, Any]:
+        config = _placed(cell, place.choice)
+        run_dir = place.folder / "run"
+        resume = (run_dir / "config.json").is_file()
+        if run_dir.exists() and not resume:  # killed before it had begun
+            shutil.rmtree(run_dir)
+        results = train(config, run_dir, resume=resume, log=_CellLog(tell, config.train.steps))
+        tell(1.0, "measuring the best weights")
+        device = choose_device(config.train.device)
+        model = load_trained(run_dir, "best", device).model
+        metrics = read_metrics(run_dir / "metrics.jsonl")
+        kept = {name: value for name, value in results.items() if name not in ABOUT}
+        return _rounded(
+            {**kept, **_curves(metrics), **self.examine(model, config, self.sizes[place.choice.scale])}
+        )
+
+    def estimate(self, cell: Cell, choice: Choice) -> float:
+        config = _placed(cell, choice)
+        device = choose_device(config.train.device)
+        task = TASKS[config.task.task](config.task)
+        model = SequenceModel(task.model_config(config.model)).to(device)
+        whole = config.train.batch_size
+
+        def seconds(sequences: int, index: int) -> float:
+            began = time.perf_counter()
+            loss, _ = task.loss(model, task.batch(index, sequences, 0))
+            loss.backward()
+            loss.item()  # waits for the device
+            return time.perf_counter() - began
+
+        few = min(whole, FEW)
+        step = min(seconds(few, 0), seconds(few, 1)) * whole / few
+        if step < PATIENCE:
+            step = min(seconds(whole, 2), seconds(whole, 3))
+        return step * config.train.accumulate * config.train.steps
+
+
+class _CellLog(RunLog):
+    """A run's log that tells how far it is."""
+
+    def __init__(self, tell: Tell, steps: int) -> None:
+        super().__init__()
+        self.tell, self.steps, self._said = tell, steps, ""
+
+    def training(self, step: int, metrics: Mapping[str, float]) -> None:
+        super().training(step, metrics)
+        self._said = f"loss {metrics['loss']:.3f}"
+        self.tell(step / self.steps, self._said)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float], is_best: bool) -> None:
+        super().evaluation(step, metrics, is_best)
+        found = (
+            f"accuracy {metrics['accuracy']:.3f}"
+            if "accuracy" in metrics
+            else f"val {metrics['val_loss']:.3f}"
+        )
+        self.tell(step / self.steps, f"{self._said}  {found}")
+
+
+ABOUT = ("recipe", "mixer", "device", "machine", "versions", "commit")
+"""What a run's results hold that a cell's record says too."""
+
+
+def by_kind(records: Sequence[Record], *names: str) -> dict[tuple[Any, ...], list[Record]]:
+    """Group the records that did not fail by these entries of their settings, in the order they come in."""
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        if record["failed"] is None:
+            groups.setdefault(tuple(record["setting"].get(name) for name in names), []).append(record)
+    return groups
+
+
+def spread(values: Sequence[float], digits: int = 3, scale: float = 1.0) -> str:
+    """Return the mean of several seeds' figures, with the standard deviation where there are several.
+
+    >>> spread([0.5, 0.7], 1), spread([0.123], 1, scale=100)
+    ('0.6 ± 0.1', '12.3')
+    """
+    scaled = [scale * value for value in values]
+    text = f"{mean(scaled):.{digits}f}"
+    return f"{text} ± {stdev(scaled):.{digits}f}" if len(scaled) > 1 else text
+
+
+def bests(records: Sequence[Record], *path: str) -> list[float]:
+    """Return an entry of each record's result, found by its path.
+
+    >>> bests([{"result": {"test": {"accuracy": 1.0}}}], "test", "accuracy")
+    [1.0]
+    """
+    found = []
+    for record in records:
+        value = record["result"]
+        for name in path:
+            value = value[name]
+        found.append(value)
+    return found
+
+
+def points(record: Record, y: str, x: str = "step") -> list[tuple[float, float]]:
+    """Return what a metric was at each evaluation of a run."""
+    return [(entry[x], entry[y]) for entry in record["result"]["evaluations"] if y in entry]
+
+
+def training_seconds(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """Return the seconds spent on training alone up to each line of metrics.jsonl that tells its speed."""
+    seconds, tokens, found = 0.0, 0, []
+    for line in metrics:
+        if "tokens_per_second" in line:
+            seconds += (line["tokens"] - tokens) / line["tokens_per_second"]
+            tokens = line["tokens"]
+            found.append((line["step"], seconds))
+    return found
+
+
+def _curves(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the learning curve, thinned, and the evaluations, with the seconds of training up to each."""
+    at = training_seconds(metrics)
+    seconds = dict(at)
+    curve = [[line["step"], seconds[line["step"]], line["loss"]] for line in metrics if "loss" in line]
+    every = -(-len(curve) // CURVE_POINTS)
+    evaluations = [
+        {**line, "seconds": max([0.0, *(spent for step, spent in at if step <= line["step"])])}
+        for line in metrics
+        if "val_loss" in line
+    ]
+    return {
+        "training_seconds": at[-1][1] if at else 0.0,
+        "curve": curve[every - 1 :: every] if curve else [],
+        "evaluations": evaluations,
+    }
+
+
+def _cells(plan: Plan, seeds: int) -> Iterator[Cell]:
+    for seed in range(seeds):
+        config = replace(plan.config, train=replace(plan.config.train, seed=seed))
+        setting = {**plan.setting, "seed": seed}
+        yield Cell(f"{plan.name}-seed{seed}", setting, _without_place(config))
+
+
+def _without_place(config: RunConfig) -> dict[str, Any]:
+    """Return a configuration as JSON, without what says where it is computed."""
+    values = config.to_dict()
+    return {**values, "train": {k: v for k, v in values["train"].items() if k not in ("device", "threads")}}
+
+
+def _placed(cell: Cell, choice: Choice) -> RunConfig:
+    config = RunConfig.from_dict(cell.config)
+    here: TrainConfig = replace(config.train, device=choice.device, threads=choice.threads)
+    return replace(config, train=here)
+
+
+def _rounded(value: Any) -> Any:
+    """Return JSON values with floats of six digits, which is more than any of them is good for."""
+    if isinstance(value, float) and isfinite(value):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {name: _rounded(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(part) for part in value]
+    return value

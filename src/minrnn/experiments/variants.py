@@ -1,0 +1,50 @@
+"""What is compared: every mixer, and variants of some, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from minrnn.mixers import MIXERS
+from minrnn.models import ModelConfig
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "minlstm-unnormalised": {"mixer": "minlstm", "normalize": False},
+    "mingru-signed": {"mixer": "mingru", "signed": True},
+    "minlstm-signed": {"mixer": "minlstm", "signed": True},
+    "transformer": {"mixer": "attention", "conv_width": 0, "mlp_ratio": 4.0},
+}
+"""Settings of a model that have a name of their own here; a mixer's name stands for the mixer as it is."""
+
+_FIELDS = {field.name for field in dataclasses.fields(ModelConfig)}
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """Return the settings that a name stands for, as ModelConfig takes them."""
+    return dict(VARIANTS[name]) if name in VARIANTS else {"mixer": name}
+
+
+def model_of(name: str, **settings: Any) -> ModelConfig:
+    """Return a model's configuration in which a name's own settings go before the given ones."""
+    return ModelConfig(**settings | settings_of(name))
+
+
+def every_mixer(*variants: str) -> list[str]:
+    """Return all mixers, and those of the named variants whose settings a model has."""
+    return [*MIXERS, *(name for name in variants if VARIANTS[name].keys() <= _FIELDS)]
+
+
+def choose(wanted: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return the names that take part: those that are wanted, or all.
+
+    Raises:
+        ValueError: a name is unknown; the nearest is named.
+    """
+    for name in wanted:
+        if name not in names:
+            near = get_close_matches(name, names, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"reproduce: mixers must be among {', '.join(names)}, got {name!r}{hint}")
+    return [name for name in names if not wanted or name in wanted]

@@ -1,0 +1,590 @@
+"""The frame that experiments stand in: cells, interruption and continuation, records, tables, the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from minrnn.cli.main import main
+from minrnn.cli.reproduce import _Bar, _duration
+from minrnn.experiments import (
+    EXPERIMENTS,
+    formal_languages,
+    listops,
+    selective_copying,
+    shakespeare,
+    stability,
+)
+from minrnn.experiments.experiment import SCALES, Cell, Choice, Experiment, Record, Silence, Table
+from minrnn.experiments.loops import LOOPS
+from minrnn.experiments.page import experiments, write_page
+from minrnn.experiments.parameters import FORMULAS, count_weights, parameter_table
+from minrnn.experiments.plots import save_figure
+from minrnn.experiments.published import LABELS, Published, shown
+from minrnn.experiments.results import ResultsFolder
+from minrnn.experiments.runner import command_of, forecast, pick, reproduce
+from minrnn.experiments.timed import exponent
+from minrnn.experiments.trained import TrainedExperiment, spread, training_seconds
+from minrnn.experiments.variants import VARIANTS, every_mixer
+from minrnn.mixers import MIXERS
+from minrnn.training import Interrupted, NonFiniteLossError, RunConfig, read_config
+
+REPOSITORY = Path(__file__).parents[1]
+TIMES = ("seconds", "training_seconds", "curve")  # what differs between two runs that are the same
+
+
+@pytest.fixture(autouse=True)
+def workplace(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINRNN_CACHE", str(tmp_path_factory.getbasetemp() / "minrnn-cache"))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY / "src"))
+
+
+@pytest.fixture(params=EXPERIMENTS)
+def experiment(request: pytest.FixtureRequest) -> Experiment:
+    return EXPERIMENTS[request.param].load()
+
+
+class SelectiveCopying(selective_copying.SelectiveCopying):
+    """Six steps, so that there is something to interrupt."""
+
+    sizes = {"tiny": dataclasses.replace(selective_copying.SelectiveCopying.sizes["tiny"], steps=6)}  # noqa: RUF012
+
+
+CHOICE = Choice("tiny", seeds=1, mixers=("mingru",), device="cpu")
+
+
+class StopAt(Silence):
+    """A watch that sends this process a signal when a cell is half done."""
+
+    def __init__(self, cell: int) -> None:
+        self.cell, self.number = cell, 0
+
+    def begin(self, name: str, number: int, total: int) -> None:
+        self.number = number
+
+    def progress(self, fraction: float, text: str, left: float | None) -> None:
+        if self.number == self.cell and fraction == 0.5:
+            self.number = 0  # a second signal would not wait for the end of the step
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: timeless(part) for name, part in value.items() if name not in TIMES}
+    return [timeless(part) for part in value] if isinstance(value, list) else value
+
+
+def published_in(value: Any) -> Iterator[Published]:
+    if isinstance(value, Published):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from published_in(part)
+
+
+# --- the table of experiments ----------------------------------------------------------------------------
+
+
+def test_every_experiment_is_named_as_it_is(experiment: Experiment) -> None:
+    assert EXPERIMENTS[experiment.name].load() is experiment
+    for text in (experiment.title, experiment.question, experiment.changes):
+        assert len(text) > 10
+    assert "cpu" in experiment.changes
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_cells_are_json_have_names_of_their_own_and_are_always_the_same(
+    experiment: Experiment, scale: Any
+) -> None:
+    cells = experiment.cells(Choice(scale))
+    assert len(cells) > 1
+    assert len({cell.name for cell in cells}) == len(cells)
+    for cell in cells:
+        assert re.fullmatch(r"[A-Za-z0-9.-]+", cell.name)
+        assert json.loads(json.dumps(cell.config)) == cell.config
+        assert dict(cell.setting).keys() >= {"B"} or {"mixer", "seed"} <= cell.setting.keys()
+    assert cells == experiment.cells(Choice(scale))
+    if isinstance(experiment, TrainedExperiment):
+        for cell in cells:
+            config = RunConfig.from_dict(cell.config)
+            assert config.train.seed == cell.setting["seed"]
+            assert {"device", "threads"}.isdisjoint(cell.config["train"])
+
+
+def test_seeds_and_mixers_choose_cells(experiment: Experiment) -> None:
+    everything = experiment.cells(Choice("cpu"))
+    ours = experiment.cells(Choice("cpu", mixers=("mingru", "minlstm")))
+    assert ours
+    if isinstance(experiment, TrainedExperiment):
+        assert {cell.setting["mixer"] for cell in ours} == {"mingru", "minlstm"}
+        assert {cell.name for cell in ours} <= {cell.name for cell in everything}
+        by_seed = [experiment.cells(Choice("cpu", seeds=n, mixers=("mingru",))) for n in (1, 4)]
+        assert len(by_seed[1]) == 4 * len(by_seed[0])
+        seeds = [c.setting["seed"] for c in everything if c.setting["mixer"] in ("mingru", "minlstm")]
+        assert max(seeds) >= 2  # three of ours at least
+    else:
+        assert {tuple(cell.config["systems"]) for cell in ours} == {("mingru", "minlstm")}
+    with pytest.raises(ValueError, match=r"mixers must be among .*; did you mean 'mingru'"):
+        experiment.cells(Choice("cpu", mixers=("mingur",)))
+
+
+def test_every_mixer_takes_part_where_all_are_compared() -> None:
+    for name in EXPERIMENTS.keys() - {"stability"}:
+        experiment = EXPERIMENTS[name].load()
+        taking = {
+            mixer
+            for cell in experiment.cells(Choice("tiny"))
+            for mixer in ([cell.setting["mixer"]] if "mixer" in cell.setting else cell.config["systems"])
+        }
+        assert taking >= MIXERS.keys(), name
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"scale": "huge"}, "scale must be one of cpu, paper, tiny, got 'huge'"),
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"threads": -1}, "threads must be 0 or more"),
+    ],
+)
+def test_choices_out_of_range_are_refused(choice: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Choice(**choice)
+
+
+def test_variants_of_settings_that_models_lack_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(VARIANTS, "mingru-odd", {"mixer": "mingru", "oddness": 3})
+    assert every_mixer("mingru-odd", "transformer") == [*MIXERS, "transformer"]
+
+
+@pytest.mark.parametrize("scale", ["cpu", "paper"])
+def test_matched_models_have_nearly_as_many_parameters(scale: Any) -> None:
+    size = shakespeare.EXPERIMENT.sizes[scale]
+    wanted = shakespeare.count(shakespeare._model(size, "mingru", size.d_model))
+    for mixer in shakespeare.EXPERIMENT.mixers():
+        width = shakespeare.width_of(size, mixer, wanted)
+        found = shakespeare.count(shakespeare._model(size, mixer, width))
+        assert found == pytest.approx(wanted, rel=0.06), mixer
+
+
+# --- running, stopping, going on -------------------------------------------------------------------------
+
+
+def test_interrupted_and_continued_is_uninterrupted(tmp_path: Path) -> None:
+    experiment = SelectiveCopying()
+    whole = reproduce(experiment, CHOICE, tmp_path / "whole", Silence())
+    with pytest.raises(Interrupted):
+        reproduce(experiment, CHOICE, tmp_path / "parts", StopAt(cell=2))
+    parts = ResultsFolder(tmp_path / "parts", experiment.name, "tiny")
+    assert [record["cell"] for record in parts.records()] == ["mingru-layers1-seed0"]
+    assert (parts.path / "tables.md").is_file()  # of what there was
+    unfinished = parts.path / "unfinished" / "mingru-layers2-seed0" / "run"
+    assert read_config(unfinished).train.steps == 6
+    first = (parts.path / "cells" / "mingru-layers1-seed0.json").stat().st_mtime_ns
+    reproduce(experiment, CHOICE, tmp_path / "parts", Silence())
+    assert (parts.path / "cells" / "mingru-layers1-seed0.json").stat().st_mtime_ns == first
+    assert not (parts.path / "unfinished").exists()
+    assert timeless(parts.records()) == [
+        {**timeless(record), "command": found["command"]}
+        for record, found in zip(whole.records(), parts.records(), strict=True)
+    ]
+    names = {path.name for path in parts.path.iterdir()}
+    assert names == {"cells", "config.json", "tables.md", "plot.png", "plot.svg"}
+
+
+def test_a_cell_that_was_killed_before_its_first_step_starts_over(tmp_path: Path) -> None:
+    folder = ResultsFolder(tmp_path, "selective-copying", "tiny")
+    (cell, *_) = SelectiveCopying().cells(CHOICE)
+    (folder.unfinished(cell) / "run").mkdir(parents=True)
+    (folder.unfinished(cell) / "run" / "config.json.partial").write_text("{")
+    reproduce(SelectiveCopying(), CHOICE, tmp_path, Silence(), only=[cell.name])
+    assert [record["cell"] for record in folder.records()] == [cell.name]
+
+
+def test_cells_run_alone_in_any_order_and_add_up(tmp_path: Path) -> None:
+    experiment = SelectiveCopying()
+    names = [cell.name for cell in experiment.cells(CHOICE)]
+    for name in reversed(names):
+        folder = reproduce(experiment, CHOICE, tmp_path, Silence(), only=[name])
+    other = dataclasses.replace(CHOICE, mixers=("gru",))
+    folder = reproduce(experiment, other, tmp_path, Silence(), only=["gru-layers1-seed0"])
+    assert [record["cell"] for record in folder.records()] == ["gru-layers1-seed0", *names]
+    assert json.loads((folder.path / "config.json").read_text())["cells"].keys() == {
+        *names,
+        "gru-layers1-seed0",
+    }
+    assert "| gru |" in (folder.path / "tables.md").read_text()
+
+
+def test_a_record_says_all_that_is_needed_to_repeat_it(tmp_path: Path) -> None:
+    folder = reproduce(SelectiveCopying(), CHOICE, tmp_path, Silence(), only=["mingru-layers1-seed0"])
+    (record,) = folder.records()
+    expected = {"format", "experiment", "scale", "cell", "setting", "config", "result", "failed", "seconds"}
+    assert record.keys() == expected | {"command", "device", "machine", "versions", "commit"}
+    assert RunConfig.from_dict(record["config"]).train.steps == 6
+    assert record["command"] == (
+        "minrnn reproduce selective-copying --scale tiny --seeds 1 --mixers mingru --device cpu --cell "
+        f"mingru-layers1-seed0 --output {tmp_path}"
+    )
+    assert len((folder.path / "cells" / "mingru-layers1-seed0.json").read_text().splitlines()) == 1
+
+
+def test_results_of_other_settings_are_not_taken_for_these(tmp_path: Path) -> None:
+    reproduce(SelectiveCopying(), CHOICE, tmp_path, Silence(), only=["mingru-layers1-seed0"])
+    with pytest.raises(ValueError, match=r"got train.steps = 6 in place of 2; remove it, or choose another"):
+        reproduce(selective_copying.EXPERIMENT, CHOICE, tmp_path, Silence())
+    path = tmp_path / "selective-copying-tiny" / "cells" / "mingru-layers1-seed0.json"
+    for damaged in ("{", "[]", '{"format": 0}'):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match="remove it to have it made again"):
+            reproduce(SelectiveCopying(), CHOICE, tmp_path, Silence())
+
+
+def test_training_that_diverges_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(*arguments: Any) -> None:
+        raise NonFiniteLossError("training diverged at step 3")
+
+    said: list[str] = []
+
+    class Ear(Silence):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    choice = dataclasses.replace(CHOICE, seeds=2)
+    cells = [cell.name for cell in stability.EXPERIMENT.cells(choice)]
+    reproduce(stability.EXPERIMENT, choice, tmp_path, Silence(), only=cells[::2])
+    monkeypatch.setattr(stability.Stability, "measure", diverge)
+    folder = reproduce(stability.EXPERIMENT, choice, tmp_path, Ear())
+    assert f"{cells[1]} failed: training diverged at step 3" in said
+    failed = [record["cell"] for record in folder.records() if record["failed"] is not None]
+    assert failed == sorted(cells[1::2])
+    rows = (folder.path / "tables.md").read_text().splitlines()
+    assert sum(row.startswith("| mingru | ") for row in rows) == 3
+    for row in rows:
+        if row.startswith("| mingru | "):
+            assert row.split(" | ")[2:4] == ["2", "2"]  # one diverged, the other has learnt nothing
+    monkeypatch.undo()
+    page = experiments(_as_cpu(folder), tmp_path)
+    assert f"Diverged: {', '.join(sorted(cells[1::2]))}." in page
+
+
+def test_a_cell_is_looked_up_by_its_name() -> None:
+    cells = [Cell(name, {}, {}) for name in ("mingru-seed0", "gru-seed0")]
+    assert pick(cells, []) == cells
+    assert pick(cells, ["gru-seed0"]) == cells[1:]
+    with pytest.raises(ValueError, match=r"that --list-cells names .*; did you mean 'mingru-seed0'"):
+        pick(cells, ["mingru-seed1"])
+
+
+def test_the_time_left_is_that_of_the_most_similar_cells() -> None:
+    def record(mixer: str, layers: int, seconds: float) -> Record:
+        return {"setting": {"mixer": mixer, "layers": layers, "seed": 0}, "seconds": seconds}
+
+    known = [record("gru", 1, 10.0), record("gru", 2, 30.0), record("rnn", 2, 2.0)]
+    assert forecast(Cell("", {"mixer": "gru", "layers": 2, "seed": 5}, {}), known) == 30.0
+    assert forecast(Cell("", {"mixer": "gru", "layers": 3, "seed": 0}, {}), known) == 20.0
+    assert forecast(Cell("", {"mixer": "lstm", "layers": 3, "seed": 0}, {}), known) == 14.0
+    assert forecast(Cell("", {"mixer": "lstm"}, {}), []) is None
+
+
+def test_estimates_are_of_every_kind_of_cell(experiment: Experiment) -> None:
+    kinds = {cell.kind: cell for cell in experiment.cells(CHOICE)}
+    for cell in kinds.values():
+        assert experiment.estimate(cell, CHOICE) > 0
+
+
+# --- numbers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_loops_are_the_recurrences_that_torch_compiles(name: str) -> None:
+    torch.manual_seed(0)
+    loop = LOOPS[name](3, 5).double()
+    x = torch.randn(2, 7, 3, dtype=torch.float64, requires_grad=True)
+    y, expected = loop(x), loop.rnn(x)[0]
+    torch.testing.assert_close(y, expected)
+    leaves = [x, *loop.parameters()]
+    dy = torch.randn_like(y)
+    for found, wanted in zip(
+        torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
+    assert name not in MIXERS
+
+
+@given(power=st.floats(-1, 3), factor=st.floats(1e-3, 1e3), count=st.integers(3, 9))
+def test_growth_is_the_exponent(power: float, factor: float, count: int) -> None:
+    line = [(2.0**n, factor * 2.0 ** (n * power)) for n in range(count)]
+    assert exponent(line) == pytest.approx(power, abs=1e-6)
+    assert exponent(line[:2]) is None
+
+
+def test_growth_looks_at_the_upper_half() -> None:
+    assert exponent([(1, 5), (2, 5), (4, 5), (8, 8), (16, 16), (32, 32)]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("mixer", FORMULAS)
+@pytest.mark.parametrize(("d_x", "d_h"), [(3, 3), (4, 10), (7, 2)])
+def test_weights_are_as_many_as_the_papers_formula_says(mixer: str, d_x: int, d_h: int) -> None:
+    assert count_weights(mixer, d_x, d_h) == FORMULAS[mixer].weights(d_x, d_h)
+
+
+def test_the_table_of_parameters_holds_every_mixer() -> None:
+    table = parameter_table()
+    assert [row[0] for row in table.rows] == list(MIXERS)
+    assert "33% of gru" in table.markdown()
+    assert "38% of lstm" in table.markdown()
+
+
+def test_a_count_that_is_not_the_formulas_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FORMULAS, "mingru", FORMULAS["gru"])
+    with pytest.raises(RuntimeError, match="mingru must have"):
+        parameter_table()
+
+
+def test_seconds_of_training_leave_evaluations_out() -> None:
+    lines = [
+        {"step": 2, "loss": 1.0, "tokens": 100, "tokens_per_second": 50.0, "seconds": 2.0},
+        {"step": 2, "val_loss": 1.0},
+        {"step": 4, "loss": 0.9, "tokens": 200, "tokens_per_second": 25.0, "seconds": 99.0},
+    ]
+    assert training_seconds(lines) == [(2, 2.0), (4, 6.0)]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=5))
+def test_a_spread_has_a_deviation_where_there_are_several(values: list[float]) -> None:
+    assert ("±" in spread(values)) == (len(values) > 1)
+
+
+# --- published figures -----------------------------------------------------------------------------------
+
+
+def test_every_published_figure_is_labelled() -> None:
+    modules = (selective_copying, shakespeare, formal_languages, listops)
+    found = [
+        figure for module in modules for value in vars(module).values() for figure in published_in(value)
+    ]
+    assert len(found) > 30
+    for figure in found:
+        assert figure.certainty in LABELS
+        assert str(figure) == f"{figure.text} ({LABELS[figure.certainty]})"
+        assert "arXiv" in figure.source
+    assert shown(None) == ""
+
+
+@pytest.mark.parametrize(
+    ("figure", "text"),
+    [
+        (selective_copying.TABLE_1["mingru", 3], "99.5 ± 0.2 (as published)"),
+        (selective_copying.TABLE_1["minlstm", 2], "85.7 ± 5.8 (as recalled, unconfirmed)"),
+        (shakespeare.BEST["minlstm"], "1.555 at step 625 (as published)"),
+        (formal_languages.PUBLISHED["minLSTM"]["majority"], "0.93 (as recalled, unconfirmed)"),
+        (listops.TABLE_6["mlp"], "0.52 (as recalled, unconfirmed)"),
+    ],
+)
+def test_published_figures_are_those_of_the_paper(figure: Published, text: str) -> None:
+    assert str(figure) == text
+
+
+# --- tables, plots, the page -----------------------------------------------------------------------------
+
+
+def test_a_table_is_markdown() -> None:
+    table = Table("What", ["a", "b"], [["1", "2"]], "Note.")
+    assert table.markdown() == "**What**\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n\nNote."
+    assert Table("", ["a"], []).markdown() == "| a |\n| --- |"
+
+
+def test_without_matplotlib_there_is_no_plot_and_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    reason = save_figure(lambda: pytest.fail("drawn all the same"), tmp_path)
+    assert reason is not None
+    assert "pip install" in reason
+
+
+def _as_cpu(folder: ResultsFolder) -> Path:
+    """Let results of the tiny scale pass for those of the cpu scale, in a folder of their own."""
+    root = folder.path.parent / "as-cpu"
+    shutil.copytree(folder.path, root / f"{folder.name}-cpu")
+    return root
+
+
+def test_the_page_holds_tables_plots_commands_and_machines(tmp_path: Path) -> None:
+    folder = reproduce(SelectiveCopying(), CHOICE, tmp_path / "results", Silence())
+    target = tmp_path / "RESULTS.md"
+    page, benchmarks = REPOSITORY / "benchmarks" / "page.md", REPOSITORY / "benchmarks" / "results"
+    write_page(page, benchmarks, _as_cpu(folder), target)
+    text = target.read_text()
+    assert "## Selective copying (tables 1 and 2)" in text
+    assert "](results/as-cpu/selective-copying-cpu/plot.png)" in text
+    assert "99.5 ± 0.2 (as published)" in text
+    assert "minrnn reproduce selective-copying --scale paper" in text
+    assert re.search(r"2 cells, .* hours of computing in all, on .*, torch ", text)
+    assert "## Parameters" in text
+    assert "`runtime` (figure 1)" in text.partition("## Not measured yet")[2]
+    assert "{" not in text
+
+
+def test_results_md_is_what_the_report_writes(tmp_path: Path) -> None:
+    """But for the experiments, whose section is made again whenever their results are."""
+    target = tmp_path / "RESULTS.md"
+    page, benchmarks = REPOSITORY / "benchmarks" / "page.md", REPOSITORY / "benchmarks" / "results"
+    write_page(page, benchmarks, tmp_path / "results", target)
+    committed = (REPOSITORY / "RESULTS.md").read_text(encoding="utf-8")
+    written = target.read_text(encoding="utf-8")
+    assert committed.partition("\n## Parameters\n")[0] == written.partition("\n## Parameters\n")[0]
+    assert "\n## Parameters\n" in committed
+
+
+def test_a_page_that_names_no_table_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text("{experiment}")
+    with pytest.raises(ValueError, match=r"page.md must name tables among .*experiments, got 'experiment'"):
+        write_page(tmp_path / "page.md", REPOSITORY / "benchmarks" / "results", tmp_path, tmp_path / "R.md")
+    assert not (tmp_path / "R.md").exists()
+
+
+# --- the command line ------------------------------------------------------------------------------------
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    assert main(["reproduce", *args]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"minrnn: error: [^\n]+\n", error), error
+    return error
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    program = (
+        "import sys; from minrnn.cli.main import main\ntry: main(['reproduce', '--help'])\nexcept SystemExit "
+        "as stop: sys.exit(stop.code or ', '.join({'torch', 'numpy'} & sys.modules.keys()) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(
+        f"  {name} " in done.stdout and entry.help in done.stdout for name, entry in EXPERIMENTS.items()
+    )
+
+
+@pytest.mark.parametrize("name", [*EXPERIMENTS, "report"])
+def test_every_option_is_explained(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["reproduce", name, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: minrnn reproduce {name}")
+    options = re.split(r"\n\W+(?=--[a-z])", text.partition("help message and exit")[2])[1:]
+    assert len(options) >= 4
+    for option in options:
+        assert re.search(r"[a-z]{2,}.*\. \(default:", re.sub(r"\s*│?\n│?\s*", " ", option)), option
+
+
+def test_mistakes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unknown experiment 'runtme'; did you mean runtime?" in error_of(capsys, "runtme")
+    assert "did you mean 'gru-loop'" in error_of(capsys, "runtime", "--mixers", "gru-lop")
+    assert "'cpu', 'paper', 'tiny'" in error_of(capsys, "runtime", "--scale", "big")
+    assert "--seeds" in error_of(capsys, "runtime", "--seed", "3")
+    assert "did you mean 'B2-D8-T" in error_of(capsys, "runtime", "--scale", "tiny", "--cell", "B2-D8-T")
+    assert "device must be" in error_of(capsys, "runtime", "--device", "gpu")
+    assert "--list must stand alone" in error_of(capsys, "--list", "runtime")
+    assert "page.md: No such file" in error_of(capsys, "report")
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_the_list_of_cells_is_a_list_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ["listops", "--scale", "tiny", "--mixers", "minlstm", "--output", "mine", "--device", "cpu"]
+    assert main(["reproduce", *chosen, "--list-cells"]) == 0
+    commands = capsys.readouterr().out.splitlines()
+    assert len(commands) == 4
+    assert commands[1] == (
+        "minrnn reproduce listops --scale tiny --mixers minlstm --device cpu --cell minlstm-conv-seed0 "
+        "--output mine"
+    )
+    assert main(commands[1].split()[1:]) == 0
+    assert "results: mine/listops-tiny" in capsys.readouterr().out
+    assert main(["reproduce", *chosen, "--list-cells"]) == 0
+    again = capsys.readouterr().out.splitlines()
+    assert again[1] == f"# finished: {commands[1]}"
+    assert [again[0], *again[2:]] == [commands[0], *commands[2:]]
+
+
+def test_commands_choose_the_same_cells() -> None:
+    choice = Choice("paper", 2, ("mingru", "gru"), "cuda", 3)
+    assert command_of("runtime", choice, Path("results")) == (
+        "minrnn reproduce runtime --scale paper --seeds 2 --mixers mingru gru --device cuda --threads 3"
+    )
+
+
+def test_experiments_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(EXPERIMENTS)
+    assert all(re.search(r"cpu: \d+ cells; paper: \d+ cells$", line) for line in lines)
+
+
+def test_an_estimate_prints_the_command_and_runs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "listops", "--scale", "tiny", "--mixers", "minlstm", "--estimate"]) == 0
+    said = capsys.readouterr().out
+    assert "minrnn reproduce listops --scale tiny --mixers minlstm\nabout " in said
+    assert "4 cells, evaluations not counted" in said
+    assert not Path("results").exists()
+
+
+def test_an_interrupted_command_says_so_and_goes_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["reproduce", "stability", "--scale", "tiny", "--seeds", "1", "--mixers", "mingru"]
+
+    def stop(*arguments: Any) -> None:
+        raise Interrupted(signal.SIGTERM, 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stability.Stability, "measure", stop)
+        assert main(command) == 128 + signal.SIGTERM
+    assert "SIGTERM: stopped and saved after step 1; the same command goes on" in capsys.readouterr().out
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "stability: 0 of 3 cells are finished" in said
+    assert "3/3 mingru-bias3-seed0" in said
+    assert main(command) == 0
+    assert "3 of 3 cells are finished" in capsys.readouterr().out
+
+
+def test_a_terminal_shows_a_bar_with_the_time_left() -> None:
+    box = io.StringIO()
+    with _Bar(Console(file=box, force_terminal=True, width=100)) as watch:
+        watch.begin("mingru-seed0", 2, 9)
+        watch.progress(0.5, "loss 1.234", 7200.0)
+        watch.note("a line above")
+    shown_text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", box.getvalue())
+    assert "2/9 mingru-seed0" in shown_text
+    assert "50%" in shown_text
+    assert "loss 1.234  2.0 hours left" in shown_text
+    assert "a line above" in shown_text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3, "3 seconds"), (300, "5.0 minutes"), (4000, "1.1 hours"), (1e6, "11.6 days")]
+)
+def test_durations_have_units(seconds: float, text: str) -> None:
+    assert _duration(seconds) == text

@@ -1,0 +1,138 @@
+"""A shrunken version of every experiment runs: cells, records, tables with their labels, plots."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from minrnn.experiments import EXPERIMENTS
+from minrnn.experiments.experiment import Choice, Experiment, Silence, Table
+from minrnn.experiments.published import LABELS
+from minrnn.experiments.results import ResultsFolder
+from minrnn.experiments.runner import reproduce
+
+CHOSEN = {
+    "runtime": ("mingru", "minlstm", "gru", "lstm", "attention", "gru-loop", "lstm-loop"),
+    "inference": ("mingru", "gru", "attention"),
+    "selective-copying": ("mingru", "gru", "minlstm-unnormalised"),
+    "stability": ("minlstm",),
+    "shakespeare": ("mingru", "minlstm", "transformer"),
+    "formal-languages": ("mingru", "gru"),
+    "listops": ("minlstm", "gru"),
+}
+LABEL = re.compile("|".join(map(re.escape, LABELS.values())))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINRNN_CACHE", str(tmp_path_factory.getbasetemp() / "minrnn-cache"))
+        yield tmp_path_factory.mktemp("results")
+
+
+def choice_of(name: str) -> Choice:
+    return Choice("tiny", seeds=1, mixers=CHOSEN[name], device="cpu")
+
+
+def headings(text: str) -> list[str]:
+    return re.findall(r"^\*\*(.+)\*\*$", text, re.MULTILINE)
+
+
+def figures(table: Table) -> Iterator[tuple[str, Sequence[str], str]]:
+    """Yield column, row and text of every cell that holds a figure."""
+    for row in table.rows:
+        for column, text in zip(table.head, row, strict=True):
+            if text:
+                yield column, row, text
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_shrunken_version_runs(name: str, root: Path) -> None:
+    experiment, choice = EXPERIMENTS[name].load(), choice_of(name)
+    folder = reproduce(experiment, choice, root, Silence())
+    cells = experiment.cells(choice)
+    records = folder.records()
+    assert {record["cell"] for record in records} == {cell.name for cell in cells}
+    assert all(record["failed"] is None for record in records)
+    assert folder.path.name == f"{name}-tiny"
+    _check_plots(folder)
+    _check_tables(experiment, folder)
+
+
+def _check_plots(folder: ResultsFolder) -> None:
+    png, svg = folder.path / "plot.png", folder.path / "plot.svg"
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert svg.read_text().rstrip().endswith("</svg>")
+    assert "<dc:date>" not in svg.read_text()
+
+
+def _check_tables(experiment: Experiment, folder: ResultsFolder) -> None:
+    """Published and measured figures share no column and no row without a label."""
+    tables = experiment.tables(folder.records())
+    assert tables
+    assert headings((folder.path / "tables.md").read_text()) == [table.title for table in tables]
+    for table in tables:
+        assert table.rows
+        assert {len(row) for row in table.rows} == {len(table.head)}
+        own = "ublished" in table.title
+        for column, row, text in figures(table):
+            if LABEL.search(text):
+                assert own or "published" in column or text == row[0], (table.title, column)
+            elif "published" in column and text != row[0]:
+                pytest.fail(f"{table.title}: {text} in column {column} has no label")
+        for row in table.rows:
+            if LABEL.search(row[0]):
+                assert "published" in row[0]
+
+
+def test_records_hold_what_the_tables_need(root: Path) -> None:
+    (record, *_) = ResultsFolder(root, "runtime", "tiny").records()
+    for name, found in record["result"]["systems"].items():
+        seconds = found["seconds"]
+        assert seconds.keys() == {"forward", "backward", "step"}, name
+        assert seconds["step"]["samples"] >= 3
+        assert found["parameters"] > 0
+        assert found["peak_bytes"] is None or found["peak_bytes"] >= 0
+
+
+def test_states_grow_for_attention_alone(root: Path) -> None:
+    records = ResultsFolder(root, "inference", "tiny").records()
+    sizes: dict[str, set[int]] = {}
+    for record in records:
+        for name, found in record["result"]["systems"].items():
+            sizes.setdefault(name, set()).add(found["state_bytes"])
+    assert {name: len(found) for name, found in sizes.items()} == {"mingru": 1, "gru": 1, "attention": 3}
+
+
+def test_the_language_model_is_reported_on_a_part_that_chose_nothing(root: Path) -> None:
+    for record in ResultsFolder(root, "shakespeare", "tiny").records():
+        result, task = record["result"], record["config"]["task"]
+        assert task["held_out"] == 0.1
+        assert result["best"]["step"] in {entry["step"] for entry in result["evaluations"]}
+        assert result["test"]["val_tokens"] != result["val_tokens"]
+
+
+def test_longer_and_other_sequences_are_measured(root: Path) -> None:
+    (record, *_) = ResultsFolder(root, "selective-copying", "tiny").records()
+    assert record["result"]["test"].keys() == {"x1", "x2", "x4"}
+    (record, *_) = ResultsFolder(root, "formal-languages", "tiny").records()
+    assert record["result"]["by_length"].keys() == {"40", "48"}
+
+
+def test_a_system_that_cannot_be_measured_is_said(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from minrnn.experiments import runtime
+
+    def refuse(*arguments: object) -> None:
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setitem(runtime.LOOPS, "gru-loop", refuse)  # type: ignore[arg-type]
+    choice = Choice("tiny", mixers=("mingru", "gru-loop"), device="cpu")
+    folder = reproduce(runtime.EXPERIMENT, choice, root / "refused", Silence())
+    (record, *_) = folder.records()
+    assert record["result"]["systems"]["gru-loop"] == {"failed": "out of memory"}
+    assert "seconds" in record["result"]["systems"]["mingru"]
+    assert json.loads((folder.path / "config.json").read_text())["experiment"] == "runtime"
