@@ -253,6 +253,15 @@ def test_results_of_other_settings_are_not_taken_for_these(tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"got train.steps = 6 in place of 2; remove it, or choose another"):
         reproduce(selective_copying.EXPERIMENT, CHOICE, tmp_path, Silence())
     path = tmp_path / "selective-copying-tiny" / "cells" / "mingru-layers1-seed0.json"
+    record = json.loads(path.read_text())
+    del record["config"]["model"]["window"]  # as if that setting were newer than the record
+    path.write_text(json.dumps(record))
+    folder = reproduce(SelectiveCopying(), CHOICE, tmp_path, Silence(), only=["mingru-layers1-seed0"])
+    assert folder.records() == [record]
+    record["config"]["model"]["oddness"] = 3
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"unknown key 'model\.oddness'"):
+        reproduce(SelectiveCopying(), CHOICE, tmp_path, Silence())
     for damaged in ("{", "[]", '{"format": 0}'):
         path.write_text(damaged)
         with pytest.raises(ValueError, match="remove it to have it made again"):

@@ -165,7 +165,7 @@ def _list_cells(experiment: Experiment, choice: Choice, command: ReproduceComman
 
     folder = ResultsFolder(command.output, experiment.name, choice.scale)
     for cell in pick(experiment.cells(choice), command.cell):
-        done = "# finished: " if folder.record(cell) is not None else ""
+        done = "# finished: " if folder.record(cell, experiment) is not None else ""
         print(done + command_of(experiment.name, choice, command.output, cell.name))
     return 0
 

@@ -154,6 +154,14 @@ class Experiment(ABC):
             ValueError: a mixer is unknown; the nearest is named.
         """
 
+    def resolved(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a cell's configuration as this version would write it, to compare it with another.
+
+        Raises:
+            ValueError: this version cannot read it.
+        """
+        return dict(config)
+
     @abstractmethod
     def measure(self, cell: Cell, place: Workplace, tell: Tell) -> dict[str, Any]:
         """Run a cell, or go on with it, and return what it found as JSON.

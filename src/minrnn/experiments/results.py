@@ -44,8 +44,8 @@ class ResultsFolder:
         configs = known | {cell.name: dict(cell.config) for cell in cells}
         write_json(path, {"experiment": self.name, "scale": self.scale, "cells": configs}, indent=None)
 
-    def record(self, cell: Cell) -> Record | None:
-        """Return the record of a cell, or None where it is not finished.
+    def record(self, cell: Cell, experiment: Experiment) -> Record | None:
+        """Return the record of an experiment's cell, or None where it is not finished.
 
         Raises:
             ValueError: there is one that was computed with another configuration, or is damaged.
@@ -54,7 +54,7 @@ class ResultsFolder:
         if not path.is_file():
             return None
         record = _read(path)
-        found, wanted = record["config"], json.loads(json.dumps(cell.config))
+        found, wanted = experiment.resolved(record["config"]), experiment.resolved(cell.config)
         if found != wanted:
             raise ValueError(
                 f"reproduce: {path} must have this version's settings, got {_difference(found, wanted)}; "

@@ -39,7 +39,7 @@ def reproduce(
     """
     folder = ResultsFolder(root, experiment.name, choice.scale)
     cells = pick(experiment.cells(choice), only)
-    pending = [cell for cell in cells if folder.record(cell) is None]
+    pending = [cell for cell in cells if folder.record(cell, experiment) is None]
     folder.begin(experiment, cells)
     watch.note(f"{experiment.name}: {len(cells) - len(pending)} of {len(cells)} cells are finished")
     try:

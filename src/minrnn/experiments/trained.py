@@ -78,6 +78,10 @@ class TrainedExperiment(Experiment, Generic[SizeT]):
             for cell in _cells(plan, choice.seeds or plan.seeds)
         ]
 
+    def resolved(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a run's configuration with the settings that are newer than it, at their defaults."""
+        return _without_place(RunConfig.from_dict(config))
+
     def measure(self, cell: Cell, place: Workplace, tell: Tell) -> dict[str, Any]:
         config = _placed(cell, place.choice)
         run_dir = place.folder / "run"
