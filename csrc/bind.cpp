@@ -5,13 +5,12 @@
 #include <nanobind/stl/array.h>
 
 #include <array>
+#include <cstddef>
 #include <stdexcept>
 #include <string>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
+#include "isa.h"
+#include "memory.h"
 #include "scan.h"
 
 namespace nb = nanobind;
@@ -19,25 +18,17 @@ namespace nb = nanobind;
 namespace minrnn {
 namespace {
 
-const char *isa_name = "baseline";
+const RowTable *rows;  // of the instruction set that was chosen when the module was loaded
 
-const RowTable &choose_rows() {
+const RowTable &rows_of(Isa isa) {
+    switch (isa) {
 #ifdef MINRNN_X86
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-        isa_name = "avx512";
-        return avx512::rows;
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        isa_name = "avx2";
-        return avx2::rows;
-    }
+        case Isa::avx512: return avx512::rows;
+        case Isa::avx2: return avx2::rows;
 #endif
-    return baseline::rows;
+        default: return baseline::rows;
+    }
 }
-
-const RowTable &rows = choose_rows();
 
 using Address = std::uintptr_t;
 using Strided = std::array<int64_t, 3>;  // address, batch stride, time stride (in elements)
@@ -66,7 +57,7 @@ template <class IO> Problem<IO> problem(const Call &call) {
 
 template <class IO> void forward(const Call &call, const Strided &h) {
     const Problem<IO> p = problem<IO>(call);
-    run(Forward<IO>(p, rows, sequence<IO>(h)), p.B, p.T, p.D, p.threads);
+    run(Forward<IO>(p, *rows, sequence<IO>(h)), p.B, p.T, p.D, p.threads);
 }
 
 template <class IO>
@@ -76,19 +67,30 @@ void backward(const Call &call, const Strided &dh, const Strided &h, const std::
     const Problem<IO> p = problem<IO>(call);
     const Sequence<IO> outputs[3] = {sequence<IO>(dpre[0]), sequence<IO>(dpre[1]), sequence<IO>(dpre[2])};
     const States<Real> initial{reinterpret_cast<Real *>(dh0[0]), dh0[1]};
-    run(Backward<IO>(p, rows, sequence<const IO>(dh), sequence<const IO>(h), outputs, initial), p.B, p.T, p.D,
+    run(Backward<IO>(p, *rows, sequence<const IO>(dh), sequence<const IO>(h), outputs, initial), p.B, p.T, p.D,
         p.threads);
 }
 
-// Asks for huge pages under a large, still untouched output. A fresh 64 MiB tensor otherwise costs 16,384 page
-// faults, several times the scan itself. Best effort: where the system refuses, only speed is lost.
-void advise_huge_pages(Address address, std::size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr Address page = Address(2) << 20;
-    const Address begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
-    if (begin < end) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
-#endif
+Recycler &recycler() {  // never destroyed: tensors may outlive every static object
+    static Recycler &instance = *new Recycler;
+    return instance;
 }
+
+// An object with Python's buffer protocol: a tensor made of it holds it, and gives the memory back when it dies.
+struct Block {
+    Span span;
+    std::size_t bytes;
+    explicit Block(std::size_t bytes) : span(recycler().take(bytes)), bytes(bytes) {}
+    Block(const Block &) = delete;
+    ~Block() { recycler().give(span); }
+};
+
+int get_buffer(PyObject *self, Py_buffer *view, int flags) {
+    const Block *block = nb::inst_ptr<Block>(self);
+    return PyBuffer_FillInfo(view, self, block->span.data, static_cast<Py_ssize_t>(block->bytes), 0, flags);
+}
+
+PyType_Slot block_slots[] = {{Py_bf_getbuffer, reinterpret_cast<void *>(get_buffer)}, {0, nullptr}};
 
 // dtypes are numbered as in cpu.py: float32, float64, bfloat16, float16.
 template <class F> void for_dtype(int dtype, F &&f) {
@@ -106,8 +108,12 @@ template <class F> void for_dtype(int dtype, F &&f) {
 
 NB_MODULE(_cpu, m) {
     using namespace minrnn;
-    m.attr("isa") = isa_name;
-    m.def("advise_huge_pages", &advise_huge_pages);
+    const Isa isa = choose_isa();
+    rows = &rows_of(isa);
+    m.attr("isa") = kIsaNames[static_cast<int>(isa)];
+    nb::set_leak_warnings(false);  // a tensor that lives until the interpreter ends is no leak
+    nb::class_<Block>(m, "Block", nb::type_slots(block_slots)).def(nb::init<std::size_t>());
+    m.def("release_memory", [] { return recycler().release(); });
     m.def("forward",
           [](int dtype, int gate, int candidate, int num_pre, int threads, bool reverse,
              std::array<int64_t, 3> shape, std::array<Strided, 3> pre, Strided h0, Strided reset, Strided h) {

@@ -6,43 +6,68 @@
 namespace minrnn {
 namespace {
 
-template <class IO, class G> struct Rows {
+// One block of lanes of a row, beginning at channel d; Count is All, or a number of channels below that.
+template <class Count> struct Block {
+    int64_t d;
+    Count count;
+    template <class X> MINRNN_INLINE auto from(const X *row) const { return load(row + d, count); }
+    template <class V, class X> MINRNN_INLINE void to(X *row, V x) const { store(x, row + d, count); }
+    template <class Real> MINRNN_INLINE auto from(CarryRow<Real> row) const {
+        return Carry<Lanes<Real>>{from(row.hi), from(row.lo)};
+    }
+    template <class Real> MINRNN_INLINE void to(CarryRow<Real> row, Carry<Lanes<Real>> carry) const {
+        to(row.hi, carry.hi);
+        to(row.lo, carry.lo);
+    }
+};
+
+// A step's rows. Each kernel below computes one block with `step`, stores what it found with `put`, and moves its rows
+// to the next step with `next`.
+template <class X> struct Cursor {
+    X *row;
+    int64_t stride;
+    MINRNN_INLINE explicit Cursor(Rows<X> rows) : row(rows.first), stride(rows.stride) {}
+    MINRNN_INLINE void next() { row += stride; }
+};
+
+template <class IO, class G> struct Kernels {
     using Real = typename Computed<IO>::Real;
     using V = Lanes<Real>;
-    using In = const IO *;
-    using Out = IO *;
     using CarryRow = minrnn::CarryRow<Real>;
     using Pre = typename RowKernels<IO>::Pre;
+    using Gradients = typename RowKernels<IO>::Gradients;
 
-    // One block of lanes of the arrays, beginning at channel d; Count is All, or a number of channels below that.
-    template <class Count> struct Block {
-        int64_t d;
-        Count count;
-        MINRNN_INLINE V from(In row) const { return load(row + d, count); }
-        MINRNN_INLINE void to(Out row, V x) const { store(x, row + d, count); }
-        MINRNN_INLINE V third(In row) const {
-            if constexpr (G::num_pre > 2) return from(row);
+    struct Inputs {
+        Cursor<const IO> p0, p1, p2;
+        MINRNN_INLINE explicit Inputs(const Pre &pre) : p0(pre[0]), p1(pre[1]), p2(pre[2]) {}
+        template <class B> MINRNN_INLINE V third(B at) const {
+            if constexpr (G::num_pre > 2) return at.from(p2.row);
             return V{};
         }
-        MINRNN_INLINE Carry<V> from(CarryRow row) const { return {load(row.hi + d, count), load(row.lo + d, count)}; }
-        MINRNN_INLINE void to(CarryRow row, Carry<V> carry) const {
-            store(carry.hi, row.hi + d, count);
-            store(carry.lo, row.lo + d, count);
+        template <class B> MINRNN_INLINE Recurrence<V> recurrence(B at) const {
+            return G::forward(at.from(p0.row), at.from(p1.row), third(at));
+        }
+        MINRNN_INLINE void next() {
+            p0.next();
+            p1.next();
+            p2.next();
         }
     };
 
-    // Each kernel: `step` computes a block, `put` stores what it found.
-
     struct Forward {
-        In p0, p1, p2;
+        Inputs in;
         CarryRow carry;
-        Out h;
+        Cursor<IO> h;
         template <class B> MINRNN_INLINE Carry<V> step(B at) const {
-            return advance(at.from(carry), G::forward(at.from(p0), at.from(p1), at.third(p2)));
+            return advance(at.from(carry), in.recurrence(at));
         }
-        template <class B> MINRNN_INLINE void put(B at, const Carry<V> &next) const {
-            at.to(carry, next);
-            at.to(h, next.hi);
+        template <class B> MINRNN_INLINE void put(B at, const Carry<V> &state) const {
+            at.to(carry, state);
+            at.to(h.row, state.hi);
+        }
+        MINRNN_INLINE void next() {
+            in.next();
+            h.next();
         }
     };
 
@@ -51,64 +76,84 @@ template <class IO, class G> struct Rows {
     };
 
     struct ForwardPrefix {
-        In p0, p1, p2;
+        Inputs in;
         CarryRow carry, decay;
         template <class B> MINRNN_INLINE Prefix step(B at) const {
-            const Recurrence<V> r = G::forward(at.from(p0), at.from(p1), at.third(p2));
+            const Recurrence<V> r = in.recurrence(at);
             return {advance(at.from(carry), r), multiply(at.from(decay), r.a)};
         }
-        template <class B> MINRNN_INLINE void put(B at, const Prefix &next) const {
-            at.to(carry, next.state);
-            at.to(decay, next.product);
+        template <class B> MINRNN_INLINE void put(B at, const Prefix &prefix) const {
+            at.to(carry, prefix.state);
+            at.to(decay, prefix.product);
         }
+        MINRNN_INLINE void next() { in.next(); }
     };
 
     struct Adjoint {
-        Gradients<V> gradients;
-        Carry<V> next;
+        minrnn::Gradients<V> gradients;
+        Carry<V> carry;
     };
 
     struct Backward {
-        In p0, p1, p2, h_prev, dh;
+        Inputs in;
+        Cursor<const IO> h_prev, dh;
         CarryRow carry;
-        Out d0, d1, d2;
+        Cursor<IO> d0, d1, d2;
         template <class B> MINRNN_INLINE Adjoint step(B at) const {
-            const Carry<V> adjoint = add(at.from(carry), at.from(dh));
-            const Gradients<V> g =
-                G::backward(at.from(p0), at.from(p1), at.third(p2), at.from(h_prev), adjoint.hi);
+            const Carry<V> adjoint = add(at.from(carry), at.from(dh.row));
+            const minrnn::Gradients<V> g = G::backward(at.from(in.p0.row), at.from(in.p1.row), in.third(at),
+                                                       at.from(h_prev.row), adjoint.hi);
             return {g, multiply(adjoint, g.a)};
         }
-        template <class B> MINRNN_INLINE void put(B at, const Adjoint &result) const {
-            at.to(carry, result.next);
-            at.to(d0, result.gradients.d0);
-            at.to(d1, result.gradients.d1);
-            if constexpr (G::num_pre > 2) at.to(d2, result.gradients.d2);
+        template <class B> MINRNN_INLINE void put(B at, const Adjoint &adjoint) const {
+            at.to(carry, adjoint.carry);
+            at.to(d0.row, adjoint.gradients.d0);
+            at.to(d1.row, adjoint.gradients.d1);
+            if constexpr (G::num_pre > 2) at.to(d2.row, adjoint.gradients.d2);
+        }
+        MINRNN_INLINE void next() {
+            in.next();
+            h_prev.next();
+            dh.next();
+            d0.next();
+            d1.next();
+            d2.next();
         }
     };
 
     struct BackwardPrefix {
-        In p0, p1, p2, dh;
+        Inputs in;
+        Cursor<const IO> dh;
         CarryRow carry, decay;
         template <class B> MINRNN_INLINE Prefix step(B at) const {
-            const Decay<V> a = G::forward(at.from(p0), at.from(p1), at.third(p2)).a;
-            return {multiply(add(at.from(carry), at.from(dh)), a), multiply(at.from(decay), a)};
+            const Decay<V> a = in.recurrence(at).a;
+            return {multiply(add(at.from(carry), at.from(dh.row)), a), multiply(at.from(decay), a)};
         }
-        template <class B> MINRNN_INLINE void put(B at, const Prefix &next) const {
-            at.to(carry, next.state);
-            at.to(decay, next.product);
+        template <class B> MINRNN_INLINE void put(B at, const Prefix &prefix) const {
+            at.to(carry, prefix.state);
+            at.to(decay, prefix.product);
+        }
+        MINRNN_INLINE void next() {
+            in.next();
+            dh.next();
         }
     };
 
     struct Round {
         const Real *from;
         IO *to;
-        template <class B> MINRNN_INLINE V step(B at) const { return load(from + at.d, at.count); }
-        template <class B> MINRNN_INLINE void put(B at, V x) const { store(x, to + at.d, at.count); }
+        template <class B> MINRNN_INLINE V step(B at) const { return at.from(from); }
+        template <class B> MINRNN_INLINE void put(B at, V x) const { at.to(to, x); }
+        MINRNN_INLINE void next() {}
     };
+
+    template <class Kernel> static MINRNN_INLINE void sweep(int64_t n, int64_t steps, bool falling, Kernel kernel) {
+        for (int64_t k = 0; k < steps; ++k, kernel.next()) row(n, falling, kernel);
+    }
 
     // All n channels. The last block overlaps the one before it where n is no multiple of the lanes: it is computed
     // first, from what the arrays still hold, and stored last, over equal numbers.
-    template <class Kernel> static MINRNN_INLINE void sweep(Order order, int64_t n, const Kernel &kernel) {
+    template <class Kernel> static MINRNN_INLINE void row(int64_t n, bool falling, const Kernel &kernel) {
         constexpr int64_t lanes = kLanes<V>;
         if (n < lanes) {
             const Block<int64_t> only{0, n};
@@ -117,50 +162,55 @@ template <class IO, class G> struct Rows {
         }
         const int64_t rest = n % lanes;
         if (rest == 0) {
-            blocks(order, n, kernel);
+            blocks(n, falling, kernel);
             return;
         }
         const Block<All> last{n - lanes, {}};
         const auto result = kernel.step(last);
-        blocks(order, n - rest, kernel);
+        blocks(n - rest, falling, kernel);
         kernel.put(last, result);
     }
 
-    template <class Kernel> static MINRNN_INLINE void blocks(Order order, int64_t n, const Kernel &kernel) {
+    template <class Kernel> static MINRNN_INLINE void blocks(int64_t n, bool falling, const Kernel &kernel) {
         constexpr int64_t lanes = kLanes<V>;
-        const int64_t first = order == Order::kRising ? 0 : n - lanes, step = order == Order::kRising ? lanes : -lanes;
+        const int64_t first = falling ? n - lanes : 0, next = falling ? -lanes : lanes;
         for (int64_t i = 0; i < n / lanes; ++i) {
-            const Block<All> at{first + i * step, {}};
+            const Block<All> at{first + i * next, {}};
             kernel.put(at, kernel.step(at));
         }
     }
 
-    static void forward(Order order, int64_t n, const Pre &pre, CarryRow carry, IO *h) {
-        sweep(order, n, Forward{pre[0], pre[1], pre[2], carry, h});
+    static void forward(int64_t n, int64_t steps, const Pre &pre, CarryRow carry, Rows<IO> h) {
+        sweep(n, steps, h.stride < 0, Forward{Inputs(pre), carry, Cursor<IO>(h)});
     }
-    static void forward_prefix(Order order, int64_t n, const Pre &pre, CarryRow carry, CarryRow decay) {
-        sweep(order, n, ForwardPrefix{pre[0], pre[1], pre[2], carry, decay});
+    static void forward_prefix(int64_t n, int64_t steps, const Pre &pre, CarryRow carry, CarryRow decay) {
+        sweep(n, steps, pre[0].stride < 0, ForwardPrefix{Inputs(pre), carry, decay});
     }
-    static void backward(Order order, int64_t n, const Pre &pre, const IO *h_prev, const IO *dh, CarryRow carry,
-                         const typename RowKernels<IO>::Gradients &dpre) {
-        sweep(order, n, Backward{pre[0], pre[1], pre[2], h_prev, dh, carry, dpre[0], dpre[1], dpre[2]});
+    static void backward(int64_t n, int64_t steps, const Pre &pre, Rows<const IO> h_prev, Rows<const IO> dh,
+                         CarryRow carry, const Gradients &dpre) {
+        sweep(n, steps, dpre[0].stride < 0,
+              Backward{Inputs(pre), Cursor<const IO>(h_prev), Cursor<const IO>(dh), carry, Cursor<IO>(dpre[0]),
+                       Cursor<IO>(dpre[1]), Cursor<IO>(dpre[2])});
     }
-    static void backward_prefix(Order order, int64_t n, const Pre &pre, const IO *dh, CarryRow carry, CarryRow decay) {
-        sweep(order, n, BackwardPrefix{pre[0], pre[1], pre[2], dh, carry, decay});
+    static void backward_prefix(int64_t n, int64_t steps, const Pre &pre, Rows<const IO> dh, CarryRow carry,
+                                CarryRow decay) {
+        sweep(n, steps, pre[0].stride < 0, BackwardPrefix{Inputs(pre), Cursor<const IO>(dh), carry, decay});
     }
-    static void round(int64_t n, const Real *from, IO *to) { sweep(Order::kRising, n, Round{from, to}); }
+    static void round(int64_t n, const Real *from, IO *to) { sweep(n, 1, false, Round{from, to}); }
 
-    static constexpr RowKernels<IO> kernels() { return {forward, forward_prefix, backward, backward_prefix, round}; }
+    static constexpr RowKernels<IO> table() {
+        return {forward, forward_prefix, backward, backward_prefix, round};
+    }
 };
 
 template <class IO, template <template <class> class> class G, class Set> constexpr void fill(Set &set, Gate gate) {
-    set[gate][kPositive] = Rows<IO, G<Positive>>::kernels();
-    set[gate][kLinear] = Rows<IO, G<Linear>>::kernels();
-    set[gate][kTanh] = Rows<IO, G<Tanh>>::kernels();
+    set[gate][kPositive] = Kernels<IO, G<Positive>>::table();
+    set[gate][kLinear] = Kernels<IO, G<Linear>>::table();
+    set[gate][kTanh] = Kernels<IO, G<Tanh>>::table();
 }
 
 template <class IO, class Set> constexpr void fill_all(Set &set) {
-    for (int c = 0; c < kNumCandidates; ++c) set[kIdentity][c] = Rows<IO, Identity>::kernels();
+    for (int c = 0; c < kNumCandidates; ++c) set[kIdentity][c] = Kernels<IO, Identity>::table();
     fill<IO, MinGRU>(set, kMinGRU);
     fill<IO, MinLSTM>(set, kMinLSTM);
     fill<IO, MinLSTMUnnormalised>(set, kMinLSTMUnnormalised);

@@ -27,22 +27,26 @@ template <class Real> struct CarryRow {
     Real *hi, *lo;
 };
 
-// The order in which a row's channels are worked through: that of memory, or its reverse. Processors fetch ahead only
-// where all accesses go one way: rows that come in falling order are read twice as fast if their channels fall as well.
-enum class Order { kRising, kFalling };
+// Rows of channels, one a step, in the order in which the recurrence meets them: memory's, or its reverse where stride
+// is negative. Then the channels fall as well: processors fetch ahead only where all accesses go one way, and rows that
+// come in falling order with rising channels are read at half the speed.
+template <class X> struct Rows {
+    X *first;
+    int64_t stride;  // elements from one step's row to the next one's
+};
 
-// pre: pre-activations (the third only for gates that have three). carry: the state (forward) or its adjoint
-// (backward), updated in place. decay: the running product of a. n: channels. No two arrays overlap.
+// n channels, steps rows. pre: pre-activations (the third only for gates that have three). carry: the state (forward)
+// or its adjoint (backward), updated in place. decay: the running product of a. No two arrays overlap.
 template <class IO> struct RowKernels {
     using Real = typename Computed<IO>::Real;
     using Carry = CarryRow<Real>;
-    using Pre = const IO *const[3];
-    using Gradients = IO *const[3];
-    void (*forward)(Order order, int64_t n, const Pre &pre, Carry carry, IO *h);
-    void (*forward_prefix)(Order order, int64_t n, const Pre &pre, Carry carry, Carry decay);
-    void (*backward)(Order order, int64_t n, const Pre &pre, const IO *h_prev, const IO *dh, Carry carry,
+    using Pre = Rows<const IO>[3];
+    using Gradients = Rows<IO>[3];
+    void (*forward)(int64_t n, int64_t steps, const Pre &pre, Carry carry, Rows<IO> h);
+    void (*forward_prefix)(int64_t n, int64_t steps, const Pre &pre, Carry carry, Carry decay);
+    void (*backward)(int64_t n, int64_t steps, const Pre &pre, Rows<const IO> h_prev, Rows<const IO> dh, Carry carry,
                      const Gradients &dpre);
-    void (*backward_prefix)(Order order, int64_t n, const Pre &pre, const IO *dh, Carry carry, Carry decay);
+    void (*backward_prefix)(int64_t n, int64_t steps, const Pre &pre, Rows<const IO> dh, Carry carry, Carry decay);
     void (*round)(int64_t n, const Real *from, IO *to);
 };
 

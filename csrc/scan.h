@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -9,11 +10,10 @@
 
 namespace minrnn {
 
-// A (B, T, D) array whose channels are contiguous; strides count elements.
-template <class IO> struct Sequence {
-    IO *data;
+// A (B, T, D) array whose channels are contiguous; strides count elements. Null where a gate has no such part.
+template <class X> struct Sequence {
+    X *data;
     int64_t stride_b, stride_t;
-    IO *row(int64_t b, int64_t t, int64_t d) const { return data ? data + b * stride_b + t * stride_t + d : nullptr; }
 };
 
 // A (B, D) array whose channels are contiguous.
@@ -36,42 +36,41 @@ template <class IO> struct Problem {
     Sequence<const IO> pre[3];
     States<const Real> h0;  // null: zeros
     Resets reset;
-    // k counts steps in the order of the recurrence; time(k) is where that step lies in memory.
-    int64_t time(int64_t k) const { return reverse ? T - 1 - k : k; }
 };
 
-constexpr int64_t kMaxTile = 512;       // channels at once: keeps every row buffer in the first-level cache
-constexpr int64_t kMinTile = 32;        // below two cache lines a row, reads no longer stream
-constexpr int64_t kMinChunk = 512;      // steps at once: a chunk must outweigh the cost of its prefix
-constexpr int64_t kSerialBelow = 32768; // elements: starting threads costs more than this much work
+constexpr int64_t kMaxTile = 2048;       // channels at once: what a row carries stays in the nearest caches
+constexpr int64_t kMinTile = 64;         // channels: four cache lines, below which a row is mostly waiting
+constexpr int64_t kGlance = 256;         // steps at a chunk's end that are tried first for its prefix
+constexpr double kForgotten = 0x1p-64;   // a product of decays below which nothing of a state is left
+constexpr int64_t kSerialBelow = 32768;  // elements: starting threads costs more than this much work
 
-// How B x D x T is cut: `tiles` of `width` channels, and `chunks` of `length` steps. Time is cut only where
-// batch and channels alone cannot occupy the threads, because it costs a second reading of the input.
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How B x D x T is cut. `tiles` of `width` channels: as few as fit, because a row that is read in parts is read at half
+// the speed or less (measured: 16 GB/s at the full width of 512, 8 at 256, 7 at 64). Where batch and tiles cannot occupy
+// the threads, time is cut as well, into `chunks` of `length` steps.
 struct Partition {
     int64_t width, tiles, length, chunks;
     int threads;
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline Partition partition(int64_t B, int64_t T, int64_t D, int threads) {
     if (B * T * D < kSerialBelow) threads = 1;
-    const int64_t tiles_wanted = std::max<int64_t>(ceil_div(D, kMaxTile), ceil_div(2 * threads, B));
-    int64_t width = threads == 1 ? std::min(D, kMaxTile) : ceil_div(ceil_div(D, tiles_wanted), 16) * 16;
-    width = std::min(D, std::max(width, kMinTile));
-    const int64_t tiles = ceil_div(D, width), units = B * tiles;
-    int64_t chunks = 1;
-    if (units < threads) chunks = std::max<int64_t>(1, std::min(ceil_div(2 * threads, units), T / kMinChunk));
-    const int64_t length = ceil_div(T, chunks);
-    return {width, tiles, length, ceil_div(T, length), threads};
+    const auto width_of = [&](int64_t tiles) { return std::min(D, ceil_div(ceil_div(D, tiles), 16) * 16); };
+    int64_t width = width_of(ceil_div(D, kMaxTile)), tiles = ceil_div(D, width);
+    if (B * tiles >= threads) return {width, tiles, T, 1, threads};
+    const int64_t length = ceil_div(T, ceil_div(threads, B * tiles));
+    if (length >= 2 * kGlance) return {width, tiles, length, ceil_div(T, length), threads};
+    width = std::min(D, std::max(kMinTile, width_of(ceil_div(threads, B))));
+    return {width, ceil_div(D, width), T, 1, threads};
 }
 
-// One tile of one batch row: channels [d, d + n) of batch b, steps [begin, end) in the order in which they run.
+// One tile of one batch row: channels [d, d + n) of batch b, steps [begin, end) in the order in which the pass runs.
 struct Tile {
     int64_t b, d, n, begin, end;
 };
 
-// What a tile carries from step to step, kept in the first-level cache.
+// What a tile carries from step to step.
 template <class Real> struct TileCarry {
     alignas(64) Real hi[kMaxTile], lo[kMaxTile];
     CarryRow<Real> row() { return {hi, lo}; }
@@ -82,106 +81,122 @@ template <class Real> void fill(CarryRow<Real> row, int64_t n, Real value) {
     std::fill_n(row.lo, n, Real(0));
 }
 
-template <class IO> class Sweep {
+// A pass over time: its direction, and the rows of a tile from step k of the pass on.
+template <class IO> class Pass {
   public:
     using Real = typename Problem<IO>::Real;
     using Carry = CarryRow<Real>;
-    Sweep(const Problem<IO> &problem, const RowTable &rows) : p(problem), kernels(rows.of(p.gate, p.candidate, IO())) {}
 
   protected:
     const Problem<IO> &p;
     const RowKernels<IO> &kernels;
+    const bool falling;  // through memory
 
-    template <class X> struct Rows {
-        X *at[3];
+    Pass(const Problem<IO> &problem, const RowTable &table, bool falling)
+        : p(problem), kernels(table.of(p.gate, p.candidate, IO())), falling(falling) {}
+
+    int64_t time(int64_t k) const { return falling ? p.T - 1 - k : k; }
+    bool reset(const Tile &tile, int64_t k) const { return p.reset.at(tile.b, time(k)); }
+
+    template <class X> Rows<X> rows(const Sequence<X> &x, const Tile &tile, int64_t k) const {
+        if (!x.data) return {nullptr, 0};
+        return {x.data + tile.b * x.stride_b + time(k) * x.stride_t + tile.d, falling ? -x.stride_t : x.stride_t};
+    }
+
+    // Three at once: what kernels take.
+    template <class X> struct Three {
+        Rows<X> of[3];
     };
+    template <class X> Three<X> three(const Sequence<X> (&x)[3], const Tile &tile, int64_t k) const {
+        return {{rows(x[0], tile, k), rows(x[1], tile, k), rows(x[2], tile, k)}};
+    }
 
-    template <class X> Rows<X> rows(const Sequence<X> (&sequences)[3], const Tile &tile, int64_t t) const {
-        return {{sequences[0].row(tile.b, t, tile.d), sequences[1].row(tile.b, t, tile.d),
-                 sequences[2].row(tile.b, t, tile.d)}};
+    // The end of the run of steps from k on that holds no reset after its first step.
+    int64_t run_end(const Tile &tile, int64_t k) const {
+        if (!p.reset.data) return tile.end;
+        do ++k;
+        while (k < tile.end && !reset(tile, k));
+        return k;
     }
 };
 
-template <class IO> class Forward : public Sweep<IO> {
-    using Sweep<IO>::p;
-    using Sweep<IO>::kernels;
+template <class IO> class Forward : public Pass<IO> {
+    using Pass<IO>::p;
+    using Pass<IO>::kernels;
     Sequence<IO> h;
 
   public:
-    using typename Sweep<IO>::Real;
-    using typename Sweep<IO>::Carry;
-    Forward(const Problem<IO> &problem, const RowTable &rows, Sequence<IO> h) : Sweep<IO>(problem, rows), h(h) {}
+    using typename Pass<IO>::Real;
+    using typename Pass<IO>::Carry;
+    Forward(const Problem<IO> &problem, const RowTable &table, Sequence<IO> h)
+        : Pass<IO>(problem, table, problem.reverse), h(h) {}
 
     void initial(const Tile &tile, Carry carry) const {
         fill(carry, tile.n, Real(0));
         if (p.h0.data) std::copy_n(p.h0.data + tile.b * p.h0.stride_b + tile.d, tile.n, carry.hi);
     }
 
-    void prefix(const Tile &tile, Carry carry, Carry decay) const {
-        const Order order = p.reverse ? Order::kFalling : Order::kRising;
-        for (int64_t k = tile.begin; k < tile.end; ++k) {
-            const int64_t t = p.time(k);
-            if (p.reset.at(tile.b, t)) {
-                fill(carry, tile.n, Real(0));
-                fill(decay, tile.n, Real(0));
-            }
-            kernels.forward_prefix(order, tile.n, this->rows(p.pre, tile, t).at, carry, decay);
+    void run(const Tile &tile, Carry carry) const {
+        for (int64_t k = tile.begin, end; k < tile.end; k = end) {
+            end = this->run_end(tile, k);
+            if (this->reset(tile, k)) fill(carry, tile.n, Real(0));
+            kernels.forward(tile.n, end - k, this->three(p.pre, tile, k).of, carry, this->rows(h, tile, k));
         }
     }
 
-    void run(const Tile &tile, Carry carry) const {
-        const Order order = p.reverse ? Order::kFalling : Order::kRising;
-        for (int64_t k = tile.begin; k < tile.end; ++k) {
-            const int64_t t = p.time(k);
-            if (p.reset.at(tile.b, t)) fill(carry, tile.n, Real(0));
-            kernels.forward(order, tile.n, this->rows(p.pre, tile, t).at, carry, h.row(tile.b, t, tile.d));
+    void prefix(const Tile &tile, Carry carry, Carry decay) const {
+        for (int64_t k = tile.begin, end; k < tile.end; k = end) {
+            end = this->run_end(tile, k);
+            if (this->reset(tile, k)) {
+                fill(carry, tile.n, Real(0));
+                fill(decay, tile.n, Real(0));
+            }
+            kernels.forward_prefix(tile.n, end - k, this->three(p.pre, tile, k).of, carry, decay);
         }
     }
 
     void finish(const Tile &, Carry) const {}
+
 };
 
-// Steps run from the last to the first. On entry to step k the carry is a[k+1] * adjoint[k+1].
-template <class IO> class Backward : public Sweep<IO> {
-    using Sweep<IO>::p;
-    using Sweep<IO>::kernels;
+// Steps run from the recurrence's last to its first. On entry to a step the carry is a * adjoint of the step after it.
+template <class IO> class Backward : public Pass<IO> {
+    using Pass<IO>::p;
+    using Pass<IO>::kernels;
     Sequence<const IO> dh, h;
     Sequence<IO> dpre[3];
-    States<typename Sweep<IO>::Real> dh0;
+    States<typename Pass<IO>::Real> dh0;
 
   public:
-    using typename Sweep<IO>::Real;
-    using typename Sweep<IO>::Carry;
-    Backward(const Problem<IO> &problem, const RowTable &rows, Sequence<const IO> dh, Sequence<const IO> h,
+    using typename Pass<IO>::Real;
+    using typename Pass<IO>::Carry;
+    Backward(const Problem<IO> &problem, const RowTable &table, Sequence<const IO> dh, Sequence<const IO> h,
              const Sequence<IO> (&dpre)[3], States<Real> dh0)
-        : Sweep<IO>(problem, rows), dh(dh), h(h), dpre{dpre[0], dpre[1], dpre[2]}, dh0(dh0) {}
+        : Pass<IO>(problem, table, !problem.reverse), dh(dh), h(h), dpre{dpre[0], dpre[1], dpre[2]}, dh0(dh0) {}
 
     void initial(const Tile &tile, Carry carry) const { fill(carry, tile.n, Real(0)); }
 
-    void prefix(const Tile &tile, Carry carry, Carry decay) const {
-        const Order order = p.reverse ? Order::kRising : Order::kFalling;
-        for (int64_t k = last(tile); k >= first(tile); --k) {
-            const int64_t t = p.time(k);
-            kernels.backward_prefix(order, tile.n, this->rows(p.pre, tile, t).at, dh.row(tile.b, t, tile.d), carry,
-                                    decay);
-            if (p.reset.at(tile.b, t)) {
-                fill(carry, tile.n, Real(0));
-                fill(decay, tile.n, Real(0));
-            }
+    void run(const Tile &tile, Carry carry) const {
+        alignas(64) IO start[kMaxTile];
+        for (int64_t k = tile.begin, end; k < tile.end; k = end) {
+            end = starts(tile, k) ? k + 1 : before_start(tile, k);
+            const Rows<const IO> h_prev = starts(tile, k) ? Rows<const IO>{initial_state(tile, k, start), 0}
+                                                          : this->rows(h, tile, k + 1);
+            kernels.backward(tile.n, end - k, this->three(p.pre, tile, k).of, h_prev, this->rows(dh, tile, k), carry,
+                             this->three(dpre, tile, k).of);
+            if (this->reset(tile, k)) fill(carry, tile.n, Real(0));
         }
     }
 
-    void run(const Tile &tile, Carry carry) const {
-        alignas(64) IO start[kMaxTile];
-        const Order order = p.reverse ? Order::kRising : Order::kFalling;
-        for (int64_t k = last(tile); k >= first(tile); --k) {
-            const int64_t t = p.time(k);
-            const bool reset = p.reset.at(tile.b, t);
-            const IO *h_prev =
-                k > 0 && !reset ? h.row(tile.b, p.time(k - 1), tile.d) : initial_state(tile, reset, start);
-            kernels.backward(order, tile.n, this->rows(p.pre, tile, t).at, h_prev, dh.row(tile.b, t, tile.d), carry,
-                             this->rows(dpre, tile, t).at);
-            if (reset) fill(carry, tile.n, Real(0));
+    void prefix(const Tile &tile, Carry carry, Carry decay) const {
+        for (int64_t k = tile.begin, end; k < tile.end; k = end) {
+            end = this->reset(tile, k) ? k + 1 : this->run_end(tile, k);
+            kernels.backward_prefix(tile.n, end - k, this->three(p.pre, tile, k).of, this->rows(dh, tile, k), carry,
+                                    decay);
+            if (this->reset(tile, k)) {
+                fill(carry, tile.n, Real(0));
+                fill(decay, tile.n, Real(0));
+            }
         }
     }
 
@@ -190,11 +205,14 @@ template <class IO> class Backward : public Sweep<IO> {
     }
 
   private:
-    int64_t last(const Tile &tile) const { return p.T - 1 - tile.begin; }
-    int64_t first(const Tile &tile) const { return p.T - tile.end; }
+    // Whether the recurrence's step that this pass meets k-th starts from a given state, not from the step before it.
+    bool starts(const Tile &tile, int64_t k) const { return k == p.T - 1 || this->reset(tile, k); }
+    int64_t before_start(const Tile &tile, int64_t k) const {
+        return std::min(this->run_end(tile, k), std::max(k + 1, p.T - 1));
+    }
 
-    const IO *initial_state(const Tile &tile, bool reset, IO *buffer) const {
-        if (p.h0.data && !reset)
+    const IO *initial_state(const Tile &tile, int64_t k, IO *buffer) const {
+        if (p.h0.data && !this->reset(tile, k))
             kernels.round(tile.n, p.h0.data + tile.b * p.h0.stride_b + tile.d, buffer);
         else
             std::fill_n(buffer, tile.n, IO(0));
@@ -202,71 +220,108 @@ template <class IO> class Backward : public Sweep<IO> {
     }
 };
 
-// Turns each chunk's end state from zero into the state with which the chunk begins.
-template <class Pass, class Carries, class Decays>
-void join_prefixes(const Pass &pass, const Tile &tile, int64_t chunks, const Carries &carries, const Decays &decays) {
-    using Real = typename Pass::Real;
-    TileCarry<Real> start;
-    pass.initial(tile, start.row());
-    std::vector<double> state(tile.n);
-    for (int64_t d = 0; d < tile.n; ++d) state[d] = double(start.hi[d]) + double(start.lo[d]);
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const CarryRow<Real> end = carries(chunk), decay = decays(chunk);
-        for (int64_t d = 0; d < tile.n; ++d) {
-            const double entering = state[d], product = double(decay.hi[d]) + double(decay.lo[d]);
+// The state at a chunk's border, in double.
+class Border {
+    std::vector<double> state;
+
+  public:
+    template <class Real> Border(CarryRow<Real> row, int64_t n) : state(n) {
+        for (int64_t d = 0; d < n; ++d) state[d] = double(row.hi[d]) + double(row.lo[d]);
+    }
+    // Past a chunk that ends in `end` from the zero state, and over which the decays' product is `decay`.
+    template <class Real> void pass(CarryRow<Real> end, CarryRow<Real> decay) {
+        for (size_t d = 0; d < state.size(); ++d) {
+            const double product = double(decay.hi[d]) + double(decay.lo[d]);
             const double from_zero = double(end.hi[d]) + double(end.lo[d]);
             // A reset inside the chunk forgets everything before it, infinities and NaN included.
-            state[d] = product == 0.0 ? from_zero : product * entering + from_zero;
-            end.hi[d] = static_cast<Real>(entering);
-            end.lo[d] = static_cast<Real>(entering - double(end.hi[d]));
+            state[d] = product == 0.0 ? from_zero : product * state[d] + from_zero;
         }
+    }
+    template <class Real> void write(CarryRow<Real> row) const {
+        for (size_t d = 0; d < state.size(); ++d) {
+            row.hi[d] = static_cast<Real>(state[d]);
+            row.lo[d] = static_cast<Real>(state[d] - double(row.hi[d]));
+        }
+    }
+};
+
+template <class Real> bool all_forgotten(CarryRow<Real> decay, int64_t n) {
+    return std::all_of(decay.hi, decay.hi + n, [](Real a) { return std::abs(a) < kForgotten; });
+}
+
+template <class Real> bool all_finite(CarryRow<Real> row, int64_t n) {
+    return std::all_of(row.hi, row.hi + n, [](Real x) { return std::isfinite(x); });
+}
+
+// A chunk's end from the zero state and its product of decays, from as few of its last steps as decide them: most
+// gates forget so fast that a few hundred do. Where they do not, all are read.
+template <class P>
+void find_prefix(const P &pass, const Tile &tile, CarryRow<typename P::Real> end, CarryRow<typename P::Real> decay) {
+    using Real = typename P::Real;
+    for (int64_t steps = kGlance;; steps *= 8) {
+        Tile last = tile;
+        last.begin = std::max(tile.begin, tile.end - steps);
+        fill(end, tile.n, Real(0));
+        fill(decay, tile.n, Real(1));
+        pass.prefix(last, end, decay);
+        if (last.begin == tile.begin || all_forgotten(decay, tile.n)) return;
     }
 }
 
-// Runs a sweep over all tiles. Where time is cut, a first pass finds each chunk's prefix (product of decays,
-// end state from zero), the prefixes are joined in order, and the second pass starts each chunk from its carry.
-template <class Pass> void run(const Pass &pass, int64_t B, int64_t T, int64_t D, int requested_threads) {
-    using Real = typename Pass::Real;
-    const Partition cut = partition(B, T, D, requested_threads);
-    const int64_t units = B * cut.tiles;
-    const auto tile_of = [&](int64_t unit, int64_t chunk) -> Tile {
-        const int64_t d = (unit % cut.tiles) * cut.width;
+// A unit's time in chunks that run at once, each from the state that the prefixes of those before it give.
+template <class P> void run_in_chunks(const P &pass, int64_t B, int64_t T, int64_t D, const Partition &cut) {
+    using Real = typename P::Real;
+    const int64_t units = B * cut.tiles, jobs = units * cut.chunks;
+    std::vector<Real> ends(2 * jobs * cut.width), decays(2 * jobs * cut.width);
+    const auto row = [&](std::vector<Real> &rows, int64_t job) -> CarryRow<Real> {
+        return {&rows[2 * job * cut.width], &rows[(2 * job + 1) * cut.width]};
+    };
+    const auto tile = [&](int64_t job) -> Tile {
+        const int64_t unit = job / cut.chunks, chunk = job % cut.chunks, d = (unit % cut.tiles) * cut.width;
         return {unit / cut.tiles, d, std::min(cut.width, D - d), chunk * cut.length,
                 std::min(T, (chunk + 1) * cut.length)};
     };
-    if (cut.chunks == 1) {
-#pragma omp parallel for num_threads(cut.threads) schedule(dynamic, 1) if (cut.threads > 1)
-        for (int64_t unit = 0; unit < units; ++unit) {
-            TileCarry<Real> carry;
-            const Tile tile = tile_of(unit, 0);
-            pass.initial(tile, carry.row());
-            pass.run(tile, carry.row());
-            pass.finish(tile, carry.row());
+#pragma omp parallel for num_threads(cut.threads) schedule(dynamic, 1)
+    for (int64_t job = 0; job < jobs; ++job)
+        if (job % cut.chunks + 1 < cut.chunks)  // nobody needs the last one's
+            find_prefix(pass, tile(job), row(ends, job), row(decays, job));
+    for (int64_t unit = 0; unit < units; ++unit) {
+        const int64_t first = unit * cut.chunks;
+        TileCarry<Real> initial;
+        pass.initial(tile(first), initial.row());
+        Border border(initial.row(), tile(first).n);
+        for (int64_t job = first; job < first + cut.chunks; ++job) {
+            const Border start = border;
+            border.pass(row(ends, job), row(decays, job));
+            start.write(row(ends, job));
         }
-        return;
     }
-    const int64_t jobs = units * cut.chunks;
-    std::vector<Real> carries(2 * jobs * cut.width), decays(2 * jobs * cut.width);
-    const auto row_of = [&](std::vector<Real> &rows, int64_t job) -> CarryRow<Real> {
-        return {&rows[2 * job * cut.width], &rows[(2 * job + 1) * cut.width]};
-    };
 #pragma omp parallel for num_threads(cut.threads) schedule(dynamic, 1)
+    for (int64_t job = 0; job < jobs; ++job) pass.run(tile(job), row(ends, job));
     for (int64_t job = 0; job < jobs; ++job) {
-        const int64_t unit = job / cut.chunks, chunk = job % cut.chunks;
-        if (chunk + 1 == cut.chunks) continue;  // nobody needs the last chunk's prefix
-        fill(row_of(decays, job), cut.width, Real(1));
-        pass.prefix(tile_of(unit, chunk), row_of(carries, job), row_of(decays, job));
+        const int64_t chunk = job % cut.chunks, n = tile(job).n;
+        // An infinity or a NaN is never forgotten, but a prefix that was read in part has not seen it.
+        if (chunk > 0 && !all_finite(row(ends, job - 1), n)) {
+            std::copy_n(row(ends, job - 1).hi, n, row(ends, job).hi);
+            std::copy_n(row(ends, job - 1).lo, n, row(ends, job).lo);
+            pass.run(tile(job), row(ends, job));
+        }
+        if (chunk + 1 == cut.chunks) pass.finish(tile(job), row(ends, job));
     }
-    for (int64_t unit = 0; unit < units; ++unit)
-        join_prefixes<Pass>(pass, tile_of(unit, 0), cut.chunks,
-                            [&](int64_t chunk) { return row_of(carries, unit * cut.chunks + chunk); },
-                            [&](int64_t chunk) { return row_of(decays, unit * cut.chunks + chunk); });
-#pragma omp parallel for num_threads(cut.threads) schedule(dynamic, 1)
-    for (int64_t job = 0; job < jobs; ++job) {
-        const int64_t chunk = job % cut.chunks;
-        const Tile tile = tile_of(job / cut.chunks, chunk);
-        pass.run(tile, row_of(carries, job));
-        if (chunk + 1 == cut.chunks) pass.finish(tile, row_of(carries, job));
+}
+
+template <class P> void run(const P &pass, int64_t B, int64_t T, int64_t D, int threads) {
+    const Partition cut = partition(B, T, D, threads);
+    if (cut.chunks > 1) return run_in_chunks(pass, B, T, D, cut);
+    const int64_t units = B * cut.tiles;
+#pragma omp parallel for num_threads(cut.threads) schedule(dynamic, 1) if (cut.threads > 1)
+    for (int64_t unit = 0; unit < units; ++unit) {
+        const int64_t d = (unit % cut.tiles) * cut.width;
+        const Tile tile{unit / cut.tiles, d, std::min(cut.width, D - d), 0, T};
+        TileCarry<typename P::Real> carry;
+        pass.initial(tile, carry.row());
+        pass.run(tile, carry.row());
+        pass.finish(tile, carry.row());
     }
 }
 

@@ -13,22 +13,21 @@ namespace nb = nanobind;
 namespace minrnn::selective {
 namespace {
 
-const Table &choose_table(const char *&name) {
-    switch (detect_isa()) {
+const Table *table;  // of the instruction set that was chosen when the module was loaded
+
+const Table &table_of(Isa isa) {
+    switch (isa) {
 #ifdef MINRNN_X86
-        case Isa::avx512: name = "avx512"; return avx512::table;
-        case Isa::avx2: name = "avx2"; return avx2::table;
+        case Isa::avx512: return avx512::table;
+        case Isa::avx2: return avx2::table;
 #endif
-        default: name = "baseline"; return baseline::table;
+        default: return baseline::table;
     }
 }
 
-const char *isa_name;
-const Table &table = choose_table(isa_name);
-
 template <class Real> const Kernels<Real> &kernels();
-template <> const Kernels<float> &kernels<float>() { return table.single; }
-template <> const Kernels<double> &kernels<double>() { return table.full; }
+template <> const Kernels<float> &kernels<float>() { return table->single; }
+template <> const Kernels<double> &kernels<double>() { return table->full; }
 
 using Address = int64_t;
 using Strided = std::array<int64_t, 3>;  // address, batch stride, time stride (in elements)
@@ -72,7 +71,9 @@ void run_backward(const Call &c, int threads, const Strided &dy, const std::arra
 
 NB_MODULE(_selective, m) {
     using namespace minrnn::selective;
-    m.attr("isa") = isa_name;
+    const minrnn::Isa isa = minrnn::choose_isa();
+    minrnn::selective::table = &minrnn::selective::table_of(isa);
+    m.attr("isa") = minrnn::kIsaNames[static_cast<int>(isa)];
     m.def("num_groups", &num_groups);
     m.def("forward", [](bool full, int threads, std::array<int64_t, 5> shape, std::array<Strided, 6> inputs,
                         std::array<Address, 3> states, Strided y, Address last, Address borders) {

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -14,6 +18,8 @@ from torch import Tensor
 
 from minrnn.ops import CANDIDATES, GATES, gated_scan, scan
 from minrnn.ops.engines import ENGINES, load
+
+HERE = Path(__file__).parent
 
 # A cell is a gate with one of its candidates; the identity gate has none.
 CELLS = [
@@ -129,6 +135,19 @@ class Poisoned:
         torch.use_deterministic_algorithms(False)
 
 
+class Threads:
+    """A number of threads for the engine, taken back at the end."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.before = number, torch.get_num_threads()
+
+    def __enter__(self) -> None:
+        torch.set_num_threads(self.number)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self.before)
+
+
 @compiled
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("threads", [1, 3])
@@ -139,9 +158,7 @@ def test_engine_partitions(gate: str, threads: int, shape: tuple[int, int, int])
     """Cutting batch, channels and time over threads changes nothing but the last bits."""
     pre, h0, reset = inputs(gate, *shape)
     dh = torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with Threads(threads):
         for reverse in (False, True):
             arguments = (h0, reset, gate, "positive", reverse)
             expected = MODULES["reference"].forward(pre, *arguments)
@@ -153,8 +170,78 @@ def test_engine_partitions(gate: str, threads: int, shape: tuple[int, int, int])
             assert torch.equal(h, again), "the same call gave other bits"
             for x, y in zip((h, *actual), (expected, *gradients), strict=True):
                 assert relative_error(x, y) < 1e-13
-    finally:
-        torch.set_num_threads(before)
+
+
+# Logits of the first gate: forgets all in a few steps, in a few thousand, never.
+@compiled
+@pytest.mark.parametrize("shift", [0.0, 5.0, 12.0], ids=["fast", "slow", "hardly"])
+@pytest.mark.parametrize("gate", ["mingru", "minlstm"])
+@directions
+def test_chunks_of_time(gate: str, shift: float, reverse: bool) -> None:
+    """Chunks of one sequence that run at once know the state they start from, however slowly it fades."""
+    pre, h0, _ = inputs(gate, 1, 9000, 40, torch.float32)
+    pre[0] += -shift if gate == "mingru" else shift
+    dh = torch.randn(1, 9000, 40, generator=torch.Generator().manual_seed(1))
+    arguments = (None, gate, "positive", reverse)
+    exact = [x.double() for x in pre]
+    expected = MODULES["reference"].forward(exact, 50 * h0.double(), *arguments)
+    gradients = MODULES["reference"].backward(dh.double(), exact, expected, 50 * h0.double(), *arguments)
+    with Threads(3):
+        h = MODULES["cpp"].forward(pre, 50 * h0, *arguments)
+        actual = MODULES["cpp"].backward(dh, pre, h, 50 * h0, *arguments)
+    assert relative_error(h, expected) < 2e-6
+    for x, y in zip(actual, gradients, strict=True):
+        assert relative_error(x, y) < 5e-6
+
+
+@compiled
+@pytest.mark.parametrize("step", [10, 2900, 3100, 8999])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_chunks_never_forget_what_is_not_finite(step: int, value: float) -> None:
+    """A NaN or an infinity stays in its channel for good, in whichever chunk of time it arises."""
+    pre, _, _ = inputs("mingru", 1, 9000, 40, torch.float32)
+    pre[1][0, step, 7] = value
+    with Threads(3):
+        h = MODULES["cpp"].forward(pre, None, None, "mingru", "positive", False)
+    expected = torch.zeros(1, 9000, 40, dtype=torch.bool)
+    expected[0, step:, 7] = True
+    assert torch.equal(~h.isfinite(), expected)
+
+
+@compiled
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa: str) -> None:
+    """Each copy of the loops that this processor can run obeys the reference, for every gate and dtype."""
+    names = ["baseline", "avx2", "avx512"]
+    widest = MODULES["cpp"].ISA
+    if names.index(isa) > names.index(widest):
+        pytest.skip(f"this processor has {widest} at most")
+    program = "import test_scan; test_scan.check_instruction_set()"
+    environment = {**os.environ, "MINRNN_ISA": isa, "PYTHONPATH": os.pathsep.join([*sys.path, str(HERE)])}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == isa
+
+
+def check_instruction_set() -> None:
+    for (gate, candidate), dtype, D in itertools.product(CELLS, TOLERANCE, (3, 37)):
+        pre, h0, reset = inputs(gate, 2, 7, D, dtype)
+        dh = torch.randn(2, 7, D, generator=torch.Generator().manual_seed(1)).to(dtype)
+        arguments = (h0.float() if dtype.itemsize == 2 else h0, reset, gate, candidate, False)
+        h = MODULES["reference"].forward(pre, *arguments)
+        gradients = MODULES["reference"].backward(dh, pre, h, *arguments)
+        actual = MODULES["cpp"].forward(pre, *arguments), *MODULES["cpp"].backward(dh, pre, h, *arguments)
+        for x, y in zip(actual, (h, *gradients), strict=True):
+            assert relative_error(x, y) < TOLERANCE[dtype], (gate, candidate, dtype, D)
+    print(MODULES["cpp"].ISA)
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    environment = {**os.environ, "MINRNN_ISA": "avx1024", "MINRNN_ENGINE": "cpp"}
+    program = "import minrnn.ops"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "MINRNN_ISA must name an instruction set" in done.stderr
 
 
 @pytest.mark.parametrize("gate", GATES)

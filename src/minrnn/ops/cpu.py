@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minrnn.ops.gates import CANDIDATES, GATES
-from minrnn.ops.reference import contiguous_channels, initial_state, output_like, state_dtype
+from minrnn.ops.reference import contiguous_channels, initial_state, output_like, state_dtype, time_major
 
 try:
     import minrnn.ops._cpu as _cpu
@@ -20,7 +20,7 @@ except ModuleNotFoundError as error:
         "reinstall minrnn (pip install --verbose shows what fails)"
     ) from error
 
-__all__ = ["ISA", "backward", "forward"]
+__all__ = ["ISA", "backward", "forward", "new_output"]
 
 ISA: str = _cpu.isa
 """The instruction set that this processor was given: avx512, avx2 or baseline."""
@@ -31,7 +31,7 @@ _CANDIDATES = {name: code for code, name in enumerate(("positive", "linear", "ta
 assert _GATES.keys() == GATES.keys(), "csrc/rows.h and gates.py must hold the same gates"
 assert _CANDIDATES.keys() == CANDIDATES.keys(), "csrc/rows.h and gates.py must hold the same candidates"
 
-_LARGE = 4 << 20  # bytes: below this a tensor holds at most one aligned 2 MiB page
+_LARGE = 4 << 20  # bytes: below this the system's allocator keeps what is freed
 _Strided = tuple[int, int, int]
 _ABSENT: _Strided = (0, 0, 0)
 
@@ -42,7 +42,7 @@ def forward(
     """As `reference.forward`, fused: reads each pre-activation once and writes h once."""
     pre = [contiguous_channels(x) for x in pre]
     D = _channels(pre, gate)
-    h = _output(pre[0], D)
+    h = new_output(pre[0], D)
     h0 = initial_state(h0, h.dtype)
     reset = None if reset is None else reset.resolve_neg()
     _cpu.forward(*_call(pre, h0, reset, gate, candidate, reverse, D), _strided(h))
@@ -62,7 +62,7 @@ def backward(
     """As `reference.backward`, fused: reads pre-activations, h and dh once, writes the gradients once."""
     pre, dh, h = [contiguous_channels(x) for x in pre], contiguous_channels(dh), contiguous_channels(h)
     B, _, D = h.shape
-    dpre = [_output(x, x.shape[2]) for x in pre]
+    dpre = [new_output(x, x.shape[2]) for x in pre]
     h0 = initial_state(h0, h.dtype)
     dh0 = h.new_empty(B, D, dtype=state_dtype(h.dtype))
     _cpu.backward(
@@ -99,11 +99,14 @@ def _call(
     )
 
 
-def _output(like: Tensor, D: int) -> Tensor:
-    output = output_like(like, D)
-    if output.nbytes >= _LARGE:
-        _cpu.advise_huge_pages(output.data_ptr(), output.nbytes)
-    return output
+def new_output(like: Tensor, D: int) -> Tensor:
+    """As `reference.output_like`, from memory that is kept for the next output where it is large."""
+    B, T = like.shape[:2]
+    nbytes = B * T * D * like.element_size()
+    if nbytes < _LARGE:
+        return output_like(like, D)
+    flat = torch.frombuffer(_cpu.Block(nbytes), dtype=like.dtype)
+    return flat.view(T, B, D).transpose(0, 1) if time_major(like) else flat.view(B, T, D)
 
 
 def _channels(pre: list[Tensor], gate: str) -> int:

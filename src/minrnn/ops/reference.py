@@ -20,6 +20,7 @@ __all__ = [
     "output_like",
     "split",
     "state_dtype",
+    "time_major",
 ]
 
 
@@ -39,12 +40,15 @@ def split(gate: str, pre: list[Tensor]) -> list[Tensor]:
     return list(pre[0].chunk(num_pre, -1)) if len(pre) == 1 else pre
 
 
+def time_major(pre: Tensor) -> bool:
+    """Whether the steps of one time lie together in memory, rather than those of one sequence."""
+    return pre.stride(0) < pre.stride(1)
+
+
 def output_like(pre: Tensor, D: int) -> Tensor:
     """An uninitialised (B, T, D) tensor, laid out batch-major or time-major as `pre` is."""
     B, T = pre.shape[:2]
-    if pre.stride(0) < pre.stride(1):
-        return pre.new_empty(T, B, D).transpose(0, 1)
-    return pre.new_empty(B, T, D)
+    return pre.new_empty(T, B, D).transpose(0, 1) if time_major(pre) else pre.new_empty(B, T, D)
 
 
 def contiguous_channels(x: Tensor) -> Tensor:

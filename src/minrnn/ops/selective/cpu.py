@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minrnn.ops.reference import contiguous_channels, output_like, state_dtype
+from minrnn.ops.cpu import new_output
+from minrnn.ops.reference import contiguous_channels, state_dtype
 from minrnn.ops.selective.reference import CHUNK, Inputs, empty_borders
 
 try:
@@ -27,7 +28,7 @@ _Strided = tuple[int, int, int]
 def forward(given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.forward`, fused: reads each sequence once, writes y and the borders once."""
     x = _readable(given)
-    y = _output(x.u)
+    y = new_output(x.u, x.u.shape[2])
     last = x.u.new_empty(len(x.u), *x.A.shape)
     borders = empty_borders(x, save)
     _selective.forward(*_call(x), _strided(y), last.data_ptr(), borders.data_ptr() if save else 0)
@@ -43,8 +44,8 @@ def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[
     x = _readable(given)
     (batch, T, channels), N = x.u.shape, x.A.shape[1]
     dy, dlast = contiguous_channels(dy.to(x.u.dtype)), dlast.resolve_neg().contiguous()
-    du, ddelta_pre = _output(x.u), _output(x.u)
-    dz = x.u.new_empty(0) if x.z is None else _output(x.u)
+    du, ddelta_pre = new_output(x.u, x.u.shape[2]), new_output(x.u, x.u.shape[2])
+    dz = x.u.new_empty(0) if x.z is None else new_output(x.u, x.u.shape[2])
     groups = _selective.num_groups(batch, channels)
     dB, dC = x.u.new_empty(groups, batch, T, N), x.u.new_empty(groups, batch, T, N)
     dA, dD = (x.u.new_empty(batch, n, channels, dtype=torch.float64) for n in (N, 1))
@@ -71,10 +72,12 @@ def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[
 
 def _readable(x: Inputs) -> Inputs:
     """The inputs as the extension reads them."""
-    wide = x.widened(state_dtype(x.u.dtype))
-    u, delta_pre, B, C = (contiguous_channels(s) for s in (wide.u, wide.delta_pre, wide.B, wide.C))
-    A, D, h0 = (None if s is None else s.resolve_neg().contiguous() for s in (wide.A, wide.D, wide.h0))
-    z = None if wide.z is None else contiguous_channels(wide.z)
+    wide = state_dtype(x.u.dtype)
+    if x.u.dtype != wide:
+        x = x.widened(wide)
+    rows = [None if s is None else contiguous_channels(s) for s in (x.u, x.delta_pre, x.B, x.C, x.z)]
+    A, D, h0 = (None if s is None else s.resolve_neg().contiguous() for s in (x.A, x.D, x.h0))
+    u, delta_pre, B, C, z = rows
     return Inputs(u, delta_pre, A, B, C, D, z, h0, x.reset)  # type: ignore[arg-type]
 
 
@@ -87,10 +90,6 @@ def _call(x: Inputs) -> tuple[object, ...]:
         tuple(map(_strided, sequences)),
         tuple(0 if s is None else s.data_ptr() for s in (x.A, x.D, x.h0)),
     )
-
-
-def _output(like: Tensor) -> Tensor:
-    return output_like(like, like.shape[2])
 
 
 def _sum(parts: Tensor) -> Tensor:
