@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from minrnn.mixers.gated import GatedModule
-from minrnn.ops import gated_scan
 
 
 class MinRNNCell(GatedModule):
@@ -58,5 +57,5 @@ class MinRNNCell(GatedModule):
         return self._step(input, hx)
 
     def _step(self, x: Tensor, h0: Tensor | None) -> Tensor:
-        pre = self._project(x.unsqueeze(1), "")  # (B, 1, num_pre * D)
-        return gated_scan(self.gate, pre, h0=h0, candidate=self.candidate).squeeze(1)
+        x = x.unsqueeze(1)  # (B, 1, input_size)
+        return self._recurrence(x, "").scan(x, h0).squeeze(1)

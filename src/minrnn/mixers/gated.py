@@ -5,8 +5,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from minrnn.mixers.projected import Recurrence
 from minrnn.ops import CANDIDATES, GATES
 
 FORGET_BIAS = 1.0
@@ -26,6 +26,9 @@ class GatedModule(nn.Module):
 
     shown: ClassVar[dict[str, object]] = {"bias": True}
     """Attributes that the representation shows where they differ from their default, given here."""
+
+    recompute = False
+    """Whether backward recomputes what it can; see `MinGRU`."""
 
     def __init__(
         self,
@@ -70,18 +73,17 @@ class GatedModule(nn.Module):
         kinds = ("weight_ih", "bias_ih") if self.bias else ("weight_ih",)
         return [getattr(self, kind + suffix) for kind in kinds]
 
-    def _project(self, x: Tensor, suffix: str) -> Tensor:
-        """Compute the packed pre-activations `(B, T, num_pre * D)` of x `(B, T, C)`."""
+    def _recurrence(self, x: Tensor, suffix: str) -> Recurrence:
+        """The recurrence that starts with this projection, to be run on x."""
         # Read once a call: a parametrized weight is computed anew each time that it is read.
-        weight, *bias = self._projection(suffix)
+        weight: Tensor = getattr(self, "weight_ih" + suffix)
+        bias: Tensor | None = getattr(self, "bias_ih" + suffix) if self.bias else None
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(
                 f"{type(self).__name__}: input must have the weights' dtype, {weight.dtype}, got {x.dtype}; "
                 f"convert the input with .to({weight.dtype}) or the module with .to({x.dtype})"
             )
-        if x.transpose(0, 1).is_contiguous():  # time-major in memory: linear would copy the transposed view
-            return functional.linear(x.transpose(0, 1), weight, *bias).transpose(0, 1)
-        return functional.linear(x, weight, *bias)
+        return Recurrence(self.gate, self.candidate, weight, bias, self.recompute)
 
     def reset_parameters(self) -> None:
         """Draw parameters from U(-k, k), k = 1 / sqrt(hidden_size), as torch.nn.GRU; add the forget bias.

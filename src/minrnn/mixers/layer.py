@@ -26,6 +26,7 @@ class MinRNN(GatedModule):
         "batch_first": False,
         "dropout": 0.0,
         "bidirectional": False,
+        "recompute": False,
     }
 
     def __init__(
@@ -41,6 +42,7 @@ class MinRNN(GatedModule):
         bidirectional: bool,
         candidate: str,
         forget_bias: float | None,
+        recompute: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -54,12 +56,13 @@ class MinRNN(GatedModule):
         )
         name = type(self).__name__
         check_sizes(name, num_layers=num_layers)
-        check_flags(name, batch_first=batch_first, bidirectional=bidirectional)
+        check_flags(name, batch_first=batch_first, bidirectional=bidirectional, recompute=recompute)
         _check_dropout(name, dropout, num_layers)
         self.num_layers = num_layers
         self.batch_first = batch_first
         self.dropout = float(dropout)
         self.bidirectional = bidirectional
+        self.recompute = recompute
         for layer in range(num_layers):
             columns = input_size if layer == 0 else self.num_directions * hidden_size
             for suffix in (f"_l{layer}", f"_l{layer}_reverse")[: self.num_directions]:
@@ -123,13 +126,10 @@ class MinRNN(GatedModule):
         self._check_hx(hx, self._state_shape(batch))
         check_reset(type(self).__name__, reset, tuple(input.shape[:-1]))
         if input.dim() == 2:
-            output, h_n = self._run_layers(input.unsqueeze(0), _add_batch(hx, 1), Batch(_add_batch(reset, 0)))
+            sequences = Batch(_add_batch(reset, 0), time_major=False)
+            output, h_n = self._run_layers(input.unsqueeze(0), _add_batch(hx, 1), sequences)
             return output.squeeze(0), h_n.squeeze(1)
-        if self.batch_first:
-            return self._run_layers(input, hx, Batch(reset))
-        by_batch = None if reset is None else reset.transpose(0, 1)
-        output, h_n = self._run_layers(input.transpose(0, 1), hx, Batch(by_batch))
-        return output.transpose(0, 1), h_n
+        return self._run_layers(input, hx, Batch(reset, time_major=not self.batch_first))
 
     def _read_ragged(self, input: Tensor | PackedSequence, cu_seqlens: Tensor | None) -> Ragged | None:
         name, ragged = type(self).__name__, None
@@ -164,9 +164,9 @@ class MinRNN(GatedModule):
                 x = functional.dropout(x, self.dropout, self.training)
             outputs = []
             for direction in range(self.num_directions):
-                pre = self._project(x, self._suffixes[len(finals)])  # (B, T, num_pre * D)
+                recurrence = self._recurrence(x, self._suffixes[len(finals)])
                 h0 = None if hx is None else hx[len(finals)]
-                h, final = sequences.scan(self.gate, self.candidate, pre, h0, reverse=bool(direction))
+                h, final = sequences.scan(recurrence, x, h0, reverse=bool(direction))
                 outputs.append(h)
                 finals.append(final)
             x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)

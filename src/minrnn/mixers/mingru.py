@@ -28,6 +28,7 @@ class MinGRU(MinRNN):
             (g(x) = x, the paper's plain form) or "tanh".
         forget_bias: taken from z's bias at initialisation, in logits, so that the cell forgets slowly at
             the start; None is 1.0, or 0 without bias.
+        recompute: keep only the input and a few states for backward, and compute the rest again there.
         device: where the parameters live.
         dtype: the parameters' dtype.
 
@@ -57,6 +58,7 @@ class MinGRU(MinRNN):
         *,
         candidate: str = "positive",
         forget_bias: float | None = None,
+        recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -71,6 +73,7 @@ class MinGRU(MinRNN):
             bidirectional=bidirectional,
             candidate=candidate,
             forget_bias=forget_bias,
+            recompute=recompute,
             device=device,
             dtype=dtype,
         )

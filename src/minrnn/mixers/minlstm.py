@@ -44,6 +44,7 @@ class MinLSTM(_Normalised, MinRNN):
         forget_bias: added to f's bias at initialisation, in logits, so that the cell forgets slowly at the
             start; None is 1.0, or 0 without bias.
         normalize: let the gates sum to one, which keeps the state's scale the same at every length.
+        recompute: keep only the input and a few states for backward, and compute the rest again there.
         device: where the parameters live.
         dtype: the parameters' dtype.
 
@@ -74,6 +75,7 @@ class MinLSTM(_Normalised, MinRNN):
         candidate: str = "positive",
         forget_bias: float | None = None,
         normalize: bool = True,
+        recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -88,6 +90,7 @@ class MinLSTM(_Normalised, MinRNN):
             bidirectional=bidirectional,
             candidate=candidate,
             forget_bias=forget_bias,
+            recompute=recompute,
             device=device,
             dtype=dtype,
         )

@@ -4,39 +4,42 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from minrnn.mixers.projected import Recurrence
 from minrnn.ops import CANDIDATES, GATES, gated_scan
 
 
 class Batch:
-    """Sequences of one length side by side, `(B, T, ...)`.
+    """Sequences of one length side by side, `(B, T, ...)`, or `(T, B, ...)` if time_major.
 
     Args:
-        reset: `(B, T)`, bool: where a row's next sequence starts; None is nowhere.
+        reset: bool, of the input's leading axes: where a row's next sequence starts; None is nowhere.
+        time_major: whether time comes before batch.
     """
 
-    def __init__(self, reset: Tensor | None = None) -> None:
-        self.reset = reset
+    def __init__(self, reset: Tensor | None, *, time_major: bool) -> None:
+        self.time_major = time_major
+        self.reset = reset.transpose(0, 1) if reset is not None and time_major else reset  # (B, T)
 
     def scan(
-        self, gate: str, candidate: str, pre: Tensor, h0: Tensor | None, *, reverse: bool
+        self, recurrence: Recurrence, x: Tensor, h0: Tensor | None, *, reverse: bool
     ) -> tuple[Tensor, Tensor]:
         """Run one recurrence over every sequence.
 
         Args:
-            gate: a name in GATES.
-            candidate: a name in CANDIDATES.
-            pre: packed pre-activations, `(B, T, num_pre * D)`.
+            recurrence: what to run.
+            x: its input, `(B, T, C)`, or `(T, B, C)` if time_major.
             h0: `(B, D)`: the state that each row starts from; zeros when None.
             reverse: run from the last step to the first.
 
         Returns:
-            h `(B, T, D)`, and each row's state after its last step, `(B, D)`.
+            h in the form of x, and each row's state after its last step, `(B, D)`.
         """
         reset = self.reset
         if reset is not None and reverse:  # it meets a sequence's last step first, so there it must forget
             reset = functional.pad(reset[:, 1:], (0, 1))
-        h = gated_scan(gate, pre, h0=h0, reset=reset, reverse=reverse, candidate=candidate)
-        return h, h[:, 0 if reverse else -1]
+        h = recurrence.scan(x, h0, reset, reverse=reverse, time_major=self.time_major)  # (B, T, D)
+        final = h.select(1, 0 if reverse else -1)
+        return h.transpose(0, 1) if self.time_major else h, final
 
 
 class Joined:
@@ -49,6 +52,7 @@ class Joined:
     """
 
     def __init__(self, offsets: Tensor, total: int) -> None:
+        self.offsets = offsets
         edges = offsets.new_zeros(1, total + 1, dtype=torch.bool).index_fill(1, offsets, True)
         self.starts, self.ends = edges[:, :-1], edges[:, 1:]  # (1, total)
         self.filled = (offsets[1:] > offsets[:-1]).unsqueeze(1)  # (N, 1)
@@ -57,14 +61,13 @@ class Joined:
         self.last = (offsets[1:] - 1).clamp(min=0)
 
     def scan(
-        self, gate: str, candidate: str, pre: Tensor, h0: Tensor | None, *, reverse: bool
+        self, recurrence: Recurrence, x: Tensor, h0: Tensor | None, *, reverse: bool
     ) -> tuple[Tensor, Tensor]:
         """Run one recurrence over every sequence by itself.
 
         Args:
-            gate: a name in GATES.
-            candidate: a name in CANDIDATES.
-            pre: packed pre-activations, `(1, total, num_pre * D)`.
+            recurrence: what to run.
+            x: its input, `(1, total, C)`.
             h0: `(N, D)`: the state that each sequence starts from; zeros when None.
             reverse: run every sequence from its last step to its first.
 
@@ -73,27 +76,29 @@ class Joined:
             the state that it starts from.
         """
         if h0 is None:
-            reset = self.ends if reverse else self.starts
-            h = gated_scan(gate, pre, reset=reset, reverse=reverse, candidate=candidate)
+            h = recurrence.scan(x, None, self.ends if reverse else self.starts, reverse=reverse)
+        elif recurrence.takes_sequences(x, h0):
+            h = recurrence.scan_sequences(x, h0, self.offsets.tolist(), reverse=reverse)
         else:
-            h = self._scan_from(h0, gate, candidate, pre, reverse)
+            h = self._scan_from(h0, recurrence, x, reverse)
         final = h[0].index_select(0, self.first if reverse else self.last)
         unmoved = final.new_zeros(()) if h0 is None else h0.to(h.dtype)
         return h, torch.where(self.filled, final, unmoved)
 
-    def _scan_from(self, h0: Tensor, gate: str, candidate: str, pre: Tensor, reverse: bool) -> Tensor:
+    def _scan_from(self, h0: Tensor, recurrence: Recurrence, x: Tensor, reverse: bool) -> Tensor:
         """Start every sequence from a state of its own: its first step's drive b becomes a * h0 + b.
 
         So the gates are computed here and not inside the scan. On one core that makes a layer's forward and
         backward 1.5 to 2 times as slow as without h0 (with 32 channels, up to 4), about what padding to the
-        longest costs, and takes more memory. One scan for each distinct length keeps the gates inside, but
-        was no faster on the whole (0.8 to 1.8 times this) and makes hundreds of calls where lengths vary.
+        longest costs, and takes more memory. It is for short sequences, whose single calls would cost more,
+        and for compiled graphs, which serve any lengths.
         """
+        pre = recurrence.project(x)
         dtype = torch.promote_types(pre.dtype, torch.float32)
         if h0.dtype not in (pre.dtype, dtype):
             raise TypeError(f"hx must be {pre.dtype} or {dtype} to go with the input, got {h0.dtype}")
-        parts = pre.to(dtype).chunk(GATES[gate].num_pre, -1)
-        a, b = GATES[gate].equations(CANDIDATES[candidate], *parts)
+        parts = pre.to(dtype).chunk(GATES[recurrence.gate].num_pre, -1)
+        a, b = GATES[recurrence.gate].equations(CANDIDATES[recurrence.candidate], *parts)
         entry, reset = (self.last, self.ends) if reverse else (self.first, self.starts)
         entering = a[0].index_select(0, entry) * h0
         b = b.index_add(1, entry, entering.where(self.filled, 0).unsqueeze(0))

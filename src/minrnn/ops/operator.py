@@ -14,15 +14,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn import Parameter
 
 from minrnn.ops.engines import ENGINES, register
 from minrnn.ops.gates import CANDIDATES, GATES
 from minrnn.ops.reference import output_like, split, state_dtype
-from minrnn.ops.transforms import fold, have_tangents, unfold
+from minrnn.ops.transforms import (
+    fold,
+    for_old_vmap,
+    have_tangents,
+    is_transformed,
+    needs_gradients,
+    unfold,
+)
 
-__all__ = ["MODULES", "Mode", "apply", "is_plain", "is_transformed", "needs_gradients"]
+__all__ = ["MODULES", "Mode", "apply"]
 
 
 class Mode(NamedTuple):
@@ -46,24 +51,6 @@ def apply(pre: list[Tensor], h0: Tensor | None, reset: Tensor | None, mode: Mode
         elif needs_gradients(h0, *pre):
             return _PlainScan.apply(mode, h0, reset, *pre)
     return _forward_op(pre, h0, reset, *mode)
-
-
-def is_transformed() -> bool:
-    """Whether one of torch.func's transforms, or forward-mode differentiation, is under way."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether these are torch's own tensors, and their numbers and gradients are all that is wanted.
-
-    What is computed from them may then be written in place.
-    """
-    return not is_transformed() and all(x is None or type(x) in (Tensor, Parameter) for x in tensors)
-
-
-def needs_gradients(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to record what becomes of these tensors."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -272,3 +259,5 @@ torch.library.register_autograd(
 )
 torch.library.register_vmap("minrnn::gated_scan", _forward_vmap, lib=_LIBRARY)
 torch.library.register_vmap("minrnn::gated_scan_backward", _backward_vmap, lib=_LIBRARY)
+_LIBRARY.impl("gated_scan", for_old_vmap(_forward_vmap), "Batched")
+_LIBRARY.impl("gated_scan_backward", for_old_vmap(_backward_vmap), "Batched")

@@ -1,14 +1,44 @@
-"""What operators need to take part in torch.func's transforms: forward mode and batching."""
+"""What operators need to take part in torch's transforms: gradients, forward mode and batching."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-__all__ = ["fold", "have_tangents", "unfold"]
+__all__ = [
+    "fold",
+    "for_old_vmap",
+    "have_tangents",
+    "is_mapped_by_old_vmap",
+    "is_plain",
+    "is_transformed",
+    "needs_gradients",
+    "unfold",
+]
+
+
+def needs_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to record what becomes of these tensors."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def is_transformed() -> bool:
+    """Whether one of torch.func's transforms, or forward-mode differentiation, is under way."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether these are torch's own tensors, and their numbers and gradients are all that is wanted.
+
+    What is computed from them may then be written in place.
+    """
+    return not is_transformed() and all(x is None or type(x) in (Tensor, Parameter) for x in tensors)
 
 
 def have_tangents(*tensors: Tensor | None) -> bool:
@@ -37,3 +67,48 @@ def fold(info: Any, tensors: Sequence[Tensor | None], dims: Sequence[int | None]
 def unfold(info: Any, x: Tensor) -> Tensor:
     """A result's mapped dimension, in front, taken apart from B."""
     return x.unflatten(0, (info.batch_size, -1))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# torch.autograd has a vmap of its own, older than torch.func's: behind is_grads_batched=True, vectorize=True
+# and gradcheck's check_batched_grad. It cannot map over operators that take lists of tensors by itself.
+
+
+class _Mapped(NamedTuple):
+    """What a rule of torch.func.vmap wants to know."""
+
+    batch_size: int
+
+
+def is_mapped_by_old_vmap(x: Tensor) -> bool:
+    """Whether the vmap of torch.autograd maps over a dimension of x, which hides it."""
+    return torch._C._dispatch_keys(x).has("Batched")
+
+
+def for_old_vmap(rule: Callable[..., tuple[Any, Any]]) -> Callable[..., Any]:
+    """Make of an operator's rule for torch.func.vmap its kernel for the vmap of torch.autograd.
+
+    Args:
+        rule: (info, in_dims, *arguments) -> (results, out_dims), with all out_dims 0.
+
+    Returns:
+        The kernel, to be registered for the dispatch key Batched.
+    """
+
+    def kernel(*arguments: Any) -> Any:
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        leaves, structure = tree_flatten(arguments)
+        mapped = [isinstance(x, Tensor) for x in leaves]
+        # A tensor that is not mapped gets a dimension of 1.
+        found = [
+            torch._remove_batch_dim(x, level, 1, 0) if is_tensor else x
+            for x, is_tensor in zip(leaves, mapped, strict=True)
+        ]
+        size = max(x.shape[0] for x in found if isinstance(x, Tensor))
+        whole = [x.expand(size, *x.shape[1:]) if isinstance(x, Tensor) else x for x in found]
+        dims = tree_unflatten([0 if is_tensor else None for is_tensor in mapped], structure)
+        results, _ = rule(_Mapped(size), dims, *tree_unflatten(whole, structure))
+        return tree_map_only(Tensor, lambda x: torch._add_batch_dim(x, 0, level), results)
+
+    return kernel
