@@ -376,6 +376,13 @@ def test_a_strong_decay_leaves_nothing_of_a_large_state() -> None:
     assert y.item() == last.item() == 50.0
 
 
+def test_other_peoples_subnormal_numbers_survive() -> None:
+    """The engine flushes its own to zero, and leaves the processor as it found it."""
+    tiny = torch.full((64,), 1e-40)
+    differentiate(x := draw(2, 40, 5, 3, torch.float32), *gradients_like(x))
+    assert (tiny * 0.5 > 0).all()
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_nan_propagates_from_its_step_on(dtype: torch.dtype) -> None:
     """A NaN is never swallowed, and never reaches other rows, channels or earlier steps."""
@@ -506,6 +513,8 @@ def test_batched_gradients() -> None:
         expected = torch.autograd.grad(y, x[:-1], direction, retain_graph=True)
         for ours, theirs in zip(batched, expected, strict=True):
             torch.testing.assert_close(ours[n], theirs, rtol=1e-12, atol=1e-12)
+    again = torch.autograd.grad(y, x[:-1], directions, is_grads_batched=True)
+    torch.testing.assert_close(again, batched, rtol=1e-12, atol=1e-12)
 
 
 def test_opcheck() -> None:

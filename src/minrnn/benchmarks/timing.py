@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -110,8 +112,8 @@ def peak_bytes(task: Task, device: torch.device) -> int | None:
 
     On the CPU it is the rise of this process's resident memory, which misses nothing, be it torch's, a
     library's own or Python's, to within some 100 kB: Linux forgets the old peak on request (clear_refs), and
-    what the C library keeps of freed memory is handed back first, or the call would find its room already
-    there. On a GPU it is what torch's allocator gave out.
+    what the C library and our engine keep of freed memory is handed back first, or the call would find its
+    room already there. On a GPU it is what torch's allocator gave out.
 
     Args:
         task: a call that has been made before, so that libraries are loaded and code is compiled.
@@ -156,6 +158,8 @@ def _between(low: int, value: int, high: int) -> int:
 
 
 def _return_freed_memory() -> None:
+    with contextlib.suppress(ImportError):  # where nothing was compiled, nothing is kept
+        import_module("minrnn.ops._cpu").release_memory()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if trim is not None:
         trim(0)

@@ -19,7 +19,14 @@ from minrnn.ops import operator
 from minrnn.ops.engines import Functions, register
 from minrnn.ops.reference import output_like, state_dtype
 from minrnn.ops.selective.reference import Inputs, discretise, empty_borders
-from minrnn.ops.transforms import fold, have_tangents, unfold
+from minrnn.ops.transforms import (
+    fold,
+    for_old_vmap,
+    have_tangents,
+    is_transformed,
+    needs_gradients,
+    unfold,
+)
 
 __all__ = ["MODULES", "apply"]
 
@@ -37,11 +44,11 @@ def apply(x: Inputs) -> tuple[Tensor, Tensor]:
     """y and the final state, differentiable: see `minrnn.ops.selective_scan`."""
     compiling = torch.compiler.is_compiling()
     if not compiling:
-        if operator.is_transformed():
+        if is_transformed():
             # Unlike backward mode, forward mode is left on by no_grad.
             if torch.is_grad_enabled() or have_tangents(*x[:-1]):
                 return _SelectiveScan.apply(*x)[:2]
-        elif operator.needs_gradients(*x[:-1]):
+        elif needs_gradients(*x[:-1]):
             return _PlainSelectiveScan.apply(*x)
     y, last, _ = _forward_op(*x, compiling and torch.is_grad_enabled())
     return y, last
@@ -309,3 +316,5 @@ torch.library.register_autograd(
 )
 torch.library.register_vmap("minrnn::selective_scan", _forward_vmap, lib=_LIBRARY)
 torch.library.register_vmap("minrnn::selective_scan_backward", _backward_vmap, lib=_LIBRARY)
+_LIBRARY.impl("selective_scan", for_old_vmap(_forward_vmap), "Batched")
+_LIBRARY.impl("selective_scan_backward", for_old_vmap(_backward_vmap), "Batched")

@@ -73,30 +73,31 @@ def selective_scan(
 
 def _check(x: Inputs) -> None:
     name = "selective_scan"
-    optional = ("D", "z", "h0", "reset")
-    for field, value in x._asdict().items():
-        if not isinstance(value, Tensor) and not (value is None and field in optional):
+    for field, value in (("u", x.u), ("A", x.A)):
+        if not isinstance(value, Tensor):
             raise TypeError(f"{name}: {field} must be a tensor, got {type(value).__name__}")
-    if x.u.dtype not in FLOATS:
-        raise TypeError(f"{name}: u must be float32, float64, bfloat16 or float16, got {x.u.dtype}")
-    if x.u.dim() != 3 or 0 in x.u.shape:
+    dtype, shape, device = x.u.dtype, x.u.shape, x.u.device
+    if dtype not in FLOATS:
+        raise TypeError(f"{name}: u must be float32, float64, bfloat16 or float16, got {dtype}")
+    if len(shape) != 3 or 0 in shape:
         raise ValueError(
-            f"{name}: u must be of shape (batch, T, channels), all at least 1, got {tuple(x.u.shape)}"
+            f"{name}: u must be of shape (batch, T, channels), all at least 1, got {tuple(shape)}"
         )
     if x.A.dim() != 2 or x.A.shape[1] == 0:
         raise ValueError(f"{name}: A must be of shape (channels, N), N at least 1, got {tuple(x.A.shape)}")
-    (batch, T, channels), N = x.u.shape, x.A.shape[1]
-    sequence, vectors = (batch, T, channels), (batch, T, N)
-    shapes = {"delta_pre": sequence, "B": vectors, "C": vectors, "z": sequence}
-    wide = {"A": (channels, N), "D": (channels,), "h0": (batch, channels, N)}
-    for field, value in x._asdict().items():
-        if value is None or field == "u":
-            continue
-        if field == "reset":
-            check_like(name, field, value, (batch, T), torch.bool, x.u.device, "u")
-        elif field in shapes:
-            check_like(name, field, value, shapes[field], x.u.dtype, x.u.device, "u")
-        else:
-            single = value.dtype == torch.float32 and x.u.dtype != torch.float64
-            dtype = torch.float32 if single else x.u.dtype
-            check_like(name, field, value, wide[field], dtype, x.u.device, "u")
+    (batch, T, channels), N = shape, x.A.shape[1]
+    check_like(name, "delta_pre", x.delta_pre, shape, dtype, device, "u")
+    check_like(name, "B", x.B, (batch, T, N), dtype, device, "u")
+    check_like(name, "C", x.C, (batch, T, N), dtype, device, "u")
+    if x.z is not None:
+        check_like(name, "z", x.z, shape, dtype, device, "u")
+    if x.reset is not None:
+        check_like(name, "reset", x.reset, (batch, T), torch.bool, device, "u")
+    for field, wide, expected in (
+        ("A", x.A, (channels, N)),
+        ("D", x.D, (channels,)),
+        ("h0", x.h0, (batch, channels, N)),
+    ):
+        if wide is not None:
+            single = getattr(wide, "dtype", None) == torch.float32 and dtype != torch.float64
+            check_like(name, field, wide, expected, torch.float32 if single else dtype, device, "u")
