@@ -27,6 +27,7 @@ from minrnn.experiments import (
     EXPERIMENTS,
     formal_languages,
     listops,
+    runner,
     selective_copying,
     shakespeare,
     stability,
@@ -43,6 +44,7 @@ from minrnn.experiments.timed import exponent
 from minrnn.experiments.trained import TrainedExperiment, spread, training_seconds
 from minrnn.experiments.variants import VARIANTS, every_mixer
 from minrnn.mixers import MIXERS
+from minrnn.ops import GATES
 from minrnn.training import Interrupted, NonFiniteLossError, RunConfig, read_config
 
 REPOSITORY = Path(__file__).parents[1]
@@ -156,6 +158,12 @@ def test_every_mixer_takes_part_where_all_are_compared() -> None:
             for mixer in ([cell.setting["mixer"]] if "mixer" in cell.setting else cell.config["systems"])
         }
         assert taking >= MIXERS.keys(), name
+
+
+def test_signed_gates_are_shown_on_formal_languages() -> None:
+    signed = [gate for gate in GATES if "signed" in gate and "unsigned" not in gate]
+    mixers = formal_languages.EXPERIMENT.mixers()
+    assert ("mingru-signed" in mixers) == ("minlstm-signed" in mixers) == bool(signed)
 
 
 @pytest.mark.parametrize(
@@ -313,6 +321,21 @@ def test_the_time_left_is_that_of_the_most_similar_cells() -> None:
     assert forecast(Cell("", {"mixer": "gru", "layers": 3, "seed": 0}, {}), known) == 20.0
     assert forecast(Cell("", {"mixer": "lstm", "layers": 3, "seed": 0}, {}), known) == 14.0
     assert forecast(Cell("", {"mixer": "lstm"}, {}), []) is None
+
+
+def test_the_time_left_of_a_cell_that_goes_on_is_that_of_its_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[float | None] = []
+
+    class Ear(Silence):
+        def progress(self, fraction: float, text: str, left: float | None) -> None:
+            heard.append(left)
+
+    now = 0.0
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: now)
+    clock = runner._Clock(Cell("", {}, {}), [Cell("", {}, {})], [], Ear())
+    for now, fraction in ((0.0, 0.0), (5.0, 0.5), (15.0, 0.75), (25.0, 1.0)):  # noqa: B007 - the clock reads it
+        clock(fraction, "")
+    assert heard == [None, None, pytest.approx(0.25 * 40 + 40), pytest.approx(40)]
 
 
 def test_estimates_are_of_every_kind_of_cell(experiment: Experiment) -> None:

@@ -19,7 +19,7 @@ from minrnn.benchmarks.measure import OURS, Record
 from minrnn.ops import engines
 from minrnn.training import provenance, write_json
 
-__all__ = ["CaseView", "Report"]
+__all__ = ["CaseView", "Report", "load_averages"]
 
 FORMAT = 1
 BUSY = 0.3  # of the load average: something else runs a third of the time
@@ -56,7 +56,7 @@ class Report:
             "benchmark": benchmark,
             "command": shlex.join(["minrnn", "bench", benchmark, *command]),
             **provenance(device),
-            "load": _load(),
+            "load": load_averages(),
             "engines": {engine.name: engine.detail for engine in engines() if engine.serves},
             "options": {name: str(v) if isinstance(v, Path) else v for name, v in options.items()},
             "peers": {},
@@ -181,7 +181,7 @@ def _number(error: float | None) -> float:
     return float("inf") if error is None else error
 
 
-def _load() -> list[float] | None:
+def load_averages() -> list[float] | None:
     """Return the machine's load averages, which show whether it was quiet; None where the system has none."""
     try:
         return [round(load, 2) for load in os.getloadavg()]

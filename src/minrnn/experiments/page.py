@@ -102,7 +102,7 @@ def _scale(
 def _provenance(records: Sequence[Record]) -> str:
     """Say on what, with what and for how long the cells were computed."""
     machines = sorted({_machine(record) for record in records})
-    commits = sorted({(record["commit"] or "an installed package")[:12] for record in records})
+    commits = sorted({_commit(record["commit"]) for record in records})
     failed = [record["cell"] for record in records if record["failed"] is not None]
     hours = sum(record["seconds"] for record in records) / 3600
     text = (
@@ -110,6 +110,12 @@ def _provenance(records: Sequence[Record]) -> str:
         f"commit {', '.join(commits)}."
     )
     return text + (f" Diverged: {', '.join(failed)}." if failed else "")
+
+
+def _commit(commit: str | None) -> str:
+    if commit is None:
+        return "of an installed package"
+    return commit[:12] + (" with changes" if commit.endswith("-dirty") else "")
 
 
 def _machine(record: Record) -> str:

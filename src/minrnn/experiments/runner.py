@@ -9,6 +9,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from statistics import mean
 
+import torch
+
 from minrnn.experiments.experiment import Cell, Choice, Experiment, Record, Watch, Workplace
 from minrnn.experiments.plots import save_figure
 from minrnn.experiments.results import ResultsFolder
@@ -41,6 +43,8 @@ def reproduce(
     cells = pick(experiment.cells(choice), only)
     pending = [cell for cell in cells if folder.record(cell, experiment) is None]
     folder.begin(experiment, cells)
+    if choice.threads:
+        torch.set_num_threads(choice.threads)
     watch.note(f"{experiment.name}: {len(cells) - len(pending)} of {len(cells)} cells are finished")
     try:
         for index, cell in enumerate(pending):
@@ -105,6 +109,32 @@ def write_summary(experiment: Experiment, folder: ResultsFolder, watch: Watch) -
     watch.note(f"no plot: {why_not}" if why_not else f"plot: {folder.path / 'plot.png'}")
 
 
+class _Clock:
+    """Tells a watch how long it still takes: the present cell by its own pace, later ones by others."""
+
+    def __init__(self, cell: Cell, later: Sequence[Cell], records: Sequence[Record], watch: Watch) -> None:
+        self._expected = forecast(cell, records)
+        self._later = [forecast(other, records) for other in later]
+        self._watch = watch
+        self._first: tuple[float, float] | None = None  # time and fraction when it was first under way
+
+    def __call__(self, fraction: float, text: str) -> None:
+        whole = self._whole(fraction)
+        left = None
+        if whole is not None:
+            left = whole * (1 - fraction) + sum(whole if later is None else later for later in self._later)
+        self._watch.progress(fraction, text, left)
+
+    def _whole(self, fraction: float) -> float | None:
+        """Return the seconds of the whole cell; one that goes on does not begin at 0."""
+        now = time.perf_counter()
+        if fraction > 0 and self._first is None:
+            self._first = now, fraction
+        if self._first is None or fraction <= self._first[1]:
+            return self._expected
+        return (now - self._first[0]) / (fraction - self._first[1])
+
+
 def _run(
     experiment: Experiment,
     cell: Cell,
@@ -115,20 +145,11 @@ def _run(
     watch: Watch,
 ) -> None:
     """Measure a cell and save its record; a training that diverges is a finding too."""
-    records = folder.records()
-    expected = [forecast(other, records) for other in later]
-    began = time.perf_counter()
-
-    def tell(fraction: float, text: str) -> None:
-        spent = time.perf_counter() - began
-        own = spent / fraction if fraction > 0 else forecast(cell, records)
-        rest = [own if seconds is None else seconds for seconds in expected]
-        left = None if own is None else own - spent + sum(seconds or own for seconds in rest)
-        watch.progress(fraction, text, None if left is None else max(0.0, left))
-
+    tell = _Clock(cell, later, folder.records(), watch)
     tell(0.0, "")
     place = folder.unfinished(cell)
     place.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
     result, failed = None, None
     try:
         result = experiment.measure(cell, Workplace(place, choice), tell)

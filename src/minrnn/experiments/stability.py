@@ -42,11 +42,12 @@ class Stability(TrainedExperiment[Size]):
         f"one point of the learning curve to the next that is not lower."
     )
     changes = (
-        "cpu: 128 positions with 8 tokens, 2,000 steps of 32 sequences. The paper does not say on which task "
-        "and with which seeds its figure was made; paper here is its selective copying, with two layers."
+        "cpu: 128 positions with 8 tokens, 2,000 steps of 32 sequences, an expansion of 2. The paper does "
+        "not say on which task and with which seeds its figure was made; paper here is its selective "
+        "copying, with two layers."
     )
     sizes: ClassVar = {
-        "cpu": Size(128, 8, 64, 4.0, 0.0, 2000, 32, 3e-3, 0.05, 100, 100, 256),
+        "cpu": Size(128, 8, 64, 2.0, 0.0, 2000, 32, 3e-3, 0.05, 100, 100, 256),
         "paper": Size(4096, 16, 64, 6.0, 0.1, 400_000, 64, 1e-4, 1.0, 0, 5000, 12_800),
         "tiny": Size(12, 2, 8, 1.0, 0.0, 2, 4, 3e-3, 0.1, 1, 1, 64),
     }

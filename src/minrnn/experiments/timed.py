@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
+from minrnn.benchmarks.report import load_averages
 from minrnn.benchmarks.timing import Task, interleave, old_objects_set_aside, peak_bytes, summary
 from minrnn.experiments.experiment import Cell, Choice, Experiment, Record, Scale, Tell, Workplace
 from minrnn.experiments.variants import choose
@@ -45,7 +44,8 @@ class TimedExperiment(Experiment):
 
     Systems are measured in turns, so that what else the machine does meets all of them. A cell's result holds
     `systems`: for each the `seconds` of each phase (median, p10, p90, min and samples), `peak_bytes` (memory
-    at the peak beyond inputs and weights) and its facts, or `failed`, why there is nothing.
+    at the peak beyond inputs and weights) and its facts, or `failed`, why there is nothing; and `load`, the
+    machine's load averages before.
     """
 
     sizes: ClassVar[Mapping[Scale, Any]]
@@ -82,26 +82,24 @@ class TimedExperiment(Experiment):
 
     def measure(self, cell: Cell, place: Workplace, tell: Tell) -> dict[str, Any]:
         device = choose_device(place.choice.device)
+        load = load_averages()
         names, found = list(cell.config["systems"]), {}
-        with _threads(place.choice.threads):
-            ready: dict[str, System] = {}
+        ready: dict[str, System] = {}
+        torch.manual_seed(0)
+        inputs = self.inputs(cell.setting, device)
+        for index, name in enumerate(names):
+            tell(0.2 * index / len(names), f"warming up {name}")
             torch.manual_seed(0)
-            inputs = self.inputs(cell.setting, device)
-            for index, name in enumerate(names):
-                tell(0.2 * index / len(names), f"warming up {name}")
-                torch.manual_seed(0)
-                try:
-                    system = self.build(name, cell.setting, inputs)
-                    system.task()
-                except (
-                    RuntimeError
-                ) as error:  # what torch says where memory is short, or a shape is not served
-                    found[name] = {"failed": (str(error).splitlines() or [""])[0]}
-                else:
-                    ready[name] = system
-            with old_objects_set_aside():
-                found |= self._times(cell, ready, device, tell)
-        return {"systems": {name: found[name] for name in names}, "threads": torch.get_num_threads()}
+            try:
+                system = self.build(name, cell.setting, inputs)
+                system.task()
+            except RuntimeError as error:  # what torch says where memory is short, or a shape is not served
+                found[name] = {"failed": (str(error).splitlines() or [""])[0]}
+            else:
+                ready[name] = system
+        with old_objects_set_aside():
+            found |= self._times(cell, ready, device, tell)
+        return {"systems": {name: found[name] for name in names}, "load": load}
 
     def _times(
         self, cell: Cell, ready: Mapping[str, System], device: torch.device, tell: Tell
@@ -183,14 +181,3 @@ def exponent(line: Sequence[tuple[float, float]]) -> float | None:
     mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
     covariance = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True))
     return covariance / sum((x - mean_x) ** 2 for x in xs)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Let torch use this many CPU threads; 0 is as many as before."""
-    before = torch.get_num_threads()
-    with contextlib.ExitStack() as stack:
-        if count:
-            torch.set_num_threads(count)
-            stack.callback(torch.set_num_threads, before)
-        yield
