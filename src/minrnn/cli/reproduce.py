@@ -187,7 +187,7 @@ def _estimate(experiment: Experiment, choice: Choice, command: ReproduceCommand)
             total += len(cells) * experiment.estimate(cells[0], choice)
     count = sum(map(len, kinds.values()))
     print(command_of(experiment.name, choice, command.output))
-    print(f"about {_duration(total)} on this machine ({device}): {count} cells, evaluations not counted")
+    print(f"about {_duration(total)} on this machine ({device}): {count} cells, {experiment.uncounted}")
 
 
 def _duration(seconds: float) -> str:

@@ -145,6 +145,8 @@ class Experiment(ABC):
     """What it shows, and how that is measured, in a paragraph."""
     changes: ClassVar[str]
     """What its cpu scale changed, and what the paper leaves open."""
+    uncounted: ClassVar[str]
+    """What an estimate of its time leaves out."""
 
     @abstractmethod
     def cells(self, choice: Choice) -> list[Cell]:

@@ -48,6 +48,7 @@ class TimedExperiment(Experiment):
     machine's load averages before.
     """
 
+    uncounted = "more where a call takes longer than its share"
     sizes: ClassVar[Mapping[Scale, Any]]
     """The settings of each scale, each a `TimedSize`."""
 

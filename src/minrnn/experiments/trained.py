@@ -54,6 +54,7 @@ class TrainedExperiment(Experiment, Generic[SizeT]):
     training seconds, loss) and `evaluations` (step, training seconds and metrics).
     """
 
+    uncounted = "evaluations not counted"
     sizes: ClassVar[Mapping[Scale, Any]]
     """The settings of each scale, a `SizeT`."""
 
