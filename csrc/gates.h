@@ -60,14 +60,18 @@ template <class V> MINRNN_INLINE V exp_nonpositive(V x) {
     return (V)((BitsOf<V>)p + ((BitsOf<V>)shifted << C::mantissa_bits));  // n, moved into the exponent
 }
 
-// sigmoid(x) and sigmoid(-x), each of full relative accuracy: 1 - sigmoid(x) would lose the small one.
+// sigmoid(x) and sigmoid(-x), each of full relative accuracy: 1 - sigmoid(x) would lose the small one. Selections go by
+// the sign bit, so that all of them agree on -0.
 template <class V> struct Sigmoid {
-    V value, complement;
-    explicit MINRNN_INLINE Sigmoid(V x) {
-        const V e = exp_nonpositive(-absolute(x)), large = reciprocal(1 + e), small = e * large;
-        value = x >= 0 ? large : small;
-        complement = x >= 0 ? small : large;
+    V x, large, small;  // of the two, the one above one half and the one below
+    BitsOf<V> negative;
+    explicit MINRNN_INLINE Sigmoid(V x) : x(x), negative(has_sign(x)) {
+        const V e = exp_nonpositive(minus_absolute(x));
+        large = reciprocal(1 + e);
+        small = e * large;
     }
+    MINRNN_INLINE V value() const { return negative ? small : large; }
+    MINRNN_INLINE V complement() const { return negative ? large : small; }
 };
 
 // ---------------------------------------------------------------------------------------------------------
@@ -76,7 +80,7 @@ template <class V> struct Sigmoid {
 template <class V> struct Positive {  // x + 0.5 for x >= 0, sigmoid(x) below: continuous, always above zero
     V value, slope;
     explicit MINRNN_INLINE Positive(V x) {
-        const V e = exp_nonpositive(-absolute(x)), large = reciprocal(1 + e), small = e * large;
+        const V e = exp_nonpositive(minus_absolute(x)), large = reciprocal(1 + e), small = e * large;
         value = x >= 0 ? x + RealOf<V>(0.5) : small;
         slope = x >= 0 ? splat<V>(1) : small * large;
     }
@@ -135,6 +139,11 @@ template <class V> MINRNN_INLINE Decay<V> decay(V a, V forgets) {
     const BitsOf<V> slow = forgets < RealOf<V>(0.5);
     return {slow, slow ? -forgets : a};
 }
+// The sigmoid as a decay, and its complement: m is the smaller of the two, negative where a is the larger.
+template <class V> MINRNN_INLINE Decay<V> decay(const Sigmoid<V> &a) { return {~a.negative, flip_sign(a.small, -a.x)}; }
+template <class V> MINRNN_INLINE Decay<V> decay_of_complement(const Sigmoid<V> &z) {
+    return {z.negative, flip_sign(z.small, z.x)};
+}
 
 template <class V> struct Recurrence {
     Decay<V> a;
@@ -190,15 +199,15 @@ template <template <class> class Candidate> struct MinGRU {  // a = 1 - z, b = z
     template <class V> static MINRNN_INLINE Recurrence<V> forward(V z_pre, V c_pre, V) {
         const Sigmoid<V> z(z_pre);
         const Candidate<V> c(c_pre);
-        return {decay(z.complement, z.value), z.value * c.value};
+        return {decay_of_complement(z), z.value() * c.value};
     }
 
     template <class V>
     static MINRNN_INLINE Gradients<V> backward(V z_pre, V c_pre, V, V h_prev, V dh) {
         const Sigmoid<V> z(z_pre);
         const Candidate<V> c(c_pre);
-        return {dh * (c.value - h_prev) * (z.value * z.complement), dh * (z.value * c.slope), V{},
-                decay(z.complement, z.value)};
+        return {dh * (c.value - h_prev) * (z.large * z.small), dh * (z.value() * c.slope), V{},
+                decay_of_complement(z)};
     }
 };
 
@@ -213,7 +222,7 @@ template <class V> struct Shares {
         const BitsOf<V> tiny = larger < ExpConstants<RealOf<V>>::negligible;
         const V shift = tiny ? larger : V{};
         const V f_shifted = f_pre - shift, i_shifted = i_pre - shift;
-        const V ef = exp_nonpositive(-absolute(f_shifted)), ei = exp_nonpositive(-absolute(i_shifted));
+        const V ef = exp_nonpositive(minus_absolute(f_shifted)), ei = exp_nonpositive(minus_absolute(i_shifted));
         const BitsOf<V> f_positive = f_shifted >= 0, i_positive = i_shifted >= 0;
         const V P = 1 + (tiny ? V{} : ef), Q = 1 + (tiny ? V{} : ei);
         const V f_part = (f_positive ? splat<V>(1) : ef) * Q, i_part = (i_positive ? splat<V>(1) : ei) * P;
@@ -249,15 +258,15 @@ template <template <class> class Candidate> struct MinLSTMUnnormalised {  // a =
     template <class V> static MINRNN_INLINE Recurrence<V> forward(V f_pre, V i_pre, V c_pre) {
         const Sigmoid<V> f(f_pre), i(i_pre);
         const Candidate<V> c(c_pre);
-        return {decay(f.value, f.complement), i.value * c.value};
+        return {decay(f), i.value() * c.value};
     }
 
     template <class V>
     static MINRNN_INLINE Gradients<V> backward(V f_pre, V i_pre, V c_pre, V h_prev, V dh) {
         const Sigmoid<V> f(f_pre), i(i_pre);
         const Candidate<V> c(c_pre);
-        return {dh * h_prev * (f.value * f.complement), dh * c.value * (i.value * i.complement),
-                dh * (i.value * c.slope), decay(f.value, f.complement)};
+        return {dh * h_prev * (f.large * f.small), dh * c.value * (i.large * i.small), dh * (i.value() * c.slope),
+                decay(f)};
     }
 };
 

@@ -56,10 +56,13 @@ template <class V> constexpr int kLanes = sizeof(V) / sizeof(RealOf<V>);
 
 template <class V> MINRNN_INLINE V splat(RealOf<V> x) { return x - V{}; }
 
-template <class V> MINRNN_INLINE V absolute(V x) {
-    using Int = typename Traits<V>::Int;
-    return (V)((BitsOf<V>)x & ~(Int(1) << (8 * sizeof(Int) - 1)));
-}
+template <class V> constexpr typename Traits<V>::Int kSign = typename Traits<V>::Int(1) << (8 * sizeof(RealOf<V>) - 1);
+
+template <class V> MINRNN_INLINE V absolute(V x) { return (V)((BitsOf<V>)x & ~kSign<V>); }
+template <class V> MINRNN_INLINE V minus_absolute(V x) { return (V)((BitsOf<V>)x | kSign<V>); }
+template <class V> MINRNN_INLINE BitsOf<V> has_sign(V x) { return (BitsOf<V>)x < 0; }
+// x, with its sign changed where the other number has one.
+template <class V> MINRNN_INLINE V flip_sign(V x, V where) { return (V)((BitsOf<V>)x ^ ((BitsOf<V>)where & kSign<V>)); }
 
 // max(x, bound), and NaN where x is NaN.
 template <class V> MINRNN_INLINE V at_least(V x, RealOf<V> bound) { return x < bound ? splat<V>(bound) : x; }

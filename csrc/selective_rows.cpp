@@ -80,8 +80,8 @@ template <class V> struct Silu {  // x sigmoid(x), and its slope
     V value, slope;
     explicit MINRNN_INLINE Silu(V x) {
         const Sigmoid<V> sigmoid(x);
-        value = x * sigmoid.value;
-        slope = sigmoid.value + value * sigmoid.complement;
+        value = x * sigmoid.value();
+        slope = sigmoid.value() + value * sigmoid.complement();
     }
 };
 
