@@ -9,7 +9,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "isa.h"
 #include "memory.h"
 #include "scan.h"
 
@@ -23,6 +22,7 @@ const RowTable *rows;  // of the instruction set that was chosen when the module
 const RowTable &rows_of(Isa isa) {
     switch (isa) {
 #ifdef MINRNN_X86
+        case Isa::avx512_bf16: return avx512_bf16::rows;
         case Isa::avx512: return avx512::rows;
         case Isa::avx2: return avx2::rows;
 #endif

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "isa.h"
+
 namespace minrnn {
 
 enum Gate : int { kIdentity, kMinGRU, kMinLSTM, kMinLSTMUnnormalised, kNumGates };
@@ -62,10 +64,11 @@ struct RowTable {
     const RowKernels<float16> &of(int gate, int candidate, float16) const { return half[gate][candidate]; }
 };
 
-namespace baseline { extern const RowTable rows; }
-#ifdef MINRNN_X86
-namespace avx2 { extern const RowTable rows; }
-namespace avx512 { extern const RowTable rows; }
-#endif
+#define MINRNN_DECLARE_ROWS(isa) \
+    namespace isa {              \
+    extern const RowTable rows;  \
+    }
+MINRNN_FOR_EACH_ISA(MINRNN_DECLARE_ROWS)
+#undef MINRNN_DECLARE_ROWS
 
 }  // namespace minrnn

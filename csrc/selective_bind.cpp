@@ -18,6 +18,7 @@ const Table *table;  // of the instruction set that was chosen when the module w
 const Table &table_of(Isa isa) {
     switch (isa) {
 #ifdef MINRNN_X86
+        case Isa::avx512_bf16: return avx512_bf16::table;
         case Isa::avx512: return avx512::table;
         case Isa::avx2: return avx2::table;
 #endif

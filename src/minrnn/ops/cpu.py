@@ -23,7 +23,7 @@ except ModuleNotFoundError as error:
 __all__ = ["ISA", "backward", "forward", "new_output"]
 
 ISA: str = _cpu.isa
-"""The instruction set that this processor was given: avx512, avx2 or baseline."""
+"""The instruction set that this processor was given: avx512_bf16, avx512, avx2 or baseline."""
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as in bind.cpp
 _GATES = {name: code for code, name in enumerate(("identity", "mingru", "minlstm", "minlstm_unnormalised"))}
