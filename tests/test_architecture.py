@@ -21,6 +21,7 @@ import pytest
 
 import minrnn
 from minrnn.ops.engines import ENGINES
+from minrnn.ops.selective.operator import MODULES as SELECTIVE_ENGINES
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "src" / "minrnn"
@@ -50,7 +51,7 @@ HOMES = {
     "safetensors": ("models/checkpoint.py",),
     "tensorboard": ("training/log.py",),
     "torch": ("",),
-    "triton": ("ops/triton.py",),
+    "triton": ("ops/triton.py", "ops/selective/triton.py"),
     "tyro": ("cli/",),
 }
 
@@ -93,7 +94,9 @@ def room_of(name: str) -> str:
 MODULES = {module.name: module for module in map(read_module, sorted(PACKAGE.rglob("*.py")))}
 EXTENSIONS = {  # compiled modules, which have no syntax tree
     f"minrnn.ops.{name}"
-    for name in re.findall(r"^minrnn_module\((\w+)", (REPOSITORY / "CMakeLists.txt").read_text(), re.MULTILINE)
+    for name in re.findall(
+        r"^minrnn_module\((\w+)", (REPOSITORY / "CMakeLists.txt").read_text(), re.MULTILINE
+    )
 }
 
 
@@ -265,7 +268,7 @@ def test_public_methods_are_documented() -> None:
         try:
             module = import_module(name)
         except ImportError:  # an engine that this machine lacks
-            assert name in {engine[0] for engine in ENGINES.values()}
+            assert name in {*(engine[0] for engine in ENGINES.values()), *SELECTIVE_ENGINES.values()}
             continue
         for kind in vars(module).values():
             if inspect.isclass(kind) and kind.__module__ == name and not is_exempt(kind):

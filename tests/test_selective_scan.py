@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from selective_laws import NAMES, TOLERANCE, cast, compare, draw, gradients_like, relative_error
 from torch import Tensor
 
 from minrnn.ops import selective_scan
@@ -24,50 +24,9 @@ compiled = pytest.mark.skipif(
     not isinstance(LOADED, ModuleType), reason=f"no compiled engine to compare: {LOADED}"
 )
 
-# Largest error relative to the largest value, of values; of gradients 2.5 times as much.
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-NAMES = ("u", "delta_pre", "A", "B", "C", "D", "z", "h0")
-
 
 def engine() -> ModuleType:
     return pytest.importorskip(MODULES["cpp"])
-
-
-def draw(
-    batch: int, T: int, channels: int, N: int, dtype: torch.dtype = torch.float64, seed: int = 0
-) -> Inputs:
-    """Inputs with decays from 0 to nearly 1, an initial state and sparse resets."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    x = Inputs(
-        u=normal(batch, T, channels),
-        delta_pre=2 * normal(batch, T, channels) - 2,
-        A=-torch.exp(normal(channels, N)),
-        B=normal(batch, T, N),
-        C=normal(batch, T, N),
-        D=normal(channels),
-        z=normal(batch, T, channels),
-        h0=normal(batch, channels, N),
-        reset=torch.rand(batch, T, generator=generator) < 0.1,
-    )
-    return cast(x, dtype)
-
-
-def cast(x: Inputs, dtype: torch.dtype) -> Inputs:
-    *tensors, reset = x
-    return Inputs(*(None if t is None else t.to(dtype) for t in tensors), reset)
-
-
-def gradients_like(x: Inputs, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """Gradients of y and of the final state."""
-    generator = torch.Generator().manual_seed(seed)
-    batch, _, channels = x.u.shape
-    dy = torch.randn(x.u.shape, generator=generator, dtype=torch.float64)
-    dlast = torch.randn(batch, channels, x.A.shape[1], generator=generator, dtype=torch.float64)
-    return dy.to(x.u.dtype), dlast.to(torch.promote_types(x.u.dtype, torch.float32))
 
 
 def leaves(x: Inputs) -> Inputs:
@@ -93,44 +52,6 @@ def part(x: Inputs, steps: slice, h0: Tensor | None) -> Inputs:
     u, delta_pre, A, B, C, D, z, _, reset = x
     cut = [None if s is None else s[:, steps] for s in (u, delta_pre, B, C, z, reset)]
     return Inputs(cut[0], cut[1], A, cut[2], cut[3], D, cut[4], h0, cut[5])
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    actual, expected = actual.detach(), expected.detach()
-    assert actual.shape == expected.shape
-    assert actual.isfinite().all(), "the engine left or produced a value that is not finite"
-    if not actual.numel():
-        return 0.0
-    largest = expected.double().abs().max().clamp(min=1e-30)
-    return float((actual.double() - expected.double()).abs().max() / largest)
-
-
-def compare(module: ModuleType, x: Inputs) -> None:
-    """Hold an engine to the reference in float64, with poisoned output buffers."""
-    dtype = x.u.dtype
-    dy, dlast = gradients_like(x)
-    exact = cast(x, torch.float64)
-    y, last, borders = reference.forward(exact, True)
-    expected = reference.backward(dy.double(), dlast.double(), borders, exact)
-    with poisoned():
-        found, found_last, found_borders = module.forward(x, True)
-        assert module.forward(x, False)[2].numel() == 0
-        actual = module.backward(dy, dlast, found_borders, x)
-    assert found.dtype == dtype
-    assert relative_error(found, y) < TOLERANCE[dtype]
-    assert relative_error(found_last, last) < min(TOLERANCE[dtype], TOLERANCE[torch.float32])
-    for name, ours, theirs in zip(NAMES, actual, expected, strict=True):
-        assert relative_error(ours, theirs) < 2.5 * TOLERANCE[dtype], name
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """Within it, torch fills uninitialised memory with NaN, so that an unwritten output shows."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -359,8 +280,8 @@ def test_extremes(dtype: torch.dtype) -> None:
     y, last, borders = reference.forward(cast(x, torch.float64), True)
     dy, dlast = gradients_like(x)
     gradients = reference.backward(dy.double(), dlast.double(), borders, cast(x, torch.float64))
-    for path in MODULES.values():
-        module = pytest.importorskip(path)
+    for name in ("cpp", "reference"):
+        module = pytest.importorskip(MODULES[name])
         found, found_last, saved = module.forward(x, True)
         torch.testing.assert_close(found.double(), y, rtol=3e-6, atol=3e-4)
         torch.testing.assert_close(found_last.double(), last, rtol=3e-6, atol=1e-30)

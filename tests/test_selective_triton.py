@@ -1,0 +1,171 @@
+"""The selective scan's GPU engine: interpreted, compiled ahead of time, and run where there is a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from selective_laws import TOLERANCE, cast, compare, draw, gradients_like
+from torch import Tensor
+
+from minrnn.ops.engines import serving
+from minrnn.ops.selective import reference
+from minrnn.ops.selective.operator import MODULES
+from minrnn.ops.selective.reference import CHUNK, Inputs
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: pip install 'minrnn[gpu]'")
+import minrnn.ops.selective.triton as compiled  # noqa: E402  # needs Triton
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Yield a second copy of the engine, whose kernels run on the CPU, with short chunks and narrow tiles."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    spec = importlib.util.spec_from_file_location("interpreted_selective_triton", compiled.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for constant, value in {"CHUNK": 4, "_LANES": 8, "_FORWARD_STEPS": 4, "_BACKWARD_STEPS": 2}.items():
+        monkeypatch.setattr(module, constant, value)
+    monkeypatch.setattr(reference, "CHUNK", 4)
+    return module
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Interpreted: small, because it takes milliseconds a step
+
+
+@pytest.mark.parametrize("processors", [1, 100], ids=["tiles share programs", "a program for each tile"])
+def test_interpreted(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch, processors: int) -> None:
+    """The engine equals the reference, with a last chunk that is short and tiles that are not full."""
+    monkeypatch.setattr(interpreted, "_processors", lambda _: processors)
+    compare(interpreted, draw(2, 11, 5, 3, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_interpreted_dtypes(interpreted: ModuleType, dtype: torch.dtype) -> None:
+    """Every dtype, without what may be left out."""
+    compare(interpreted, draw(1, 6, 3, 2, dtype)._replace(D=None, z=None, h0=None, reset=None))
+
+
+def test_interpreted_layouts(interpreted: ModuleType) -> None:
+    """Time-major, and channels that are not contiguous."""
+    x = draw(2, 5, 3, 2, torch.float32)
+    late = x._replace(u=x.u.transpose(0, 1).contiguous().transpose(0, 1), B=x.B.mT.contiguous().mT)
+    compare(interpreted, late._replace(reset=x.reset.t().contiguous().t()))
+
+
+def test_interpreted_nan(interpreted: ModuleType) -> None:
+    """A NaN reaches every later step until a reset forgets it, and nothing else."""
+    x = draw(1, 9, 3, 2, torch.float32)
+    x.reset[:] = False
+    x.reset[0, 6] = True
+    x.u[0, 2, 1] = torch.nan
+    x.h0[0, 2] = torch.nan
+    x = x._replace(D=None, z=None)
+    expected = torch.zeros(1, 9, 3, dtype=torch.bool)
+    expected[0, 2:6, 1] = True
+    expected[0, :6, 2] = True
+    assert torch.equal(interpreted.forward(x, False)[0].isnan(), expected)
+
+
+def test_interpreted_extremes(interpreted: ModuleType) -> None:
+    """Step sizes and rates of every size."""
+    pre = torch.tensor([-1e4, -90.0, -20.0, -1e-3, 0.0, 3.0, 30.0, 1e4])
+    rates = -torch.tensor([0.0, 1e-30, 1.0, 80.0, 1e4, 1e9])
+    x = draw(1, 2, len(pre), len(rates), torch.float32)
+    x = x._replace(delta_pre=pre.expand(1, 2, -1), A=rates.expand(len(pre), -1), z=None, reset=None)
+    _, last, _ = reference.forward(cast(x, torch.float64), False)
+    found = interpreted.forward(x, False)[1]
+    torch.testing.assert_close(found.double(), last, rtol=3e-6, atol=1e-30)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Compiled ahead of time, for cards that need not be there
+
+
+class Absent(NamedTuple):
+    """A driver for a card that is not there: enough for a kernel's arguments to be typed, and it compiled."""
+
+    capability: int
+
+    def get_current_target(self) -> Any:
+        return importlib.import_module("triton.backends.compiler").GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # under which compiled kernels are kept, so not a number of a device that is
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Compiling:
+    """A kernel that is compiled where it would be launched, and what it was given."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.binary = b""
+        self.largest = 0
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        def compile_only(*arguments: Any, **settings: Any) -> None:
+            built = self.kernel.warmup(*arguments, grid=grid, **settings)
+            self.binary = (built.result() if hasattr(built, "result") else built).asm["cubin"]
+            self.largest = max(x.numel() for x in arguments if isinstance(x, Tensor))
+
+        return compile_only
+
+
+@pytest.mark.parametrize(("dtype", "capability"), [(torch.float32, 90), (torch.bfloat16, 80)], ids=str)
+def test_compiled(
+    dtype: torch.dtype, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Both kernels compile, and are given nothing of the size of all steps' states."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.runtime.driver, "_active", Absent(capability))
+    monkeypatch.setattr(compiled, "_processors", lambda _: 132)
+    kernels = [Compiling(compiled.forward_kernel), Compiling(compiled.backward_kernel)]
+    monkeypatch.setattr(compiled, "forward_kernel", kernels[0])
+    monkeypatch.setattr(compiled, "backward_kernel", kernels[1])
+    batch, T, channels, N = 8, 4 * CHUNK, 64, 16
+    x = draw(batch, T, channels, N, dtype)
+    _, _, borders = compiled.forward(x, True)
+    compiled.backward(*gradients_like(x), borders, x)
+    for kernel in kernels:
+        assert kernel.binary
+        assert kernel.largest <= batch * T * channels * N // 8
+
+
+# ----------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+def test_without_a_gpu_the_reference_would_serve() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("torch finds a CUDA device")
+    assert serving("triton", MODULES) is reference
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (3, 101, 37, 5), (2, 64, 100, 16), (70, 33, 40, 16)], ids=str
+)
+def test_engine(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
+    """The engine equals the reference, and equal calls give equal bits."""
+    x = Inputs(*(t.cuda() for t in draw(*shape, dtype)))
+    compare(compiled, x)
+    gradients = tuple(d.cuda() for d in gradients_like(x))
+    borders = compiled.forward(x, True)[2]
+    first, second = (compiled.backward(*gradients, borders, x) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
