@@ -17,11 +17,12 @@ from torch.utils.checkpoint import checkpoint
 
 from minrnn.mixers.chunks import WHOLE, Chunk, cut_batch, cut_sequences, steps_at_once
 from minrnn.ops import gated_scan
+from minrnn.ops.operator import new_output
 from minrnn.ops.transforms import is_mapped_by_old_vmap, is_plain, is_transformed, needs_gradients
 
 LARGE_BYTES = 32 << 20
-"""Pre-activations from which on they are cut. Memory for fewer is taken from what was freed before, so that
-they are computed as fast at once; for more, the C library has it mapped anew at each call."""
+"""Pre-activations from which on they are cut, to save memory. Fewer are computed at once, which is faster: a
+chunk costs some calls, and the C library keeps the memory of a few MiB for the next call in any case."""
 
 MIN_ELEMENTS = 4096
 """States of a sequence, on average, that outweigh calls of its own."""
@@ -77,12 +78,10 @@ class Recurrence(NamedTuple):
         """
         if torch.compiler.is_compiling():
             return self.compose(x, h0, reset, reverse, time_major)
-        cut = self.recompute or self._is_large(x)
-        if not (cut or needs_gradients(x, self.weight, self.bias, h0)) or not self._fuses(x, h0):
+        if not (self.recompute or self._is_large(x)) or not self._fuses(x, h0):
             return self.compose(x, h0, reset, reverse, time_major)
         plan = _Plan(self.gate, self.candidate, reverse, time_major, self.recompute)
-        if cut:
-            plan = plan._replace(chunks=_cut(plan.batch_first(x), self._steps_at_once(), reverse))
+        plan = plan._replace(chunks=_cut(plan.batch_first(x), self._steps_at_once(), reverse))
         return _fuse(plan, _Tensors(x, self.weight, self.bias, h0, reset))
 
     def takes_sequences(self, x: Tensor, h0: Tensor) -> bool:
@@ -225,7 +224,10 @@ def _scan_whole(plan: _Plan, tensors: _Tensors) -> tuple[Tensor, Tensor, Tensor]
     Not in chunks: pre-activations that are kept have to be written anyway.
     """
     x, weight, bias, h0, reset = tensors
-    pre = plan.batch_first(_linear(x, weight, bias))
+    x = plan.batch_first(x)
+    # Not by linear, which would have fresh memory mapped for as many.
+    pre, by_time = new_output(x, len(weight)), _lies_by_time(x)
+    _project_into(_matrix(pre, by_time), _matrix(x, by_time), weight, bias)
     pieces = ((sequence, _of(pre, sequence)) for sequence in plan.sequences)
     h, _ = _scan_pieces(plan, pieces, pre, h0, reset)
     return h, pre, h
@@ -242,20 +244,24 @@ def _project_chunks(
     chunks: Iterable[Chunk], x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Iterator[tuple[Chunk, Tensor]]:
     """Each chunk with its pre-activations, which lie where those of the next will."""
-    columns, by_time = weight.t(), _lies_by_time(x)
-    room = x.new_empty(0, columns.shape[1])
+    by_time = _lies_by_time(x)
+    room = x.new_empty(0, len(weight))
     for chunk in chunks:
         part = _of(x, chunk)
-        matrix = _matrix(part, by_time)
-        if len(room) < len(matrix):
-            room = x.new_empty(len(matrix), columns.shape[1])
-        pre = room.narrow(0, 0, len(matrix))
-        if bias is None:
-            torch.mm(matrix, columns, out=pre)
-        else:
-            torch.addmm(bias, matrix, columns, out=pre)
+        rows = _matrix(part, by_time)
+        if len(room) < len(rows):
+            room = x.new_empty(len(rows), len(weight))
+        pre = room.narrow(0, 0, len(rows))
+        _project_into(pre, rows, weight, bias)
         B, T = part.shape[:2]
         yield chunk, pre.view(T, B, -1).transpose(0, 1) if by_time else pre.view(B, T, -1)
+
+
+def _project_into(pre: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if bias is None:
+        torch.mm(rows, weight.t(), out=pre)
+    else:
+        torch.addmm(bias, rows, weight.t(), out=pre)
 
 
 def _scan_pieces(
@@ -276,7 +282,7 @@ def _scan_pieces(
         piece = plan.scan(chunk, pre, start, reset)
         if chunk is WHOLE:
             return piece, borders
-        h = _empty_like(like, piece.shape[2]) if h is None else h
+        h = _new_states(like, piece.shape[2]) if h is None else h
         _of(h, chunk).copy_(piece)
         last = plan.last(piece)
     assert h is not None, "there is no sequence without a step"
@@ -365,7 +371,7 @@ class _Sums:
         self.plan, self.weight, self.x = plan, tensors.weight, plan.batch_first(tensors.x)
         self.by_time = _lies_by_time(self.x)
         needs_x, self.needs_weight, self.needs_bias, needs_h0 = needs
-        self.dx = _empty_like(self.x, self.x.shape[2]) if needs_x else None
+        self.dx = new_output(self.x, self.x.shape[2]) if needs_x else None
         self.dweight: Tensor | None = None
         self.dbias: Tensor | None = None
         # Zeros: a sequence without steps has no chunk.
@@ -375,9 +381,7 @@ class _Sums:
         """Add what a chunk contributes, given the gradients of its pre-activations and of its first state."""
         rows = _matrix(dpre, self.by_time)
         if self.dx is not None:
-            part = _of(self.dx, chunk)
-            part = part.transpose(0, 1) if self.by_time else part
-            torch.mm(rows, self.weight, out=part.view(-1, part.shape[2]))  # a view, or it raises
+            torch.mm(rows, self.weight, out=_matrix(_of(self.dx, chunk), self.by_time))
         if self.needs_weight:
             columns, inputs = rows.t(), _matrix(_of(self.x, chunk), self.by_time)
             self.dweight = columns @ inputs if self.dweight is None else self.dweight.addmm_(columns, inputs)
@@ -423,12 +427,14 @@ def _entering(chunk: Chunk, h0: Tensor | None) -> Tensor | None:
 
 
 def _matrix(x: Tensor, by_time: bool) -> Tensor:
-    """(B, T, C) as B * T rows, in the order in which they lie in memory; only if they do not is it a copy."""
+    """(B, T, C) as B * T rows in the order in which they lie in memory: a view.
+
+    Where they lie in no order it is a copy, which memory from `new_output` never needs.
+    """
     return (x.transpose(0, 1) if by_time else x).flatten(0, 1)
 
 
-def _empty_like(x: Tensor, channels: int) -> Tensor:
-    """(B, T, channels), laid out as x; not a view, which nobody could change in place as an output."""
-    B, T = x.shape[:2]
-    strides = (channels, B * channels, 1) if _lies_by_time(x) else (T * channels, channels, 1)
-    return x.new_empty_strided((B, T, channels), strides)
+def _new_states(like: Tensor, D: int) -> Tensor:
+    """Room for h, as an output that can be changed in place, which a view made here could not."""
+    room = new_output(like, D)
+    return like.new_empty(0).set_(room.untyped_storage(), room.storage_offset(), room.shape, room.stride())

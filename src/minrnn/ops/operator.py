@@ -9,13 +9,14 @@ checked: scan.py has done that.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minrnn.ops.engines import ENGINES, register
+from minrnn.ops.engines import ENGINES, register, serving
 from minrnn.ops.gates import CANDIDATES, GATES
 from minrnn.ops.reference import output_like, split, state_dtype
 from minrnn.ops.transforms import (
@@ -27,7 +28,7 @@ from minrnn.ops.transforms import (
     unfold,
 )
 
-__all__ = ["MODULES", "Mode", "apply"]
+__all__ = ["MODULES", "Mode", "apply", "new_output"]
 
 
 class Mode(NamedTuple):
@@ -43,14 +44,32 @@ class Mode(NamedTuple):
 
 def apply(pre: list[Tensor], h0: Tensor | None, reset: Tensor | None, mode: Mode) -> Tensor:
     """h of the recurrence, differentiable: see `minrnn.ops.gated_scan`."""
-    if not torch.compiler.is_compiling():
-        if is_transformed():
-            # Unlike backward mode, forward mode is left on by no_grad.
-            if torch.is_grad_enabled() or have_tangents(h0, *pre):
-                return _GatedScan.apply(mode, h0, reset, *pre)
-        elif needs_gradients(h0, *pre):
-            return _PlainScan.apply(mode, h0, reset, *pre)
-    return _forward_op(pre, h0, reset, *mode)
+    if torch.compiler.is_compiling():
+        return _forward_op(pre, h0, reset, *mode)
+    if is_transformed():
+        # Unlike backward mode, forward mode is left on by no_grad.
+        if torch.is_grad_enabled() or have_tangents(h0, *pre):
+            return _GatedScan.apply(mode, h0, reset, *pre)
+        return _forward_op(pre, h0, reset, *mode)
+    if needs_gradients(h0, *pre):
+        return _PlainScan.apply(mode, h0, reset, *pre)
+    return _forward(pre, h0, reset, mode)
+
+
+def _forward(pre: list[Tensor], h0: Tensor | None, reset: Tensor | None, mode: Mode) -> Tensor:
+    """Call the operator past its check whether gradients are wanted, a quarter of what a step takes."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward_op(pre, h0, reset, *mode)
+
+
+def new_output(like: Tensor, D: int) -> Tensor:
+    """Room for (B, T, D), uninitialised, laid out as `like`, from where the CPU's engine has its outputs."""
+    return _new_output()(like, D)
+
+
+@cache
+def _new_output() -> Callable[[Tensor, int], Tensor]:
+    return getattr(serving("cpp", MODULES), "new_output", output_like)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -201,7 +220,7 @@ class _PlainScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mode: Mode, h0: Tensor | None, reset: Tensor | None, *pre: Tensor) -> Tensor:
-        h = _forward_op(list(pre), h0, reset, *mode)
+        h = _forward(list(pre), h0, reset, mode)
         ctx.mode = mode
         ctx.save_for_backward(h0, reset, h, *pre)
         return h
