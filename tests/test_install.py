@@ -45,11 +45,11 @@ def test_constraints_pin_the_tools_that_make_builds_with() -> None:
 def test_without_the_extension_the_package_works_and_says_why() -> None:
     code = """
 import sys
-sys.modules["minrnn.ops._cpu"] = None  # as if nothing had been compiled
+sys.modules["minrnn.ops._cpu"] = sys.modules["minrnn.ops._selective"] = None  # as if not compiled
 import torch, minrnn
 x = torch.randn(2, 5, 4, requires_grad=True)
-output, _ = minrnn.MinGRU(4, 3)(x)
-output.sum().backward()
+for layer in (minrnn.MinGRU(4, 3), minrnn.MIXERS["mamba"](4, 3)):
+    layer(x)[0].sum().backward()
 compiled, reference = minrnn.engines()[0], minrnn.engines()[-1]
 assert not compiled.serves and reference.serves
 print(compiled.detail)

@@ -129,8 +129,9 @@ def _load_resets(reset, b, first, T, STEPS: tl.constexpr):
     else:
         flags = ()
         for i in tl.static_range(STEPS):
-            flag = tl.load(reset[0] + b * reset[1] + (first + i) * reset[2], mask=first + i < T, other=0)
-            flags = flags + (flag != 0,)
+            t = tl.minimum(first + i, T - 1)
+            flag = tl.load(reset[0] + b * reset[1] + t * reset[2])
+            flags = flags + ((flag != 0) & (first + i < T),)
         return flags
 
 
