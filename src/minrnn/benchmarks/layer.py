@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +23,9 @@ from minrnn.ops import GATES
 
 __all__ = ["LayerBench", "bench_layer", "build_linear", "build_ours", "build_peer", "our_weight", "peer_call"]
 
+RECOMPUTING = f"{OURS}-recompute"
+"""Our layer with recompute=True: what it costs in time beside what it spares in memory."""
+
 KIND = Kind("layer", "BTD", across="T", limit="linear", phases=("forward", "backward", "step"), unit="ms")
 
 Call = Callable[[Tensor], Tensor]
@@ -33,7 +37,8 @@ class LayerBench(TimedBench):
 
     A step is forward, and backward to the input and all weights, given the gradient of the output; there is
     no optimiser. Layers of the same equations are first compared with a float64 loop. The limit is the
-    training step of Linear(D, 2 D), or 3 D for minLSTM: the matrix product that our layer begins with.
+    training step of Linear(D, 2 D), or 3 D for minLSTM: the matrix product that our layer begins with. Our
+    layer takes part a second time with recompute=True, which keeps less for backward.
     """
 
     shapes: tuple[str, ...] = ("16x64..4096x256",)
@@ -64,6 +69,13 @@ def build_ours(case: Case, input_size: int) -> MinGRU | MinLSTM:
     layer = kind(input_size, case.shape["D"], batch_first=True, device=case.device, dtype=case.torch_dtype)
     nn.init.zeros_(layer.bias_ih_l0)
     return layer
+
+
+def _recomputing(layer: MinGRU | MinLSTM) -> MinGRU | MinLSTM:
+    """Return a copy that keeps less for backward."""
+    again = deepcopy(layer)
+    again.recompute = True
+    return again
 
 
 def our_weight(layer: MinGRU | MinLSTM) -> Tensor:
@@ -101,6 +113,8 @@ def _systems(case: Case, peers: Mapping[str, LayerPeer], input_size: int) -> dic
     few = x[:rows].detach().requires_grad_()
     exact = layer_reference(case.gate, few, weight, dy[:rows])
 
+    again = _recomputing(ours)
+
     def compare(call: Call, **weights: Tensor) -> dict[str, float]:
         """Compare h, dx, and the gradients of `weights`, each called dNAME."""
         y = call(few)
@@ -113,6 +127,10 @@ def _systems(case: Case, peers: Mapping[str, LayerPeer], input_size: int) -> dic
         OURS: System(
             _step(lambda x: ours(x)[0], ours, case, x, dy),
             lambda: compare(lambda x: ours(x)[0], weight=weight),
+        ),
+        RECOMPUTING: System(
+            _step(lambda x: again(x)[0], again, case, x, dy),
+            lambda: compare(lambda x: again(x)[0], weight=our_weight(again)),
         ),
     }
     for name, peer in peers.items():
