@@ -21,7 +21,8 @@ LAYERS = {
     "mingru-pytorch": ("minGRU-pytorch (log space)", THIRD),
     "linear": ("its matrix product alone", LIMIT),
 }
-LIFT = {"torch.nn.GRU": -6, LAYERS["mingru-pytorch"][0]: 5}  # points: two labels that would meet
+# Points, for labels that would meet.
+LIFT = {"torch.nn.GRU": -6, LAYERS["mingru-pytorch"][0]: 5, LAYERS["minrnn"][0]: 6, LAYERS["linear"][0]: -7}
 SYSTEMS = {"minrnn": ("minrnn", OURS), "log-space": ("minGRU-pytorch (log space)", THIRD)}
 
 
@@ -39,8 +40,9 @@ def draw_speed(axes: Axes, report: dict[str, Any]) -> None:
     shape = report["results"][0]["shape"]
     lines: dict[str, list[tuple[int, float]]] = {name: [] for name in LAYERS}
     for result in report["results"]:
-        for name, record in result["systems"].items():
-            lines[name].append((result["shape"]["T"], record["seconds"]["step"]["median"] * 1e3))
+        for name in LAYERS:
+            step = result["systems"][name]["seconds"]["step"]
+            lines[name].append((result["shape"]["T"], step["median"] * 1e3))
     for name, (label, color) in LAYERS.items():
         draw_line(axes, lines[name], label, color, dashed=name == "linear")
     axes.set_title(

@@ -406,7 +406,9 @@ def test_half_conversions_are_torchs(dtype: torch.dtype) -> None:
     x = bits.view(dtype)[None, None]
     h = MODULES["cpp"].forward([torch.zeros_like(x), x], None, None, "identity", "positive", False)
     assert torch.equal(h.isnan(), x.isnan())
-    normal = x.isnan() | (x.abs() >= torch.finfo(dtype).tiny)  # instructions for bfloat16 drop smaller numbers
+    normal = x.isnan() | (
+        x.abs() >= torch.finfo(dtype).tiny
+    )  # instructions for bfloat16 drop smaller numbers
     assert torch.equal(h.nan_to_num(1.0)[normal].abs(), x.nan_to_num(1.0)[normal].abs())
     assert (h[~normal] - x[~normal]).abs().max() < torch.finfo(dtype).tiny
     h0 = torch.randn(2**16, generator=torch.Generator().manual_seed(1)) * torch.logspace(-9, 5, 2**16)

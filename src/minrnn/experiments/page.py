@@ -166,7 +166,10 @@ class _Benchmarks:
         return {"shakespeare": _markdown(head, rows), "slowdown": f"{min(ratios):.1f} to {max(ratios):.1f}"}
 
     def _speed(self) -> dict[str, str]:
-        reports = {name: self._read(name) for name in ("scan", "layer", "shares")}
+        reports = {
+            name: self._read(name.replace("_", "-"))
+            for name in ("scan", "layer", "layer_sensors", "layer_lengths", "shares")
+        }
         scan = reports["scan"]
         cores = f"{scan['machine']['processor']} ({scan['machine']['cores']} cores)"
         return {
@@ -174,6 +177,8 @@ class _Benchmarks:
             "threads": str(scan["results"][0]["threads"]),
             "scan": _systems(scan),
             "layer": _systems(reports["layer"]),
+            "layer_sensors": _systems(reports["layer_sensors"]),
+            "layer_lengths": _lengths(reports["layer_lengths"]),
             "shares": _shares(reports["shares"]),
             **{f"{name}_command": report["command"] for name, report in reports.items()},
         }
@@ -203,7 +208,7 @@ def _systems(report: Mapping[str, Any]) -> str:
     rows = []
     for result in report["results"]:
         for name, record in result["systems"].items():
-            if "seconds" not in record or name == "copy":
+            if "seconds" not in record:
                 continue
             times = record["seconds"]
             rows.append(
@@ -219,10 +224,41 @@ def _systems(report: Mapping[str, Any]) -> str:
     return _markdown([*head, "memory at the peak, MB"], rows)
 
 
-def _shares(report: Mapping[str, Any]) -> str:
+def _lengths(report: Mapping[str, Any]) -> str:
+    """One line for each length: our step, how many times that the others take, and everyone's memory."""
+    names = [name for name in report["results"][0]["systems"] if name != "minrnn"]
     rows = []
     for result in report["results"]:
+        systems = result["systems"]
+        rows.append(
+            [
+                f"{result['shape']['T']:,}",
+                f"{systems['minrnn']['seconds']['step']['median'] * 1e3:.1f}",
+                *(f"{systems[name]['times_ours']:.2f}" if name in systems else "" for name in names),
+                *(
+                    f"{systems[name]['peak_bytes'] / 1e6:.0f}" if name in systems else ""
+                    for name in ("minrnn", *names)
+                ),
+            ]
+        )
+    head = ["T", "minrnn, ms", *(f"{name}, times ours" for name in names)]
+    return _markdown([*head, *(f"{name}, MB" for name in ("minrnn", *names))], rows)
+
+
+def _shares(report: Mapping[str, Any]) -> str:
+    alone = {
+        (str(result["shape"]), result["gate"], result["dtype"]): result["systems"]["minrnn"]["seconds"][
+            "step"
+        ]["median"]
+        for result in report["results"]
+        if result["threads"] == 1
+    }
+    rows = []
+    for result in report["results"]:
+        if result["threads"] == 1:
+            continue
         ours, copy = result["systems"]["minrnn"], result["systems"]["copy"]
+        one_thread = alone[str(result["shape"]), result["gate"], result["dtype"]]
         rows.append(
             [
                 ", ".join(str(size) for size in result["shape"].values()),
@@ -233,6 +269,7 @@ def _shares(report: Mapping[str, Any]) -> str:
                 f"{copy['bytes_per_second']['backward'] / 1e9:.0f}",
                 f"{ours['share']['forward']:.0%}",
                 f"{ours['share']['backward']:.0%}",
+                f"{ours['seconds']['step']['median'] / one_thread:.0%}",
             ]
         )
     head = [
@@ -244,6 +281,7 @@ def _shares(report: Mapping[str, Any]) -> str:
         "copy, GB/s",
         "share forward",
         "backward",
+        "speed of one thread",
     ]
     return _markdown(head, rows)
 
