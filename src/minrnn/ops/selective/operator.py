@@ -43,16 +43,17 @@ Derivatives = tuple[Tensor | None, ...]
 
 def apply(x: Inputs) -> tuple[Tensor, Tensor]:
     """y and the final state, differentiable: see `minrnn.ops.selective_scan`."""
-    compiling = torch.compiler.is_compiling()
-    if not compiling:
-        if is_transformed():
-            # Unlike backward mode, forward mode is left on by no_grad.
-            if torch.is_grad_enabled() or have_tangents(*x[:-1]):
-                return _SelectiveScan.apply(*x)[:2]
-        elif needs_gradients(*x[:-1]):
-            return _PlainSelectiveScan.apply(*x)
-    y, last, _ = _forward_op(*x, compiling and torch.is_grad_enabled())
-    return y, last
+    if torch.compiler.is_compiling():
+        return _forward_op(*x, torch.is_grad_enabled())[:2]
+    if is_transformed():
+        # Unlike backward mode, forward mode is left on by no_grad.
+        if torch.is_grad_enabled() or have_tangents(*x[:-1]):
+            return _SelectiveScan.apply(*x)[:2]
+        return _forward_op(*x, False)[:2]
+    if needs_gradients(*x[:-1]):
+        return _PlainSelectiveScan.apply(*x)
+    with torch._C._AutoDispatchBelowAutograd():  # past its check whether gradients are wanted, as gated_scan
+        return _forward_op(*x, False)[:2]
 
 
 # ----------------------------------------------------------------------------------------------------------
