@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
 
@@ -97,6 +98,21 @@ def test_forward_mode(name: str, grad: bool, recompute: bool) -> None:
     with torch.no_grad():
         expected = (layer(x + eps * direction)[0] - layer(x - eps * direction)[0]) / (2 * eps)
     torch.testing.assert_close(tangent, expected, rtol=1e-6, atol=1e-7)
+
+
+@recomputed
+@every_layer
+def test_a_tangent_is_pushed_through_a_backward_pass(name: str, recompute: bool) -> None:
+    """Gradients are linear in that of the output: of its tangent, they are their own tangents."""
+    layer, x = build(name, recompute=recompute), draw(T, B, C).requires_grad_()
+    output, _ = layer(x)
+    direction = draw(*output.shape, seed=1)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.ones_like(output), direction)
+        (dx,) = torch.autograd.grad(output, x, dual, retain_graph=True)
+        tangent = forward_ad.unpack_dual(dx).tangent
+    (expected,) = torch.autograd.grad(output, x, direction)
+    torch.testing.assert_close(tangent, expected, rtol=1e-11, atol=1e-12)
 
 
 @recomputed
