@@ -1,0 +1,243 @@
+"""What the compiler makes of the GPU engine's kernels, for cards that need not be there.
+
+    python benchmarks/kernels.py
+
+The engine is called on tensors without memory, and its kernels are compiled where they would be launched. The
+bytes of the rows that a program moves are counted in them; registers, what is spilled and instructions are
+read off the assembled code, whose instructions for chunks that time does not fill are counted too. What
+programs tell each other, which mostly stays in the card's cache, is worked out. Writes results/kernels.json
+and results/kernels.md. Needs Triton; no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+
+import minrnn.ops.triton as engine
+from minrnn.benchmarks.scan import traffic
+from minrnn.ops import GATES
+
+RESULTS = Path(__file__).parent / "results"
+CAPABILITIES = {80: 108, 90: 132}  # compute capability: multiprocessors of the A100 and the H100
+SHAPES = [(8, 4096, 2048), (1, 2**20, 256)]
+GATES_SHOWN = ("mingru", "minlstm")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Absent(NamedTuple):
+    """A driver for a card that is not there: enough for a kernel's arguments to be typed, and it compiled."""
+
+    capability: int
+
+    def get_current_target(self) -> Any:
+        return importlib.import_module("triton.backends.compiler").GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # under which compiled kernels are kept, so not a number of a device that is
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Compiling:
+    """A kernel that is compiled where it would be launched."""
+
+    def __init__(self, kernel: Any, built: list[Any]) -> None:
+        self.kernel, self.built = kernel, built
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        def compile_only(*arguments: Any, **settings: Any) -> None:
+            kernel = self.kernel.warmup(*arguments, grid=grid, **settings)
+            self.built.append(kernel.result() if hasattr(kernel, "result") else kernel)
+
+        return compile_only
+
+
+@contextmanager
+def compiling(capability: int, processors: int) -> Iterator[list[Any]]:
+    """Let the engine's calls compile their kernels for such a card, and collect them."""
+    built: list[Any] = []
+    names = ("forward_kernel", "backward_kernel")
+    kernels = {name: Compiling(getattr(engine, name), built) for name in names}
+    with (
+        mock.patch.object(triton.runtime.driver, "_active", Absent(capability)),
+        mock.patch.multiple(engine, _processors=lambda _: processors, **kernels),
+    ):
+        yield built
+
+
+def build(
+    gate: str,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    capability: int,
+    processors: int,
+    *,
+    optional: bool = False,
+) -> dict[str, Any]:
+    """Compile the kernels of one call forward and one backward on packed pre-activations.
+
+    Args:
+        gate: a name in GATES.
+        dtype: of the inputs.
+        shape: (B, T, D).
+        capability: the card's compute capability, 90 for 9.0.
+        processors: how many multiprocessors it has.
+        optional: with an initial state and resets.
+
+    Returns:
+        The compiled kernels "forward" and "backward".
+    """
+    B, T, D = shape
+    with torch.device("meta"):
+        pre, h = torch.empty(B, T, GATES[gate].num_pre * D, dtype=dtype), torch.empty(B, T, D, dtype=dtype)
+        h0, reset = torch.empty(B, D), torch.empty(B, T, dtype=torch.bool)
+    options = (h0, reset) if optional else (None, None)
+    with compiling(capability, processors) as built:
+        engine.forward([pre], *options, gate, "positive", False)
+        engine.backward(h, [pre], h, *options, gate, "positive", False)
+    return dict(zip(("forward", "backward"), built, strict=True))
+
+
+def rows_kept(gate: str, direction: str) -> int:
+    """Return how many values a program keeps of each step: what it reads, and at least decay and drive."""
+    num_pre = GATES[gate].num_pre
+    return max(2, num_pre) if direction == "forward" else num_pre + 2
+
+
+def rows_moved(kernel: Any, steps: int) -> tuple[int, int]:
+    """Count rows of channels read and written for each step: tensors of all `steps` of a chunk."""
+    code = kernel.asm["ttgir"]
+    # Each stands twice: without comparisons where the chunk is full, and with them elsewhere.
+    both = [re.findall(rf"tt\.{name} [^\n]*tensor<{steps}x32x!tt\.ptr", code) for name in ("load", "store")]
+    return len(both[0]) // 2, len(both[1]) // 2
+
+
+def assembly(kernel: Any) -> tuple[dict[str, int], Counter[str]]:
+    """Read registers and stack of a thread (bytes: what registers do not hold), and count instructions."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    resources = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
+    return resources, Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z]\w+)", code))
+
+
+def message_bytes(shape: tuple[int, int, int], rows: int, dtype: torch.dtype, processors: int) -> float:
+    """Return the bytes that programs write and read for each element to hand on the state."""
+    cut = engine._cut(shape, rows, dtype.itemsize, processors)
+    if cut.chunks == 1:
+        return 0.0
+    carries = 2 / cut.GROUP + 2  # a pair, written once a group and read by each chunk
+    spans = 3 + 3 * (cut.GROUP - 1) / 2 if cut.GROUP > 1 else 0  # written once, read by the later members
+    return 4 * (carries + spans) / (cut.WARPS * cut.STEPS)
+
+
+def measure() -> list[dict[str, Any]]:
+    """Build and count everything."""
+    results = []
+    for capability, processors in CAPABILITIES.items():
+        for gate in GATES_SHOWN:
+            for dtype in DTYPES:
+                for shape in SHAPES:
+                    kernels = build(gate, dtype, shape, capability, processors)
+                    for direction, kernel in kernels.items():
+                        results.append(_count(kernel, direction, gate, dtype, shape, capability, processors))
+    return results
+
+
+def _count(
+    kernel: Any,
+    direction: str,
+    gate: str,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    capability: int,
+    processors: int,
+) -> dict[str, Any]:
+    rows = rows_kept(gate, direction)
+    cut = engine._cut(shape, rows, dtype.itemsize, processors)
+    reads, writes = rows_moved(kernel, cut.WARPS * cut.STEPS)
+    resources, instructions = assembly(kernel)
+    return {
+        "capability": capability,
+        "gate": gate,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(shape),
+        "direction": direction,
+        "steps": cut.WARPS * cut.STEPS,
+        "chunks": cut.chunks,
+        "group": cut.GROUP,
+        "bytes": (reads + writes) * dtype.itemsize,
+        "budget": traffic(gate, dtype)[direction],
+        "message_bytes": message_bytes(shape, rows, dtype, processors),
+        "registers": resources["reg"],
+        "stack_bytes": resources["stack"],
+        "shared_bytes": kernel.metadata.shared,
+        "instructions": sum(instructions.values()),
+        "instructions_a_step": sum(instructions.values()) / cut.STEPS,
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Return the results as a table in Markdown."""
+    head = (
+        "card, gate, dtype",
+        "B x T x D",
+        "",
+        "bytes an element",
+        "budget",
+        "messages",
+        "steps in a chunk",
+        "registers",
+        "spilled, bytes",
+        "instructions a step",
+    )
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for r in results:
+        cells = (
+            f"sm_{r['capability']} {r['gate']} {r['dtype']}",
+            " x ".join(f"{size:,}" for size in r["shape"]),
+            r["direction"],
+            r["bytes"],
+            r["budget"],
+            f"{r['message_bytes']:.2f}",
+            r["steps"],
+            r["registers"],
+            r["stack_bytes"],
+            f"{r['instructions_a_step']:.0f}",
+        )
+        lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    results = measure()
+    RESULTS.mkdir(exist_ok=True)
+    document = {"triton": triton.__version__, "torch": torch.__version__, "results": results}
+    (RESULTS / "kernels.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / "kernels.md").write_text(table(results), encoding="utf-8")
+    print(table(results), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""What the tests of engines compare: inputs, and the reference's results for them."""
+
+from __future__ import annotations
+
+import itertools
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minrnn.ops import CANDIDATES, GATES, reference
+
+__all__ = ["CELLS", "TOLERANCE", "compare", "inputs", "relative_error"]
+
+CELLS = [
+    (gate, candidate)
+    for gate, candidate in itertools.product(GATES, CANDIDATES)
+    if GATES[gate].has_candidate or candidate == "positive"
+]
+# As in test_scan.py: largest error relative to the largest value.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def inputs(
+    gate: str, B: int, T: int, D: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Return pre-activations, an initial state, sparse resets, and a gradient of h."""
+    generator = torch.Generator().manual_seed(seed)
+    pre = [torch.randn(B, T, D, generator=generator, dtype=torch.float64) for _ in GATES[gate].pre]
+    if gate == "identity":
+        pre[0] = pre[0].tanh()
+    h0 = torch.randn(B, D, generator=generator, dtype=torch.float64)
+    reset = torch.rand(B, T, generator=generator) < 0.15
+    dh = torch.randn(B, T, D, generator=generator, dtype=torch.float64)
+    return [x.to(dtype) for x in pre], h0.to(dtype), reset, dh.to(dtype)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest error relative to the largest value expected."""
+    assert actual.shape == expected.shape
+    assert actual.isfinite().all(), "the engine left or produced a value that is not finite"
+    return float((actual.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+def compare(
+    engine: ModuleType,
+    pre: list[Tensor],
+    h0: Tensor | None,
+    reset: Tensor | None,
+    dh: Tensor,
+    *mode: Any,
+) -> None:
+    """Hold h and every gradient to the reference's in float64, with poisoned output buffers."""
+    dtype = dh.dtype
+    exact = [x.double() for x in pre]
+    start = None if h0 is None else h0.double()
+    expected = reference.forward(exact, start, reset, *mode)
+    h = expected.to(dtype)
+    gradients = reference.backward(dh.double(), exact, h.double(), start, reset, *mode)
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
+    try:
+        assert relative_error(engine.forward(pre, h0, reset, *mode), expected) < TOLERANCE[dtype]
+        actual = engine.backward(dh, pre, h, h0, reset, *mode)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [x.dtype for x in actual] == [*(x.dtype for x in pre), reference.state_dtype(dtype)]
+    for x, y in zip(actual, gradients, strict=True):
+        assert relative_error(x, y) < 2.5 * TOLERANCE[dtype]
