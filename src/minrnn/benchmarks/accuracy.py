@@ -19,7 +19,7 @@ from minrnn.benchmarks.options import DTYPES, Dtype, lengths, require, select
 from minrnn.benchmarks.peers import SCAN_PEERS, Scan
 from minrnn.benchmarks.plots import plot_errors
 from minrnn.benchmarks.report import Report
-from minrnn.benchmarks.session import that_import
+from minrnn.benchmarks.session import that_compute_on, that_import
 from minrnn.ops import GATES, gated_scan
 
 __all__ = ["FORGETTING", "AccuracyBench", "bench_accuracy"]
@@ -77,10 +77,10 @@ def bench_accuracy(options: AccuracyBench, command: Sequence[str], console: Cons
     all_lengths = lengths(options.lengths)
     report = Report("accuracy", options.output, command, asdict(options), torch.device("cpu"), console)
     report.document["half_lives"] = {name: _half_life(bias) for name, bias in FORGETTING.items()}
-    able = that_import(peers, report)
+    able = that_import(that_compute_on(torch.device("cpu"), peers, report), report)
     for gate in options.gates:
         scans: dict[str, Scan] = {OURS: lambda gate, pre: gated_scan(gate, *pre)}
-        scans |= {name: peer.make() for name, peer in able.items() if gate in peer.gates}
+        scans |= {name: peer.scan() for name, peer in able.items() if gate in peer.gates}
         for T in all_lengths:
             _measure_length(gate, T, options, scans, report)
     report.finish(plot_errors)

@@ -26,6 +26,7 @@ PEER_ERRORS = (
     AttributeError,
     ImportError,
     LookupError,
+    OSError,
     RuntimeError,
     TypeError,
     ValueError,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -36,6 +37,8 @@ class Peer:
     """Why its results may differ from the reference's; a peer without a reason has to be equal."""
     compiled: bool = False
     """Whether torch.compile is applied to it."""
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    """Types of devices that it computes on."""
 
     def reason(self, dtype: torch.dtype) -> str:
         """Return why its results may differ from the reference's in this number format, or nothing."""
@@ -49,6 +52,15 @@ class ScanPeer(Peer):
     make: Callable[[], Scan]
     """Imports what it needs, and returns the function."""
     gates: tuple[str, ...] = tuple(GATES)
+
+    def scan(self) -> Scan:
+        """Return the function, made and compiled by its first call, which fails if that fails."""
+
+        @cache
+        def made() -> Scan:
+            return torch.compile(self.make(), dynamic=False) if self.compiled else self.make()
+
+        return lambda gate, pre: made()(gate, pre)
 
 
 def _decay_and_drive(gate: str, pre: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -111,15 +123,38 @@ def _make_mambapy() -> Scan:
     return mambapy
 
 
-def _make_accelerated_scan() -> Scan:
-    tree = import_module("accelerated_scan.ref").scan
+def _make_accelerated_scan(module: str) -> Scan:
+    scan = import_module(module).scan
 
     def accelerated_scan(gate: str, pre: list[Tensor]) -> Tensor:
         a, b = _decay_and_drive(gate, pre)
-        h = tree(a.transpose(1, 2).contiguous(), b.transpose(1, 2).contiguous())  # (B, D, T)
-        return h.transpose(1, 2)
+        h = scan(a.transpose(1, 2).contiguous(), b.transpose(1, 2).contiguous())  # (B, D, T)
+        return h.transpose(1, 2).contiguous()  # as whatever follows in a model reads it
 
     return accelerated_scan
+
+
+def _make_warp_scan() -> Scan:
+    accelerated_scan = _make_accelerated_scan("accelerated_scan.warp")
+
+    def warp_scan(gate: str, pre: list[Tensor]) -> Tensor:
+        T = pre[0].shape[1]
+        if T.bit_count() != 1 or not 32 <= T <= 65536:  # others are undefined there, not refused
+            raise ValueError(f"T must be a power of two from 32 to 65536, got {T}")
+        return accelerated_scan(gate, pre)
+
+    return warp_scan
+
+
+def _make_hgrn(name: str) -> Scan:
+    scan = getattr(import_module("fla.ops.hgrn"), name)
+
+    def hgrn(gate: str, pre: list[Tensor]) -> Tensor:
+        log_a, _ = _LOG_GATES[gate](*split(gate, pre)[:-1])
+        _, b = _decay_and_drive(gate, pre)
+        return scan(b.contiguous(), log_a.contiguous())[0]  # (states, final state or None)
+
+    return hgrn
 
 
 def _make_associative_scan() -> Scan:
@@ -142,6 +177,18 @@ _LOG_SPACE = ScanPeer(
     gates=tuple(_LOG_GATES),
     inexact=LOG_SPACE,
 )
+_ACCELERATED_SCAN = ScanPeer(
+    make=partial(_make_accelerated_scan, "accelerated_scan.ref"),
+    package="accelerated-scan",
+    module="accelerated_scan",
+)
+_HGRN = ScanPeer(
+    make=partial(_make_hgrn, "fused_recurrent_hgrn"),
+    package="flash-linear-attention",
+    module="fla",
+    gates=tuple(_LOG_GATES),
+    devices=("cuda",),
+)
 _ASSOCIATIVE_SCAN = ScanPeer(make=_make_associative_scan)
 
 SCAN_PEERS: dict[str, ScanPeer] = {
@@ -152,10 +199,21 @@ SCAN_PEERS: dict[str, ScanPeer] = {
     "log-space-compiled": replace(_LOG_SPACE, compiled=True),
     # Blelloch's sweeps with operations in place, and a backward of its own.
     "mambapy": ScanPeer(make=_make_mambapy, package="mambapy", module="mambapy"),
-    # A recursive tree over (B, D, T).
-    "accelerated-scan": ScanPeer(
-        make=_make_accelerated_scan, package="accelerated-scan", module="accelerated_scan"
+    # Over (B, D, T), so with transposes there and back: a recursive tree; Triton's associative scan, tile
+    # after tile; CUDA's warps, compiled when first used.
+    "accelerated-scan": _ACCELERATED_SCAN,
+    "accelerated-scan-triton": replace(
+        _ACCELERATED_SCAN,
+        make=partial(_make_accelerated_scan, "accelerated_scan.scalar"),
+        devices=("cuda",),
     ),
+    "accelerated-scan-warp": replace(_ACCELERATED_SCAN, make=_make_warp_scan, devices=("cuda",)),
+    # flash-linear-attention's HGRN from the decay's logarithm, the gates in eager torch: chunks of 128 steps,
+    # whose states are passed on one after another; and one step after another.
+    "fla-hgrn-chunk": replace(
+        _HGRN, make=partial(_make_hgrn, "chunk_hgrn"), inexact="decays come from sums of logarithms"
+    ),
+    "fla-hgrn-recurrent": _HGRN,
     # torch's higher-order operator, a prototype.
     "associative-scan": _ASSOCIATIVE_SCAN,
     "associative-scan-compiled": replace(_ASSOCIATIVE_SCAN, compiled=True),

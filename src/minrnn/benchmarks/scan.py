@@ -82,8 +82,7 @@ def _systems(case: Case, peers: Mapping[str, ScanPeer], packed: bool) -> dict[st
 
     scans = {OURS: system(_ours, "")}
     for name, peer in peers.items():
-        scan = torch.compile(peer.make(), dynamic=False) if peer.compiled else peer.make()
-        scans[name] = system(scan, peer.reason(case.torch_dtype))
+        scans[name] = system(peer.scan(), peer.reason(case.torch_dtype))
     moved = {phase: size * dh.numel() for phase, size in traffic(case.gate, case.torch_dtype).items()}
     return {KIND.limit: System(_copies(case, moved), None, traffic=moved), **scans}
 

@@ -19,7 +19,7 @@ from minrnn.benchmarks.peers import Peer
 from minrnn.benchmarks.plots import plot_timings
 from minrnn.benchmarks.report import CaseView, Report
 
-__all__ = ["Case", "Kind", "run", "that_import"]
+__all__ = ["Case", "Kind", "run", "that_compute_on", "that_import"]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def run(
     peers = select(options.peers, table)
     device = _device(options.device)
     report = Report(kind.name, options.output, command, asdict(options), device, console)
-    peers = that_import(peers, report)
+    peers = that_import(that_compute_on(device, peers, report), report)
     settings = itertools.product(options.threads, gates, options.dtypes, shapes)
     for threads, gate, dtype, shape in settings:
         with _threads(threads) as used:
@@ -148,6 +148,14 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
         reason = str(error).splitlines()[0]
         raise ValueError(f"bench: device must be one that works here, got {name!r} ({reason})") from error
+
+
+def that_compute_on(device: torch.device, peers: Mapping[str, P], report: Report) -> dict[str, P]:
+    """Return the peers that can compute on the device; note the absence of the others."""
+    for name, peer in peers.items():
+        if device.type not in peer.devices:
+            report.say(f"{name} takes no part: it computes on {', '.join(peer.devices)} only")
+    return {name: peer for name, peer in peers.items() if device.type in peer.devices}
 
 
 def that_import(peers: Mapping[str, P], report: Report) -> dict[str, P]:
