@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minrnn.ops.gates import CANDIDATES, GATES
-from minrnn.ops.reference import contiguous_channels, initial_state, output_like, state_dtype, time_major
+from minrnn.ops.reference import contiguous_channels, initial_state, output_like, output_strides, state_dtype
 
 try:
     import minrnn.ops._cpu as _cpu
@@ -105,8 +105,8 @@ def new_output(like: Tensor, D: int) -> Tensor:
     nbytes = B * T * D * like.element_size()
     if nbytes < _LARGE:
         return output_like(like, D)
-    flat = torch.frombuffer(_cpu.Block(nbytes), dtype=like.dtype)
-    return flat.view(T, B, D).transpose(0, 1) if time_major(like) else flat.view(B, T, D)
+    storage = torch.frombuffer(_cpu.Block(nbytes), dtype=like.dtype).untyped_storage()
+    return like.new_empty(0).set_(storage, 0, (B, T, D), output_strides(like, D))
 
 
 def _channels(pre: list[Tensor], gate: str) -> int:

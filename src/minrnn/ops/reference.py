@@ -18,9 +18,9 @@ __all__ = [
     "forward",
     "initial_state",
     "output_like",
+    "output_strides",
     "split",
     "state_dtype",
-    "time_major",
 ]
 
 
@@ -40,15 +40,16 @@ def split(gate: str, pre: list[Tensor]) -> list[Tensor]:
     return list(pre[0].chunk(num_pre, -1)) if len(pre) == 1 else pre
 
 
-def time_major(pre: Tensor) -> bool:
-    """Whether the steps of one time lie together in memory, rather than those of one sequence."""
-    return pre.stride(0) < pre.stride(1)
+def output_strides(pre: Tensor, D: int) -> tuple[int, int, int]:
+    """Strides of a (B, T, D) output: batch-major or time-major, as `pre` is."""
+    B, T = pre.shape[:2]
+    return (D, B * D, 1) if pre.stride(0) < pre.stride(1) else (T * D, D, 1)
 
 
 def output_like(pre: Tensor, D: int) -> Tensor:
-    """An uninitialised (B, T, D) tensor, laid out batch-major or time-major as `pre` is."""
+    """An uninitialised (B, T, D) tensor, laid out as `pre` is, and no view of another."""
     B, T = pre.shape[:2]
-    return pre.new_empty(T, B, D).transpose(0, 1) if time_major(pre) else pre.new_empty(B, T, D)
+    return pre.new_empty_strided((B, T, D), output_strides(pre, D))
 
 
 def contiguous_channels(x: Tensor) -> Tensor:
