@@ -331,7 +331,7 @@ def test_pre_activations_are_never_whole(shape: tuple[int, int], batch_first: bo
         assert backward.numel == x.numel()
 
 
-def saved_by(layer: MinGRU | MinLSTM, x: Tensor) -> list[Tensor]:
+def saved_by(layer: MinGRU | MinLSTM, x: Tensor, *arguments: Any, **options: Any) -> list[Tensor]:
     """What a call keeps for backward, weights aside."""
     kept: list[Tensor] = []
 
@@ -340,7 +340,7 @@ def saved_by(layer: MinGRU | MinLSTM, x: Tensor) -> list[Tensor]:
         return tensor
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
-        layer(x)
+        layer(x, *arguments, **options)
     parameters = {p.data_ptr() for p in layer.parameters()}
     return [tensor for tensor in kept if tensor.data_ptr() not in parameters]
 
@@ -357,6 +357,18 @@ def test_recompute_keeps_the_input_and_border_states(name: str) -> None:
         everything = saved_by(LAYERS[name](width, width), x)
     k = GATES[name].num_pre
     assert sum(tensor.numel() for tensor in everything) >= (2 + k) * x.numel()
+
+
+@pytest.mark.parametrize("min_elements", [0, 10**9], ids=["long sequences", "short sequences"])
+def test_recompute_keeps_as_little_of_sequences_with_states(
+    min_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(projected, "MIN_ELEMENTS", min_elements)
+    x, hx = torch.randn(40, 6, requires_grad=True), torch.randn(1, 2, 6)
+    offsets = torch.tensor([0, 25, 40])
+    less = saved_by(MinGRU(6, 6, recompute=True), x, hx, cu_seqlens=offsets)
+    large = [tensor for tensor in less if tensor.is_floating_point() and tensor.numel() >= x.numel()]
+    assert {tensor.data_ptr() for tensor in large} == {x.data_ptr()}
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ backward, always.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +24,8 @@ LARGE_BYTES = 32 << 20
 """Pre-activations from which on they are cut, to save memory. Fewer are computed at once, which is faster: a
 chunk costs some calls, and the C library keeps the memory of a few MiB for the next call in any case."""
 
-MIN_ELEMENTS = 4096
-"""States of a sequence, on average, that outweigh calls of its own."""
+MIN_ELEMENTS = 1 << 14
+"""States of a sequence, on average, from which on calls of its own cost less than gates outside the scan."""
 
 _backward_op = torch.ops.minrnn.gated_scan_backward.default
 
@@ -86,6 +86,8 @@ class Recurrence(NamedTuple):
 
     def takes_sequences(self, x: Tensor, h0: Tensor) -> bool:
         """Whether `scan_sequences` can be called, and its calls are outweighed by the work of each."""
+        if torch.compiler.is_compiling():
+            return False
         return x.shape[1] * h0.shape[1] >= MIN_ELEMENTS * h0.shape[0] and self._fuses(x, h0)
 
     def scan_sequences(self, x: Tensor, h0: Tensor, offsets: list[int], *, reverse: bool) -> Tensor:
@@ -110,14 +112,17 @@ class Recurrence(NamedTuple):
         self, x: Tensor, h0: Tensor | None, reset: Tensor | None, reverse: bool, time_major: bool
     ) -> Tensor:
         """`scan` as the law has it: operation after operation, differentiable to any order, in any mode."""
-        if self.recompute and needs_gradients(x, self.weight, self.bias, h0) and not is_transformed():
-            # All of it is computed anew, whole; torch sees to the rest.
-            law = self._replace(recompute=False).compose
-            arguments = (x, h0, reset, reverse, time_major)
-            return checkpoint(law, *arguments, use_reentrant=False, preserve_rng_state=False)
-        pre = self.project(x)
-        pre = pre.transpose(0, 1) if time_major else pre
-        return gated_scan(self.gate, pre, h0=h0, reset=reset, reverse=reverse, candidate=self.candidate)
+        return self.keep_inputs_of(_project_and_scan, x, h0, reset, reverse, time_major)
+
+    def keep_inputs_of(
+        self, law: Callable[..., Tensor], x: Tensor, h0: Tensor | None, *arguments: Any
+    ) -> Tensor:
+        """Call law(recurrence, x, h0, *arguments); if so asked, have torch recompute all of it."""
+        asked = self.recompute and needs_gradients(x, self.weight, self.bias, h0)
+        if not asked or is_transformed():  # transforms take no hooks on what is saved
+            return law(self, x, h0, *arguments)
+        again = self._replace(recompute=False)
+        return checkpoint(law, again, x, h0, *arguments, use_reentrant=False, preserve_rng_state=False)
 
     def _fuses(self, x: Tensor, h0: Tensor | None) -> bool:
         """Whether numbers, and no transform of them, are asked for, and sums over chunks can be exact enough.
@@ -179,6 +184,21 @@ class _Tensors(NamedTuple):
     bias: Tensor | None
     h0: Tensor | None
     reset: Tensor | None
+
+
+def _project_and_scan(
+    recurrence: Recurrence,
+    x: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+    time_major: bool,
+) -> Tensor:
+    pre = recurrence.project(x)
+    pre = pre.transpose(0, 1) if time_major else pre
+    return gated_scan(
+        recurrence.gate, pre, h0=h0, reset=reset, reverse=reverse, candidate=recurrence.candidate
+    )
 
 
 def _fuse(plan: _Plan, tensors: _Tensors) -> Tensor:
@@ -282,7 +302,7 @@ def _scan_pieces(
         piece = plan.scan(chunk, pre, start, reset)
         if chunk is WHOLE:
             return piece, borders
-        h = _new_states(like, piece.shape[2]) if h is None else h
+        h = new_output(like, piece.shape[2]) if h is None else h
         _of(h, chunk).copy_(piece)
         last = plan.last(piece)
     assert h is not None, "there is no sequence without a step"
@@ -432,9 +452,3 @@ def _matrix(x: Tensor, by_time: bool) -> Tensor:
     Where they lie in no order it is a copy, which memory from `new_output` never needs.
     """
     return (x.transpose(0, 1) if by_time else x).flatten(0, 1)
-
-
-def _new_states(like: Tensor, D: int) -> Tensor:
-    """Room for h, as an output that can be changed in place, which a view made here could not."""
-    room = new_output(like, D)
-    return like.new_empty(0).set_(room.untyped_storage(), room.storage_offset(), room.shape, room.stride())

@@ -80,12 +80,12 @@ class Joined:
         elif recurrence.takes_sequences(x, h0):
             h = recurrence.scan_sequences(x, h0, self.offsets.tolist(), reverse=reverse)
         else:
-            h = self._scan_from(h0, recurrence, x, reverse)
+            h = recurrence.keep_inputs_of(self._scan_from, x, h0, reverse)
         final = h[0].index_select(0, self.first if reverse else self.last)
         unmoved = final.new_zeros(()) if h0 is None else h0.to(h.dtype)
         return h, torch.where(self.filled, final, unmoved)
 
-    def _scan_from(self, h0: Tensor, recurrence: Recurrence, x: Tensor, reverse: bool) -> Tensor:
+    def _scan_from(self, recurrence: Recurrence, x: Tensor, h0: Tensor, reverse: bool) -> Tensor:
         """Start every sequence from a state of its own: its first step's drive b becomes a * h0 + b.
 
         So the gates are computed here and not inside the scan. On one core that makes a layer's forward and

@@ -115,8 +115,8 @@ def _backward(
     dh: Tensor, pre: list[Tensor], h: Tensor, h0: Tensor | None, reset: Tensor | None, mode: Mode
 ) -> tuple[list[Tensor], Tensor | None]:
     """Gradients of (pre, h0): the engine's fused pass, or differentiable scans if they are differentiated."""
-    pushed = is_transformed() and have_tangents(dh, *pre, h, h0)
-    if pushed or torch.is_grad_enabled():  # create_graph=True, or a functorch transform
+    # create_graph=True, or a functorch transform; or tangents, in forward mode
+    if torch.is_grad_enabled() or (is_transformed() and have_tangents(dh, *pre, h, h0)):
         dpre, dh0 = _differentiable_backward(dh, pre, h, h0, reset, mode)
     else:
         *dpre, dh0 = _backward_op(dh, pre, h, h0, reset, *mode)
