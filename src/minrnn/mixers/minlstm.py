@@ -44,7 +44,9 @@ class MinLSTM(_Normalised, MinRNN):
         forget_bias: added to f's bias at initialisation, in logits, so that the cell forgets slowly at the
             start; None is 1.0, or 0 without bias.
         normalize: let the gates sum to one, which keeps the state's scale the same at every length.
-        recompute: keep only the input and a few states for backward, and compute the rest again there.
+        recompute: keep only the input and a few states for backward, and compute the rest again there: of
+            what a layer keeps, a fifth, or two where its output is kept by what follows. A training step
+            takes about a third longer. torch.func's transforms keep everything.
         device: where the parameters live.
         dtype: the parameters' dtype.
 
