@@ -34,7 +34,7 @@ def test_the_engine_serves_the_gpu() -> None:
 @pytest.mark.parametrize(("gate", "candidate"), CELLS)
 @directions
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("T", [1, 2, 31, 64, 1000])
+@pytest.mark.parametrize("T", [1, 31, 1000])
 def test_every_cell(gate: str, candidate: str, reverse: bool, dtype: torch.dtype, T: int) -> None:
     """The engine equals the reference."""
     compare(engine, *on_gpu(gate, 3, T, 37, dtype=dtype), gate, candidate, reverse)
