@@ -526,8 +526,8 @@ def page(document: dict[str, Any]) -> str:
     """Return the document as Markdown."""
     products = "TF32" if document["tf32"] else "float32 throughout"
     lines = [
-        f"{document['device']}, {document['engine']}, torch {document['versions'].get('torch', '?')}; float32 "
-        f"products: {products}. The engine's tests: {document['laws']['status']}.",
+        f"{document['device']}, {document['engine']}, torch {document['versions'].get('torch', '?')}. "
+        f"Products in float32: {products}. The engine's tests: {document['laws']['status']}.",
         "",
         f"    {document['command']}",
     ]
@@ -612,6 +612,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
         ax.set_title(title, loc="left", fontsize=10)
         if logarithmic:
             ax.set_xscale("log")
+            ax.set_xlim(left=min(0.5, *values))
     figure.suptitle(
         "A dry run on the CPU: no figure means anything" if document["dry"] else document["device"]
     )
