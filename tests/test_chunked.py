@@ -331,6 +331,29 @@ def test_pre_activations_are_never_whole(shape: tuple[int, int], batch_first: bo
         assert backward.numel == x.numel()
 
 
+@recomputed
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_large_input_is_cut_unasked(batch_first: bool, recompute: bool) -> None:
+    """As every other test, but for sizes as they are."""
+    torch.manual_seed(0)
+    B, T, hidden_size = 2, 12_000, 200
+    layer = MinGRU(4, hidden_size, batch_first=batch_first, recompute=recompute)
+    x = torch.randn(*((B, T) if batch_first else (T, B)), 4, requires_grad=True)
+    with Largest() as forward:
+        output, _ = layer(x)
+    with Largest() as backward:
+        gradients = torch.autograd.grad(output.square().sum(), [x, *layer.parameters()])
+    assert forward.numel <= output.numel() or not recompute
+    assert backward.numel == output.numel()  # of dh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(projected, "LARGE_BYTES", 1 << 60)
+        layer.recompute = False
+        expected, _ = layer(x)
+        exact = torch.autograd.grad(expected.square().sum(), [x, *layer.parameters()])
+    for actual, wanted in zip((output, *gradients), (expected, *exact), strict=True):
+        assert (actual - wanted).abs().max() / wanted.abs().max() < TOLERANCE[torch.float32]
+
+
 def saved_by(layer: MinGRU | MinLSTM, x: Tensor, *arguments: Any, **options: Any) -> list[Tensor]:
     """What a call keeps for backward, weights aside."""
     kept: list[Tensor] = []
