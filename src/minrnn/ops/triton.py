@@ -335,13 +335,15 @@ def _forgetting(span, forgets):
 
 
 @triton.jit
-def _apply(span, carry):
+def _apply(span, carry, RESETS: tl.constexpr):
     # The pair after a span, given the pair before it: as `_advance`.
     near = span[0] < 0.5
     keep = tl.where(near, 1.0, 0.0).to(span[0].dtype)
     rest = tl.where(near, -span[0], span[1])
     after = _two_sum(keep * carry[0], tl.fma(rest, carry[0], tl.fma(keep, carry[1], span[2])))
-    return _where(span[0] == float("inf"), (span[2], 0.0), after)
+    if RESETS:
+        after = _where(span[0] == float("inf"), (span[2], 0.0), after)
+    return after
 
 
 @triton.constexpr_function
@@ -604,9 +606,9 @@ def _carry(
     low = tl.load(theirs + size, mask=there, other=0.0, volatile=True)
     carry = (high, low)
     if GROUP > 1:
-        carry = _apply(before, carry)
+        carry = _apply(before, carry, RESETS)
     if (member == GROUP - 1) & (chunk < last):
-        end = _apply(span, carry)
+        end = _apply(span, carry, RESETS)
         next_ptr = board[2] + (group.to(tl.int64) + 1) * 2 * size + at
         _publish(next_ptr, end[0], ends)
         _publish(next_ptr + size, end[1], ends)
@@ -623,11 +625,11 @@ def _starts(
     # The pairs with which the spans begin.
     if WARPS > 1:
         span = _prefixes(span, RESETS)
-    carry = (start, start * 0.0)
+    carry = (start, tl.full(start.shape, 0.0, start.dtype))
     if board is not None:
         carry = _carry(board, span, start, unit, units, chunk, last, at, inside, size, WARPS, GROUP, RESETS)
     if WARPS > 1:
-        high, low = _apply(span, carry)
+        high, low = _apply(span, carry, RESETS)
         high = _shifted(high)
         if EXACT:
             low = _shifted(low)
