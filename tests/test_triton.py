@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import inspect
+import random
+import threading
+import time
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -166,6 +172,58 @@ def test_a_state_in_one_float_would_drift(interpreted: ModuleType) -> None:
     one_rounding = 2.0**-24
     assert relative_error(h[:, -1], exact[:, -1]) < 1.1 * one_rounding
     assert relative_error(plain, exact[:, -1]) > 4 * one_rounding
+
+
+class AtOnce:
+    """A kernel whose programs run in threads, so many at a time."""
+
+    def __init__(self, kernel: Any, at_a_time: int) -> None:
+        self.kernel, self.at_a_time = kernel, at_a_time
+        self.program = kernel.rewrite()
+        # What the interpreter asks a kernel for.
+        self.__name__, self.__globals__ = self.program.__name__, self.program.__globals__
+        self.__signature__ = inspect.signature(self.program)
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        self.count = grid[0]
+        interpreter = importlib.import_module("triton.runtime.interpreter")
+        executor = interpreter.GridExecutor(self.program, self.kernel.arg_names, (1,), [])
+        executor.fn = self
+        return executor
+
+    def __call__(self, **arguments: Any) -> None:
+        free = threading.Semaphore(self.at_a_time)
+
+        def run() -> None:
+            with free:
+                self.program(**arguments)
+
+        threads = [threading.Thread(target=run, daemon=True) for _ in range(self.count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+            assert not thread.is_alive(), "programs wait for each other for ever"
+
+
+@pytest.mark.parametrize("at_a_time", [2, 16])
+def test_programs_that_run_at_once_wait_for_each_other(
+    in_chunks: ModuleType, at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whatever order, and however few at a time, they run, all end, and with the same bits."""
+    pre, h0, reset, dh = inputs("mingru", 1, 14, 3, torch.float32)
+    reset[:, 5:] = False
+    mode = (h0, reset, "mingru", "positive", False)
+    h = in_chunks.forward(pre, *mode)
+    gradients = in_chunks.backward(dh, pre, h, *mode)
+    pauses = random.Random(0)
+    builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
+    monkeypatch.setattr(builder, "create_barrier", lambda: time.sleep(0.05 * pauses.random()), raising=False)
+    for name in ("forward_kernel", "backward_kernel"):
+        monkeypatch.setattr(in_chunks, name, AtOnce(getattr(in_chunks, name), at_a_time))
+    assert torch.equal(in_chunks.forward(pre, *mode), h)
+    again = in_chunks.backward(dh, pre, h, *mode)
+    assert all(torch.equal(x, y) for x, y in zip(again, gradients, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------------
