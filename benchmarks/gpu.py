@@ -147,8 +147,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.dry and not torch.cuda.is_available():
         print("gpu.py: torch finds no CUDA device; --dry runs a small part on the CPU", file=sys.stderr)
         return 2
-    plan = dry() if options.dry else full()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
+    torch.backends.cuda.matmul.allow_tf32 = options.tf32
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=options.tf32):
+        return carry_out(dry() if options.dry else full(), options)
+
+
+def carry_out(plan: Plan, options: argparse.Namespace) -> int:
+    """Check the laws, measure what is planned, and write it; returns the exit status."""
     report = Report(options.output, heading(plan, options), time.monotonic() + 60 * options.minutes)
     report.path.parent.mkdir(parents=True, exist_ok=True)
     if not options.dry and options.laws:
