@@ -15,6 +15,7 @@ from minrnn.mixers import MIXERS
 from minrnn.mixers.convolution import CausalConv
 from minrnn.models import ModelConfig, ModelState, SequenceModel, generate, map_state
 from minrnn.models.block import ACTIVATIONS
+from minrnn.models.dropout import Dropout
 from minrnn.models.sequence import NORMS
 
 B, T, V, D = 3, 12, 11, 8
@@ -228,6 +229,19 @@ def test_with_every_part_off_a_block_is_its_mixer() -> None:
         y, _ = block.mixer(x)
         x = block.down(y)
     torch.testing.assert_close(model(tokens)[0], x @ model.head.weight.T)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.2, 0.999])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_keeps_its_share_and_the_mean(p: float, dtype: torch.dtype) -> None:
+    x = torch.ones(301, 333, dtype=dtype, requires_grad=True)
+    y = Dropout(p)(x)
+    y.sum().backward()
+    assert torch.equal(y, x.grad)  # the same mask forwards and backwards
+    share = (y != 0).double().mean().item()
+    assert abs(share - (1 - p)) < 5 * (p * (1 - p) / x.numel()) ** 0.5 + 2**-16
+    assert y.unique().numel() <= 2
+    torch.testing.assert_close(y.max(), x.new_tensor(1 / (1 - p)), rtol=8e-3, atol=0)
 
 
 def test_dropout_acts_in_training_only() -> None:

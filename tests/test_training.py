@@ -30,6 +30,7 @@ from minrnn.tasks import TextConfig, TextTask
 from minrnn.training import (
     Interrupted,
     NonFiniteLossError,
+    Precision,
     RunConfig,
     RunLog,
     TrainConfig,
@@ -42,7 +43,7 @@ from minrnn.training import (
     train,
 )
 from minrnn.training.log import _write_line
-from minrnn.training.loop import Run
+from minrnn.training.loop import Run, products_of
 from minrnn.training.optim import clip_gradients, decayed_parameters, learning_rate_at, make_optimizer
 from minrnn.training.resume import _flatten, _unflatten
 
@@ -145,7 +146,10 @@ def test_a_recipe_can_be_a_file(tmp_path: Path) -> None:
         ("[task]\nwindwo = 1", "unknown key 'task.windwo'; did you mean 'window'"),
         ("[train]\nsteps = 1.5", "train.steps must be int, got 1.5"),
         ("[train]\nsteps = true", "train.steps must be int, got True"),
-        ("[train]\nprecision = 'half'", "train.precision must be one of float32, bfloat16, got 'half'"),
+        (
+            "[train]\nprecision = 'half'",
+            "train.precision must be one of float32, bfloat16-products, bfloat16, got 'half'",
+        ),
         ("[model]\nnum_heads = 'two'", "model.num_heads must be int, got 'two'"),
         ("train = 3", "train must be a table, got 3"),
         ("[train]\nsteps = 0", "steps must be at least 1, got 0"),
@@ -324,12 +328,24 @@ def test_carried_state_reaches_the_next_window_and_random_windows_start_empty(
     assert not any(tensor.requires_grad for tensor in found)
 
 
-def test_bfloat16_trains_and_keeps_parameters_in_float32(corpus: Path, tmp_path: Path) -> None:
-    config = run_config(corpus, precision="bfloat16", carry_state=True, steps=6, checkpoint_every=2)
+@pytest.mark.parametrize("precision", ["bfloat16-products", "bfloat16"])
+def test_bfloat16_trains_and_keeps_parameters_in_float32(
+    corpus: Path, tmp_path: Path, precision: Precision
+) -> None:
+    config = run_config(corpus, precision=precision, carry_state=True, steps=6, checkpoint_every=2)
     trained(config, tmp_path / "run")
     assert {value.dtype for value in weights(tmp_path / "run").values()} == {torch.float32}
     losses = [r["loss"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
     assert all(map(math.isfinite, losses))
+
+
+def test_products_are_rounded_within_a_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", (asked := []).append)
+    with products_of("bfloat16-products"):
+        assert asked == ["medium"]
+    assert asked == ["medium", "highest"]
+    with products_of("float32"):
+        assert asked[2:] == []
 
 
 def test_a_full_directory_is_not_overwritten(corpus: Path, tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from minrnn.experiments.experiment import Record, Table
 from minrnn.experiments.plots import draw_lines, finish, new_figure
 from minrnn.experiments.published import Published, recalled, shown
 from minrnn.experiments.trained import Plan, TrainedExperiment, bests, by_kind, points, spread
-from minrnn.experiments.variants import model_of
+from minrnn.experiments.variants import ROUNDED, model_of, precision_of
 from minrnn.models import SequenceModel
 from minrnn.tasks import ListOpsConfig, ListOpsTask
-from minrnn.training import RunConfig, TrainConfig
+from minrnn.training import Precision, RunConfig, TrainConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,6 +60,7 @@ class Size:
     eval_every: int
     eval_tokens: int
     seeds: int = 3
+    precision: Precision = "bfloat16-products"
 
 
 class ListOps(TrainedExperiment[Size]):
@@ -77,15 +78,18 @@ class ListOps(TrainedExperiment[Size]):
     changes = (
         "cpu: expressions of 17 to 127 tokens, at most five levels and five arguments (Long Range Arena: 501 "
         "to 1,999, ten and ten), 30,000 of them in place of 96,000; width 64 and 4 layers in place of 128 "
-        "and 8; 4,000 steps of 32 in place of 250,000. The paper does not say what follows its blocks; here "
-        "the answer is read at a marker after the expression. Its dropout and expansion are not known; paper "
+        f"and 8; 1,500 steps of 32 in place of 250,000. {ROUNDED} "
+        "The paper does not say what follows its blocks; here the answer is read at a marker after the "
+        "expression. Its dropout and expansion are not known; paper "
         "has 0.1 and 1."
     )
     sizes: ClassVar = {
         "cpu": Size(
-            ListOpsConfig(128, 16, 5, 5, 30_000, 1000, 2000), 64, 4, 0.0, 4000, 32, 2e-3, 0.05, 200, 250, 500
+            ListOpsConfig(128, 16, 5, 5, 30_000, 1000, 2000), 64, 4, 0.0, 1500, 32, 2e-3, 0.05, 100, 250, 500
         ),
-        "paper": Size(ListOpsConfig(), 128, 8, 0.1, 250_000, 32, 1e-3, 0.0, 25_000, 5000, 0),
+        "paper": Size(
+            ListOpsConfig(), 128, 8, 0.1, 250_000, 32, 1e-3, 0.0, 25_000, 5000, 0, precision="float32"
+        ),
         "tiny": Size(ListOpsConfig(16, 2, 3, 3, 50, 64, 64), 8, 1, 0.0, 2, 4, 2e-3, 0.1, 1, 1, 0, 1),
     }
 
@@ -153,6 +157,7 @@ def _run(size: Size, mixer: str, block: str) -> RunConfig:
             warmup_steps=size.warmup_steps,
             weight_decay=0.05,
             beta2=0.99,
+            precision=precision_of(mixer, size.precision),
             eval_every=size.eval_every,
             eval_tokens=size.eval_tokens,
             checkpoint_every=size.eval_every,

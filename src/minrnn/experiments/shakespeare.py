@@ -16,10 +16,10 @@ from minrnn.experiments.experiment import Record, Table
 from minrnn.experiments.plots import draw_lines, finish, new_figure
 from minrnn.experiments.published import Published, published, shown
 from minrnn.experiments.trained import Plan, TrainedExperiment, bests, by_kind, points, spread
-from minrnn.experiments.variants import every_mixer, model_of
+from minrnn.experiments.variants import every_mixer, model_of, precision_of
 from minrnn.models import ModelConfig, SequenceModel
 from minrnn.tasks import TextConfig, TextTask
-from minrnn.training import RunConfig, TrainConfig
+from minrnn.training import Precision, RunConfig, TrainConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 NUM_CHARACTERS = 65
 """Tiny Shakespeare's vocabulary, which the number of parameters depends on."""
 
-THRICE = ("mingru", "minlstm", "transformer", "mamba")
-"""Three seeds: ours, whom they are measured by, and the strongest rival of the paper."""
+THRICE = ("mingru", "minlstm", "transformer", "lstm")
+"""Three seeds at the same width: ours, whom they are measured by, and the strongest rival."""
 
 REFERENCE = "transformer"
 """Whose best loss the others are timed to reach; its block is nanoGPT's: no convolution, a wider MLP."""
@@ -62,6 +62,7 @@ class Size:
     eval_tokens: int
     source: str = "shakespeare"
     seeds: int = 3
+    precision: Precision = "bfloat16-products"
 
 
 class Shakespeare(TrainedExperiment[Size]):
@@ -86,7 +87,9 @@ class Shakespeare(TrainedExperiment[Size]):
     )
     sizes: ClassVar = {
         "cpu": Size(192, 3, 1.0, 1.75, 4, 0.0, 256, 1500, 4, 3e-3, 0.05, 100, 1.0, 50, 16_384),
-        "paper": Size(384, 3, 2.0, 2.0, 6, 0.2, 256, 5000, 64, 1e-3, 0.1, 100, 0.25, 25, 0),
+        "paper": Size(
+            384, 3, 2.0, 2.0, 6, 0.2, 256, 5000, 64, 1e-3, 0.1, 100, 0.25, 25, 0, precision="float32"
+        ),
         "tiny": Size(8, 1, 1.0, 1.0, 2, 0.0, 16, 2, 2, 3e-3, 0.1, 1, 1.0, 1, 64, str(Path(__file__)), 1),
     }
 
@@ -102,7 +105,7 @@ class Shakespeare(TrainedExperiment[Size]):
         if matched == "width":
             same = _model(size, mixer, width)
             setting = {"mixer": mixer, "matched": "parameters"}
-            yield Plan(f"{mixer}-parameters", setting, _run(size, same), seeds)
+            yield Plan(f"{mixer}-parameters", setting, _run(size, same), 1 if mixer != "minlstm" else seeds)
 
     def examine(self, model: SequenceModel, config: RunConfig, size: Size) -> dict[str, Any]:
         assert isinstance(config.task, TextConfig)
@@ -186,6 +189,7 @@ def _run(size: Size, model: ModelConfig) -> RunConfig:
             warmup_steps=size.warmup_steps,
             grad_clip=size.grad_clip,
             beta2=0.99,
+            precision=precision_of(model.mixer, size.precision),
             eval_every=size.eval_every,
             eval_tokens=size.eval_tokens,
             checkpoint_every=size.eval_every,

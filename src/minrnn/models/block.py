@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from minrnn.mixers import Mixer, State
 from minrnn.mixers.convolution import CausalConv
+from minrnn.models.dropout import Dropout
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
@@ -76,7 +77,7 @@ class Block(nn.Module):
         self.mlp_norm = make_norm() if mlp is not None else None
         self.mlp = mlp
         self.residual = residual
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self, x: Tensor, state: BlockState | None = None, *, reset: Tensor | None = None

@@ -16,6 +16,7 @@ from minrnn.mixers import MIXERS
 from minrnn.mixers.convolution import CausalConv
 from minrnn.mixers.mixer import check_reset
 from minrnn.models.block import ACTIVATIONS, MLP, Block, BlockState
+from minrnn.models.dropout import Dropout
 
 NORMS = ("layer", "rms", "none")
 
@@ -176,7 +177,7 @@ class SequenceModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(_make_block(config) for _ in range(config.num_layers))
         self.norm = _make_norm(config)
         # Tied: no second name for one matrix, so that a checkpoint holds it once.

@@ -1,6 +1,7 @@
 """Training: the one loop, its configuration, and the directory that a run leaves."""
 
 from minrnn.training.config import (
+    Precision,
     RunConfig,
     TrainConfig,
     load_recipe,
@@ -16,6 +17,7 @@ from minrnn.training.resume import Interrupted, Trained, load_trained
 __all__ = [
     "Interrupted",
     "NonFiniteLossError",
+    "Precision",
     "RunConfig",
     "RunLog",
     "TrainConfig",

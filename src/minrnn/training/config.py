@@ -19,6 +19,9 @@ from minrnn.tasks import TaskConfig, TextConfig
 
 C = TypeVar("C")
 
+Precision = Literal["float32", "bfloat16-products", "bfloat16"]
+PRECISIONS: tuple[Precision, ...] = typing.get_args(Precision)
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -44,8 +47,10 @@ class TrainConfig:
     """AdamW's decay of the squared gradient's running mean."""
     grad_clip: float = 1.0
     """Longest gradient, as the norm over all parameters (0: not clipped)."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the forward pass; bfloat16 is autocast, and parameters stay in float32."""
+    precision: Precision = "float32"
+    """Arithmetic of training; bfloat16-products rounds the factors of matrix products to bfloat16 and leaves
+    all else in float32; bfloat16 is autocast, which rounds what lies between them too. Parameters stay in
+    float32."""
     carry_state: bool = False
     """Read the corpus as `batch_size` streams and carry the state from step to step, instead of drawing
     random windows that start from the empty state."""
@@ -75,7 +80,7 @@ class TrainConfig:
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and less than 1")
         self._require("learning_rate", 0 < self.learning_rate < float("inf"), "more than 0, and finite")
         self._require("min_learning_rate_ratio", 0 <= self.min_learning_rate_ratio <= 1, "between 0 and 1")
-        self._require("precision", self.precision in ("float32", "bfloat16"), "float32 or bfloat16")
+        self._require("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
