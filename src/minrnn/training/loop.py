@@ -19,6 +19,7 @@ from minrnn.ops import engines
 from minrnn.tasks import TASKS, Task
 from minrnn.training.config import Precision, RunConfig, read_config
 from minrnn.training.log import RunLog, plot_losses, write_json
+from minrnn.training.memory import keep_freed_memory
 from minrnn.training.optim import clip_gradients, learning_rate_at, make_optimizer, set_learning_rate
 from minrnn.training.provenance import provenance
 from minrnn.training.resume import (
@@ -64,6 +65,7 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False, log: RunLog
     """
     if not resume:
         _check_new(run_dir)
+    keep_freed_memory()
     run = Run(config, run_dir, log)
     run.begin(resume)
     settings = config.train
