@@ -21,6 +21,7 @@ CHOSEN = {
     "selective-copying": ("mingru", "gru", "minlstm-unnormalised"),
     "stability": ("minlstm",),
     "shakespeare": ("mingru", "minlstm", "transformer"),
+    "shakespeare-best": ("mingru", "transformer"),
     "formal-languages": ("mingru", "gru"),
     "listops": ("minlstm", "gru"),
 }

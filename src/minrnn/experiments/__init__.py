@@ -28,6 +28,11 @@ EXPERIMENTS: dict[str, Entry] = {
         "Shakespeare",
         "a language model of characters: loss against steps and seconds",
     ),
+    "shakespeare-best": Entry(
+        "minrnn.experiments.shakespeare_best",
+        "Shakespeare",
+        "one careful run on two cores against nanoGPT's published loss",
+    ),
     "formal-languages": Entry(
         "minrnn.experiments.formal_languages",
         "table 4, Chomsky hierarchy",

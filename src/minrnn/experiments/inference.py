@@ -52,7 +52,7 @@ class Inference(TimedExperiment):
         "least three rounds in place of 50. paper: width 384, 50 rounds."
     )
     sizes: ClassVar = {
-        "cpu": Size(2.0, 20, (8, 16, 32, 64), 128, (64, 256, 1024, 2048)),
+        "cpu": Size(1.0, 20, (8, 16, 32, 64), 128, (64, 256, 1024, 2048)),
         "paper": Size(30.0, 50, (8, 16, 32, 64), 384, (64, 128, 256, 512, 1024, 2048)),
         "tiny": Size(0.01, 3, (2,), 8, (4, 8, 16)),
     }

@@ -20,6 +20,9 @@ __all__ = ["write_page"]
 REPORTED = ("cpu", "paper")
 """Scales that mean something; tiny is not reported."""
 
+READING = "reading.md"
+"""In an experiment's folder: what somebody read in its tables, if anybody did."""
+
 
 def write_page(page: Path, benchmarks: Path, results: Path, target: Path) -> None:
     """Write the page of results.
@@ -86,6 +89,9 @@ def _scale(
     picture = folder.path / "plot.png"
     if picture.is_file():
         parts.append(f"![{experiment.title}]({os.path.relpath(picture, beside)})")
+    reading = folder.path / READING
+    if reading.is_file():
+        parts.append(f"*What it says.* {reading.read_text(encoding='utf-8').strip()}")
     parts += [table.markdown() for table in experiment.tables(records)]
     root = Path(os.path.relpath(folder.path.parent, beside))
     scales: dict[str, Choice] = {"cpu": Choice(), "paper": Choice(scale="paper")}

@@ -61,11 +61,11 @@ class Runtime(TimedExperiment):
     )
     changes = (
         "The paper does not say how wide its layers were, nor how many; here it is one layer of several "
-        "widths. cpu: widths 64 and 256, at least three rounds in place of 100. paper: widths 64, 256 and "
+        "widths. cpu: widths 64 and 128, at least three rounds in place of 100. paper: widths 64, 256 and "
         "1,024 and 100 rounds, on the GPU that is there in place of a T4."
     )
     sizes: ClassVar = {
-        "cpu": Size(6.0, 20, BATCH, (64, 256), LENGTHS),
+        "cpu": Size(1.5, 20, BATCH, (64, 128), LENGTHS),
         "paper": Size(60.0, 100, BATCH, (64, 256, 1024), LENGTHS),
         "tiny": Size(0.01, 3, 2, (8,), (4, 8, 16)),
     }
