@@ -11,8 +11,8 @@ from minrnn.ops import CANDIDATES, GATES, gated_scan
 
 LIMIT_H, LIMIT_GRADIENT = 2e-6, 5e-6  # largest error relative to the largest value, float32
 
-# Added to the pre-activation that decides how fast the cell forgets: half-lives from under one step to 800. Signed
-# cells forget fastest in the middle: "fast" is a decay near -1.
+# Added to the pre-activation that decides how fast the cell forgets: half-lives from under one step to 800.
+# Signed cells forget fastest in the middle: "fast" and "very fast" are decays near -1.
 FORGETTING = {"very fast": 10.0, "fast": 6.0, "medium": 0.0, "slow": -3.0, "very slow": -7.0}
 INITIAL = {"zero": 0.0, "negative": -1.0, "large": 1e4}
 CASES = [(f, i) for f in FORGETTING for i in INITIAL]  # one batch row each

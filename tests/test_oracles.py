@@ -41,9 +41,7 @@ CANDIDATES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def mingru(
-    w: Weights, x: Tensor, *, candidate: str = "positive", signed: bool = False, **_: Any
-) -> Tensor:
+def mingru(w: Weights, x: Tensor, *, candidate: str = "positive", signed: bool = False, **_: Any) -> Tensor:
     h, states = torch.zeros(D_HIDDEN, dtype=x.dtype), []
     for step in x:
         z, c = affine(w, "rnn.*_ih_l0", step, 2)

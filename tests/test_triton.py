@@ -145,8 +145,10 @@ def test_what_is_not_finite_is_forgotten(in_chunks: ModuleType, bad: float) -> N
 
 @pytest.mark.parametrize(
     ("gate", "bias"),
-    [("mingru", -12.0), ("mingru", -3.0), ("mingru_signed", -12.0), ("mingru_signed", 3.0)]
-    + [("mingru_signed", 12.0)],
+    [
+        *(("mingru", bias) for bias in (-12.0, -3.0)),
+        *(("mingru_signed", bias) for bias in (-12.0, 3.0, 12.0)),
+    ],
 )
 @pytest.mark.parametrize("constant", [False, True], ids=["varying", "constant"])
 def test_errors_do_not_add_up(in_chunks: ModuleType, gate: str, bias: float, constant: bool) -> None:

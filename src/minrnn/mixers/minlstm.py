@@ -207,7 +207,7 @@ class MinLSTMMixer(MinRNNMixer):
 def _gate(name: str, normalize: bool, signed: bool) -> str:
     check_flags(name, normalize=normalize, signed=signed)
     if signed and not normalize:
-        # f - i lies in (-1, 1) as well, but no source defines it, and it tracks nothing that f' - i' does not.
+        # f - i lies in (-1, 1) as well, but no source defines it, and f' - i' tracks all that it could.
         raise ValueError(f"{name}: signed must be False with normalize=False, got True; drop one of the two")
     if signed:
         return "minlstm_signed"

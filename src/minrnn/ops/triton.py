@@ -570,7 +570,7 @@ def _neutral(GATE: tl.constexpr):
     # Pre-activations of a step that changes nothing: they stand where time has ended.
     if GATE == "identity":
         return 1.0, 0.0
-    elif GATE == "mingru" or GATE == "mingru_signed":  # noqa: PLR1714  # Triton knows no membership
+    elif GATE == "mingru" or GATE == "mingru_signed":
         return float("-inf"), 0.0
     else:
         return float("inf"), float("-inf"), 0.0
@@ -766,7 +766,8 @@ def forward_kernel(
             span = _forgetting(span, _of_rows(resets, r, WARPS))
         state = _starts(
             board, _whole(span, WARPS, reset is not None, _signed(GATE)), start, unit, units, chunk, last,
-            b * D + d, inside, tl.cast(B, tl.int64) * D, WARPS, GROUP, reset is not None, _signed(GATE), EXACT,
+            b * D + d, inside, tl.cast(B, tl.int64) * D, WARPS, GROUP, reset is not None, _signed(GATE),
+            EXACT,
         )  # fmt: skip
     states = ()
     for i in tl.static_range(STEPS):
