@@ -394,11 +394,26 @@ def _join_with_resets(complement, a, b, next_complement, next_a, next_b):
 
 
 @triton.jit
+def _parts_of_decay(complement, a, SIGNED: tl.constexpr):
+    # keep in {-1, 0, 1} and rest, whose sum is the decay, as exact as the smaller of |a| and its complement.
+    near = complement < 0.5
+    keep = tl.where(near, 1.0, 0.0).to(a.dtype)
+    if SIGNED:
+        keep = tl.where(a < 0, -keep, keep)
+        return keep, tl.where(near, -keep * complement, a)
+    else:
+        return keep, tl.where(near, -complement, a)
+
+
+@triton.jit
 def _join_signed(complement, a, b, next_complement, next_a, next_b):
     complement = tl.fma(next_complement, tl.abs(a), complement)
     product = a * next_a
     near = tl.where(product < 0, complement - 1.0, 1.0 - complement)
-    return complement, tl.where(complement < 0.75, near, product), tl.fma(next_a, b, next_b)
+    # Near -1, b is no small share of the state, and two of them may cancel.
+    keep, rest = _parts_of_decay(next_complement, next_a, True)
+    b = tl.fma(rest, b, tl.fma(keep, b, next_b))
+    return complement, tl.where(complement < 0.75, near, product), b
 
 
 @triton.jit
@@ -416,13 +431,7 @@ def _forgetting(span, forgets):
 @triton.jit
 def _apply(span, carry, RESETS: tl.constexpr, SIGNED: tl.constexpr):
     # The pair after a span, given the pair before it: as `_advance`.
-    near = span[0] < 0.5
-    keep = tl.where(near, 1.0, 0.0).to(span[0].dtype)
-    if SIGNED:
-        keep = tl.where(span[1] < 0, -keep, keep)
-        rest = tl.where(near, -keep * span[0], span[1])
-    else:
-        rest = tl.where(near, -span[0], span[1])
+    keep, rest = _parts_of_decay(span[0], span[1], SIGNED)
     after = _two_sum(keep * carry[0], tl.fma(rest, carry[0], tl.fma(keep, carry[1], span[2])))
     if RESETS:
         after = _where(span[0] == float("inf"), (span[2], 0.0), after)
