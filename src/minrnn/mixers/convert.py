@@ -72,8 +72,8 @@ def convert_rnns(module: nn.Module, *, candidate: str = "positive", signed: bool
 
     Args:
         module: the model, changed in place; or a GRU or LSTM itself.
-        candidate: as in `MinGRU`: with "positive" no state falls below zero, with "tanh" they lie between -1
-            and 1 like those of a GRU.
+        candidate: as in `MinGRU`: unless signed, with "positive" no state falls below zero, with "tanh" they
+            lie between -1 and 1 like those of a GRU.
         signed: as in `MinGRU` and `MinLSTM`: lets them track states that a GRU can, such as parity.
 
     Returns:

@@ -32,7 +32,8 @@ class MinGRU(MinRNN):
             the start; None is 1.0, or 0 without bias. With signed=True it moves the decay as far towards +1,
             so that the cell starts by keeping its state, not by turning it over.
         signed: let decays lie in (-1, 1), from 1 - 2 z. With decays in (0, 1) no depth tracks parity at every
-            length; with these one channel does: at z = 1 and g = 1, h becomes 1 - h.
+            length; with these one channel does: at z = 1 and g = 1, h becomes 1 - h. The state is then no
+            mean of candidates, and not bounded by them: near z = 1, those of alternating sign add up.
         recompute: keep only the input and a few states for backward, and compute the rest again there: of
             what a layer keeps, a quarter, or half where its output is kept by what follows. A training step
             takes about a third longer. torch.func's transforms keep everything.

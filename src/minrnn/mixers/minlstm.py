@@ -48,7 +48,8 @@ class MinLSTM(_Normalised, MinRNN):
         normalize: let the gates sum to one, which keeps the state's scale the same at every length.
         signed: let decays lie in (-1, 1), from f' - i' = 1 - 2 i'; needs normalize. With decays in (0, 1) no
             depth tracks parity at every length; with these one channel does: at i' = 1 and g = 1, h becomes
-            1 - h.
+            1 - h. The state is then no mean of candidates, and not bounded by them: near i' = 1, those of
+            alternating sign add up.
         recompute: keep only the input and a few states for backward, and compute the rest again there: of
             what a layer keeps, a fifth, or two where its output is kept by what follows. A training step
             takes about a third longer. torch.func's transforms keep everything.
