@@ -9,12 +9,12 @@ resets and direction are part of the same kernel.
 *Numbers.* Gates are computed in float32. A span is (1 - a, a, b), 1 - a as exact as a. What steps make of a
 state of zero is at most a share 1 - a of what the state can be; so is the error of joining spans in a tree,
 and it is forgotten at the rate 1 - a: it does not grow with T. Signed gates have 1 - |a| in its place; near
--1 their b is no small share, and rounding it costs what rounding a step's b costs. Carries between programs are pairs of floats,
-and where h is float32, so is the state between steps: only a step's change is rounded, and what is lost where
-the change meets the state goes into the next change (Kahan's compensation). No doubles: they run at half of
-float32's rate where they are fast, and at a 64th elsewhere. Pairs cannot hold infinities: a state that
-overflows becomes NaN. Outputs of 16 bits need neither the pairs between steps nor exponentials to the last
-bit.
+-1 their b is no small share, and rounding it costs what rounding a step's b costs. Carries between programs
+are pairs of floats, and where h is float32, so is the state between steps: only a step's change is rounded,
+and what is lost where the change meets the state goes into the next change (Kahan's compensation). No
+doubles: they run at half of float32's rate where they are fast, and at a 64th elsewhere. Pairs cannot hold
+infinities: a state that overflows becomes NaN. Outputs of 16 bits need neither the pairs between steps nor
+exponentials to the last bit.
 
 *Carries.* Programs take chunks from a counter, in the order of time, so that whom a program waits for has
 started already; what has started goes on while others wait (CUDA promises this from sm_70), so the first
