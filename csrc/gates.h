@@ -145,8 +145,25 @@ template <class V> MINRNN_INLINE Decay<V> decay_of_complement(const Sigmoid<V> &
     return {z.negative, flip_sign(z.small, z.x)};
 }
 
-template <class V> struct Recurrence {
-    Decay<V> a;
+// A decay in (-1, 1): a = 1 + m, negated where `sign` is negative, with m in [-1, 0] of full relative accuracy, so that
+// it is exact near both ends. Near zero it is off by the rounding of a number near one, and so is a h: what is left of
+// that error is a small share of it after the next step.
+template <class V> struct SignedDecay {
+    V sign, m;
+};
+
+// 1 - 2 z.
+template <class V> MINRNN_INLINE SignedDecay<V> decay_of_reflection(const Sigmoid<V> &z) {
+    return {-z.x, -2 * z.small};
+}
+// f - i, of two that sum to one.
+template <class V> MINRNN_INLINE SignedDecay<V> decay_of_difference(V f, V i) {
+    const V difference = f - i;
+    return {difference, -2 * (difference < 0 ? f : i)};
+}
+
+template <class V, class A = Decay<V>> struct Recurrence {
+    A a;
     V b;
 };
 
@@ -162,7 +179,21 @@ MINRNN_INLINE Carry<Doubles> advance(Carry<Doubles> h, Recurrence<Doubles> r) {
     return {r.a.slow ? h.hi + change : change, h.lo};
 }
 
-template <class V> MINRNN_INLINE Carry<V> multiply(Carry<V> h, Decay<V> a) { return advance(h, {a, V{}}); }
+// Reflected first: from there on the decay is 1 + m.
+MINRNN_INLINE Carry<Floats> advance(Carry<Floats> h, Recurrence<Floats, SignedDecay<Floats>> r) {
+    const Floats hi = flip_sign(h.hi, r.a.sign), lo = flip_sign(h.lo, r.a.sign);
+    const Floats delta = r.a.m * hi + r.b + lo, sum = hi + delta;
+    return {sum, delta - (sum - hi)};
+}
+
+MINRNN_INLINE Carry<Doubles> advance(Carry<Doubles> h, Recurrence<Doubles, SignedDecay<Doubles>> r) {
+    const Doubles hi = flip_sign(h.hi, r.a.sign);
+    return {hi + (r.a.m * hi + r.b), h.lo};
+}
+
+template <class V, template <class> class A> MINRNN_INLINE Carry<V> multiply(Carry<V> h, A<V> a) {
+    return advance(h, Recurrence<V, A<V>>{a, V{}});
+}
 
 // carry + x, whichever is larger
 MINRNN_INLINE Carry<Floats> add(Carry<Floats> carry, Floats x) {
@@ -175,9 +206,9 @@ MINRNN_INLINE Carry<Doubles> add(Carry<Doubles> carry, Doubles x) { return {carr
 // ---------------------------------------------------------------------------------------------------------
 // Gates. A gate maps one step's pre-activations to the recurrence, and the adjoint of h to their gradients.
 
-template <class V> struct Gradients {
+template <class V, class A = Decay<V>> struct Gradients {
     V d0, d1, d2;
-    Decay<V> a;
+    A a;
 };
 
 struct Identity {  // scan(a, b) itself
@@ -267,6 +298,44 @@ template <template <class> class Candidate> struct MinLSTMUnnormalised {  // a =
         const Candidate<V> c(c_pre);
         return {dh * h_prev * (f.large * f.small), dh * c.value * (i.large * i.small), dh * (i.value() * c.slope),
                 decay(f)};
+    }
+};
+
+template <template <class> class Candidate> struct MinGRUSigned {  // a = 1 - 2 z, b = z * candidate
+    static constexpr int num_pre = 2;
+
+    template <class V> static MINRNN_INLINE Recurrence<V, SignedDecay<V>> forward(V z_pre, V c_pre, V) {
+        const Sigmoid<V> z(z_pre);
+        const Candidate<V> c(c_pre);
+        return {decay_of_reflection(z), z.value() * c.value};
+    }
+
+    template <class V>
+    static MINRNN_INLINE Gradients<V, SignedDecay<V>> backward(V z_pre, V c_pre, V, V h_prev, V dh) {
+        const Sigmoid<V> z(z_pre);
+        const Candidate<V> c(c_pre);
+        return {dh * (c.value - 2 * h_prev) * (z.large * z.small), dh * (z.value() * c.slope), V{},
+                decay_of_reflection(z)};
+    }
+};
+
+// a = (f - i) / (f + i), b = i / (f + i) * candidate
+template <template <class> class Candidate> struct MinLSTMSigned {
+    static constexpr int num_pre = 3;
+
+    template <class V> static MINRNN_INLINE Recurrence<V, SignedDecay<V>> forward(V f_pre, V i_pre, V c_pre) {
+        const Shares<V> share(f_pre, i_pre);
+        const Candidate<V> c(c_pre);
+        return {decay_of_difference(share.f, share.i), share.i * c.value};
+    }
+
+    template <class V>
+    static MINRNN_INLINE Gradients<V, SignedDecay<V>> backward(V f_pre, V i_pre, V c_pre, V h_prev, V dh) {
+        const Shares<V> share(f_pre, i_pre);
+        const Candidate<V> c(c_pre);
+        const V d = dh * (2 * h_prev - c.value) * (share.f * share.i);
+        return {d * share.f_complement, -d * share.i_complement, dh * (share.i * c.slope),
+                decay_of_difference(share.f, share.i)};
     }
 };
 

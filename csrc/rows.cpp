@@ -44,7 +44,7 @@ template <class IO, class G> struct Kernels {
             if constexpr (G::num_pre > 2) return at.from(p2.row);
             return V{};
         }
-        template <class B> MINRNN_INLINE Recurrence<V> recurrence(B at) const {
+        template <class B> MINRNN_INLINE auto recurrence(B at) const {
             return G::forward(at.from(p0.row), at.from(p1.row), third(at));
         }
         MINRNN_INLINE void next() {
@@ -79,7 +79,7 @@ template <class IO, class G> struct Kernels {
         Inputs in;
         CarryRow carry, decay;
         template <class B> MINRNN_INLINE Prefix step(B at) const {
-            const Recurrence<V> r = in.recurrence(at);
+            const auto r = in.recurrence(at);
             return {advance(at.from(carry), r), multiply(at.from(decay), r.a)};
         }
         template <class B> MINRNN_INLINE void put(B at, const Prefix &prefix) const {
@@ -90,7 +90,7 @@ template <class IO, class G> struct Kernels {
     };
 
     struct Adjoint {
-        minrnn::Gradients<V> gradients;
+        decltype(G::backward(V{}, V{}, V{}, V{}, V{})) gradients;
         Carry<V> carry;
     };
 
@@ -101,8 +101,8 @@ template <class IO, class G> struct Kernels {
         Cursor<IO> d0, d1, d2;
         template <class B> MINRNN_INLINE Adjoint step(B at) const {
             const Carry<V> adjoint = add(at.from(carry), at.from(dh.row));
-            const minrnn::Gradients<V> g = G::backward(at.from(in.p0.row), at.from(in.p1.row), in.third(at),
-                                                       at.from(h_prev.row), adjoint.hi);
+            const auto g = G::backward(at.from(in.p0.row), at.from(in.p1.row), in.third(at), at.from(h_prev.row),
+                                       adjoint.hi);
             return {g, multiply(adjoint, g.a)};
         }
         template <class B> MINRNN_INLINE void put(B at, const Adjoint &adjoint) const {
@@ -126,7 +126,7 @@ template <class IO, class G> struct Kernels {
         Cursor<const IO> dh;
         CarryRow carry, decay;
         template <class B> MINRNN_INLINE Prefix step(B at) const {
-            const Decay<V> a = in.recurrence(at).a;
+            const auto a = in.recurrence(at).a;
             return {multiply(add(at.from(carry), at.from(dh.row)), a), multiply(at.from(decay), a)};
         }
         template <class B> MINRNN_INLINE void put(B at, const Prefix &prefix) const {
@@ -214,6 +214,8 @@ template <class IO, class Set> constexpr void fill_all(Set &set) {
     fill<IO, MinGRU>(set, kMinGRU);
     fill<IO, MinLSTM>(set, kMinLSTM);
     fill<IO, MinLSTMUnnormalised>(set, kMinLSTMUnnormalised);
+    fill<IO, MinGRUSigned>(set, kMinGRUSigned);
+    fill<IO, MinLSTMSigned>(set, kMinLSTMSigned);
 }
 
 constexpr RowTable make_rows() {

@@ -9,7 +9,7 @@
 
 namespace minrnn {
 
-enum Gate : int { kIdentity, kMinGRU, kMinLSTM, kMinLSTMUnnormalised, kNumGates };
+enum Gate : int { kIdentity, kMinGRU, kMinLSTM, kMinLSTMUnnormalised, kMinGRUSigned, kMinLSTMSigned, kNumGates };
 enum Candidate : int { kPositive, kLinear, kTanh, kNumCandidates };
 
 // Bits without arithmetic. Enumerations, because the compiler does not vectorise loops over arrays of structs.

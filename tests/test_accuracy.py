@@ -12,7 +12,8 @@ from minrnn.ops import CANDIDATES, GATES, gated_scan
 LIMIT_H, LIMIT_GRADIENT = 2e-6, 5e-6  # largest error relative to the largest value, float32
 
 # Added to the pre-activation that decides how fast the cell forgets: half-lives from under one step to 800.
-FORGETTING = {"fast": 6.0, "medium": 0.0, "slow": -3.0, "very slow": -7.0}
+# Signed cells forget fastest in the middle: "fast" and "very fast" are decays near -1.
+FORGETTING = {"very fast": 10.0, "fast": 6.0, "medium": 0.0, "slow": -3.0, "very slow": -7.0}
 INITIAL = {"zero": 0.0, "negative": -1.0, "large": 1e4}
 CASES = [(f, i) for f in FORGETTING for i in INITIAL]  # one batch row each
 
@@ -24,7 +25,7 @@ def inputs(gate: str, T: int) -> tuple[list[Tensor], Tensor, Tensor]:
     pre = [torch.randn(B, T, D, generator=generator) for _ in GATES[gate].pre]
     if gate == "identity":
         pre[0] = torch.sigmoid(pre[0] - bias)
-    elif gate == "mingru":
+    elif GATES[gate].pre[0] == "z":
         pre[0] = pre[0] + bias
     else:  # f against i
         pre[0] = pre[0] - bias

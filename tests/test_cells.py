@@ -18,6 +18,8 @@ PAIRS: dict[
     "mingru, no bias": (MinGRUCell, MinGRU, {"bias": False}),
     "minlstm": (MinLSTMCell, MinLSTM, {}),
     "minlstm, tanh": (MinLSTMCell, MinLSTM, {"candidate": "tanh"}),
+    "mingru, signed": (MinGRUCell, MinGRU, {"signed": True}),
+    "minlstm, signed": (MinLSTMCell, MinLSTM, {"signed": True}),
     "minlstm, unnormalised": (MinLSTMCell, MinLSTM, {"normalize": False}),
 }
 CELLS = {"mingru": MinGRUCell, "minlstm": MinLSTMCell}
@@ -94,6 +96,7 @@ def test_representation_shows_what_is_not_default() -> None:
     assert repr(MinGRUCell(2, 3, candidate="tanh", forget_bias=2.0)) == (
         "MinGRUCell(2, 3, candidate=tanh, forget_bias=2.0)"
     )
+    assert repr(MinGRUCell(2, 3, signed=True)) == "MinGRUCell(2, 3, signed=True)"
     assert repr(MinLSTMCell(2, 3, normalize=False)) == "MinLSTMCell(2, 3, normalize=False)"
 
 
@@ -134,9 +137,12 @@ def test_errors(cell_type: Any) -> None:
         ({"hidden_size": 2.5}, TypeError),
         ({"bias": 1}, TypeError),
         ({"candidate": "relu"}, ValueError),
+        ({"signed": 1}, TypeError),
         ({"bias": False, "forget_bias": 1.0}, ValueError),
     ):
         with pytest.raises(error, match=f"{cell_type.__name__}: "):
             cell_type(**{"input_size": I, "hidden_size": H, **options})
     with pytest.raises(TypeError, match="normalize must be a bool, got str"):
         MinLSTMCell(I, H, normalize="no")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="MinLSTMCell: signed must be False with normalize=False"):
+        MinLSTMCell(I, H, normalize=False, signed=True)

@@ -119,6 +119,11 @@ def test_candidate_is_passed_on() -> None:
         convert_rnns(nn.GRU(I, H), candidate="relu")
 
 
+def test_signed_is_passed_on() -> None:
+    model = convert_rnns(nn.ModuleList([nn.GRU(I, H), nn.LSTMCell(I, H)]), signed=True)
+    assert [m.gate for m in model] == ["mingru_signed", "minlstm_signed"]
+
+
 def test_a_module_in_two_places_stays_one() -> None:
     shared = nn.GRU(H, H)
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared), "c": nn.GRU(H, H)})

@@ -47,11 +47,11 @@ def step_by_the_paper(
     *gates, c = pre.chunk(NUM_PRE[type(layer).__name__.lower()], dim=-1)
     gates = [torch.sigmoid(gate) for gate in gates]
     if len(gates) == 1:
-        return (1 - gates[0]) * h + gates[0] * candidate(c)
+        return (1 - (2 if layer.signed else 1) * gates[0]) * h + gates[0] * candidate(c)
     f, i = gates
     if layer.normalize:  # type: ignore[union-attr]
         f, i = f / (f + i), i / (f + i)
-    return f * h + i * candidate(c)
+    return (f - i if layer.signed else f) * h + i * candidate(c)
 
 
 @every_layer
@@ -59,8 +59,10 @@ def step_by_the_paper(
 @pytest.mark.parametrize(
     ("candidate", "g"), [("positive", positive), ("linear", lambda x: x), ("tanh", torch.tanh)]
 )
-def test_equations(name: str, bias: bool, candidate: str, g: Any) -> None:
-    layer, x, h = build(name, bias=bias, candidate=candidate), make_input(T, B, I), make_input(B, H)
+@pytest.mark.parametrize("signed", [False, True], ids=["", "signed"])
+def test_equations(name: str, bias: bool, candidate: str, g: Any, signed: bool) -> None:
+    layer = build(name, bias=bias, candidate=candidate, signed=signed)
+    x, h = make_input(T, B, I), make_input(B, H)
     output, h_n = layer(x, h.unsqueeze(0))
     for t in range(T):
         h = step_by_the_paper(layer, "l0", x[t], h, g)
@@ -74,6 +76,21 @@ def test_unnormalised_minlstm_equations() -> None:
     for t in range(T):
         h = step_by_the_paper(layer, "l0", x[t], h)
         torch.testing.assert_close(output[t], h, rtol=0, atol=1e-12)
+
+
+@every_layer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_signed_layer_of_one_channel_tells_parity(name: str, dtype: torch.dtype) -> None:
+    """With fixed weights, at every length: one logit is the bit, and the candidate is one."""
+    layer = LAYERS[name](1, 1, signed=True, candidate="linear", dtype=dtype)
+    gate = [1.0] if name == "mingru" else [-1.0, 1.0]
+    with torch.no_grad():
+        layer.weight_ih_l0.copy_(80 * torch.tensor([*gate, 0.0])[:, None])
+        layer.bias_ih_l0.copy_(torch.tensor([*(-40 * sign for sign in gate), 1.0]))
+    bits = torch.randint(2, (1000, B, 1), generator=torch.Generator().manual_seed(0))
+    output, _ = layer(bits.to(dtype))
+    assert torch.equal(output.round().long(), bits.cumsum(0) % 2)
+    assert (output - output.round()).abs().max() < 1e-12
 
 
 @every_layer
@@ -188,8 +205,9 @@ def test_reset_separates_sequences_in_both_directions(name: str, starts: list[se
 
 
 @every_layer
-def test_forget_bias_moves_the_first_gate_only(name: str) -> None:
-    plain, moved = build(name, forget_bias=0.0), build(name, forget_bias=2.5, num_layers=1)
+@pytest.mark.parametrize("signed", [False, True], ids=["", "signed"])
+def test_forget_bias_moves_the_first_gate_only(name: str, signed: bool) -> None:
+    plain, moved = (build(name, forget_bias=bias, signed=signed) for bias in (0.0, 2.5))
     sign = -1 if name == "mingru" else 1
     shift = (moved.bias_ih_l0 - plain.bias_ih_l0).detach()
     torch.testing.assert_close(shift[:H], torch.full((H,), 2.5 * sign, dtype=torch.float64))

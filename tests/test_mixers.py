@@ -23,6 +23,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mingru-linear": ("mingru", {"candidate": "linear"}),
     "mingru-tanh-no-bias": ("mingru", {"candidate": "tanh", "bias": False}),
     "minlstm-unnormalised": ("minlstm", {"normalize": False, "forget_bias": 3.0}),
+    "mingru-signed": ("mingru", {"signed": True}),
+    "minlstm-signed": ("minlstm", {"signed": True, "candidate": "tanh"}),
     "attention-window-1": ("attention", {"window": 1}),
     "attention-window-4": ("attention", {"window": 4, "num_heads": 2}),
     "attention-window-longer-than-T": ("attention", {"window": 50, "bias": False}),

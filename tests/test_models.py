@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "wide": {"expansion": 2.5, "conv_width": 7, "mlp_ratio": 1.5, "mlp_activation": "silu"},
     "width-1": {"conv_width": 1, "tie_embeddings": True},
     "window": {"mixer": "attention", "window": 3, "num_heads": 2},
+    "signed": {"mixer": "mingru", "signed": True},
     "minlstm-options": {"mixer": "minlstm", "normalize": False, "candidate": "tanh", "forget_bias": 3.0},
 }
 
@@ -288,6 +289,7 @@ def test_config_round_trip() -> None:
         ({"window": 1.5}, TypeError, r"window must be int \| None"),
         ({"window": 8}, ValueError, "mixer 'mingru' has no option 'window'; .*attention"),
         ({"mixer": "gru", "forget_bias": 1.0}, ValueError, "'gru' has no option 'forget_bias'"),
+        ({"mixer": "gru", "signed": False}, ValueError, "'gru' has no option 'signed'; .*mingru, minlstm"),
         ({"mixer": "mingru", "normalize": True}, ValueError, r"use a mixer that has it \(minlstm\)"),
     ],
 )
@@ -301,6 +303,8 @@ def test_the_mixer_refuses_an_options_value() -> None:
         SequenceModel(ModelConfig(mixer="attention", num_heads=3, d_model=8))
     with pytest.raises(ValueError, match="candidate must be one of"):
         SequenceModel(ModelConfig(candidate="relu"))
+    with pytest.raises(ValueError, match="MinLSTM: signed must be False with normalize=False"):
+        SequenceModel(ModelConfig(mixer="minlstm", normalize=False, signed=True))
 
 
 def test_every_field_is_documented() -> None:

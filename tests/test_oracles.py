@@ -32,6 +32,7 @@ def affine(w: Weights, name: str, x: Tensor, parts: int = 1) -> list[Tensor]:
 
 
 # --- "Were RNNs All We Needed?", sections 3.1 and 3.2, with the candidate of appendix B ---------------------
+# --- Signed decays after "Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues" -------------
 
 CANDIDATES: dict[str, Callable[[Tensor], Tensor]] = {
     "positive": lambda c: torch.where(c >= 0, c + 0.5, sigmoid(c)),
@@ -40,24 +41,31 @@ CANDIDATES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def mingru(w: Weights, x: Tensor, *, candidate: str = "positive", **_: Any) -> Tensor:
+def mingru(w: Weights, x: Tensor, *, candidate: str = "positive", signed: bool = False, **_: Any) -> Tensor:
     h, states = torch.zeros(D_HIDDEN, dtype=x.dtype), []
     for step in x:
         z, c = affine(w, "rnn.*_ih_l0", step, 2)
-        h = (1 - sigmoid(z)) * h + sigmoid(z) * CANDIDATES[candidate](c)
+        h = (1 - (2 if signed else 1) * sigmoid(z)) * h + sigmoid(z) * CANDIDATES[candidate](c)
         states.append(h)
     return torch.stack(states)
 
 
 def minlstm(
-    w: Weights, x: Tensor, *, candidate: str = "positive", normalize: bool = True, **_: Any
+    w: Weights,
+    x: Tensor,
+    *,
+    candidate: str = "positive",
+    normalize: bool = True,
+    signed: bool = False,
+    **_: Any,
 ) -> Tensor:
     h, states = torch.zeros(D_HIDDEN, dtype=x.dtype), []
     for step in x:
         f, i, c = affine(w, "rnn.*_ih_l0", step, 3)
         f, i = sigmoid(f), sigmoid(i)
         total = f + i if normalize else 1
-        h = f / total * h + i / total * CANDIDATES[candidate](c)
+        decay = (f - i if signed else f) / total
+        h = decay * h + i / total * CANDIDATES[candidate](c)
         states.append(h)
     return torch.stack(states)
 
@@ -203,6 +211,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mingru-linear": ("mingru", {"candidate": "linear"}),
     "mingru-tanh-no-bias": ("mingru", {"candidate": "tanh", "bias": False}),
     "minlstm-unnormalised": ("minlstm", {"normalize": False, "forget_bias": 3.0}),
+    "mingru-signed": ("mingru", {"signed": True}),
+    "minlstm-signed": ("minlstm", {"signed": True, "candidate": "linear"}),
     "attention-window": ("attention", {"window": 5, "num_heads": 2}),
     "aaren-one-head-no-bias": ("aaren", {"num_heads": 1, "bias": False}),
     "s4d-inv": ("s4d", {"initialization": "inv", "d_state": 6}),

@@ -177,12 +177,13 @@ def test_engine_partitions(gate: str, threads: int, shape: tuple[int, int, int])
 # Logits of the first gate: forgets all in a few steps, in a few thousand, never.
 @compiled
 @pytest.mark.parametrize("shift", [0.0, 5.0, 12.0], ids=["fast", "slow", "hardly"])
-@pytest.mark.parametrize("gate", ["mingru", "minlstm"])
+@pytest.mark.parametrize("gate", ["mingru", "minlstm", "mingru_signed", "minlstm_signed"])
+@pytest.mark.parametrize("turned", [False, True], ids=["near 1", "near -1 or 0"])
 @directions
-def test_chunks_of_time(gate: str, shift: float, reverse: bool) -> None:
+def test_chunks_of_time(gate: str, shift: float, turned: bool, reverse: bool) -> None:
     """Chunks of one sequence that run at once know the state they start from, however slowly it fades."""
     pre, h0, _ = inputs(gate, 1, 9000, 40, torch.float32)
-    pre[0] += -shift if gate == "mingru" else shift
+    pre[0] += -shift if (GATES[gate].pre[0] == "z") != turned else shift
     dh = torch.randn(1, 9000, 40, generator=torch.Generator().manual_seed(1))
     arguments = (None, gate, "positive", reverse)
     exact = [x.double() for x in pre]
@@ -351,6 +352,31 @@ def test_normalised_minlstm_is_a_mingru(candidate: str) -> None:
     )
 
 
+@pytest.mark.parametrize("candidate", CANDIDATES)
+def test_signed_minlstm_is_a_signed_mingru(candidate: str) -> None:
+    (f, i, c), h0, _ = inputs("minlstm_signed", 2, 30, 4)
+    z = torch.nn.functional.logsigmoid(i) - torch.nn.functional.logsigmoid(f)
+    torch.testing.assert_close(
+        gated_scan("minlstm_signed", f, i, c, h0=h0, candidate=candidate),
+        gated_scan("mingru_signed", z, c, h0=h0, candidate=candidate),
+        rtol=1e-12,
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize("engine", MODULES)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("gate", ["mingru_signed", "minlstm_signed"])
+def test_signed_gates_count_modulo_two(gate: str, dtype: torch.dtype, engine: str) -> None:
+    """h becomes 1 - h at each one and stays at each zero, of any number of bits."""
+    bits = torch.randint(2, (2, 1000, 5), generator=torch.Generator().manual_seed(0))
+    z = (40.0 * (2 * bits - 1)).to(dtype)
+    pre = [z] if gate == "mingru_signed" else [-z, z]
+    h = MODULES[engine].forward([*pre, torch.ones_like(z)], None, None, gate, "linear", False)
+    assert torch.equal(h.round().long(), bits.cumsum(1) % 2)
+    assert (h.double() - h.round()).abs().max() < 1e-12
+
+
 def test_log_space_cross_check() -> None:
     """The paper's log-space form (appendix B; Heinsen, arXiv 2311.06281) agrees where it is accurate."""
     (z, c), _, _ = inputs("mingru", 2, 40, 4)
@@ -377,9 +403,10 @@ def test_extremes(gate: str, candidate: str, dtype: torch.dtype) -> None:
     exact = MODULES["reference"].forward([x.double() for x in pre], h0.double(), *arguments)
     dh = torch.ones_like(exact)
     gradients = MODULES["reference"].backward(dh, [x.double() for x in pre], exact, h0.double(), *arguments)
+    smallest = 5e-7 if gate.endswith("_signed") else 1e-30  # near zero a is as exact as a number near one
     for module in MODULES.values():
         h = module.forward(pre, h0, *arguments)
-        torch.testing.assert_close(h.double(), exact, rtol=3e-6, atol=1e-30)
+        torch.testing.assert_close(h.double(), exact, rtol=3e-6, atol=smallest)
         actual = module.backward(dh.to(dtype), pre, h, h0, *arguments)
         for x, y in zip(actual, gradients, strict=True):
             torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-6)

@@ -34,7 +34,10 @@ class ScanBench(TimedBench):
 
     shapes: tuple[str, ...] = ("8x256..4096x512",)
     """BxTxD: batch, length, channels; 64..1024 stands for 64, 128, 256, 512 and 1024."""
-    gates: tuple[Literal["mingru", "minlstm", "minlstm_unnormalised", "identity"], ...] = ("mingru",)
+    gates: tuple[
+        Literal["mingru", "minlstm", "minlstm_unnormalised", "mingru_signed", "minlstm_signed", "identity"],
+        ...,
+    ] = ("mingru",)
     """Gates of the recurrence (identity: the plain scan of a and b)."""
     packed: bool = False
     """Take the pre-activations side by side in one tensor, as a linear layer emits them."""

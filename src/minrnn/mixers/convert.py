@@ -59,7 +59,7 @@ class PairedMinLSTMCell(MinLSTMCell):
         return h, h.clone()
 
 
-def convert_rnns(module: nn.Module, *, candidate: str = "positive") -> nn.Module:
+def convert_rnns(module: nn.Module, *, candidate: str = "positive", signed: bool = False) -> nn.Module:
     """Replace every GRU and LSTM of torch.nn inside a model by its min counterpart, with fresh weights.
 
         nn.GRU -> MinGRU     nn.LSTM -> PairedMinLSTM     nn.GRUCell -> MinGRUCell
@@ -72,8 +72,9 @@ def convert_rnns(module: nn.Module, *, candidate: str = "positive") -> nn.Module
 
     Args:
         module: the model, changed in place; or a GRU or LSTM itself.
-        candidate: as in `MinGRU`: with "positive" no state falls below zero, with "tanh" they lie between -1
-            and 1 like those of a GRU.
+        candidate: as in `MinGRU`: unless signed, with "positive" no state falls below zero, with "tanh" they
+            lie between -1 and 1 like those of a GRU.
+        signed: as in `MinGRU` and `MinLSTM`: lets them track states that a GRU can, such as parity.
 
     Returns:
         The module; the replacement if the module itself is a GRU or LSTM.
@@ -97,23 +98,23 @@ def convert_rnns(module: nn.Module, *, candidate: str = "positive") -> nn.Module
     }
     for child, path in found.items():
         _check_convertible(child, path)
-    replacements = {child: _counterpart(child, candidate) for child in found}
+    replacements = {child: _counterpart(child, candidate, signed) for child in found}
     for path, child in list(module.named_modules(remove_duplicate=False)):
         if path and child in replacements:
             module.set_submodule(path, replacements[child])
     return replacements.get(module, module)
 
 
-def _counterpart(old: Any, candidate: str) -> nn.Module:
+def _counterpart(old: Any, candidate: str, signed: bool) -> nn.Module:
     """Make what replaces a torch.nn recurrent module."""
-    new = _COUNTERPARTS[type(old)](old, candidate)
+    new = _COUNTERPARTS[type(old)](old, candidate, signed)
     for name, parameter in new.named_parameters():
         parameter.requires_grad_(getattr(old, name).requires_grad)
     return new.train(old.training)
 
 
-def _layer(kind: type[MinGRU] | type[MinLSTM]) -> Callable[[Any, str], nn.Module]:
-    return lambda old, candidate: kind(
+def _layer(kind: type[MinGRU] | type[MinLSTM]) -> Callable[[Any, str, bool], nn.Module]:
+    return lambda old, candidate, signed: kind(
         old.input_size,
         old.hidden_size,
         num_layers=old.num_layers,
@@ -122,23 +123,25 @@ def _layer(kind: type[MinGRU] | type[MinLSTM]) -> Callable[[Any, str], nn.Module
         dropout=old.dropout,
         bidirectional=old.bidirectional,
         candidate=candidate,
+        signed=signed,
         device=old.weight_ih_l0.device,
         dtype=old.weight_ih_l0.dtype,
     )
 
 
-def _cell(kind: type[MinGRUCell] | type[MinLSTMCell]) -> Callable[[Any, str], nn.Module]:
-    return lambda old, candidate: kind(
+def _cell(kind: type[MinGRUCell] | type[MinLSTMCell]) -> Callable[[Any, str, bool], nn.Module]:
+    return lambda old, candidate, signed: kind(
         old.input_size,
         old.hidden_size,
         bias=old.bias,
         candidate=candidate,
+        signed=signed,
         device=old.weight_ih.device,
         dtype=old.weight_ih.dtype,
     )
 
 
-_COUNTERPARTS: dict[type[nn.Module], Callable[[Any, str], nn.Module]] = {
+_COUNTERPARTS: dict[type[nn.Module], Callable[[Any, str, bool], nn.Module]] = {
     nn.GRU: _layer(MinGRU),
     nn.LSTM: _layer(PairedMinLSTM),
     nn.GRUCell: _cell(MinGRUCell),

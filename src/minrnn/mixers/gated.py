@@ -10,10 +10,19 @@ from minrnn.mixers.projected import Recurrence
 from minrnn.ops import CANDIDATES, GATES
 
 FORGET_BIAS = 1.0
-"""How far towards keeping the gate starts, in logits; at 1 a cell keeps about 73 % of its state a step."""
+"""How far towards keeping the gate starts, in logits; at 1 a cell keeps about 73 % of its state a step.
 
-_KEEPS = {"mingru": -1, "minlstm": +1, "minlstm_unnormalised": +1}
-"""+1 where raising the gate's first pre-activation keeps more of the state, -1 where it keeps less."""
+A signed cell's decay, -1 to 1 instead of 0 to 1, starts as far towards +1: at 46 %, and at 0 without it.
+"""
+
+_KEEPS = {
+    "mingru": -1,
+    "minlstm": +1,
+    "minlstm_unnormalised": +1,
+    "mingru_signed": -1,
+    "minlstm_signed": +1,
+}
+"""+1 where raising the gate's first pre-activation moves the decay towards +1, -1 where it moves it away."""
 
 
 class GatedModule(nn.Module):
@@ -57,6 +66,11 @@ class GatedModule(nn.Module):
         self.candidate = candidate
         self.forget_bias = (FORGET_BIAS if bias else 0.0) if forget_bias is None else float(forget_bias)
         self._suffixes: list[str] = []
+
+    @property
+    def signed(self) -> bool:
+        """Whether decays lie in (-1, 1) instead of (0, 1)."""
+        return self.gate.endswith("_signed")
 
     def _add_projection(
         self, suffix: str, columns: int, device: torch.device | str | None, dtype: torch.dtype | None
@@ -104,6 +118,7 @@ class GatedModule(nn.Module):
         defaults = {
             **self.shown,
             "candidate": "positive",
+            "signed": False,
             "forget_bias": FORGET_BIAS if self.bias else 0.0,
         }
         parts = [f"{self.input_size}, {self.hidden_size}"]

@@ -3,6 +3,7 @@
 import torch
 
 from minrnn.mixers.cell import MinRNNCell
+from minrnn.mixers.gated import check_flags
 from minrnn.mixers.layer import MinRNN, MinRNNMixer
 
 
@@ -11,6 +12,7 @@ class MinGRU(MinRNN):
 
         z[t] = sigmoid(W_z x[t] + b_z)
         h[t] = (1 - z[t]) * h[t-1] + z[t] * g(W_h x[t] + b_h)
+        h[t] = (1 - 2 z[t]) * h[t-1] + z[t] * g(W_h x[t] + b_h)          with signed=True
 
     Constructor, shapes, unbatched input, defaults and parameter names are torch.nn.GRU's. `weight_ih_l{k}`
     holds the rows [z; candidate], `(2 * hidden_size, input_size)`; there is no `weight_hh`.
@@ -27,7 +29,11 @@ class MinGRU(MinRNN):
         candidate: g: "positive" (x + 0.5 for x >= 0, sigmoid(x) below; what the paper trains), "linear"
             (g(x) = x, the paper's plain form) or "tanh".
         forget_bias: taken from z's bias at initialisation, in logits, so that the cell forgets slowly at
-            the start; None is 1.0, or 0 without bias.
+            the start; None is 1.0, or 0 without bias. With signed=True it moves the decay as far towards +1,
+            so that the cell starts by keeping its state, not by turning it over.
+        signed: let decays lie in (-1, 1), from 1 - 2 z. With decays in (0, 1) no depth tracks parity at every
+            length; with these one channel does: at z = 1 and g = 1, h becomes 1 - h. The state is then no
+            mean of candidates, and not bounded by them: near z = 1, those of alternating sign add up.
         recompute: keep only the input and a few states for backward, and compute the rest again there: of
             what a layer keeps, a quarter, or half where its output is kept by what follows. A training step
             takes about a third longer. torch.func's transforms keep everything.
@@ -39,7 +45,8 @@ class MinGRU(MinRNN):
         ValueError: a size is not positive, dropout is no probability, the candidate is unknown, or a
             forget_bias is given without bias.
 
-    Source: "Were RNNs All We Needed?", section 3.1 and appendix B.
+    Source: "Were RNNs All We Needed?", section 3.1 and appendix B; for signed, Grazzi et al., "Unlocking
+    State-Tracking in Linear RNNs Through Negative Eigenvalues" (arXiv 2411.12537).
 
     Example:
         >>> rnn = MinGRU(10, 20, num_layers=2)
@@ -60,12 +67,13 @@ class MinGRU(MinRNN):
         *,
         candidate: str = "positive",
         forget_bias: float | None = None,
+        signed: bool = False,
         recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            "mingru",
+            _gate(type(self).__name__, signed),
             input_size=input_size,
             hidden_size=hidden_size,
             num_layers=num_layers,
@@ -85,6 +93,7 @@ class MinGRUCell(MinRNNCell):
     """Apply one step of a minGRU; a drop-in for `torch.nn.GRUCell`.
 
         h' = (1 - z) * h + z * g(W_h x + b_h),   z = sigmoid(W_z x + b_z)
+        h' = (1 - 2 z) * h + z * g(W_h x + b_h)          with signed=True
 
     Equal to `MinGRU` on a sequence of one step. `weight_ih` holds the rows [z; candidate], `(2 *
     hidden_size, input_size)`, and `bias_ih` likewise.
@@ -95,6 +104,7 @@ class MinGRUCell(MinRNNCell):
         bias: whether the projection has a bias.
         candidate: g, as in `MinGRU`.
         forget_bias: as in `MinGRU`.
+        signed: as in `MinGRU`.
         device: where the parameters live.
         dtype: the parameters' dtype.
 
@@ -102,7 +112,8 @@ class MinGRUCell(MinRNNCell):
         TypeError: an argument has the wrong type.
         ValueError: a size is not positive, the candidate is unknown, or a forget_bias is given without bias.
 
-    Source: "Were RNNs All We Needed?", section 3.1 and appendix B.
+    Source: "Were RNNs All We Needed?", section 3.1 and appendix B; for signed, Grazzi et al., "Unlocking
+    State-Tracking in Linear RNNs Through Negative Eigenvalues" (arXiv 2411.12537).
 
     Example:
         >>> cell, h = MinGRUCell(10, 20), torch.zeros(3, 20)
@@ -120,11 +131,12 @@ class MinGRUCell(MinRNNCell):
         *,
         candidate: str = "positive",
         forget_bias: float | None = None,
+        signed: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            "mingru",
+            _gate(type(self).__name__, signed),
             input_size=input_size,
             hidden_size=hidden_size,
             bias=bias,
@@ -143,6 +155,7 @@ class MinGRUMixer(MinRNNMixer):
         d_hidden: channels of the output and of the state.
         candidate: as in `MinGRU`.
         forget_bias: as in `MinGRU`.
+        signed: as in `MinGRU`.
         bias: as in `MinGRU`.
     """
 
@@ -153,9 +166,21 @@ class MinGRUMixer(MinRNNMixer):
         *,
         candidate: str = "positive",
         forget_bias: float | None = None,
+        signed: bool = False,
         bias: bool = True,
     ) -> None:
         super().__init__(d_model, d_hidden)
         self.rnn = MinGRU(
-            d_model, d_hidden, bias=bias, batch_first=True, candidate=candidate, forget_bias=forget_bias
+            d_model,
+            d_hidden,
+            bias=bias,
+            batch_first=True,
+            candidate=candidate,
+            forget_bias=forget_bias,
+            signed=signed,
         )
+
+
+def _gate(name: str, signed: bool) -> str:
+    check_flags(name, signed=signed)
+    return "mingru_signed" if signed else "mingru"

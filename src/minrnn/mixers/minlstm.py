@@ -13,7 +13,7 @@ class _Normalised(GatedModule):
     @property
     def normalize(self) -> bool:
         """Whether the gates are made to sum to one."""
-        return self.gate == "minlstm"
+        return self.gate != "minlstm_unnormalised"
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.normalize else ", normalize=False")
@@ -25,6 +25,7 @@ class MinLSTM(_Normalised, MinRNN):
         f[t] = sigmoid(W_f x[t] + b_f),   i[t] = sigmoid(W_i x[t] + b_i)
         h[t] = f'[t] * h[t-1] + i'[t] * g(W_h x[t] + b_h)
         f' = f / (f + i),   i' = i / (f + i)          f' = f,   i' = i   with normalize=False
+        h[t] = (f'[t] - i'[t]) * h[t-1] + i'[t] * g(W_h x[t] + b_h)      with signed=True
 
     Constructor, shapes, unbatched input, defaults and parameter names are torch.nn.LSTM's. `weight_ih_l{k}`
     holds the rows [f; i; candidate], `(3 * hidden_size, input_size)`; there is no `weight_hh`. State in and
@@ -42,8 +43,13 @@ class MinLSTM(_Normalised, MinRNN):
         candidate: g: "positive" (x + 0.5 for x >= 0, sigmoid(x) below; what the paper trains), "linear"
             (g(x) = x, the paper's plain form) or "tanh".
         forget_bias: added to f's bias at initialisation, in logits, so that the cell forgets slowly at the
-            start; None is 1.0, or 0 without bias.
+            start; None is 1.0, or 0 without bias. With signed=True it moves the decay as far towards +1, so
+            that the cell starts by keeping its state, not by turning it over.
         normalize: let the gates sum to one, which keeps the state's scale the same at every length.
+        signed: let decays lie in (-1, 1), from f' - i' = 1 - 2 i'; needs normalize. With decays in (0, 1) no
+            depth tracks parity at every length; with these one channel does: at i' = 1 and g = 1, h becomes
+            1 - h. The state is then no mean of candidates, and not bounded by them: near i' = 1, those of
+            alternating sign add up.
         recompute: keep only the input and a few states for backward, and compute the rest again there: of
             what a layer keeps, a fifth, or two where its output is kept by what follows. A training step
             takes about a third longer. torch.func's transforms keep everything.
@@ -53,9 +59,10 @@ class MinLSTM(_Normalised, MinRNN):
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: a size is not positive, dropout is no probability, the candidate is unknown, or a
-            forget_bias is given without bias.
+            forget_bias is given without bias, or signed is combined with normalize=False.
 
-    Source: "Were RNNs All We Needed?", section 3.2 and appendix B.
+    Source: "Were RNNs All We Needed?", section 3.2 and appendix B; for signed, Grazzi et al., "Unlocking
+    State-Tracking in Linear RNNs Through Negative Eigenvalues" (arXiv 2411.12537).
 
     Example:
         >>> rnn = MinLSTM(10, 20, bidirectional=True)
@@ -77,12 +84,13 @@ class MinLSTM(_Normalised, MinRNN):
         candidate: str = "positive",
         forget_bias: float | None = None,
         normalize: bool = True,
+        signed: bool = False,
         recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            _gate(type(self).__name__, normalize),
+            _gate(type(self).__name__, normalize, signed),
             input_size=input_size,
             hidden_size=hidden_size,
             num_layers=num_layers,
@@ -103,6 +111,7 @@ class MinLSTMCell(_Normalised, MinRNNCell):
 
         h' = f' * h + i' * g(W_h x + b_h),   f = sigmoid(W_f x + b_f),   i = sigmoid(W_i x + b_i)
         f' = f / (f + i),   i' = i / (f + i)          f' = f,   i' = i   with normalize=False
+        h' = (f' - i') * h + i' * g(W_h x + b_h)          with signed=True
 
     Equal to `MinLSTM` on a sequence of one step. `weight_ih` holds the rows [f; i; candidate], `(3 *
     hidden_size, input_size)`, and `bias_ih` likewise.
@@ -114,14 +123,17 @@ class MinLSTMCell(_Normalised, MinRNNCell):
         candidate: g, as in `MinLSTM`.
         forget_bias: as in `MinLSTM`.
         normalize: as in `MinLSTM`.
+        signed: as in `MinLSTM`.
         device: where the parameters live.
         dtype: the parameters' dtype.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: a size is not positive, the candidate is unknown, or a forget_bias is given without bias.
+        ValueError: a size is not positive, the candidate is unknown, a forget_bias is given without bias, or
+            signed is combined with normalize=False.
 
-    Source: "Were RNNs All We Needed?", section 3.2 and appendix B.
+    Source: "Were RNNs All We Needed?", section 3.2 and appendix B; for signed, Grazzi et al., "Unlocking
+    State-Tracking in Linear RNNs Through Negative Eigenvalues" (arXiv 2411.12537).
 
     Example:
         >>> cell, h = MinLSTMCell(10, 20), torch.zeros(3, 20)
@@ -140,11 +152,12 @@ class MinLSTMCell(_Normalised, MinRNNCell):
         candidate: str = "positive",
         forget_bias: float | None = None,
         normalize: bool = True,
+        signed: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            _gate(type(self).__name__, normalize),
+            _gate(type(self).__name__, normalize, signed),
             input_size=input_size,
             hidden_size=hidden_size,
             bias=bias,
@@ -164,6 +177,7 @@ class MinLSTMMixer(MinRNNMixer):
         candidate: as in `MinLSTM`.
         forget_bias: as in `MinLSTM`.
         normalize: as in `MinLSTM`.
+        signed: as in `MinLSTM`.
         bias: as in `MinLSTM`.
     """
 
@@ -175,6 +189,7 @@ class MinLSTMMixer(MinRNNMixer):
         candidate: str = "positive",
         forget_bias: float | None = None,
         normalize: bool = True,
+        signed: bool = False,
         bias: bool = True,
     ) -> None:
         super().__init__(d_model, d_hidden)
@@ -186,9 +201,15 @@ class MinLSTMMixer(MinRNNMixer):
             candidate=candidate,
             forget_bias=forget_bias,
             normalize=normalize,
+            signed=signed,
         )
 
 
-def _gate(name: str, normalize: bool) -> str:
-    check_flags(name, normalize=normalize)
+def _gate(name: str, normalize: bool, signed: bool) -> str:
+    check_flags(name, normalize=normalize, signed=signed)
+    if signed and not normalize:
+        # f - i lies in (-1, 1) as well, but no source defines it, and f' - i' tracks all that it could.
+        raise ValueError(f"{name}: signed must be False with normalize=False, got True; drop one of the two")
+    if signed:
+        return "minlstm_signed"
     return "minlstm" if normalize else "minlstm_unnormalised"

@@ -20,7 +20,7 @@ from minrnn.models.dropout import Dropout
 
 NORMS = ("layer", "rms", "none")
 
-MIXER_OPTIONS = ("candidate", "forget_bias", "normalize", "num_heads", "window", "d_state")
+MIXER_OPTIONS = ("candidate", "forget_bias", "normalize", "signed", "num_heads", "window", "d_state")
 """Fields of ModelConfig that belong to some mixers only and are handed on when they are set."""
 
 EMBEDDING_STD = 0.02
@@ -70,6 +70,8 @@ class ModelConfig:
     """mingru, minlstm: how far towards keeping its state a cell starts, in logits; unset: 1."""
     normalize: bool | None = None
     """minlstm: make the forget and input gates sum to one; unset: yes."""
+    signed: bool | None = None
+    """mingru, minlstm: let decays lie in (-1, 1) instead of (0, 1), to track states; unset: no."""
     num_heads: int | None = None
     """attention, aaren: heads; unset: 4."""
     window: int | None = None

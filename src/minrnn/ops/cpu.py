@@ -26,7 +26,12 @@ ISA: str = _cpu.isa
 """The instruction set that this processor was given: avx512_bf16, avx512, avx2 or baseline."""
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as in bind.cpp
-_GATES = {name: code for code, name in enumerate(("identity", "mingru", "minlstm", "minlstm_unnormalised"))}
+_GATES = {
+    name: code
+    for code, name in enumerate(
+        ("identity", "mingru", "minlstm", "minlstm_unnormalised", "mingru_signed", "minlstm_signed")
+    )
+}
 _CANDIDATES = {name: code for code, name in enumerate(("positive", "linear", "tanh"))}
 assert _GATES.keys() == GATES.keys(), "csrc/rows.h and gates.py must hold the same gates"
 assert _CANDIDATES.keys() == CANDIDATES.keys(), "csrc/rows.h and gates.py must hold the same candidates"

@@ -129,6 +129,30 @@ def _minlstm_unnormalised_partials(candidate: Candidate, f: Tensor, i: Tensor, c
     return (of_f, None, None), (None, of_i * candidate.value(c), torch.sigmoid(i) * candidate.slope(c))
 
 
+def _mingru_signed(candidate: Candidate, z: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    # 1 - 2 sigmoid(z) = -tanh(z / 2), which does not cancel where the decay changes its sign.
+    return -torch.tanh(z / 2), torch.sigmoid(z) * candidate.value(c)
+
+
+def _mingru_signed_partials(candidate: Candidate, z: Tensor, c: Tensor) -> Partials:
+    (of_a, _), of_b = _mingru_partials(candidate, z, c)
+    assert of_a is not None
+    return (2 * of_a, None), of_b
+
+
+def _minlstm_signed(candidate: Candidate, f: Tensor, i: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    # With u as in _minlstm, f / (f + i) - i / (f + i) = sigmoid(u) - sigmoid(-u) = tanh(u / 2).
+    u = logsigmoid(f) - logsigmoid(i)
+    return torch.tanh(u / 2), torch.sigmoid(-u) * candidate.value(c)
+
+
+def _minlstm_signed_partials(candidate: Candidate, f: Tensor, i: Tensor, c: Tensor) -> Partials:
+    (of_f, of_i, _), of_b = _minlstm_partials(candidate, f, i, c)
+    assert of_f is not None
+    assert of_i is not None
+    return (2 * of_f, 2 * of_i, None), of_b
+
+
 GATES: dict[str, Gate] = {
     # a and b themselves: the plain scan.
     "identity": Gate(("a", "b"), _identity, _identity_partials),
@@ -140,4 +164,8 @@ GATES: dict[str, Gate] = {
     "minlstm_unnormalised": Gate(
         ("f", "i", "candidate"), _minlstm_unnormalised, _minlstm_unnormalised_partials
     ),
+    # a = 1 - 2 z, b = z candidate: minGRU with a decay in (-1, 1), which can track parity (arXiv 2411.12537).
+    "mingru_signed": Gate(("z", "candidate"), _mingru_signed, _mingru_signed_partials),
+    # a = (f - i) / (f + i) = 1 - 2 i / (f + i), b = i / (f + i) candidate: the same of minLSTM.
+    "minlstm_signed": Gate(("f", "i", "candidate"), _minlstm_signed, _minlstm_signed_partials),
 }

@@ -65,6 +65,8 @@ def gated_scan(
         "mingru":                a = 1 - z,        b = z * g(c)
         "minlstm":               a = f / (f + i),  b = i / (f + i) * g(c)
         "minlstm_unnormalised":  a = f,            b = i * g(c)
+        "mingru_signed":         a = 1 - 2 z,      b = z * g(c)
+        "minlstm_signed":        a = (f - i) / (f + i),  b = i / (f + i) * g(c)
         "identity":              a, b as given: `scan`, with resets
 
     where z, f and i are the sigmoids of their pre-activations, c is the candidate's pre-activation, and g is
@@ -96,7 +98,8 @@ def gated_scan(
     >>> gated_scan("mingru", z, c).flatten().tolist()  # half old, half 1 + 0.5
     [0.75, 1.125]
 
-    Source: Feng et al., "Were RNNs All We Needed?" (arXiv 2410.01201), sections 3.1 and 3.2.
+    Source: Feng et al., "Were RNNs All We Needed?" (arXiv 2410.01201), sections 3.1 and 3.2; Grazzi et al.,
+    "Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues" (arXiv 2411.12537), for the signed.
     """
     if gate not in GATES:
         raise _unknown("gate", gate, GATES)

@@ -8,12 +8,13 @@ resets and direction are part of the same kernel.
 
 *Numbers.* Gates are computed in float32. A span is (1 - a, a, b), 1 - a as exact as a. What steps make of a
 state of zero is at most a share 1 - a of what the state can be; so is the error of joining spans in a tree,
-and it is forgotten at the rate 1 - a: it does not grow with T. Carries between programs are pairs of floats,
-and where h is float32, so is the state between steps: only a step's change is rounded, and what is lost where
-the change meets the state goes into the next change (Kahan's compensation). No doubles: they run at half of
-float32's rate where they are fast, and at a 64th elsewhere. Pairs cannot hold infinities: a state that
-overflows becomes NaN. Outputs of 16 bits need neither the pairs between steps nor exponentials to the last
-bit.
+and it is forgotten at the rate 1 - a: it does not grow with T. Signed gates have 1 - |a| in its place; near
+-1 their b is no small share, and rounding it costs what rounding a step's b costs. Carries between programs
+are pairs of floats, and where h is float32, so is the state between steps: only a step's change is rounded,
+and what is lost where the change meets the state goes into the next change (Kahan's compensation). No
+doubles: they run at half of float32's rate where they are fast, and at a 64th elsewhere. Pairs cannot hold
+infinities: a state that overflows becomes NaN. Outputs of 16 bits need neither the pairs between steps nor
+exponentials to the last bit.
 
 *Carries.* Programs take chunks from a counter, in the order of time, so that whom a program waits for has
 started already; what has started goes on while others wait (CUDA promises this from sm_70), so the first
@@ -150,7 +151,13 @@ def _candidate(x, CANDIDATE: tl.constexpr, EXACT: tl.constexpr):
 # ----------------------------------------------------------------------------------------------------------
 # Gates. `_<gate>` maps pre-activations to a, 1 - a, each of full relative accuracy, and b;
 # `_<gate>_partials` to a, 1 - a, and the numbers by which the adjoint of h is multiplied to give the
-# pre-activations' gradients.
+# pre-activations' gradients. Signed gates have 1 - |a| in the place of 1 - a, here and in all that follows;
+# their a is as exact as a number near one.
+
+
+@triton.constexpr_function
+def _signed(gate):
+    return gate == "mingru_signed" or gate == "minlstm_signed"
 
 
 @triton.jit
@@ -227,6 +234,44 @@ def _minlstm_unnormalised_partials(pre, h_prev, CANDIDATE: tl.constexpr, EXACT: 
 
 
 @triton.jit
+def _difference(kept, taken):
+    # kept - taken, of two that sum to one, and 1 - |kept - taken|.
+    complement = 2.0 * tl.minimum(kept, taken, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(kept < taken, complement - 1.0, 1.0 - complement), complement
+
+
+@triton.jit
+def _mingru_signed(pre, CANDIDATE: tl.constexpr, EXACT: tl.constexpr):  # a = 1 - 2 z, b = z * candidate
+    z, complement, c, _ = _mingru_values(pre, CANDIDATE, EXACT)
+    a, forgets = _difference(complement, z)
+    return a, forgets, z * c
+
+
+@triton.jit
+def _mingru_signed_partials(pre, h_prev, CANDIDATE: tl.constexpr, EXACT: tl.constexpr):
+    z, complement, c, slope = _mingru_values(pre, CANDIDATE, EXACT)
+    a, forgets = _difference(complement, z)
+    return a, forgets, ((c - 2.0 * h_prev) * (z * complement), z * slope)
+
+
+@triton.jit
+def _minlstm_signed(
+    pre, CANDIDATE: tl.constexpr, EXACT: tl.constexpr
+):  # a = (f - i) / (f + i), b = i / (f + i) * candidate
+    f, _, i, _, c, _ = _minlstm_values(pre, CANDIDATE, EXACT)
+    a, forgets = _difference(f, i)
+    return a, forgets, i * c
+
+
+@triton.jit
+def _minlstm_signed_partials(pre, h_prev, CANDIDATE: tl.constexpr, EXACT: tl.constexpr):
+    f, f_complement, i, i_complement, c, slope = _minlstm_values(pre, CANDIDATE, EXACT)
+    a, forgets = _difference(f, i)
+    of_share = (2.0 * h_prev - c) * (f * i)
+    return a, forgets, (of_share * f_complement, -of_share * i_complement, i * slope)
+
+
+@triton.jit
 def _recurrence(pre, GATE: tl.constexpr, CANDIDATE: tl.constexpr, EXACT: tl.constexpr):
     if GATE == "identity":
         step = (pre[0], 1.0 - pre[0], pre[1])
@@ -234,6 +279,10 @@ def _recurrence(pre, GATE: tl.constexpr, CANDIDATE: tl.constexpr, EXACT: tl.cons
         step = _mingru(pre, CANDIDATE, EXACT)
     elif GATE == "minlstm":
         step = _minlstm(pre, CANDIDATE, EXACT)
+    elif GATE == "mingru_signed":
+        step = _mingru_signed(pre, CANDIDATE, EXACT)
+    elif GATE == "minlstm_signed":
+        step = _minlstm_signed(pre, CANDIDATE, EXACT)
     else:
         tl.static_assert(GATE == "minlstm_unnormalised", "no such gate")
         step = _minlstm_unnormalised(pre, CANDIDATE, EXACT)
@@ -248,6 +297,10 @@ def _partials(pre, h_prev, GATE: tl.constexpr, CANDIDATE: tl.constexpr, EXACT: t
         step = _mingru_partials(pre, h_prev, CANDIDATE, EXACT)
     elif GATE == "minlstm":
         step = _minlstm_partials(pre, h_prev, CANDIDATE, EXACT)
+    elif GATE == "mingru_signed":
+        step = _mingru_signed_partials(pre, h_prev, CANDIDATE, EXACT)
+    elif GATE == "minlstm_signed":
+        step = _minlstm_signed_partials(pre, h_prev, CANDIDATE, EXACT)
     else:
         tl.static_assert(GATE == "minlstm_unnormalised", "no such gate")
         step = _minlstm_unnormalised_partials(pre, h_prev, CANDIDATE, EXACT)
@@ -276,7 +329,10 @@ def _is_negative(x):
 @triton.jit
 def _code(a, complement, GATE: tl.constexpr, EXACT: tl.constexpr):
     # The decay as one number: a itself, or where 1 - a is the smaller, that, negative, minus zero included.
-    if EXACT and GATE != "identity":
+    # Of signed gates always 1 - |a|, negative where a is not.
+    if EXACT and _signed(GATE):
+        return tl.where(a < 0, complement, complement * -1.0)
+    elif EXACT and GATE != "identity":
         return tl.where(complement < 0.5, complement * -1.0, a)
     else:
         return a
@@ -291,6 +347,9 @@ def _advance(state, decay, b, GATE: tl.constexpr, EXACT: tl.constexpr):
         if GATE == "identity":
             keep = tl.where(decay >= 0.5, 1.0, tl.where(decay <= -0.5, -1.0, 0.0)).to(decay.dtype)
             rest = decay - keep  # exact for |a| <= 2
+        elif _signed(GATE):
+            keep = tl.where(_is_negative(decay), 1.0, -1.0).to(decay.dtype)
+            rest = decay
         else:
             keep = tl.where(_is_negative(decay), 1.0, 0.0).to(decay.dtype)
             rest = decay
@@ -306,7 +365,8 @@ def _where(condition, a, b):
 
 # ----------------------------------------------------------------------------------------------------------
 # Spans (1 - a, a, b): what some steps make of the state before them, a * state + b. Where a reset forgets the
-# state before, infinities and NaN included, 1 - a is written as infinity.
+# state before, infinities and NaN included, 1 - a is written as infinity. The spans of signed gates hold
+# 1 - |a| in its place, so that they are as exact near -1 as near 1: SIGNED.
 
 
 @triton.jit
@@ -317,15 +377,50 @@ def _join(complement, a, b, next_complement, next_a, next_b):
 
 
 @triton.jit
-def _join_with_resets(complement, a, b, next_complement, next_a, next_b):
-    joined_complement, joined_a, joined_b = _join(complement, a, b, next_complement, next_a, next_b)
+def _unless_reset(joined, complement, next_complement, next_b):
+    # Two spans joined, where a reset may stand in either of them.
     forgets = next_complement == float("inf")
     either = forgets | (complement == float("inf"))
     return (
-        tl.where(either, float("inf"), joined_complement),
-        tl.where(either, 0.0, joined_a),
-        tl.where(forgets, next_b, joined_b),
+        tl.where(either, float("inf"), joined[0]),
+        tl.where(either, 0.0, joined[1]),
+        tl.where(forgets, next_b, joined[2]),
     )
+
+
+@triton.jit
+def _join_with_resets(complement, a, b, next_complement, next_a, next_b):
+    joined = _join(complement, a, b, next_complement, next_a, next_b)
+    return _unless_reset(joined, complement, next_complement, next_b)
+
+
+@triton.jit
+def _parts_of_decay(complement, a, SIGNED: tl.constexpr):
+    # keep in {-1, 0, 1} and rest, whose sum is the decay, as exact as the smaller of |a| and its complement.
+    near = complement < 0.5
+    keep = tl.where(near, 1.0, 0.0).to(a.dtype)
+    if SIGNED:
+        keep = tl.where(a < 0, -keep, keep)
+        return keep, tl.where(near, -keep * complement, a)
+    else:
+        return keep, tl.where(near, -complement, a)
+
+
+@triton.jit
+def _join_signed(complement, a, b, next_complement, next_a, next_b):
+    complement = tl.fma(next_complement, tl.abs(a), complement)
+    product = a * next_a
+    near = tl.where(product < 0, complement - 1.0, 1.0 - complement)
+    # Near -1, b is no small share of the state, and two of them may cancel.
+    keep, rest = _parts_of_decay(next_complement, next_a, True)
+    b = tl.fma(rest, b, tl.fma(keep, b, next_b))
+    return complement, tl.where(complement < 0.75, near, product), b
+
+
+@triton.jit
+def _join_signed_with_resets(complement, a, b, next_complement, next_a, next_b):
+    joined = _join_signed(complement, a, b, next_complement, next_a, next_b)
+    return _unless_reset(joined, complement, next_complement, next_b)
 
 
 @triton.jit
@@ -335,11 +430,9 @@ def _forgetting(span, forgets):
 
 
 @triton.jit
-def _apply(span, carry, RESETS: tl.constexpr):
+def _apply(span, carry, RESETS: tl.constexpr, SIGNED: tl.constexpr):
     # The pair after a span, given the pair before it: as `_advance`.
-    near = span[0] < 0.5
-    keep = tl.where(near, 1.0, 0.0).to(span[0].dtype)
-    rest = tl.where(near, -span[0], span[1])
+    keep, rest = _parts_of_decay(span[0], span[1], SIGNED)
     after = _two_sum(keep * carry[0], tl.fma(rest, carry[0], tl.fma(keep, carry[1], span[2])))
     if RESETS:
         after = _where(span[0] == float("inf"), (span[2], 0.0), after)
@@ -361,14 +454,18 @@ def _halves(x, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _whole(span, WARPS: tl.constexpr, RESETS: tl.constexpr):
+def _whole(span, WARPS: tl.constexpr, RESETS: tl.constexpr, SIGNED: tl.constexpr):
     # The steps of each span as one: neighbours are joined, then neighbouring pairs, and so on.
     complement, a, b = span
     for _ in tl.static_range(_log2(a.shape[0] // WARPS)):
         complement, next_complement = _halves(complement, WARPS)
         a, next_a = _halves(a, WARPS)
         b, next_b = _halves(b, WARPS)
-        if RESETS:
+        if SIGNED and RESETS:
+            complement, a, b = _join_signed_with_resets(complement, a, b, next_complement, next_a, next_b)
+        elif SIGNED:
+            complement, a, b = _join_signed(complement, a, b, next_complement, next_a, next_b)
+        elif RESETS:
             complement, a, b = _join_with_resets(complement, a, b, next_complement, next_a, next_b)
         else:
             complement, a, b = _join(complement, a, b, next_complement, next_a, next_b)
@@ -376,9 +473,13 @@ def _whole(span, WARPS: tl.constexpr, RESETS: tl.constexpr):
 
 
 @triton.jit
-def _prefixes(span, RESETS: tl.constexpr):
+def _prefixes(span, RESETS: tl.constexpr, SIGNED: tl.constexpr):
     # Row i: the spans up to and including i, as one.
-    if RESETS:
+    if SIGNED and RESETS:
+        return tl.associative_scan(span, 0, _join_signed_with_resets)
+    elif SIGNED:
+        return tl.associative_scan(span, 0, _join_signed)
+    elif RESETS:
         return tl.associative_scan(span, 0, _join_with_resets)
     else:
         return tl.associative_scan(span, 0, _join)
@@ -479,7 +580,7 @@ def _neutral(GATE: tl.constexpr):
     # Pre-activations of a step that changes nothing: they stand where time has ended.
     if GATE == "identity":
         return 1.0, 0.0
-    elif GATE == "mingru":
+    elif GATE == "mingru" or GATE == "mingru_signed":
         return float("-inf"), 0.0
     else:
         return float("inf"), float("-inf"), 0.0
@@ -573,7 +674,7 @@ def _wait(word, seen, bits):
 @triton.jit
 def _carry(
     board, span, start, unit, units, chunk, last, at, inside, size, WARPS: tl.constexpr, GROUP: tl.constexpr,
-    RESETS: tl.constexpr,
+    RESETS: tl.constexpr, SIGNED: tl.constexpr,
 ):  # fmt: skip
     # The pair with which the chunk begins; leaves what later chunks need on the board.
     ends = (tl.arange(0, WARPS)[:, None] == WARPS - 1) & inside
@@ -597,7 +698,7 @@ def _carry(
         complement = tl.load(theirs, mask=there, other=0.0, volatile=True)
         a = tl.load(theirs + size, mask=there, other=1.0, volatile=True)
         b = tl.load(theirs + 2 * size, mask=there, other=0.0, volatile=True)
-        complement, a, b = _prefixes((complement, a, b), RESETS)
+        complement, a, b = _prefixes((complement, a, b), RESETS, SIGNED)
         before = (_last_row(complement), _last_row(a), _last_row(b))
     _wait(word, seen, tl.where(group > 0, CARRY, 0))
     theirs = board[2] + group.to(tl.int64) * 2 * size + at
@@ -606,9 +707,9 @@ def _carry(
     low = tl.load(theirs + size, mask=there, other=0.0, volatile=True)
     carry = (high, low)
     if GROUP > 1:
-        carry = _apply(before, carry, RESETS)
+        carry = _apply(before, carry, RESETS, SIGNED)
     if (member == GROUP - 1) & (chunk < last):
-        end = _apply(span, carry, RESETS)
+        end = _apply(span, carry, RESETS, SIGNED)
         next_ptr = board[2] + (group.to(tl.int64) + 1) * 2 * size + at
         _publish(next_ptr, end[0], ends)
         _publish(next_ptr + size, end[1], ends)
@@ -620,16 +721,18 @@ def _carry(
 @triton.jit
 def _starts(
     board, span, start, unit, units, chunk, last, at, inside, size, WARPS: tl.constexpr, GROUP: tl.constexpr,
-    RESETS: tl.constexpr, EXACT: tl.constexpr,
+    RESETS: tl.constexpr, SIGNED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     # The pairs with which the spans begin.
     if WARPS > 1:
-        span = _prefixes(span, RESETS)
+        span = _prefixes(span, RESETS, SIGNED)
     carry = (start, tl.full(start.shape, 0.0, start.dtype))
     if board is not None:
-        carry = _carry(board, span, start, unit, units, chunk, last, at, inside, size, WARPS, GROUP, RESETS)
+        carry = _carry(
+            board, span, start, unit, units, chunk, last, at, inside, size, WARPS, GROUP, RESETS, SIGNED,
+        )  # fmt: skip
     if WARPS > 1:
-        high, low = _apply(span, carry, RESETS)
+        high, low = _apply(span, carry, RESETS, SIGNED)
         high = _shifted(high)
         if EXACT:
             low = _shifted(low)
@@ -672,8 +775,9 @@ def forward_kernel(
         if reset is not None:
             span = _forgetting(span, _of_rows(resets, r, WARPS))
         state = _starts(
-            board, _whole(span, WARPS, reset is not None), start, unit, units, chunk, last, b * D + d, inside,
-            tl.cast(B, tl.int64) * D, WARPS, GROUP, reset is not None, EXACT,
+            board, _whole(span, WARPS, reset is not None, _signed(GATE)), start, unit, units, chunk, last,
+            b * D + d, inside, tl.cast(B, tl.int64) * D, WARPS, GROUP, reset is not None, _signed(GATE),
+            EXACT,
         )  # fmt: skip
     states = ()
     for i in tl.static_range(STEPS):
@@ -721,8 +825,9 @@ def backward_kernel(
             forgets = _of_rows(resets, r, WARPS)
             span = _forgetting((complement, a, tl.where(forgets, 0.0, a * incoming)), forgets)
         adjoint = _starts(
-            board, _whole(span, WARPS, reset is not None), tl.full(d.shape, 0.0, REAL), unit, units, chunk,
-            last, b * D + d, inside, tl.cast(B, tl.int64) * D, WARPS, GROUP, reset is not None, EXACT,
+            board, _whole(span, WARPS, reset is not None, _signed(GATE)), tl.full(d.shape, 0.0, REAL), unit,
+            units, chunk, last, b * D + d, inside, tl.cast(B, tl.int64) * D, WARPS, GROUP, reset is not None,
+            _signed(GATE), EXACT,
         )  # fmt: skip
     adjoint = _two_sum(adjoint[0], adjoint[1] + incomings[0])
     adjoints = (adjoint[0],)
