@@ -13,7 +13,7 @@ from minrnn.experiments.published import published
 from minrnn.experiments.trained import Plan, TrainedExperiment, bests, by_kind, points, spread
 from minrnn.experiments.variants import model_of
 from minrnn.models import SequenceModel
-from minrnn.tasks import TextConfig
+from minrnn.tasks import TextConfig, TextTask
 from minrnn.training import RunConfig, load_recipe
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 RECIPE = "shakespeare-best"
 NANOGPT = published("1.4697", "nanoGPT's README, the lowest of 20 evaluations")
+
+WINDOW = 256
+"""nanoGPT's."""
 
 RIVAL_WIDTH, RIVAL_HEADS, RIVAL_RATE = 192, 6, 2e-3
 """nanoGPT's block at this width has six layers of about as many parameters as the recipe's model."""
@@ -50,10 +53,11 @@ class ShakespeareBest(TrainedExperiment[Size]):
     question = (
         "The recipe `shakespeare-best`: six minGRU blocks, trained on two cores, against nanoGPT's published "
         "loss on the same split, and beside a Transformer of about as many parameters in nanoGPT's block, on "
-        "the same tokens. Losses are nats a character of the last step's weights on the whole last tenth: in "
-        "windows of 256 from the empty state, as nanoGPT measures, and with the state carried through the "
-        "text, as a recurrence is used. nanoGPT's figure is the lowest of its evaluations; here no "
-        "evaluation chose the weights, though settings were chosen by looking at this loss."
+        "the same tokens. Losses are nats a character on the whole last tenth: in windows of 256 from the "
+        "empty state, as nanoGPT measures, and with the state carried through the text, as a recurrence is "
+        "used. As nanoGPT does, the weights are those of the best of 20 evaluations on the same part (here "
+        "on its first 20,000 characters, with the state carried), and the settings were chosen by looking at "
+        "it."
     )
     changes = (
         "nanoGPT: 10.65 M parameters, 82 million tokens, about three minutes on an A100. There is no other "
@@ -68,7 +72,10 @@ class ShakespeareBest(TrainedExperiment[Size]):
         yield Plan(mixer, {"mixer": mixer}, _run(size, mixer), 1)
 
     def examine(self, model: SequenceModel, config: RunConfig, size: Size) -> dict[str, Any]:
-        return {}  # the last weights are what counts, and were measured
+        assert isinstance(config.task, TextConfig)
+        return {
+            "test": TextTask(replace(config.task, window=min(config.task.window, WINDOW))).evaluate(model)
+        }
 
     def tables(self, records: Sequence[Record]) -> list[Table]:
         head = ["model", "parameters", "tokens", "seeds", "windows of 256", "state carried", "minutes"]
@@ -78,8 +85,8 @@ class ShakespeareBest(TrainedExperiment[Size]):
                 f"{runs[0]['result']['parameters']:,}",
                 f"{runs[0]['result']['tokens'] / 1e6:.1f} M",
                 str(len(runs)),
-                f"**{spread(bests(runs, 'val_loss_windowed'), 4)}**",
-                f"**{spread(bests(runs, 'val_loss'), 4)}**",
+                f"**{spread(bests(runs, 'test', 'val_loss_windowed'), 4)}**",
+                f"**{spread(bests(runs, 'test', 'val_loss'), 4)}**",
                 spread(bests(runs, "seconds"), 1, scale=1 / 60),
             ]
             for (mixer,), runs in by_kind(records, "mixer").items()
@@ -89,16 +96,15 @@ class ShakespeareBest(TrainedExperiment[Size]):
 
     def draw(self, records: Sequence[Record]) -> Figure:
         figure, panels = new_figure(1, 2)
-        panels_of = {"val_loss_windowed": "windows of 256", "val_loss": "state carried"}
-        for axes, (metric, title) in zip(panels, panels_of.items(), strict=True):
+        shown = {"val_loss_windowed": "in windows as long as those trained on", "val_loss": "state carried"}
+        for axes, (metric, title) in zip(panels, shown.items(), strict=True):
             runs = by_kind(records, "mixer")
             lines = {mixer: points(found[0], metric, "seconds") for (mixer,), found in runs.items()}
             draw_lines(
                 axes, {m: [(s / 60, loss) for s, loss in line] for m, line in lines.items()}, marker=""
             )
-            axes.axhline(float(NANOGPT.text), color="0.6", linestyle=":", label=f"nanoGPT {NANOGPT}")
-            axes.set_ylim(1.38, 1.7)
-            finish(axes, title, "minutes of training", "validation loss, nats a character", names="legend")
+            axes.set_ylim(1.35, 1.7)
+            finish(axes, f"first 20,000 characters, {title}", "minutes of training", "nats a character")
         return figure
 
 
