@@ -8,13 +8,13 @@ resets and direction are part of the same kernel.
 
 *Numbers.* Gates are computed in float32. A span is (1 - a, a, b), 1 - a as exact as a. What steps make of a
 state of zero is at most a share 1 - a of what the state can be; so is the error of joining spans in a tree,
-and it is forgotten at the rate 1 - a: it does not grow with T. Signed gates have 1 - |a| in its place; near
--1 their b is no small share, and rounding it costs what rounding a step's b costs. Carries between programs
-are pairs of floats, and where h is float32, so is the state between steps: only a step's change is rounded,
-and what is lost where the change meets the state goes into the next change (Kahan's compensation). No
-doubles: they run at half of float32's rate where they are fast, and at a 64th elsewhere. Pairs cannot hold
-infinities: a state that overflows becomes NaN. Outputs of 16 bits need neither the pairs between steps nor
-exponentials to the last bit.
+and it is forgotten at the rate 1 - a: it does not grow with T. Signed gates have 1 + a in its place where a
+is negative; near -1 their b is no small share, and rounding it costs what rounding a step's b costs. Carries
+between programs are pairs of floats, and where h is float32, so is the state between steps: only a step's
+change is rounded, and what is lost where the change meets the state goes into the next change (Kahan's
+compensation). No doubles: they run at half of float32's rate where they are fast, and at a 64th elsewhere.
+Pairs cannot hold infinities: a state that overflows becomes NaN. Outputs of 16 bits need neither the pairs
+between steps nor exponentials to the last bit.
 
 *Carries.* Programs take chunks from a counter, in the order of time, so that whom a program waits for has
 started already; what has started goes on while others wait (CUDA promises this from sm_70), so the first
@@ -151,8 +151,8 @@ def _candidate(x, CANDIDATE: tl.constexpr, EXACT: tl.constexpr):
 # ----------------------------------------------------------------------------------------------------------
 # Gates. `_<gate>` maps pre-activations to a, 1 - a, each of full relative accuracy, and b;
 # `_<gate>_partials` to a, 1 - a, and the numbers by which the adjoint of h is multiplied to give the
-# pre-activations' gradients. Signed gates have 1 - |a| in the place of 1 - a, here and in all that follows;
-# their a is as exact as a number near one.
+# pre-activations' gradients. Signed gates have in the place of 1 - a, here and in all that follows, the rest
+# a - keep with keep = 1 or -1, of full relative accuracy; the rest's sign, minus zero included, tells keep.
 
 
 @triton.constexpr_function
@@ -234,24 +234,50 @@ def _minlstm_unnormalised_partials(pre, h_prev, CANDIDATE: tl.constexpr, EXACT: 
 
 
 @triton.jit
+def _is_negative(x):
+    if x.dtype == tl.float64:
+        return x.to(tl.int64, bitcast=True) < 0
+    else:
+        return x.to(tl.int32, bitcast=True) < 0
+
+
+@triton.jit
+def _flip(x, sign):
+    # x, with its sign changed where the other number has one.
+    if x.dtype == tl.float64:
+        bits = sign.to(tl.int64, bitcast=True) & -9223372036854775808
+        return (x.to(tl.int64, bitcast=True) ^ bits).to(tl.float64, bitcast=True)
+    else:
+        bits = sign.to(tl.int32, bitcast=True) & -2147483648
+        return (x.to(tl.int32, bitcast=True) ^ bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _kept(rest):
+    # keep of a signed decay
+    return tl.where(_is_negative(rest), 1.0, -1.0).to(rest.dtype)
+
+
+@triton.jit
 def _difference(kept, taken):
-    # kept - taken, of two that sum to one, and 1 - |kept - taken|.
-    complement = 2.0 * tl.minimum(kept, taken, propagate_nan=tl.PropagateNan.ALL)
-    return tl.where(kept < taken, complement - 1.0, 1.0 - complement), complement
+    # kept - taken, of two that sum to one, and its rest.
+    change = 2.0 * tl.minimum(kept, taken, propagate_nan=tl.PropagateNan.ALL)
+    rest = tl.where(kept < taken, change, change * -1.0)
+    return rest + _kept(rest), rest
 
 
 @triton.jit
 def _mingru_signed(pre, CANDIDATE: tl.constexpr, EXACT: tl.constexpr):  # a = 1 - 2 z, b = z * candidate
     z, complement, c, _ = _mingru_values(pre, CANDIDATE, EXACT)
-    a, forgets = _difference(complement, z)
-    return a, forgets, z * c
+    a, rest = _difference(complement, z)
+    return a, rest, z * c
 
 
 @triton.jit
 def _mingru_signed_partials(pre, h_prev, CANDIDATE: tl.constexpr, EXACT: tl.constexpr):
     z, complement, c, slope = _mingru_values(pre, CANDIDATE, EXACT)
-    a, forgets = _difference(complement, z)
-    return a, forgets, ((c - 2.0 * h_prev) * (z * complement), z * slope)
+    a, rest = _difference(complement, z)
+    return a, rest, ((c - 2.0 * h_prev) * (z * complement), z * slope)
 
 
 @triton.jit
@@ -259,16 +285,16 @@ def _minlstm_signed(
     pre, CANDIDATE: tl.constexpr, EXACT: tl.constexpr
 ):  # a = (f - i) / (f + i), b = i / (f + i) * candidate
     f, _, i, _, c, _ = _minlstm_values(pre, CANDIDATE, EXACT)
-    a, forgets = _difference(f, i)
-    return a, forgets, i * c
+    a, rest = _difference(f, i)
+    return a, rest, i * c
 
 
 @triton.jit
 def _minlstm_signed_partials(pre, h_prev, CANDIDATE: tl.constexpr, EXACT: tl.constexpr):
     f, f_complement, i, i_complement, c, slope = _minlstm_values(pre, CANDIDATE, EXACT)
-    a, forgets = _difference(f, i)
+    a, rest = _difference(f, i)
     of_share = (2.0 * h_prev - c) * (f * i)
-    return a, forgets, (of_share * f_complement, -of_share * i_complement, i * slope)
+    return a, rest, (of_share * f_complement, -of_share * i_complement, i * slope)
 
 
 @triton.jit
@@ -319,19 +345,11 @@ def _two_sum(a, b):  # a + b, and what its rounding loses
 
 
 @triton.jit
-def _is_negative(x):
-    if x.dtype == tl.float64:
-        return x.to(tl.int64, bitcast=True) < 0
-    else:
-        return x.to(tl.int32, bitcast=True) < 0
-
-
-@triton.jit
 def _code(a, complement, GATE: tl.constexpr, EXACT: tl.constexpr):
     # The decay as one number: a itself, or where 1 - a is the smaller, that, negative, minus zero included.
-    # Of signed gates always 1 - |a|, negative where a is not.
+    # Of signed gates always the rest.
     if EXACT and _signed(GATE):
-        return tl.where(a < 0, complement, complement * -1.0)
+        return complement
     elif EXACT and GATE != "identity":
         return tl.where(complement < 0.5, complement * -1.0, a)
     else:
@@ -348,7 +366,7 @@ def _advance(state, decay, b, GATE: tl.constexpr, EXACT: tl.constexpr):
             keep = tl.where(decay >= 0.5, 1.0, tl.where(decay <= -0.5, -1.0, 0.0)).to(decay.dtype)
             rest = decay - keep  # exact for |a| <= 2
         elif _signed(GATE):
-            keep = tl.where(_is_negative(decay), 1.0, -1.0).to(decay.dtype)
+            keep = _kept(decay)
             rest = decay
         else:
             keep = tl.where(_is_negative(decay), 1.0, 0.0).to(decay.dtype)
@@ -366,7 +384,7 @@ def _where(condition, a, b):
 # ----------------------------------------------------------------------------------------------------------
 # Spans (1 - a, a, b): what some steps make of the state before them, a * state + b. Where a reset forgets the
 # state before, infinities and NaN included, 1 - a is written as infinity. The spans of signed gates hold
-# 1 - |a| in its place, so that they are as exact near -1 as near 1: SIGNED.
+# the rest in its place, so that they are as exact near -1 as near 1, and do not use their a: SIGNED.
 
 
 @triton.jit
@@ -395,32 +413,17 @@ def _join_with_resets(complement, a, b, next_complement, next_a, next_b):
 
 
 @triton.jit
-def _parts_of_decay(complement, a, SIGNED: tl.constexpr):
-    # keep in {-1, 0, 1} and rest, whose sum is the decay, as exact as the smaller of |a| and its complement.
-    near = complement < 0.5
-    keep = tl.where(near, 1.0, 0.0).to(a.dtype)
-    if SIGNED:
-        keep = tl.where(a < 0, -keep, keep)
-        return keep, tl.where(near, -keep * complement, a)
-    else:
-        return keep, tl.where(near, -complement, a)
+def _join_signed(rest, a, b, next_rest, next_a, next_b):
+    forgets = tl.fma(tl.abs(next_rest), 1.0 - tl.abs(rest), tl.abs(rest))  # 1 - |a|
+    joined = _flip(_flip(forgets * -1.0, rest), next_rest)
+    # Near -1, b is no small share of the state, and two of them may cancel: so keep first, then the rest.
+    return joined, joined, tl.fma(next_rest, b, next_b - _flip(b, next_rest))
 
 
 @triton.jit
-def _join_signed(complement, a, b, next_complement, next_a, next_b):
-    complement = tl.fma(next_complement, tl.abs(a), complement)
-    product = a * next_a
-    near = tl.where(product < 0, complement - 1.0, 1.0 - complement)
-    # Near -1, b is no small share of the state, and two of them may cancel.
-    keep, rest = _parts_of_decay(next_complement, next_a, True)
-    b = tl.fma(rest, b, tl.fma(keep, b, next_b))
-    return complement, tl.where(complement < 0.75, near, product), b
-
-
-@triton.jit
-def _join_signed_with_resets(complement, a, b, next_complement, next_a, next_b):
-    joined = _join_signed(complement, a, b, next_complement, next_a, next_b)
-    return _unless_reset(joined, complement, next_complement, next_b)
+def _join_signed_with_resets(rest, a, b, next_rest, next_a, next_b):
+    joined = _join_signed(rest, a, b, next_rest, next_a, next_b)
+    return _unless_reset(joined, rest, next_rest, next_b)
 
 
 @triton.jit
@@ -432,7 +435,13 @@ def _forgetting(span, forgets):
 @triton.jit
 def _apply(span, carry, RESETS: tl.constexpr, SIGNED: tl.constexpr):
     # The pair after a span, given the pair before it: as `_advance`.
-    keep, rest = _parts_of_decay(span[0], span[1], SIGNED)
+    if SIGNED:
+        keep = _kept(span[0])
+        rest = span[0]
+    else:
+        near = span[0] < 0.5
+        keep = tl.where(near, 1.0, 0.0).to(span[0].dtype)
+        rest = tl.where(near, -span[0], span[1])
     after = _two_sum(keep * carry[0], tl.fma(rest, carry[0], tl.fma(keep, carry[1], span[2])))
     if RESETS:
         after = _where(span[0] == float("inf"), (span[2], 0.0), after)
@@ -695,7 +704,8 @@ def _carry(
         other = tl.arange(0, GROUP)[:, None]
         theirs = board[1] + (group.to(tl.int64) * GROUP + other) * 3 * size + at
         there = inside & (other < member)
-        complement = tl.load(theirs, mask=there, other=0.0, volatile=True)
+        # Minus zero, because that is the rest of a decay of 1.
+        complement = tl.load(theirs, mask=there, other=-0.0, volatile=True)
         a = tl.load(theirs + size, mask=there, other=1.0, volatile=True)
         b = tl.load(theirs + 2 * size, mask=there, other=0.0, volatile=True)
         complement, a, b = _prefixes((complement, a, b), RESETS, SIGNED)
