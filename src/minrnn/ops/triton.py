@@ -152,7 +152,9 @@ def _candidate(x, CANDIDATE: tl.constexpr, EXACT: tl.constexpr):
 # Gates. `_<gate>` maps pre-activations to a, 1 - a, each of full relative accuracy, and b;
 # `_<gate>_partials` to a, 1 - a, and the numbers by which the adjoint of h is multiplied to give the
 # pre-activations' gradients. Signed gates have in the place of 1 - a, here and in all that follows, the rest
-# a - keep with keep = 1 or -1, of full relative accuracy; the rest's sign, minus zero included, tells keep.
+# a - keep with keep = 1 or -1, of full relative accuracy; the rest's sign tells keep, so it is never zero:
+# Triton has no literal of minus zero, and a sum of it and zeros would lose it.
+_LEAST = tl.constexpr(1e-37)
 
 
 @triton.constexpr_function
@@ -260,8 +262,8 @@ def _kept(rest):
 
 @triton.jit
 def _difference(kept, taken):
-    # kept - taken, of two that sum to one, and its rest.
-    change = 2.0 * tl.minimum(kept, taken, propagate_nan=tl.PropagateNan.ALL)
+    # kept - taken, of two that sum to one, and its rest, which is never zero.
+    change = tl.fma(tl.minimum(kept, taken, propagate_nan=tl.PropagateNan.ALL), 2.0, _LEAST)
     rest = tl.where(kept < taken, change, change * -1.0)
     return rest + _kept(rest), rest
 
@@ -704,8 +706,8 @@ def _carry(
         other = tl.arange(0, GROUP)[:, None]
         theirs = board[1] + (group.to(tl.int64) * GROUP + other) * 3 * size + at
         there = inside & (other < member)
-        # Minus zero, because that is the rest of a decay of 1.
-        complement = tl.load(theirs, mask=there, other=-0.0, volatile=True)
+        nothing: tl.constexpr = -_LEAST if SIGNED else 0.0
+        complement = tl.load(theirs, mask=there, other=nothing, volatile=True)
         a = tl.load(theirs + size, mask=there, other=1.0, volatile=True)
         b = tl.load(theirs + 2 * size, mask=there, other=0.0, volatile=True)
         complement, a, b = _prefixes((complement, a, b), RESETS, SIGNED)
