@@ -26,8 +26,8 @@ class Episodes:
         actions: (N, A) float32; or (N,) int64, numbers of discrete actions from 0.
         rewards: (N,) float32, what followed each action.
         ends: (E,) int64, strictly increasing to N: the index one past each episode's last step.
-        terminated: (E,) bool. True: the environment ended the episode (a fall, a goal); False: it was cut off,
-            by a time limit or by the end of the recording.
+        terminated: (E,) bool. True: the environment ended the episode (a fall, a goal); False: a time limit
+            or the end of the recording cut it off.
         environment: gymnasium's id where it is known.
         about: where the data come from: `source` ("local", "d4rl", "minari" or "file"), `name`, and what else
             their writer said (for local data the quality, the algorithm and what its policy reached).
@@ -141,7 +141,7 @@ class Episodes:
         digest = hashlib.sha256()
         for array in (self.observations, self.actions, self.rewards, self.ends, self.terminated):
             digest.update(f"{array.dtype.str}{array.shape}".encode())
-            digest.update(memoryview(np.ascontiguousarray(array)).cast("B"))
+            digest.update(array.tobytes())
         return digest.hexdigest()
 
     def _check_shapes(self) -> None:
