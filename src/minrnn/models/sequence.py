@@ -177,8 +177,8 @@ class SequenceModel(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(_make_block(config) for _ in range(config.num_layers))
-        self.norm = _make_norm(config)
+        self.blocks = make_blocks(config)
+        self.norm = make_norm(config)
         # Tied: no second name for one matrix, so that a checkpoint holds it once.
         self.head = (
             None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -206,27 +206,54 @@ class SequenceModel(nn.Module):
         """
         self._check(tokens, state, reset)
         x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
-        states: list[BlockState] = []
-        for index, block in enumerate(self.blocks):
-            x, block_state = block(x, None if state is None else state[index], reset=reset)
-            states.append(block_state)
+        x, state = run_blocks(self.blocks, x, state, reset=reset)
         head = self.embedding.weight if self.head is None else self.head.weight
-        return functional.linear(self.norm(x), head), tuple(states)
+        return functional.linear(self.norm(x), head), state
 
     def _check(self, tokens: Tensor, state: ModelState | None, reset: Tensor | None) -> None:
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"SequenceModel: tokens must be int64, got {tokens.dtype}")
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"SequenceModel: tokens must be (B, T) with T >= 1, got {tuple(tokens.shape)}")
-        if state is not None and len(state) != len(self.blocks):
-            raise ValueError(f"SequenceModel: state must have {len(self.blocks)} blocks, got {len(state)}")
-        for tensor in () if state is None else _tensors(state):
-            if tensor.shape[:1] != tokens.shape[:1]:
-                raise ValueError(
-                    f"SequenceModel: the first axis of each state tensor must be the batch, {len(tokens)}, "
-                    f"got shape {tuple(tensor.shape)}"
-                )
+        check_state("SequenceModel", state, len(self.blocks), len(tokens))
         check_reset("SequenceModel", reset, tuple(tokens.shape))
+
+
+def make_blocks(config: ModelConfig) -> nn.ModuleList:
+    """Make the blocks of a model, `num_layers` of them."""
+    return nn.ModuleList(_make_block(config) for _ in range(config.num_layers))
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """Make a norm over the channels of the residual stream."""
+    if config.norm == "none":
+        return nn.Identity()
+    if config.norm == "layer":
+        return nn.LayerNorm(config.d_model, bias=config.bias)
+    return nn.RMSNorm(config.d_model)
+
+
+def run_blocks(
+    blocks: nn.ModuleList, x: Tensor, state: ModelState | None, *, reset: Tensor | None
+) -> tuple[Tensor, ModelState]:
+    """Run x `(B, T, d_model)` through one block after the other; return that and the state of each."""
+    states: list[BlockState] = []
+    for index, block in enumerate(blocks):
+        x, block_state = block(x, None if state is None else state[index], reset=reset)
+        states.append(block_state)
+    return x, tuple(states)
+
+
+def check_state(name: str, state: ModelState | None, num_blocks: int, batch: int) -> None:
+    """Raise ValueError unless `state` is None or one of so many blocks and rows; `name` starts the message."""
+    if state is not None and len(state) != num_blocks:
+        raise ValueError(f"{name}: state must have {num_blocks} blocks, got {len(state)}")
+    for tensor in () if state is None else _tensors(state):
+        if tensor.shape[:1] != (batch,):
+            raise ValueError(
+                f"{name}: the first axis of each state tensor must be the batch, {batch}, got shape "
+                f"{tuple(tensor.shape)}"
+            )
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: Any) -> Any:
@@ -254,18 +281,10 @@ def _make_block(config: ModelConfig) -> Block:
     )
     return Block(
         MIXERS[config.mixer](width, config.d_hidden, **config.mixer_options),
-        make_norm=partial(_make_norm, config),
+        make_norm=partial(make_norm, config),
         conv=conv,
         mlp=mlp,
         residual=config.residual,
         dropout=config.dropout,
         bias=config.bias,
     )
-
-
-def _make_norm(config: ModelConfig) -> nn.Module:
-    if config.norm == "none":
-        return nn.Identity()
-    if config.norm == "layer":
-        return nn.LayerNorm(config.d_model, bias=config.bias)
-    return nn.RMSNorm(config.d_model)
