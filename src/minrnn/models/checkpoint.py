@@ -28,7 +28,7 @@ KINDS: dict[str, Callable[[Mapping[str, Any]], Model]] = {
     "sequence": lambda values: SequenceModel(ModelConfig.from_dict(values)),
     "decision": lambda values: DecisionModel(DecisionConfig.from_dict(values)),
 }
-"""What makes each kind of model from the settings in its checkpoint; one that names no kind is a sequence's."""
+"""What makes a model of each kind from a checkpoint's settings; where no kind is named, it is sequence."""
 
 FORMAT_VERSION = 1
 """Raised when a checkpoint of an older version of the package could not be read as it is."""
@@ -55,9 +55,7 @@ def save_checkpoint(directory: Path, model: Model, *, extra: Mapping[str, JSON] 
         write_model(folder, model, extra=extra)
 
 
-def load_checkpoint(
-    directory: Path, *, device: torch.device | str = "cpu"
-) -> tuple[Model, dict[str, JSON]]:
+def load_checkpoint(directory: Path, *, device: torch.device | str = "cpu") -> tuple[Model, dict[str, JSON]]:
     """Read a model that `save_checkpoint` wrote; if it is replaced meanwhile, read the new one instead.
 
     Args:

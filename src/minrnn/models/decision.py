@@ -95,7 +95,9 @@ class DecisionConfig:
         finite = self.target_return is None or math.isfinite(self.target_return)
         self._require("target_return", finite, "finite")
         if self.trunk.tie_embeddings:
-            raise ValueError("DecisionConfig: trunk.tie_embeddings must be off: a policy has no token embedding")
+            raise ValueError(
+                "DecisionConfig: trunk.tie_embeddings must be off, as there are no tokens to embed"
+            )
 
     def _require(self, name: str, condition: bool, what: str) -> None:
         if not condition:
@@ -131,15 +133,18 @@ class DecisionConfig:
 class DecisionModel(nn.Module):
     """A causal model of episodes: embed -> norm -> blocks -> norm -> head, an action for every step.
 
-        token    = norm(W_R R[t] / scale + W_s (s[t] - mean) / std + W_a a[t-1] / bound (+ time[t]))   joined
-        tokens   = norm(W_a a[t-1] / bound), norm(W_R R[t] / scale), norm(W_s ...), time[t] in each    interleaved
-        action   = bound * tanh(W y[t] + b)             continuous
-        logits   = W y[t] + b                           discrete
+        A, R, S = W_a a[t-1] / bound + b_a, W_r R[t] / scale + b_r, W_s (s[t] - mean) / std + b_s
+        tokens  = norm(A + time[t]), norm(R + time[t]), norm(S + time[t])       interleaved
+        token   = norm(A + R + S + time[t])                                     joined
+        token   = norm(S + time[t])                                             observation
+        action  = bound * tanh(W y[t] + b)                                      continuous
+        logits  = W y[t] + b                                                    discrete
 
-    R is the return still to come, y the trunk's output at the observation's token. The order of the
-    interleaved tokens is that of Decision Transformer, (R, s, a) again and again, begun one token earlier:
-    so each step is three tokens wherever a sequence starts, and a start is a reset of the step's first token.
-    Means, deviations and bounds are buffers, saved with the weights; a task takes them from its data.
+    R[t] is the return still to come, a[t-1] the action before, y the trunk's output at the token of the
+    observation; time is there where `max_steps` is. The interleaved tokens have the order of Decision
+    Transformer, (R, s, a) again and again, begun one token earlier: so each step is three tokens wherever a
+    sequence starts, and a start is a reset of the step's first token. Means, deviations and bounds are
+    buffers, saved with the weights; a task takes them from its data.
 
     A step is a call with T = 1, and however an episode is cut into calls, its actions are those of one call.
     Nothing limits its length, unless `max_steps` does.

@@ -245,7 +245,7 @@ def run_blocks(
 
 
 def check_state(name: str, state: ModelState | None, num_blocks: int, batch: int) -> None:
-    """Raise ValueError unless `state` is None or one of so many blocks and rows; `name` starts the message."""
+    """Raise ValueError unless `state` is None or of so many blocks and rows; `name` starts the message."""
     if state is not None and len(state) != num_blocks:
         raise ValueError(f"{name}: state must have {num_blocks} blocks, got {len(state)}")
     for tensor in () if state is None else _tensors(state):
