@@ -43,11 +43,14 @@ ROOF = 9  # the package's own __init__ and __main__
 
 # The one place of each third party; torch is everywhere.
 HOMES = {
+    "gymnasium": ("tasks/",),
+    "h5py": ("tasks/recordings.py",),
+    "imageio": ("cli/",),
     "matplotlib": ("training/log.py", "benchmarks/", "experiments/"),
     "numpy": ("tasks/", "benchmarks/", "experiments/"),
-    "platformdirs": ("tasks/sources.py",),
-    "pooch": ("tasks/sources.py",),
-    "rich": ("cli/", "training/log.py", "benchmarks/"),
+    "platformdirs": ("tasks/downloads.py",),
+    "pooch": ("tasks/downloads.py",),
+    "rich": ("cli/", "training/log.py", "benchmarks/", "tasks/downloads.py"),
     "safetensors": ("models/checkpoint.py",),
     "tensorboard": ("training/log.py",),
     "torch": ("",),

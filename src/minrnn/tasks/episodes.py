@@ -126,9 +126,7 @@ class Episodes:
         """Return the data and their size in one line, for a log."""
         name = self.about.get("name") or self.environment or "episodes"
         source = f" ({self.about['source']})" if "source" in self.about else ""
-        actions = (
-            f"{self.num_actions} discrete actions" if self.is_discrete else f"{self.action_size} actions"
-        )
+        actions = f"one of {self.num_actions}" if self.is_discrete else f"of {self.action_size}"
         return (
             f"{name}{source}: {len(self):,} steps in {self.num_episodes:,} episodes, observations of "
             f"{self.observation_size}, actions {actions}, return {self.returns.mean():,.1f} on average "
@@ -185,10 +183,10 @@ class Episodes:
             array = getattr(self, name)
             is_finite = np.isfinite(array)
             if not is_finite.all():
-                step = int(np.argwhere(~is_finite)[0][0])
+                first = tuple(np.argwhere(~is_finite)[0])
                 raise ValueError(
-                    f"Episodes: {name} must be finite, got {array[step]} at step {step} and "
-                    f"{np.count_nonzero(~is_finite)} such numbers in all; leave out their episodes"
+                    f"Episodes: {name} must be finite, got {array[first]} at step {first[0]}, the first of "
+                    f"{np.count_nonzero(~is_finite)} such numbers; leave out their episodes"
                 )
         if self.is_discrete and self.actions.min() < 0:
             raise ValueError(f"Episodes: discrete actions must be at least 0, got {self.actions.min()}")

@@ -167,7 +167,7 @@ def _read_d4rl(file: h5py.File, path: Path) -> Episodes:
     lengths = {name: len(array) for name, array in zip(D4RL_FIELDS, arrays, strict=True)}
     _check_lengths("/", lengths, lengths["observations"])
     observations = arrays[0].astype(np.float32, copy=False)
-    rewards, terminals, timeouts = (array.reshape(len(observations), -1).squeeze(1) for array in arrays[2:])
+    rewards, terminals, timeouts = map(_as_column, D4RL_FIELDS[2:], arrays[2:])
     terminated = terminals.astype(np.bool_)
     is_last = terminated | timeouts.astype(np.bool_)
     is_last[-1:] = True
@@ -184,6 +184,13 @@ def _read_d4rl(file: h5py.File, path: Path) -> Episodes:
         file.attrs.get("environment"),
         about,
     )
+
+
+def _as_column(name: str, values: NDArray[Any]) -> NDArray[Any]:
+    """Return (N,) from that or (N, 1)."""
+    if values.size != len(values):
+        raise ValueError(f"/: {name} must hold one number a step, got {values.shape}")
+    return values.reshape(-1)
 
 
 def _joints(
