@@ -45,7 +45,7 @@ ROOF = 9  # the package's own __init__ and __main__
 HOMES = {
     "gymnasium": ("tasks/",),
     "h5py": ("tasks/recordings.py",),
-    "imageio": ("cli/",),
+    "imageio": ("tasks/film.py",),
     "matplotlib": ("training/log.py", "benchmarks/", "experiments/"),
     "numpy": ("tasks/", "benchmarks/", "experiments/"),
     "platformdirs": ("tasks/downloads.py",),

@@ -204,6 +204,18 @@ def test_what_is_carried_does_not_grow(mixer: str) -> None:
     assert grows == (mixer == "attention")  # which keeps every key where nothing bounds it
 
 
+@pytest.mark.parametrize("window", [0, WINDOW])
+def test_an_environment_may_write_into_the_same_memory_again(window: int) -> None:
+    model, seen = build(window=window), observations()
+    policy, other = Policy(model), Policy(model)
+    buffer, earned = seen[:, 0].clone().numpy(), rewards()[:, 0].clone().numpy()
+    for t in range(WINDOW):
+        buffer[:], earned[:] = seen[:, t], t
+        action = policy.act(buffer, earned)
+        assert torch.equal(action, other.act(seen[:, t], torch.full((B,), float(t))))
+        buffer[:], earned[:] = -1.0, -1.0
+
+
 def test_the_state_holds_no_history_of_gradients() -> None:
     policy = Policy(build().train())
     policy.act(torch.zeros(S))

@@ -90,7 +90,8 @@ class Policy:
 
     def _read_observation(self, observation: Any) -> tuple[Tensor, bool]:
         like = self.model.observation_mean
-        observations = torch.as_tensor(observation, dtype=like.dtype, device=like.device)
+        # A copy: it is remembered, and its owner may write the next observation into the same memory.
+        observations = torch.as_tensor(observation, dtype=like.dtype, device=like.device).clone()
         single = observations.dim() == 1
         rows = observations.unsqueeze(0) if single else observations
         size = self.model.config.observation_size

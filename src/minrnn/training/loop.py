@@ -49,8 +49,8 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False, log: RunLog
 
     Returns:
         What results.json holds: the metrics of the last weights on the whole validation split; `best`, those
-        of the best evaluation during training, and its step; tokens, seconds, parameters, mixer, device,
-        machine, versions and commit.
+        of the best evaluation during training, and its step; the unit of a loss; tokens, seconds, parameters,
+        mixer, device, machine, versions and commit.
 
     Raises:
         FileExistsError: `run_dir` holds something and `resume` is False.
@@ -229,6 +229,7 @@ class Run:
             "parameters": self.parameters,
             "step": step,
             **metrics,
+            "unit": self.task.unit,
             "best": self.state.best,
             "tokens": self.state.tokens,
             "seconds": self._seconds(),
