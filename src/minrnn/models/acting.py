@@ -76,7 +76,7 @@ class Policy:
         observations, single = self._read_observation(observation)
         starts = self._read_reset(reset, len(observations))
         memory = self._memory
-        if memory is None or bool(starts.all()):
+        if memory is None or (starts is not None and bool(starts.all())):
             memory = _Memory.at_start(self.model, observations, self.target_return)
         else:
             memory = memory.after(self._read_reward(reward, starts), starts, self.target_return)
@@ -103,33 +103,35 @@ class Policy:
             raise ValueError("act: observation must be finite, got infinity or NaN")
         return rows, single
 
-    def _read_reset(self, reset: Any, batch: int) -> Tensor:
-        device = self.model.observation_mean.device
-        if reset is None:
-            starts = torch.full((batch,), self._memory is None, device=device)
-        else:
-            starts = torch.as_tensor(reset, device=device)
+    def _read_reset(self, reset: Any, batch: int) -> Tensor | None:
+        """Return which rows begin an episode, `(B,)`; None is none of them."""
+        known = batch if self._memory is None else len(self._memory.times)
+        starts = None
+        if reset is not None and reset is not False:
+            starts = torch.as_tensor(reset, device=self.model.observation_mean.device)
             if starts.dtype != torch.bool or starts.shape not in ((), (batch,)):
                 raise ValueError(
                     f"act: reset must be bool, one or ({batch},), got {starts.dtype} {tuple(starts.shape)}"
                 )
-            starts = starts.expand(batch)
-        known = batch if self._memory is None else len(self._memory.times)
-        if known != batch and not starts.all():
+            starts = starts.expand(batch) if starts.any() else None
+        if known != batch and (starts is None or not starts.all()):
             raise ValueError(
                 f"act: observation must be of {known} environments until all start anew, got {batch}"
             )
         return starts
 
-    def _read_reward(self, reward: Any, starts: Tensor) -> Tensor:
+    def _read_reward(self, reward: Any, starts: Tensor | None) -> Tensor:
         if reward is None:
             if self.model.config.conditioned:
                 raise ValueError("act: reward must be given after an episode's first step")
             reward = 0.0
-        rewards = torch.as_tensor(reward, dtype=torch.float64, device=starts.device)
-        if rewards.shape not in ((), starts.shape):
-            raise ValueError(f"act: reward must be one or {tuple(starts.shape)}, got {tuple(rewards.shape)}")
-        rewards = rewards.expand(starts.shape).masked_fill(starts, 0.0)
+        assert self._memory is not None
+        shape = self._memory.times.shape
+        rewards = torch.as_tensor(reward, dtype=torch.float64, device=self._memory.times.device)
+        if rewards.shape not in ((), shape):
+            raise ValueError(f"act: reward must be one or {tuple(shape)}, got {tuple(rewards.shape)}")
+        if starts is not None:
+            rewards = rewards.expand(shape).masked_fill(starts, 0.0)
         if not rewards.isfinite().all():
             raise ValueError("act: reward must be finite, got infinity or NaN")
         return rewards
@@ -144,9 +146,11 @@ class _Memory:
     previous: Tensor
     """(B, A), or (B,) of discrete actions: the last."""
     times: Tensor
-    """(B,) int64: steps since each episode began; where it is 0, the context is another episode's."""
+    """(B,) int64: steps since each episode began."""
     context: ModelState | Steps | None
     """The carried state, or the steps that are read anew; None where there is none."""
+    starts: Tensor | None = None
+    """(B,) bool: rows whose context is another episode's; None: no row's is."""
 
     @classmethod
     def at_start(cls, model: DecisionModel, observations: Tensor, target: float | None) -> Self:
@@ -159,15 +163,15 @@ class _Memory:
             previous = observations.new_zeros(B, config.action_size)
         return cls(returns, previous, torch.zeros(B, dtype=torch.int64, device=device), None)
 
-    def after(self, rewards: Tensor, starts: Tensor, target: float | None) -> Self:
+    def after(self, rewards: Tensor, starts: Tensor | None, target: float | None) -> Self:
         """The rewards are in; the rows that are marked begin an episode."""
         returns, previous, times = self.returns - rewards, self.previous, self.times + 1
-        if starts.any():
+        if starts is not None:
             returns = returns.masked_fill(starts, target or 0.0)
             marked = starts.view(-1, *[1] * (previous.dim() - 1))
             previous = previous.masked_fill(marked, 0 if previous.is_floating_point() else NOTHING_DONE)
             times = times.masked_fill(starts, 0)
-        return replace(self, returns=returns, previous=previous, times=times)
+        return replace(self, returns=returns, previous=previous, times=times, starts=starts)
 
     def now(self, observations: Tensor) -> Steps:
         """Return the present step of every row, T = 1."""
@@ -177,22 +181,21 @@ class _Memory:
 
 def _choose(model: DecisionModel, memory: _Memory, observations: Tensor) -> tuple[Tensor, _Memory]:
     """Return the actions, `(B, A)` or `(B,)`, and what is remembered after them."""
-    now, context = memory.now(observations), memory.context
+    now = memory.now(observations)
+    context: ModelState | Steps
     if model.config.window:
-        assert context is None or isinstance(context, Steps)
-        steps, state = _recent(context, now, model.config.window), None
+        assert memory.context is None or isinstance(memory.context, Steps)
+        context = _recent(memory.context, now, model.config.window)
+        outputs, _ = _evaluate(model, context, None, _starts_within(context))
     else:
-        assert not isinstance(context, Steps)
-        steps, state = now, context
-    starts = steps.times == 0
-    if state is None:
-        starts[:, 0] = False  # nothing is there to forget, and a call without resets is faster
-    outputs, state = _evaluate(model, steps, state, starts if starts.any() else None)
+        assert not isinstance(memory.context, Steps)
+        reset = None if memory.starts is None else memory.starts.unsqueeze(1)
+        outputs, context = _evaluate(model, now, memory.context, reset)
     last = outputs[:, -1]
     if not last.isfinite().all():
         raise RuntimeError("act: the model's actions are not finite; its training has diverged")
     actions = last.argmax(dim=-1) if model.config.discrete else last
-    return actions, replace(memory, previous=actions, context=steps if model.config.window else state)
+    return actions, replace(memory, previous=actions, context=context)
 
 
 def _evaluate(
@@ -216,3 +219,10 @@ def _recent(context: Steps | None, now: Steps, window: int) -> Steps:
         return now
     keep = min(window, int(now.times.max()) + 1)
     return Steps(*(torch.cat([old, new], dim=1)[:, -keep:] for old, new in zip(context, now, strict=True)))
+
+
+def _starts_within(steps: Steps) -> Tensor | None:
+    """Mark the episodes' first steps, `(B, T)`; None where there are none but at the very start."""
+    starts = steps.times == 0
+    starts[:, 0] = False  # nothing is there to forget, and a call without resets is faster
+    return starts if starts.any() else None
