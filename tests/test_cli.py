@@ -113,7 +113,9 @@ def test_every_option_of_every_command_is_explained(name: str, capsys: pytest.Ca
     for option in options:
         words = re.sub(r"\s*│?\n│?\s*", " ", option)
         assert re.search(r"[a-z]{2,}.*\. \(default:", words), words
-    assert len(options) >= {"demo": 2, "train": 40, "sample": 8, "evaluate": 3, "act": 7}.get(name, 0)
+    assert len(options) >= {"demo": 2, "train": 40, "sample": 8, "evaluate": 3, "act": 7, "make-data": 6}.get(
+        name, 0
+    )
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])

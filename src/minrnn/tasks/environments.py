@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     import gymnasium
 
+    Environment: TypeAlias = gymnasium.Env[Any, Any]
+
 INSTALL = "install it with pip install 'minrnn[rl]'"
 
 
-def make_environment(name: str, **options: Any) -> gymnasium.Env[Any, Any]:
+def make_environment(name: str, **options: Any) -> Environment:
     """Return gymnasium's environment `name`.
 
     Args:
@@ -31,6 +33,7 @@ def make_environment(name: str, **options: Any) -> gymnasium.Env[Any, Any]:
             f"make_environment: {name} needs gymnasium, which is not here; {INSTALL}"
         ) from missing
     try:
+        _hear_mujoco(name)
         with warnings.catch_warnings():  # that there is a newer version is no news to who names this one
             warnings.filterwarnings("ignore", message=".*out of date.*", category=DeprecationWarning)
             return gymnasium.make(name, **options)
@@ -44,3 +47,23 @@ def make_environment(name: str, **options: Any) -> gymnasium.Env[Any, Any]:
         raise ValueError(
             f"make_environment: name must be one that gymnasium knows, got {name!r}; {hint}"
         ) from (unknown)
+
+
+def _hear_mujoco(name: str) -> None:
+    """Turn MuJoCo's warnings, which it would write into a file in the working folder, into Python's.
+
+    But for one on a spelling in gymnasium's own description of older robots, which is nobody's concern here.
+    """
+    import gymnasium
+
+    if not str(gymnasium.spec(name).entry_point).startswith("gymnasium.envs.mujoco"):
+        return
+    import mujoco
+
+    if mujoco.get_mju_user_warning() is None:
+        mujoco.set_mju_user_warning(_warn)
+
+
+def _warn(text: str) -> None:
+    if "settotalmass" not in text:
+        warnings.warn(f"MuJoCo: {text}", RuntimeWarning, stacklevel=2)

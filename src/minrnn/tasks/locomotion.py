@@ -13,11 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from minrnn.tasks.downloads import download, supplied_file
+from minrnn.tasks.downloads import cache_folder, download, supplied_file
 from minrnn.tasks.episodes import Episodes
 from minrnn.tasks.recordings import read_episodes
 
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
+LOCAL_FOLDER = "local/"  # begins the names of local data
 D4RL_QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert", "full-replay")
 
 
@@ -64,10 +65,10 @@ def find_episodes(source: str, environment: str | None = None) -> Episodes:
     """Return the episodes that `source` names.
 
     Args:
-        source: the path of a file or a Minari data set's folder; the name of one of D4RL's locomotion data
-        sets,
-            such as hopper-medium-v2, which is downloaded on first use; or the id of a Minari data set on this
-            machine, such as mujoco/hopper/medium-v0.
+        source: the path of a file or of a Minari data set's folder; a name of local data as `minrnn
+            make-data` writes them, such as local/Hopper-v5-medium; the name of one of D4RL's locomotion data
+            sets, such as hopper-medium-v2, which is downloaded on first use; or the id of a Minari data set
+            on this machine, such as mujoco/hopper/medium-v0.
         environment: gymnasium's id; by default what the data say.
 
     Raises:
@@ -77,6 +78,9 @@ def find_episodes(source: str, environment: str | None = None) -> Episodes:
     """
     if Path(source).expanduser().exists():
         return read_episodes(source, environment)
+    if source.startswith(LOCAL_FOLDER):
+        episodes = read_episodes(_find_local(source), environment)
+        return replace(episodes, about={**episodes.about, "name": source})
     if source in D4RL_NAMES:
         episodes = read_episodes(fetch_d4rl(source), environment or _reference(source).environment)
         return replace(episodes, about={**episodes.about, "source": "d4rl", "name": source})
@@ -85,8 +89,8 @@ def find_episodes(source: str, environment: str | None = None) -> Episodes:
     near = difflib.get_close_matches(source, D4RL_NAMES, n=1)
     hint = f"did you mean {near[0]}?" if near else f"Minari's data sets are looked for in {minari_folder('')}"
     raise ValueError(
-        f"find_episodes: source must be an existing file or folder, one of D4RL's data sets or the id of one "
-        f"of Minari's that is on this machine, got {source!r}; {hint}"
+        f"find_episodes: source must be an existing file or folder, a name of local data, one of D4RL's data "
+        f"sets or the id of one of Minari's that is on this machine, got {source!r}; {hint}"
     )
 
 
@@ -119,10 +123,37 @@ def fetch_d4rl(name: str, url: str | None = None) -> Path:
     return download("fetch_d4rl", f"{url}/{file_name}", file_name, check=lambda path: _check_d4rl(path, name))
 
 
+def local_name(environment: str, quality: str, seed: int = 0) -> str:
+    """Return what locally made data are called: local/Hopper-v5-medium; other seeds than 0 add -seed1.
+
+    Args:
+        environment: gymnasium's id.
+        quality: random, medium, medium-replay or medium-expert.
+        seed: of what was trained and recorded.
+    """
+    which = f"-seed{seed}" if seed else ""
+    return f"{LOCAL_FOLDER}{environment.replace('/', '-')}-{quality}{which}"
+
+
+def local_path(name: str) -> Path:
+    """Return where data of that local name are made: a file in the cache folder."""
+    return cache_folder() / f"{name}.hdf5"
+
+
 def minari_folder(name: str) -> Path:
     """Return where Minari keeps a data set: below MINARI_DATASETS_PATH, or .minari/datasets at home."""
     root = os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets"
     return Path(root, name)
+
+
+def _find_local(name: str) -> Path:
+    """Return the file of a local name: below the folder that MINRNN_DATA names, or in the cache folder."""
+    path = supplied_file(f"{name}.hdf5") or local_path(name)
+    if not path.is_file():
+        raise ValueError(
+            f"find_episodes: {name} must have been made, got no {path}; `minrnn make-data` makes such data"
+        )
+    return path
 
 
 def _file_name(name: str) -> str:
