@@ -327,6 +327,22 @@ def test_what_is_no_hdf5_file_is_refused(tmp_path: Path) -> None:
             read_episodes(tmp_path / missing)
 
 
+def test_damage_anywhere_is_refused_or_does_no_harm(tmp_path: Path) -> None:
+    episodes, following = made_up()
+    whole = write(tmp_path / "a.hdf5", d4rl_fields(episodes, following)).read_bytes()
+    random, refused = np.random.default_rng(0), 0
+    for _ in range(40):
+        damaged = bytearray(whole)
+        for place in random.integers(len(whole), size=5):
+            damaged[place] = random.integers(256)
+        (tmp_path / "a.hdf5").write_bytes(damaged)
+        try:
+            read_episodes(tmp_path / "a.hdf5")
+        except ValueError:
+            refused += 1
+    assert refused > 5
+
+
 # --- Minari's layout -------------------------------------------------------------------------------------
 
 

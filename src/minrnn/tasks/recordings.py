@@ -30,6 +30,7 @@ D4RL_FIELDS = ("observations", "actions", "rewards", "terminals", "timeouts")
 MINARI_FIELDS = ("observations", "actions", "rewards", "terminations", "truncations")
 MINARI_FILE, MINARI_METADATA = "main_data.hdf5", "metadata.json"
 
+COMPARED_STEPS = 1 << 16  # rows that are compared at once, so that no copies of a large file are made
 COMPRESSED_STEPS = 4096  # rows that are compressed together, 176 KiB of Hopper's observations
 
 
@@ -54,13 +55,13 @@ def read_episodes(path: str | Path, environment: str | None = None) -> Episodes:
     h5py = _import_h5py("read_episodes")
     file_path = _find_file(Path(path).expanduser())
     try:
-        with h5py.File(file_path, "r") as file:
+        # A number too large for float32 becomes infinite, which is an error that names its place.
+        with h5py.File(file_path, "r") as file, np.errstate(over="ignore"):
             names = [name for name in file if re.fullmatch(r"episode_\d+", name)]
             episodes = _read_minari(file, file_path, names) if names else _read_d4rl(file, file_path)
-    except OSError as error:
+    except (OSError, RuntimeError, KeyError, TypeError) as error:  # what h5py says of a damaged file
         raise ValueError(
-            f"read_episodes: {file_path} must be a whole HDF5 file, got one that is none or is damaged "
-            f"({error})"
+            f"read_episodes: {file_path} must be a whole HDF5 file, got none or a damaged one ({error})"
         ) from error
     except ValueError as error:
         raise ValueError(f"read_episodes: {file_path}: {error}") from error
@@ -181,7 +182,7 @@ def _read_d4rl(file: h5py.File, path: Path) -> Episodes:
         rewards.astype(np.float32, copy=False),
         ends,
         terminated[ends - 1],
-        file.attrs.get("environment"),
+        str(file.attrs["environment"]) if "environment" in file.attrs else None,
         about,
     )
 
@@ -203,10 +204,13 @@ def _joints(
     """
     joints = np.zeros_like(is_last)
     if following.shape == observations.shape:
-        follows = np.isclose(observations[1:], following[:-1], rtol=1e-3, atol=1e-3, equal_nan=True).all(
-            axis=1
-        )
-        joints[:-1] = ~follows & ~is_last[:-1]
+        for start in range(0, len(joints) - 1, COMPARED_STEPS):
+            block = slice(start, min(start + COMPARED_STEPS, len(joints) - 1))
+            shown = observations[block.start + 1 : block.stop + 1]
+            joints[block] = ~np.isclose(shown, following[block], rtol=1e-3, atol=1e-3, equal_nan=True).all(
+                axis=1
+            )
+    joints &= ~is_last
     return joints if joints.sum() <= is_last.sum() else np.zeros_like(joints)
 
 
