@@ -34,8 +34,7 @@ class MakeDataCommand:
     """Random actions; the best policy that training reached, with noise; policies from all of training; or
     half medium, half without noise."""
     output: Path | None = None
-    """File to write; by default one in the cache folder, which a training finds by the name that is "
-    "printed."""
+    """File to write; by default one in the cache folder, to be found by the name that is printed."""
     seed: int = 0
     """Of training and recording."""
     steps: int = 200_000
@@ -126,9 +125,11 @@ class _Bars:
 
     def report(self, what: str, done: int, total: int, text: str) -> None:
         """Draw how far it is."""
-        if what not in self._tasks:
-            self._tasks[what] = self._progress.add_task(text, total=total, what=what)
-        self._progress.update(self._tasks[what], completed=min(done, total), description=text)
+        done = min(done, total)
+        if what in self._tasks:
+            self._progress.update(self._tasks[what], completed=done, description=text)
+        else:  # what was done before this sitting took none of its time
+            self._tasks[what] = self._progress.add_task(text, total=total, completed=done, what=what)
 
     def __enter__(self) -> _Bars:
         self._progress.start()

@@ -32,8 +32,7 @@ EVALUATION_EPISODES = 10
 EPISODE_LIMIT = 10_000  # steps of an episode that is evaluated, where the environment sets no limit
 LABEL = (
     "made locally in minutes: not one of D4RL's or Minari's data sets, with whose scores its own do not "
-    "belong in one "
-    "column; the best policy reached is no expert"
+    "belong in one column; the best policy reached is no expert"
 )
 
 
@@ -142,8 +141,7 @@ def _check_made(path: Path, made: dict[str, Any]) -> None:
     if before != made:
         raise FileExistsError(
             f"make_data: {path} is there, and was made with {before} instead of {made}; remove it, or name "
-            "another "
-            f"with --output"
+            f"another with --output"
         )
 
 
@@ -160,9 +158,8 @@ def _shares(
     with closing(make_environment(environment)) as made:
         _check_spaces(made)
         if quality == "random":
-            return [Share(uniform(made.action_space.low, made.action_space.high), steps)], {
-                "quality": quality
-            }
+            draw = uniform(made.action_space.low, made.action_space.high)
+            return [Share(draw, steps)], {"quality": quality}
         file = _work_folder() / f"training-{_digest({**training, **library_versions(trainer)})}.npz"
         history = train_behaviour(environment, trainer, training_steps, training["seed"], file, report)
         history = history.until(history.steps[history.best()])

@@ -8,7 +8,7 @@ interrupted and goes on ends as training that was not.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
@@ -229,8 +229,12 @@ def training_environments(name: str, trainer: Trainer) -> Iterator[VecEnv]:
 
 
 def library_versions(trainer: Trainer) -> dict[str, str]:
-    """Return the versions of what training depends on."""
-    return {name: metadata.version(name) for name in ("gymnasium", "mujoco", trainer.library)}
+    """Return the versions of what training depends on, as far as it is installed."""
+    versions = {}
+    for name in ("gymnasium", "mujoco", trainer.library):
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def _sizes(environment: VecEnv) -> tuple[int, int]:
