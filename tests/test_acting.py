@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from episode_files import MISSING, write_pendulum_data
 
 from minrnn.cli.main import main
 from minrnn.models import DecisionConfig, DecisionModel, ModelConfig, Policy, save_checkpoint
@@ -196,6 +197,34 @@ def test_a_run_acts(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found_again = json.loads((run_dir / "acting.json").read_text())
     assert found_again["target_return"] == -100
     assert "over 1 episode, asked for -100.0" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(bool(MISSING), reason=MISSING)
+def test_from_data_to_actions(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINRNN_CACHE", str(workplace / "cache"))
+    write_pendulum_data()
+    small = (
+        "--model.d-model 8 --model.num-layers 1 --train.steps 4 --train.warmup-steps 1 --train.batch-size 4"
+    )
+    data = "--task.data local/Pendulum-v1-medium --train.device cpu --run run"
+    assert main(["train", "decisions", *data.split(), *small.split()]) == 0
+    said = capsys.readouterr().out
+    assert "joined tokens, streams, 20 steps at a time, to reach a return of" in said
+    assert re.search(r"squared error of an action at step 4; next: minrnn act run\n$", said)
+    results = json.loads(Path("run", "results.json").read_text())
+    assert main(["evaluate", "run", "--checkpoint", "last"]) == 0
+    evaluation = json.loads(Path("run", "evaluation.json").read_text())
+    assert evaluation["val_loss"] == pytest.approx(results["val_loss"], rel=1e-6)
+    assert main(["act", "run", "--episodes", "1"]) == 0
+    found = json.loads(Path("run", "acting.json").read_text())
+    assert found["environment"] == "Pendulum-v1"
+    assert found["lengths"] == [LIMIT]
+    capsys.readouterr()
+    for verb in ("sample", "demo"):
+        assert main([verb, "run" if verb == "sample" else "decisions"]) == 2
+        assert "text" in capsys.readouterr().err
 
 
 def test_a_terminal_shows_a_table_that_moves(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
