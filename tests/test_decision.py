@@ -329,6 +329,13 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: st
         DecisionConfig(**{"trunk": ModelConfig(), "observation_size": S, "action_size": A, **settings})
 
 
+def test_a_value_of_another_type_is_refused() -> None:
+    for name, value in (("window", "3"), ("discrete", 1), ("trunk", {}), ("target_return", "high")):
+        settings = {"trunk": ModelConfig(), "observation_size": S, "action_size": A, name: value}
+        with pytest.raises(TypeError, match=f"DecisionConfig: {name} must be .*, got"):
+            DecisionConfig(**settings)
+
+
 def test_a_config_that_does_not_fit_is_named() -> None:
     values = build().config.to_dict()
     assert DecisionConfig.from_dict(values) == build().config

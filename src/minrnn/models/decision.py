@@ -22,6 +22,7 @@ from minrnn.models.sequence import (
     ModelConfig,
     ModelState,
     check_state,
+    check_types,
     make_blocks,
     make_norm,
     run_blocks,
@@ -86,6 +87,7 @@ class DecisionConfig:
     """Name of the environment that it learnt to act in, if known."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("observation_size", "action_size"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("window", "max_steps"):

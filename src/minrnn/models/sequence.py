@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from inspect import signature
-from typing import Any, Self, get_args
+from typing import Any, Self, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ class ModelConfig:
     """s4d, mamba: numbers of state for each channel; unset: 64 and 16."""
 
     def __post_init__(self) -> None:
-        self._check_types()
+        check_types(self)
         for name in ("vocab_size", "d_model", "num_layers", "expansion"):
             self._require(name, 0 < getattr(self, name) < math.inf, "positive")
         for name in ("conv_width", "mlp_ratio"):
@@ -91,15 +91,6 @@ class ModelConfig:
         for name, known in names.items():
             self._require(name, getattr(self, name) in known, f"one of {', '.join(known)}")
         self._check_mixer_options()
-
-    def _check_types(self) -> None:
-        for field in fields(self):
-            value, allowed = getattr(self, field.name), {field.type, *get_args(field.type)}
-            if float in allowed:
-                allowed.add(int)  # 1 is a good way to write 1.0
-            if type(value) not in allowed:
-                wanted = getattr(field.type, "__name__", field.type)
-                raise TypeError(f"ModelConfig: {field.name} must be {wanted}, got {value!r}")
 
     def _check_mixer_options(self) -> None:
         for option in self.mixer_options:
@@ -146,6 +137,17 @@ class ModelConfig:
                 near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
                 raise ValueError(f"ModelConfig: unknown key {key!r}; the nearest is {near!r}")
         return cls(**values)
+
+
+def check_types(config: Any) -> None:
+    """Raise TypeError unless every field of a dataclass is of its type; the class starts the message."""
+    for name, kind in get_type_hints(type(config)).items():
+        value, allowed = getattr(config, name), {kind, *get_args(kind)}
+        if float in allowed:
+            allowed.add(int)  # 1 is a good way to write 1.0
+        if type(value) not in allowed:
+            wanted = getattr(kind, "__name__", kind)
+            raise TypeError(f"{type(config).__name__}: {name} must be {wanted}, got {value!r}")
 
 
 class SequenceModel(nn.Module):
