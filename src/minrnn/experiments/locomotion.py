@@ -375,8 +375,8 @@ def _scores(data: str, runs: Runs) -> Table:
     )
     note = (
         f"Normalised scores, the mean of {episodes} episodes of each run; ± is the deviation over seeds. "
-        f"The data: {SOURCES[data]}. *ms an action*: one environment, after the other's training on the same "
-        "machine; `minrnn reproduce acting` times them in turns."
+        f"The data: {SOURCES[data]}. *ms an action*: in one environment, measured when each run has ended, "
+        "not in turns, as `minrnn reproduce acting` does."
     )
     return Table(f"Scores on {data} data", head, ranked, note)
 
