@@ -34,6 +34,7 @@ FLOORS = {
     "tasks": 4,
     "training": 5,
     "benchmarks": 6,
+    "demonstrations": 6,
     "experiments": 7,
     "serving": 7,
     "interop": 7,
@@ -43,12 +44,18 @@ ROOF = 9  # the package's own __init__ and __main__
 
 # The one place of each third party; torch is everywhere.
 HOMES = {
+    "gymnasium": ("tasks/",),
+    "h5py": ("tasks/recordings.py",),
+    "imageio": ("tasks/film.py",),
     "matplotlib": ("training/log.py", "benchmarks/", "experiments/"),
-    "numpy": ("tasks/", "benchmarks/", "experiments/"),
-    "platformdirs": ("tasks/sources.py",),
-    "pooch": ("tasks/sources.py",),
-    "rich": ("cli/", "training/log.py", "benchmarks/"),
+    "mujoco": ("tasks/environments.py",),
+    "numpy": ("tasks/", "demonstrations/", "benchmarks/", "experiments/"),
+    "platformdirs": ("tasks/downloads.py",),
+    "pooch": ("tasks/downloads.py",),
+    "rich": ("cli/", "training/log.py", "benchmarks/", "tasks/downloads.py"),
     "safetensors": ("models/checkpoint.py",),
+    "sb3_contrib": ("demonstrations/trainers.py",),
+    "stable_baselines3": ("demonstrations/trainers.py",),
     "tensorboard": ("training/log.py",),
     "torch": ("",),
     "triton": ("ops/triton.py", "ops/selective/triton.py"),
@@ -202,7 +209,9 @@ def test_third_parties_stay_at_home(module: Module) -> None:
 def test_third_parties_are_declared() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     required = project["dependencies"], *project["optional-dependencies"].values()
-    declared = {re.split(r"[^\w-]", entry)[0].lower() for group in required for entry in group}
+    declared = {
+        re.split(r"[^\w-]", entry)[0].lower().replace("-", "_") for group in required for entry in group
+    }
     used = {name for module in MODULES.values() for name in third_parties(module)}
     assert used <= declared
 

@@ -172,6 +172,17 @@ def test_newer_format_is_refused(saved: Path) -> None:
     refused(saved, f"format version {FORMAT_VERSION + 1}, .* up to {FORMAT_VERSION}; upgrade minrnn")
 
 
+def test_a_checkpoint_of_before_kinds_is_a_sequence_models(saved: Path) -> None:
+    edit_config(saved, lambda config: config.pop("kind"))
+    assert same(load_checkpoint(saved)[0], build())
+
+
+def test_a_kind_that_is_unknown_is_refused(saved: Path) -> None:
+    edit_config(saved, lambda config: config.update(kind="oracle"))
+    with pytest.raises(ValueError, match=r"must be of a model among sequence, decision, got 'oracle'"):
+        load_checkpoint(saved)
+
+
 @pytest.mark.parametrize("key", ["model", "files", "extra"])
 def test_incomplete_config_is_refused(saved: Path, key: str) -> None:
     edit_config(saved, lambda config: config.pop(key))

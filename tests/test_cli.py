@@ -113,11 +113,8 @@ def test_every_option_of_every_command_is_explained(name: str, capsys: pytest.Ca
     for option in options:
         words = re.sub(r"\s*│?\n│?\s*", " ", option)
         assert re.search(r"[a-z]{2,}.*\. \(default:", words), words
-    assert (
-        len(options)
-        >= {"demo": 2, "train": 40, "sample": 8, "evaluate": 3, "engines": 0, "bench": 0, "reproduce": 0}[
-            name
-        ]
+    assert len(options) >= {"demo": 2, "train": 40, "sample": 8, "evaluate": 3, "act": 7, "make-data": 6}.get(
+        name, 0
     )
 
 
@@ -164,7 +161,12 @@ def test_help_of_train_lists_recipes_and_shows_their_values(capsys: pytest.Captu
         ("train nowhere.toml", "nowhere.toml: No such file"),
         ("train demo --task.source nowhere --run new", "nowhere"),
         ("train demo --train.device gpu", "device must be auto or one that works here, got 'gpu'"),
+        ("train decisions --run new", "task.data must name the episodes to learn from, got none"),
+        ("train decisions --task.data nowhere.hdf5 --run new", "nowhere.hdf5"),
+        ("train decisions --task.tokens three", "invalid choice 'three' for argument '--task.tokens'"),
         ("sample", "RUN"),
+        ("act", "RUN"),
+        ("act nowhere", "nowhere is not a run directory"),
         ("sample nowhere", "nowhere is not a run directory"),
         ("sample nowhere --checkpoint first", "'best', 'last'"),
         ("evaluate nowhere", "nowhere is not a run directory"),

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from episode_files import MISSING, write_pendulum_data
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -27,6 +28,7 @@ from minrnn.experiments import (
     EXPERIMENTS,
     formal_languages,
     listops,
+    locomotion,
     runner,
     selective_copying,
     shakespeare,
@@ -147,6 +149,49 @@ def test_seeds_and_mixers_choose_cells(experiment: Experiment) -> None:
         assert {tuple(cell.config["systems"]) for cell in ours} == {("mingru", "minlstm")}
     with pytest.raises(ValueError, match=r"mixers must be among .*; did you mean 'mingru'"):
         experiment.cells(Choice("cpu", mixers=("mingur",)))
+
+
+def test_environments_and_data_choose_cells_of_locomotion() -> None:
+    experiment = locomotion.EXPERIMENT
+    everything = experiment.cells(Choice("cpu"))
+    assert {cell.setting["data"] for cell in everything} == {"local"}
+    assert len(everything) == 6 * (3 * 3 + len(MIXERS) - 3 + 1)
+    hopper = experiment.cells(Choice("cpu", envs=("hopper",)))
+    assert hopper == [cell for cell in everything if cell.setting["env"] == "hopper"]
+    named = {
+        data: {
+            cell.config["task"]["data"]
+            for cell in experiment.cells(Choice("cpu", envs=("hopper",), data=data))
+        }
+        for data in locomotion.QUALITIES
+    }
+    assert named == {
+        "local": {"local/Hopper-v5-medium", "local/Hopper-v5-medium-replay"},
+        "d4rl": {"hopper-medium-v2", "hopper-medium-replay-v2", "hopper-medium-expert-v2"},
+        "minari": {"mujoco/hopper/simple-v0", "mujoco/hopper/medium-v0", "mujoco/hopper/expert-v0"},
+    }
+    with pytest.raises(
+        ValueError, match=r"envs must be among hopper, .*, got 'hoper'; did you mean 'hopper'"
+    ):
+        experiment.check(Choice("cpu", envs=("hoper",)))
+    with pytest.raises(ValueError, match="data must be among local, d4rl, minari, got 'd4r'"):
+        experiment.check(Choice("cpu", data="d4r"))
+
+
+def test_experiments_of_one_set_of_data_leave_no_choice_of_it(experiment: Experiment) -> None:
+    for choice in (Choice("tiny", envs=("hopper",)), Choice("tiny", data="d4rl")):
+        if experiment.name != "locomotion":
+            with pytest.raises(ValueError, match=f"{experiment.name} has one set of data"):
+                experiment.check(choice)
+    experiment.check(Choice("tiny"))
+
+
+def test_recurrent_policies_carry_and_all_see_as_much() -> None:
+    for cell in locomotion.EXPERIMENT.cells(Choice("cpu", seeds=1, envs=("hopper",))):
+        config = RunConfig.from_dict(cell.config)
+        assert config.resolved() == config
+        assert config.train.batch_size * config.task.window == 64 * 20  # type: ignore[union-attr]
+        assert config.task.carry == (cell.setting["mixer"] not in ("attention", "bc"))  # type: ignore[union-attr]
 
 
 def test_every_mixer_takes_part_where_all_are_compared() -> None:
@@ -339,6 +384,10 @@ def test_the_time_left_of_a_cell_that_goes_on_is_that_of_its_rest(monkeypatch: p
 
 
 def test_estimates_are_of_every_kind_of_cell(experiment: Experiment) -> None:
+    if experiment.name == "locomotion":
+        if MISSING:
+            pytest.skip(MISSING)
+        write_pendulum_data()
     kinds = {cell.kind: cell for cell in experiment.cells(CHOICE)}
     for cell in kinds.values():
         assert experiment.estimate(cell, CHOICE) > 0
@@ -411,7 +460,7 @@ def test_a_spread_has_a_deviation_where_there_are_several(values: list[float]) -
 
 
 def test_every_published_figure_is_labelled() -> None:
-    modules = (selective_copying, shakespeare, formal_languages, listops)
+    modules = (selective_copying, shakespeare, formal_languages, listops, locomotion)
     found = [
         figure for module in modules for value in vars(module).values() for figure in published_in(value)
     ]
@@ -431,6 +480,7 @@ def test_every_published_figure_is_labelled() -> None:
         (shakespeare.BEST["minlstm"], "1.555 at step 625 (as published)"),
         (formal_languages.PUBLISHED["minLSTM"]["majority"], "0.93 (as recalled, unconfirmed)"),
         (listops.TABLE_6["mlp"], "0.52 (as recalled, unconfirmed)"),
+        (locomotion.TABLE_3["hopper-medium"]["minLSTM"], "85.0 ± 4.4 (as recalled, unconfirmed)"),
     ],
 )
 def test_published_figures_are_those_of_the_paper(figure: Published, text: str) -> None:
@@ -538,6 +588,8 @@ def test_mistakes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--seeds" in error_of(capsys, "runtime", "--seed", "3")
     assert "did you mean 'B2-D8-T" in error_of(capsys, "runtime", "--scale", "tiny", "--cell", "B2-D8-T")
     assert "device must be" in error_of(capsys, "runtime", "--device", "gpu")
+    assert "runtime has one set of data" in error_of(capsys, "runtime", "--envs", "hopper")
+    assert "data must be among local" in error_of(capsys, "locomotion", "--data", "own")
     assert "--list must stand alone" in error_of(capsys, "--list", "runtime")
     assert "page.md: No such file" in error_of(capsys, "report")
     assert list(Path.cwd().iterdir()) == []
@@ -561,9 +613,10 @@ def test_the_list_of_cells_is_a_list_of_commands(capsys: pytest.CaptureFixture[s
 
 
 def test_commands_choose_the_same_cells() -> None:
-    choice = Choice("paper", 2, ("mingru", "gru"), "cuda", 3)
-    assert command_of("runtime", choice, Path("results")) == (
-        "minrnn reproduce runtime --scale paper --seeds 2 --mixers mingru gru --device cuda --threads 3"
+    choice = Choice("paper", 2, ("mingru", "gru"), "cuda", 3, ("hopper", "walker2d"), "d4rl")
+    assert command_of("locomotion", choice, Path("results")) == (
+        "minrnn reproduce locomotion --scale paper --seeds 2 --mixers mingru gru --device cuda --threads 3 "
+        "--envs hopper walker2d --data d4rl"
     )
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from minrnn.tasks import sources
-from minrnn.tasks.sources import Corpus, cache_folder, fetch_shakespeare, find_corpus
+from minrnn.tasks.downloads import cache_folder
+from minrnn.tasks.sources import Corpus, fetch_shakespeare, find_corpus
 
 CONTENT = b"First Citizen:\nBefore we proceed any further, hear me speak.\n"
 

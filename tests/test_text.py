@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from minrnn.models import ModelConfig, SequenceModel
 from minrnn.tasks import TASKS, Batch, TextConfig, TextTask, Vocabulary
-from minrnn.tasks.sources import cache_folder
+from minrnn.tasks.downloads import cache_folder
 from minrnn.tasks.vocabulary import CharacterVocabulary
 
 WINDOW = 5

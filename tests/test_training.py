@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from minrnn.mixers import MIXERS
 from minrnn.models import ModelConfig, SequenceModel, load_checkpoint
-from minrnn.tasks import TextConfig, TextTask
+from minrnn.tasks import DecisionsConfig, TextConfig, TextTask
 from minrnn.training import (
     Interrupted,
     NonFiniteLossError,
@@ -188,7 +188,7 @@ def test_settings_out_of_range_are_refused(name: str, value: float) -> None:
         TrainConfig(**{name: value})
 
 
-@pytest.mark.parametrize("kind", [RunConfig, ModelConfig, TextConfig, TrainConfig])
+@pytest.mark.parametrize("kind", [RunConfig, ModelConfig, TextConfig, DecisionsConfig, TrainConfig])
 def test_every_setting_has_a_docstring(kind: type) -> None:
     """It is the option's help."""
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body

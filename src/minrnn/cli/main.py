@@ -24,6 +24,8 @@ COMMANDS: dict[str, Command] = {
     "train": Command("minrnn.cli.train", "train a model from a recipe, or go on with a run"),
     "sample": Command("minrnn.cli.sample", "write text with a trained model"),
     "evaluate": Command("minrnn.cli.evaluate", "measure a trained model on its validation split"),
+    "act": Command("minrnn.cli.act", "let a trained policy act in its environment, and film it"),
+    "make-data": Command("minrnn.cli.make_data", "train a policy in an environment and record what it does"),
     "engines": Command("minrnn.cli.engines", "show what computes the recurrence on which device"),
     "bench": Command("minrnn.cli.bench", "time and check engines and layers beside other implementations"),
     "reproduce": Command("minrnn.cli.reproduce", "make the paper's tables and figures again"),

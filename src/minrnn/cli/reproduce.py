@@ -46,6 +46,10 @@ class ReproduceCommand:
     """Device to compute on: auto (a GPU when there is one), cpu, cuda, ..."""
     threads: int = 0
     """CPU threads (0: as many as torch chooses)."""
+    envs: tuple[str, ...] = ()
+    """Environments; of locomotion only (none: all)."""
+    data: str = ""
+    """Kind of data: local, d4rl or minari; of locomotion only (empty: local)."""
 
 
 @dataclass(frozen=True)
@@ -139,9 +143,18 @@ def _reproduce(name: str, args: Sequence[str]) -> int:
     from minrnn.experiments.runner import reproduce
     from minrnn.training import Interrupted, choose_device
 
-    choice = Choice(command.scale, command.seeds, command.mixers, command.device, command.threads)
+    choice = Choice(
+        command.scale,
+        command.seeds,
+        command.mixers,
+        command.device,
+        command.threads,
+        command.envs,
+        command.data,
+    )
     choose_device(choice.device)  # a wrong name is said before anything is begun
     experiment = entry.load()
+    experiment.check(choice)
     if command.list_cells:
         return _list_cells(experiment, choice, command)
     if command.estimate or command.scale == "paper":

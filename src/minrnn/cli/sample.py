@@ -12,7 +12,7 @@ import torch
 import tyro
 
 from minrnn.cli.arguments import parse
-from minrnn.models import generate
+from minrnn.models import SequenceModel, generate
 from minrnn.training import choose_device, load_trained
 
 
@@ -45,7 +45,7 @@ def run(args: Sequence[str]) -> int:
     command = parse(SampleCommand, "sample", args)
     device = choose_device(command.device)
     model, vocabulary, _ = load_trained(command.run, command.checkpoint, device)
-    if vocabulary is None:
+    if vocabulary is None or not isinstance(model, SequenceModel):
         raise ValueError(f"sample: {command.run} must be a run that learnt text; what this one says is none")
     prompt = torch.from_numpy(vocabulary.encode(command.prompt or "\n"))[None].to(device)  # (1, T)
     tokens = generate(

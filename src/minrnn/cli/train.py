@@ -15,6 +15,7 @@ from rich.console import Console
 
 from minrnn.cli.arguments import parse
 from minrnn.models import ModelConfig
+from minrnn.tasks import DecisionsConfig, TaskConfig
 from minrnn.training import (
     Interrupted,
     RunConfig,
@@ -67,16 +68,19 @@ def run(args: Sequence[str]) -> int:
         if (run_dir / "checkpoints" / "last").exists():
             log.note(f"stopped; go on from the last checkpoint with: minrnn train --run {run_dir} --resume")
         raise
-    log.note(_summary(results, run_dir))
+    log.note(_summary(config.task, results, run_dir))
     return 0
 
 
-def _summary(results: Mapping[str, Any], run_dir: Path) -> str:
+def _summary(task: TaskConfig, results: Mapping[str, Any], run_dir: Path) -> str:
     """Say how well it went, and what can be done with it."""
-    loss = f"val_loss {results['val_loss']:.4f} nats a token at step {results['step']}"
-    if "bits_per_byte" in results:
-        return f"{loss}, {results['bits_per_byte']:.4f} bits a byte; next: minrnn sample {run_dir}"
-    return f"{loss}, accuracy {results['accuracy']:.4f}; next: minrnn evaluate {run_dir}"
+    loss = f"val_loss {results['val_loss']:.4f} {results['unit']} at step {results['step']}"
+    found = {"bits_per_byte": "{:.4f} bits a byte", "accuracy": "accuracy {:.4f}"}
+    parts = [loss, *(text.format(results[name]) for name, text in found.items() if name in results)]
+    verb = (
+        "act" if isinstance(task, DecisionsConfig) else "sample" if "bits_per_byte" in results else "evaluate"
+    )
+    return f"{', '.join(parts)}; next: minrnn {verb} {run_dir}"
 
 
 def new_run_dir(recipe: str) -> Path:

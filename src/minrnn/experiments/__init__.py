@@ -43,5 +43,15 @@ EXPERIMENTS: dict[str, Entry] = {
         "table 4, Long Range Arena, and table 6",
         "nested expressions: mixers, and what a block is made of",
     ),
+    "locomotion": Entry(
+        "minrnn.experiments.locomotion",
+        "table 3",
+        "policies learnt from recorded episodes: what they earn when they act",
+    ),
+    "acting": Entry(
+        "minrnn.experiments.acting",
+        "beside table 3",
+        "time and memory of a policy's action against the steps since its episode began",
+    ),
 }
 """Each experiment by its name."""

@@ -51,6 +51,10 @@ class Choice:
     """auto (a GPU when there is one), cpu, cuda, ..."""
     threads: int = 0
     """CPU threads; 0 is as many as torch chooses."""
+    envs: tuple[str, ...] = ()
+    """Environments by name, where an experiment has several; none are all."""
+    data: str = ""
+    """Kind of data, where an experiment has several; empty is its own choice."""
 
     def __post_init__(self) -> None:
         if self.scale not in SCALES:
@@ -66,7 +70,9 @@ class Choice:
         options += ["--seeds", str(self.seeds)] if self.seeds is not None else []
         options += ["--mixers", *self.mixers] if self.mixers else []
         options += ["--device", self.device] if self.device != "auto" else []
-        return options + (["--threads", str(self.threads)] if self.threads else [])
+        options += ["--threads", str(self.threads)] if self.threads else []
+        options += ["--envs", *self.envs] if self.envs else []
+        return options + (["--data", self.data] if self.data else [])
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,11 @@ class Experiment(ABC):
     """What its cpu scale changed, and what the paper leaves open."""
     uncounted: ClassVar[str]
     """What an estimate of its time leaves out."""
+
+    def check(self, choice: Choice) -> None:
+        """Raise ValueError for a choice that this experiment does not leave."""
+        if choice.envs or choice.data:
+            raise ValueError(f"reproduce: {self.name} has one set of data; leave --envs and --data out")
 
     @abstractmethod
     def cells(self, choice: Choice) -> list[Cell]:

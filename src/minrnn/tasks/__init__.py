@@ -2,21 +2,23 @@
 
 from collections.abc import Callable
 
+from minrnn.tasks.decisions import DecisionsConfig, DecisionsTask
 from minrnn.tasks.formal_languages import LANGUAGES, FormalLanguageConfig, FormalLanguageTask
 from minrnn.tasks.labelled import LabelledTask
 from minrnn.tasks.listops import ListOpsConfig, ListOpsTask
 from minrnn.tasks.selective_copying import SelectiveCopyingConfig, SelectiveCopyingTask
-from minrnn.tasks.task import IGNORED, Batch, Task
+from minrnn.tasks.task import IGNORED, Batch, Task, TokenTask
 from minrnn.tasks.text import TextConfig, TextTask
 from minrnn.tasks.vocabulary import VOCABULARIES, Vocabulary
 
-TaskConfig = TextConfig | SelectiveCopyingConfig | FormalLanguageConfig | ListOpsConfig
+TaskConfig = TextConfig | SelectiveCopyingConfig | FormalLanguageConfig | ListOpsConfig | DecisionsConfig
 
 TASKS: dict[str, Callable[..., Task]] = {
     TextConfig.task: TextTask,
     SelectiveCopyingConfig.task: SelectiveCopyingTask,
     FormalLanguageConfig.task: FormalLanguageTask,
     ListOpsConfig.task: ListOpsTask,
+    DecisionsConfig.task: DecisionsTask,
 }
 """Every task by the name that its configuration bears: `TASKS[config.task](config)`."""
 
@@ -26,6 +28,8 @@ __all__ = [
     "TASKS",
     "VOCABULARIES",
     "Batch",
+    "DecisionsConfig",
+    "DecisionsTask",
     "FormalLanguageConfig",
     "FormalLanguageTask",
     "LabelledTask",
@@ -37,5 +41,6 @@ __all__ = [
     "TaskConfig",
     "TextConfig",
     "TextTask",
+    "TokenTask",
     "Vocabulary",
 ]

@@ -8,13 +8,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from minrnn.tasks.task import IGNORED, Batch, Task, check_max_tokens, device_of, evaluation_mode, nats
+from minrnn.tasks.task import IGNORED, Batch, TokenTask, check_max_tokens, device_of, evaluation_mode, nats
 
 BLOCK = 64
 """Sequences that are evaluated at once: fixed, so that the sequences do not depend on a machine's memory."""
 
 
-class LabelledTask(Task):
+class LabelledTask(TokenTask):
     """Sequences in which some positions have an answer, and all others are left out of loss and metrics."""
 
     @abstractmethod

@@ -24,9 +24,9 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from minrnn.tasks.downloads import cache_folder
 from minrnn.tasks.draws import Draws, Part
 from minrnn.tasks.labelled import LabelledTask, blocks, pack
-from minrnn.tasks.sources import cache_folder
 from minrnn.tasks.task import Batch, check_batch
 
 FORMAT_VERSION = 1  # part of a cached file's name: one of another version is not found

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
-import pooch  # type: ignore[import-untyped]  # it ships no types
+from minrnn.tasks.downloads import download, supplied_file
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -109,25 +108,11 @@ def fetch_shakespeare(url: str | None = None) -> Path:
         ValueError: the file found or downloaded is another (its SHA-256 differs); a download is not kept.
         OSError: the download failed; the message says where to put the file by hand.
     """
-    if data := os.environ.get("MINRNN_DATA"):
-        supplied = Path(data) / SHAKESPEARE_NAME
-        if supplied.is_file():
-            _check_shakespeare(supplied)
-            return supplied.resolve()
+    if supplied := supplied_file(SHAKESPEARE_NAME):
+        _check_shakespeare(supplied)
+        return supplied
     url = url or os.environ.get("MINRNN_SHAKESPEARE_URL") or SHAKESPEARE_URL
-    try:
-        known_hash = f"sha256:{SHAKESPEARE_SHA256}"
-        return Path(pooch.retrieve(url, known_hash, fname=SHAKESPEARE_NAME, path=cache_folder()))
-    except OSError as error:  # also every network failure: requests derives its exceptions from OSError
-        raise OSError(
-            f"fetch_shakespeare: cannot download {url} into {cache_folder()}: {error}; put the file, named "
-            f"{SHAKESPEARE_NAME}, in a folder and name the folder in MINRNN_DATA"
-        ) from error
-
-
-def cache_folder() -> Path:
-    """Return the folder for downloads and tokenised text: MINRNN_CACHE, or the user's cache folder."""
-    return Path(os.environ.get("MINRNN_CACHE") or platformdirs.user_cache_dir("minrnn", appauthor=False))
+    return download("fetch_shakespeare", url, SHAKESPEARE_NAME, sha256=SHAKESPEARE_SHA256)
 
 
 SOURCES: dict[str, Callable[[], Corpus]] = {"python": python_corpus, "shakespeare": shakespeare_corpus}

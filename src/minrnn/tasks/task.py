@@ -4,12 +4,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from minrnn.models import ModelConfig, ModelState
+from minrnn.models import Model, ModelConfig, ModelState, SequenceModel, Steps
 
 IGNORED = -100
 """The target where nothing is to be predicted; torch's cross_entropy leaves it out by itself."""
@@ -19,30 +20,35 @@ IGNORED = -100
 class Batch:
     """Sequences and what is to be predicted at each of their tokens."""
 
-    inputs: Tensor
-    """(B, T) int64."""
+    inputs: Tensor | Steps
+    """(B, T) int64, or the steps that a policy reads."""
 
     targets: Tensor
-    """(B, T) int64: the token to predict, or IGNORED."""
+    """(B, T) int64: the token to predict, or IGNORED; or the action, which may be several numbers."""
 
     fresh: bool = True
     """Whether these sequences continue nothing, and start from the empty state."""
 
+    reset: Tensor | None = None
+    """(B, T) bool: where another sequence starts; None: nowhere."""
+
+    @property
+    def num_targets(self) -> int:
+        """How many predictions are asked for, ignored ones included: B * T."""
+        B, T = self.targets.shape[:2]
+        return B * T
+
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on `device`."""
-        return Batch(self.inputs.to(device), self.targets.to(device), self.fresh)
+        reset = None if self.reset is None else self.reset.to(device)
+        return Batch(self.inputs.to(device), self.targets.to(device), self.fresh, reset)
 
 
 class Task(ABC):
-    """What a model learns, and how well it has.
+    """What a model learns, and how well it has."""
 
-    Models are called as `logits, state = model(tokens, state)`: tokens (B, T) int64, logits (B, T, V).
-    """
-
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """Number of tokens V that inputs and targets are of."""
+    unit: ClassVar[str] = "nats a token"
+    """What a loss is measured in."""
 
     @property
     @abstractmethod
@@ -58,9 +64,22 @@ class Task(ABC):
     def describe(self) -> str:
         """Return the data and their size in one line, for a log."""
 
+    @property
+    def carries_state(self) -> bool:
+        """Whether a batch continues the one before it, so that training carries the state."""
+        return False
+
+    @abstractmethod
     def model_config(self, config: ModelConfig) -> ModelConfig:
-        """Return `config` with the `vocab_size` that this task's tokens need."""
-        return replace(config, vocab_size=self.vocab_size)
+        """Return `config` with what the task decides.
+
+        Raises:
+            ValueError: it sets something that does not go with the task.
+        """
+
+    @abstractmethod
+    def make_model(self, config: ModelConfig) -> Model:
+        """Return a new model of what `model_config` returned."""
 
     @abstractmethod
     def batch(self, step: int, batch_size: int, seed: int) -> Batch:
@@ -85,6 +104,64 @@ class Task(ABC):
             f"{type(self).__name__}: train.carry_state must be off, for these sequences continue nothing"
         )
 
+    @abstractmethod
+    def loss(
+        self, model: nn.Module, batch: Batch, state: ModelState | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """Return the mean loss over the targets that are there, and the state after them.
+
+        Args:
+            model: what `make_model` made.
+            batch: moved to the model's device where it is not there.
+            state: after the batch before; a fresh batch starts from the empty state, whatever is given here.
+
+        Returns:
+            The loss, a scalar in at least float32, and the state, not detached.
+        """
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, *, max_tokens: int = 0) -> dict[str, float]:
+        """Measure `model` on what it was not trained on.
+
+        Runs in eval mode without gradients, draws no random numbers, and restores the model's modes.
+
+        Args:
+            model: what `make_model` made.
+            max_tokens: predict about so many targets only; 0 for all.
+
+        Returns:
+            val_loss: the loss of a target, by which a run's best weights are chosen.
+            val_tokens: how many targets were predicted.
+            And what else the task measures.
+
+        Raises:
+            ValueError: `max_tokens` is negative.
+        """
+
+
+class TokenTask(Task):
+    """A task of tokens, which a SequenceModel learns.
+
+    Models are called as `logits, state = model(tokens, state)`: tokens (B, T) int64, logits (B, T, V).
+    """
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Number of tokens V that inputs and targets are of."""
+
+    def model_config(self, config: ModelConfig) -> ModelConfig:
+        """Return `config` with the `vocab_size` that this task's tokens need."""
+        if config.vocab_size not in (ModelConfig.vocab_size, self.vocab_size):
+            raise ValueError(
+                f"train: model.vocab_size must be left out, as the task sets it ({self.vocab_size} here), "
+                f"got {config.vocab_size}"
+            )
+        return replace(config, vocab_size=self.vocab_size)
+
+    def make_model(self, config: ModelConfig) -> SequenceModel:
+        return SequenceModel(config)
+
     def loss(
         self, model: nn.Module, batch: Batch, state: ModelState | None = None
     ) -> tuple[Tensor, ModelState]:
@@ -101,25 +178,6 @@ class Task(ABC):
         batch = batch.to(device_of(model))
         logits, state = model(batch.inputs, None if batch.fresh else state)
         return nats(logits, batch.targets, "mean"), state
-
-    @abstractmethod
-    def evaluate(self, model: nn.Module, *, max_tokens: int = 0) -> dict[str, float]:
-        """Measure `model` on what it was not trained on.
-
-        Runs in eval mode without gradients, draws no random numbers, and restores the model's modes.
-
-        Args:
-            model: maps tokens and state to logits and state.
-            max_tokens: predict about so many tokens only; 0 for all.
-
-        Returns:
-            val_loss: nats per predicted token, by which a run's best weights are chosen.
-            val_tokens: how many tokens were predicted.
-            And what else the task measures.
-
-        Raises:
-            ValueError: `max_tokens` is negative.
-        """
 
 
 def check_batch(function: str, step: int, batch_size: int, seed: int = 0, *, seeds: int = 1 << 64) -> None:

@@ -15,7 +15,7 @@ from minrnn.models import ModelConfig
 from minrnn.tasks.sources import find_corpus
 from minrnn.tasks.task import (
     Batch,
-    Task,
+    TokenTask,
     check_batch,
     check_max_tokens,
     device_of,
@@ -60,7 +60,7 @@ class TextConfig:
             raise ValueError(f"TextConfig: held_out must be a fraction in [0, 1), got {self.held_out}")
 
 
-class TextTask(Task):
+class TextTask(TokenTask):
     """Next-token prediction on a text, with the loss in nats per token.
 
     Args:

@@ -16,7 +16,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from minrnn.tasks.sources import Corpus, cache_folder
+from minrnn.tasks.downloads import cache_folder
+from minrnn.tasks.sources import Corpus
 from minrnn.tasks.vocabulary import VOCABULARIES, Vocabulary
 
 FORMAT_VERSION = 1  # part of every entry's name: an entry of another version is not found

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from minrnn.models import ModelConfig
-from minrnn.tasks import TaskConfig, TextConfig
+from minrnn.tasks import DecisionsConfig, TaskConfig, TextConfig
 
 C = TypeVar("C")
 
@@ -121,6 +121,12 @@ class RunConfig:
         """Return the configuration as nested dicts of JSON values: the inverse of `from_dict`."""
         values = dataclasses.asdict(self)
         return {**values, "task": {"name": self.task.task, **values["task"]}}
+
+    def resolved(self) -> RunConfig:
+        """Return the configuration with those of the task's settings decided that are left to the mixer."""
+        if not isinstance(self.task, DecisionsConfig):
+            return self
+        return dataclasses.replace(self, task=self.task.resolved(self.model))
 
 
 def load_recipe(name: str) -> RunConfig:

@@ -128,11 +128,12 @@ def write_json(path: Path, values: Mapping[str, Any], *, indent: int | None = 2)
     _replace(path, json.dumps(values, indent=indent) + "\n")
 
 
-def plot_losses(run_dir: Path) -> str | None:
+def plot_losses(run_dir: Path, unit: str) -> str | None:
     """Draw loss.png from metrics.jsonl: training and validation loss over the steps.
 
     Args:
         run_dir: the run's directory.
+        unit: what a loss is measured in.
 
     Returns:
         None, or, where the picture cannot be drawn, the reason.
@@ -148,7 +149,7 @@ def plot_losses(run_dir: Path) -> str | None:
         points = [(record["step"], record[name]) for record in records if name in record]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=run_dir.name)
+    axes.set(xlabel="step", ylabel=f"loss ({unit})", title=run_dir.name)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(run_dir / "loss.png", dpi=150)

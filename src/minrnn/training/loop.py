@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minrnn.models import ModelConfig, SequenceModel, map_state, save_checkpoint
+from minrnn.models import map_state, save_checkpoint
 from minrnn.models.checkpoint import find_directory
 from minrnn.ops import engines
-from minrnn.tasks import TASKS, Task
+from minrnn.tasks import TASKS
 from minrnn.training.config import Precision, RunConfig, read_config
 from minrnn.training.log import RunLog, plot_losses, write_json
 from minrnn.training.memory import keep_freed_memory
@@ -52,8 +52,8 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False, log: RunLog
 
     Returns:
         What results.json holds: the metrics of the last weights on the whole validation split; `best`, those
-        of the best evaluation during training, and its step; tokens, seconds, parameters, mixer, device,
-        machine, versions and commit.
+        of the best evaluation during training, and its step; the unit of a loss; tokens, seconds, parameters,
+        mixer, device, machine, versions and commit.
 
     Raises:
         FileExistsError: `run_dir` holds something and `resume` is False.
@@ -134,9 +134,11 @@ class Run:
         torch.set_num_threads(self.settings.threads or torch.get_num_threads())
         torch.manual_seed(self.settings.seed)
         self.device = choose_device(self.settings.device)
+        config = config.resolved()
         self.task = TASKS[config.task.task](config.task)
-        self.config = dataclasses.replace(config, model=_complete(config.model, self.task))
-        self.model = SequenceModel(self.config.model).to(self.device)
+        self.config = dataclasses.replace(config, model=self.task.model_config(config.model))
+        self.model = self.task.make_model(self.config.model).to(self.device)
+        self.carries_state = self.settings.carry_state or self.task.carries_state
         self.optimizer = make_optimizer(self.model, self.settings)
         self.state = TrainState()
         self._pending: list[Tensor] = []  # (loss, norm) of steps that are still on the device
@@ -247,13 +249,14 @@ class Run:
             "parameters": self.parameters,
             "step": step,
             **metrics,
+            "unit": self.task.unit,
             "best": self.state.best,
             "tokens": self.state.tokens,
             "seconds": self._seconds(),
             **provenance(self.device),
         }
         write_json(self.run_dir / "results.json", results)
-        problem = plot_losses(self.run_dir)
+        problem = plot_losses(self.run_dir, self.task.unit)
         if problem:
             self.log.note(problem)
         return results
@@ -291,9 +294,9 @@ class Run:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
             loss, carry = self.task.loss(self.model, batch, state.carry)
         (loss / settings.accumulate).backward()
-        state.carry = map_state(torch.detach, carry) if settings.carry_state else None
-        state.tokens += batch.targets.numel()
-        self._window_tokens += batch.targets.numel()
+        state.carry = map_state(torch.detach, carry) if self.carries_state else None
+        state.tokens += batch.num_targets
+        self._window_tokens += batch.num_targets
         return loss.detach()
 
     def _collect(self) -> None:
@@ -336,17 +339,6 @@ class Run:
 
 def _count(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
-
-
-def _complete(model: ModelConfig, task: Task) -> ModelConfig:
-    """Return the model's configuration with what the task decides: the vocabulary's size."""
-    complete = task.model_config(model)
-    if model.vocab_size not in (ModelConfig.vocab_size, complete.vocab_size):
-        raise ValueError(
-            f"train: model.vocab_size must be left out, as the task sets it ({complete.vocab_size} here), "
-            f"got {model.vocab_size}"
-        )
-    return complete
 
 
 def _check_new(run_dir: Path) -> None:

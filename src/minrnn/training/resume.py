@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minrnn.models import SequenceModel, load_checkpoint
+from minrnn.models import Model, load_checkpoint
 from minrnn.models.checkpoint import find_directory, load_tensors, save_tensors, write_directory, write_model
 from minrnn.tasks import Vocabulary
 from minrnn.training.config import RunConfig, read_config
@@ -51,7 +51,7 @@ class TrainState:
 
 def save_last(
     directory: Path,
-    model: SequenceModel,
+    model: Model,
     optimizer: torch.optim.Optimizer,
     state: TrainState,
     extra: Mapping[str, Any],
@@ -88,7 +88,7 @@ def save_last(
 
 
 def load_last(
-    directory: Path, model: SequenceModel, optimizer: torch.optim.Optimizer
+    directory: Path, model: Model, optimizer: torch.optim.Optimizer
 ) -> tuple[TrainState, dict[str, Any]]:
     """Put weights, optimiser and random generators back as `save_last` found them.
 
@@ -123,7 +123,7 @@ def load_last(
 class Trained(NamedTuple):
     """A model that a run has trained, and what is needed to use it."""
 
-    model: SequenceModel
+    model: Model
     vocabulary: Vocabulary | None
     """Of a model of text; None where its tokens are no text."""
     step: int

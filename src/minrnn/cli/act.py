@@ -1,0 +1,137 @@
+"""`minrnn act`: a trained policy in its environment, episode by episode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from minrnn.cli.arguments import parse
+from minrnn.models import DecisionModel, Policy
+from minrnn.tasks.environments import make_environment
+from minrnn.tasks.film import Film
+from minrnn.tasks.locomotion import normalised_score
+from minrnn.tasks.rollouts import Played, make_filmed, picture, play
+from minrnn.training import choose_device, load_trained, provenance, write_json
+
+TOGETHER = 10
+"""Episodes that are played at a time."""
+
+SHOWN = 20
+"""Rows of the table while it moves: as many as fit on a screen."""
+
+
+@dataclass(frozen=True)
+class ActCommand:
+    """Let a trained policy act in an environment; print what it earns, and write acting.json in the run."""
+
+    run: tyro.conf.Positional[Path]
+    """Directory of the run whose policy acts."""
+    env: str | None = None
+    """Environment, by gymnasium's name (None: the one that the policy learnt from)."""
+    episodes: int = 10
+    """Episodes, each with a seed of its own."""
+    target_return: float | None = None
+    """Return that the policy asks for (None: the best of the episodes that it learnt from)."""
+    record: Path | None = None
+    """File for a film of the first episode, without a screen too: .gif, .mp4, or .png for a few pictures side
+    by side (None: no film)."""
+    seed: int = 0
+    """Seed of the first episode; the others follow."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Weights with the lowest validation loss, or the last ones."""
+    device: str = "auto"
+    """Device to compute on: auto (a GPU when there is one), cpu, cuda, ..."""
+
+
+def run(args: Sequence[str]) -> int:
+    """Run `minrnn act`."""
+    command = parse(ActCommand, "act", args)
+    if command.episodes < 1:
+        raise ValueError(f"act: --episodes must be at least 1, got {command.episodes}")
+    device = choose_device(command.device)
+    model, _, step = load_trained(command.run, command.checkpoint, device)
+    if not isinstance(model, DecisionModel):
+        raise ValueError(
+            f"act: {command.run} must be a run of decisions; what this one learnt takes no actions"
+        )
+    name = command.env or model.config.environment
+    if name is None:
+        raise ValueError("act: --env must be given, as the data that the policy learnt from name none")
+    policy = Policy(model, target_return=command.target_return)
+    played = _play(policy, name, command)
+    results = {
+        "checkpoint": command.checkpoint,
+        "step": step,
+        "environment": name,
+        "target_return": policy.target_return,
+        **_summary(name, played),
+        "seed": command.seed,
+        **provenance(device),
+    }
+    write_json(command.run / "acting.json", results)
+    print(_conclusion(results))
+    return 0
+
+
+def _play(policy: Policy, name: str, command: ActCommand) -> list[Played]:
+    """Play all episodes under a table that moves, where there is a terminal, and film the first."""
+    console = Console()
+    first = make_environment(name) if command.record is None else make_filmed(name)
+    rate = float(first.metadata.get("render_fps") or 25)
+    film = None if command.record is None else Film(command.record, rate)
+    others = [make_environment(name) for _ in range(min(TOGETHER, command.episodes) - 1)]
+    title = f"{name}, {command.run}"
+    live = Live(console=console, refresh_per_second=8, transient=True) if console.is_terminal else None
+    played: list[Played] = []
+    with live or nullcontext():
+        for played in play(policy, [first, *others], command.episodes, seed=command.seed):
+            if film is not None and not played[0].ended and (played[0].steps - 1) % film.every == 0:
+                film.add(picture(first))
+            if live is not None:
+                live.update(_table(title, played[-SHOWN:]))
+    console.print(_table(title, played))
+    if film is not None:
+        film.write()
+        console.print(f"film: {film.path}", markup=False, highlight=False, soft_wrap=True)
+    for environment in (first, *others):
+        environment.close()
+    return played
+
+
+def _table(title: str, played: Sequence[Played]) -> Table:
+    table = Table("episode", "steps", "return", "ended", title=title)
+    for episode in played:
+        table.add_row(
+            str(episode.number), str(episode.steps), f"{episode.total_return:,.1f}", episode.ended or "..."
+        )
+    return table
+
+
+def _summary(name: str, played: Sequence[Played]) -> dict[str, Any]:
+    returns = [episode.total_return for episode in played]
+    return {
+        "mean_return": mean(returns),
+        "spread": stdev(returns) if len(returns) > 1 else 0.0,
+        "score": normalised_score(name, mean(returns)),
+        "returns": returns,
+        "lengths": [episode.steps for episode in played],
+    }
+
+
+def _conclusion(results: dict[str, Any]) -> str:
+    """Say it in one line."""
+    count = len(results["returns"])
+    asked = "" if results["target_return"] is None else f", asked for {results['target_return']:,.1f}"
+    score = "" if results["score"] is None else f"; D4RL's normalised score {results['score']:.1f}"
+    spread = f" ± {results['spread']:,.1f}" if count > 1 else ""
+    episodes = "1 episode" if count == 1 else f"{count} episodes"
+    return f"return {results['mean_return']:,.1f}{spread} over {episodes}{asked}{score}"

@@ -1,0 +1,141 @@
+"""`minrnn make-data`: train a policy in an environment and record it, where no data can be had."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from minrnn.cli.arguments import parse
+from minrnn.demonstrations import make_data
+from minrnn.tasks.recordings import read_episodes
+
+LINE_SECONDS = 10.0  # between lines, where there is no terminal to draw on
+
+
+@dataclass(frozen=True)
+class MakeDataCommand:
+    """Make data to learn acting from: train a policy in an environment, and record episodes in D4RL's layout.
+
+    Interrupted, the same command goes on. The data are labelled as local: their scores do not compare with
+    those of D4RL's or Minari's data sets.
+    """
+
+    environment: tyro.conf.Positional[str]
+    """Gymnasium's id, such as Hopper-v5, HalfCheetah-v5 or Walker2d-v5; actions must be continuous."""
+    quality: Literal["random", "medium", "medium-replay", "medium-expert"] = "medium"
+    """Random actions; the best policy that training reached, with noise; policies from all of training; or
+    half medium, half without noise."""
+    output: Path | None = None
+    """File to write; by default one in the cache folder, to be found by the name that is printed."""
+    seed: int = 0
+    """Of training and recording."""
+    steps: int = 200_000
+    """Steps to record."""
+    training_steps: int = 0
+    """Steps to train for; 0 for as many as suit the environment."""
+    algorithm: Literal["", "ppo", "ars"] = ""
+    """Proximal policy optimisation or augmented random search; by default what suits the environment."""
+
+
+def run(args: Sequence[str]) -> int:
+    """Run `minrnn make-data`."""
+    command = parse(MakeDataCommand, "make-data", args)
+    console = Console()
+    view = _Bars(console) if console.is_terminal else _Lines(console)
+    try:
+        with view:
+            path = make_data(
+                command.environment,
+                command.quality,
+                view.report,
+                output=command.output,
+                seed=command.seed,
+                steps=command.steps,
+                training_steps=command.training_steps,
+                algorithm=command.algorithm,
+            )
+    except KeyboardInterrupt:
+        _say(console, "stopped; the same command goes on from here")
+        raise
+    episodes = read_episodes(path)
+    _say(console, episodes.describe())
+    if "policy_return" in episodes.about:
+        score = episodes.about["policy_score"]
+        _say(
+            console,
+            f"policy without noise: return {episodes.about['policy_return']:,.0f}"
+            + ("" if score is None else f", D4RL's score {score:.1f}")
+            + f", after {episodes.about['best_after_steps']:,} steps of {episodes.about['algorithm']}",
+        )
+    _say(console, episodes.about["label"])
+    _say(console, f"file: {path}")
+    source = episodes.about["name"] if command.output is None else path
+    _say(console, f"next: minrnn train decisions --task.data {source}")
+    return 0
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Lines:
+    """Plain lines now and then: for pipes, files and batch systems."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._said = 0.0
+
+    def report(self, what: str, done: int, total: int, text: str) -> None:
+        """Say how far it is, unless that was said just now."""
+        if done >= total or time.monotonic() - self._said > LINE_SECONDS:
+            self._said = time.monotonic()
+            _say(self._console, f"{what} {done:,}/{total:,}  {text}")
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+class _Bars:
+    """A bar for each thing that is done, with the time left."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.fields[what]:10}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}  {task.description}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            expand=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def report(self, what: str, done: int, total: int, text: str) -> None:
+        """Draw how far it is."""
+        done = min(done, total)
+        if what in self._tasks:
+            self._progress.update(self._tasks[what], completed=done, description=text)
+        else:  # what was done before this sitting took none of its time
+            self._tasks[what] = self._progress.add_task(text, total=total, completed=done, what=what)
+
+    def __enter__(self) -> _Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()

@@ -1,0 +1,197 @@
+"""A behaviour's training as it went: every round's policy, kept in a file that training goes on from."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+
+from minrnn.demonstrations.behaviour import Behaviour
+from minrnn.demonstrations.trainers import Arrays, Round, Trainer, training_environments
+
+SMOOTHED_ROUNDS = 3  # a round's mean return is noisy, so its neighbours count as well
+SAVE_EVERY = 15.0  # seconds, which is what an interruption costs at most, and a round
+
+Report = Callable[[str, int, int, str], None]
+"""Called with what is going on, steps that are done, steps in all, and what there is to say."""
+
+
+@dataclass
+class History:
+    """What each round of training left, and what the next one needs."""
+
+    behaviours: list[Behaviour] = field(default_factory=list)
+    """The policy that each round began with."""
+    steps: list[int] = field(default_factory=list)
+    """Steps in the environment up to the end of each round."""
+    returns: list[float] = field(default_factory=list)
+    """Mean return of each round's episodes, with the noise of training; NaN where none ended."""
+    state: Arrays = field(default_factory=dict)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps in the environment so far."""
+        return self.steps[-1] if self.steps else 0
+
+    @property
+    def last_start(self) -> int:
+        """Steps in the environment before the last round."""
+        return self.steps[-2] if len(self.steps) > 1 else 0
+
+    def add(self, result: Round) -> None:
+        """Append a round."""
+        self.behaviours.append(result.behaviour)
+        self.steps.append(self.total_steps + result.steps)
+        self.returns.append(result.mean_return)
+        self.state = result.state
+
+    def until(self, steps: int) -> History:
+        """Return the rounds up to the one that reached so many steps, without what more would need."""
+        count = int(np.searchsorted(self.steps, steps)) + 1
+        return History(self.behaviours[:count], self.steps[:count], self.returns[:count])
+
+    def best(self) -> int:
+        """Return the number of the round with the highest mean return, averaged with those beside it."""
+        reach = SMOOTHED_ROUNDS // 2
+        means = []
+        for number in range(len(self.returns)):
+            window = self.returns[max(0, number - reach) : number + reach + 1]
+            known = [value for value in window if not math.isnan(value)]
+            means.append(sum(known) / len(known) if known else -math.inf)
+        return int(np.argmax(means))
+
+    def save(self, path: Path) -> None:
+        """Write the history, whole or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        columns = {
+            "parameters": [behaviour.parameters for behaviour in self.behaviours],
+            "mean": [behaviour.mean for behaviour in self.behaviours],
+            "variance": [behaviour.variance for behaviour in self.behaviours],
+            "action_noise": [behaviour.action_noise for behaviour in self.behaviours],
+        }
+        write_arrays(
+            path,
+            {
+                "sizes": np.array(self.behaviours[0].sizes),
+                "steps": np.array(self.steps),
+                "returns": np.array(self.returns),
+                **{name: np.stack(values) for name, values in columns.items()},
+                **{f"state/{name}": value for name, value in self.state.items()},
+            },
+        )
+
+
+def read_history(path: Path) -> History:
+    """Read what `History.save` wrote.
+
+    Raises:
+        ValueError: the file is damaged or something else.
+    """
+    arrays = read_arrays(path)
+    try:
+        sizes = tuple(map(int, arrays["sizes"]))
+        columns = (arrays[name] for name in ("parameters", "mean", "variance", "action_noise"))
+        return History(
+            [Behaviour(row[0], sizes, *row[1:]) for row in zip(*columns, strict=True)],
+            arrays["steps"].tolist(),
+            arrays["returns"].tolist(),
+            {
+                name.removeprefix("state/"): value
+                for name, value in arrays.items()
+                if name.startswith("state/")
+            },
+        )
+    except KeyError as missing:
+        raise ValueError(
+            f"make_data: {path} must hold {missing}, got {', '.join(arrays)}; remove it"
+        ) from missing
+
+
+def train_behaviour(
+    environment: str, trainer: Trainer, steps: int, seed: int, path: Path, report: Report
+) -> History:
+    """Return the rounds of a training of `steps` steps or a little more, and keep them in a file.
+
+    What the file holds is not trained again: training that was interrupted goes on to where it would have
+    gone, and a shorter one is the beginning of a longer one.
+
+    Args:
+        environment: gymnasium's id.
+        trainer: the algorithm's settings.
+        steps: in the environment, at least 1.
+        seed: of all random numbers.
+        path: the file, of trainings with these arguments only; `steps` may differ.
+        report: is told of the progress.
+
+    Raises:
+        ValueError: the file is damaged, or there is no such environment.
+        ImportError: a library is not installed; the extra is named.
+    """
+    history = read_history(path) if path.exists() else History()
+    if history.total_steps < steps:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with training_environments(environment, trainer) as environments, _one_thread():
+            saved = time.monotonic()
+            while history.total_steps < steps:
+                history.add(trainer.train(environments, history.state, _round_seed(seed, len(history.steps))))
+                report("training", history.total_steps, steps, f"return {history.returns[-1]:,.0f}")
+                if history.total_steps >= steps or time.monotonic() - saved > SAVE_EVERY:
+                    history.save(path)
+                    saved = time.monotonic()
+    return history.until(steps)
+
+
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """Write arrays into an .npz file, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # its stubs take allow_pickle for one of them
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_arrays(path: Path) -> Arrays:
+    """Read what `write_arrays` wrote; nothing is unpickled.
+
+    Raises:
+        ValueError: the file is damaged or something else.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (BadZipFile, EOFError, ValueError) as error:
+        raise ValueError(
+            f"make_data: {path} must be an .npz file, got a damaged one ({error}); remove it"
+        ) from error
+
+
+def _round_seed(seed: int, number: int) -> int:
+    """Return a round's own seed, which the libraries want below 2^32."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0] >> 1)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch use one thread: networks this small are slower on more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

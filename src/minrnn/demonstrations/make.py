@@ -1,0 +1,217 @@
+"""From an environment's name to a file of episodes, in D4RL's layout and with a label that says what they "
+"are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from minrnn.demonstrations.behaviour import Behaviour
+from minrnn.demonstrations.history import Report, train_behaviour
+from minrnn.demonstrations.record import Share, always, play, record, replayed, uniform
+from minrnn.demonstrations.trainers import TRAINERS, Trainer, library_versions
+from minrnn.tasks.downloads import cache_folder
+from minrnn.tasks.environments import make_environment
+from minrnn.tasks.locomotion import local_name, local_path, normalised_score
+from minrnn.tasks.recordings import read_episodes, write_episodes
+
+if TYPE_CHECKING:
+    from minrnn.tasks.environments import Environment
+
+QUALITIES = ("random", "medium", "medium-replay", "medium-expert")
+"""What D4RL calls kinds of data; what they are here, `make_data` says."""
+
+EVALUATION_EPISODES = 10
+EPISODE_LIMIT = 10_000  # steps of an episode that is evaluated, where the environment sets no limit
+LABEL = (
+    "made locally in minutes: not one of D4RL's or Minari's data sets, with whose scores its own do not "
+    "belong in one column; the best policy reached is no expert"
+)
+
+
+class Plan(NamedTuple):
+    """How a behaviour is trained, unless it is said otherwise."""
+
+    algorithm: str
+    steps: int
+
+
+PLANS = {
+    "Hopper": Plan("ppo", 500_000),
+    "HalfCheetah": Plan("ppo", 500_000),
+    "Walker2d": Plan("ppo", 500_000),
+}
+OTHER_PLAN = Plan("ppo", 300_000)
+
+
+def plan_for(environment: str) -> Plan:
+    """Return how behaviours are trained in an environment, whatever its version."""
+    return PLANS.get(environment.rpartition("-v")[0], OTHER_PLAN)
+
+
+def make_data(
+    environment: str,
+    quality: str,
+    report: Report,
+    *,
+    output: Path | None = None,
+    seed: int = 0,
+    steps: int = 200_000,
+    training_steps: int = 0,
+    algorithm: str = "",
+) -> Path:
+    """Train a behaviour where that was not done before, record it, and return the file, in D4RL's layout.
+
+    - random: actions drawn evenly between their bounds.
+    - medium: the best policy that training reached, with the noise on its actions that it was trained with.
+    - medium-replay: policies from all of training up to the best, with their noise: in distribution what
+      training saw itself.
+    - medium-expert: half of it medium, half the same policy without noise.
+
+    Interrupted, it goes on where it was when it is called again. One training serves all qualities. A file
+    that was made with the same arguments before is left as it is.
+
+    Args:
+        environment: gymnasium's id of one with vectors for observations and actions, such as Hopper-v5.
+        quality: one of QUALITIES.
+        report: is told of the progress.
+        output: the file; by default `local_path(local_name(environment, quality, seed))`.
+        seed: of training and recording.
+        steps: recorded.
+        training_steps: in the environment; 0 for `plan_for(environment)`.
+        algorithm: a name in TRAINERS; empty for `plan_for(environment)`.
+
+    Raises:
+        ValueError: an argument is out of range, there is no such environment, or its spaces are others.
+        FileExistsError: the output is there and was made otherwise.
+        ImportError: a library is not installed; the extra is named.
+    """
+    plan = plan_for(environment)
+    algorithm, training_steps = algorithm or plan.algorithm, training_steps or plan.steps
+    _check(quality, algorithm, seed, steps, training_steps)
+    name = local_name(environment, quality, seed)
+    path = local_path(name) if output is None else output
+    trainer = TRAINERS[algorithm]
+    training = {"environment": environment, "algorithm": algorithm, "seed": seed, **trainer.settings()}
+    made = {"environment": environment, "quality": quality, "seed": seed, "steps": steps}
+    if quality != "random":
+        made |= {"training_steps": training_steps, **training}
+    if path.exists():
+        _check_made(path, made)
+        return path
+    shares, said = _shares(environment, quality, trainer, training, training_steps, steps, report)
+    parts = _work_folder() / f"recording-{_digest(made)}"
+    recording = record(environment, shares, seed, parts, report)
+    episodes = recording.episodes(environment, {"source": "local", "name": name, **said})
+    mean_return = float(episodes.returns.mean())
+    about = {
+        **episodes.about,
+        "mean_return": mean_return,
+        "score": normalised_score(environment, mean_return),
+        "made": made,
+        "versions": library_versions(trainer),
+        "label": LABEL,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_episodes(path, replace(episodes, about=about), recording.next_observations)
+    shutil.rmtree(parts)
+    return path
+
+
+def _check(quality: str, algorithm: str, seed: int, steps: int, training_steps: int) -> None:
+    if quality not in QUALITIES:
+        raise ValueError(f"make_data: quality must be one of {', '.join(QUALITIES)}, got {quality!r}")
+    if algorithm not in TRAINERS:
+        raise ValueError(f"make_data: algorithm must be one of {', '.join(TRAINERS)}, got {algorithm!r}")
+    for name, value, least in (("seed", seed, 0), ("steps", steps, 2), ("training_steps", training_steps, 1)):
+        if value < least:
+            raise ValueError(f"make_data: {name} must be at least {least}, got {value}")
+
+
+def _check_made(path: Path, made: dict[str, Any]) -> None:
+    """Raise FileExistsError unless a file was made with these settings."""
+    before = read_episodes(path).about.get("made")
+    if before != made:
+        raise FileExistsError(
+            f"make_data: {path} is there, and was made with {before} instead of {made}; remove it, or name "
+            f"another with --output"
+        )
+
+
+def _shares(
+    environment: str,
+    quality: str,
+    trainer: Trainer,
+    training: dict[str, Any],
+    training_steps: int,
+    steps: int,
+    report: Report,
+) -> tuple[list[Share], dict[str, Any]]:
+    """Return who acts for how many steps, and what a label says of them."""
+    with closing(make_environment(environment)) as made:
+        _check_spaces(made)
+        if quality == "random":
+            draw = uniform(made.action_space.low, made.action_space.high)
+            return [Share(draw, steps)], {"quality": quality}
+        file = _work_folder() / f"training-{_digest({**training, **library_versions(trainer)})}.npz"
+        history = train_behaviour(environment, trainer, training_steps, training["seed"], file, report)
+        history = history.until(history.steps[history.best()])
+        best = history.behaviours[-1]
+        quiet = replace(best, action_noise=np.zeros_like(best.action_noise))
+        returns = _evaluate(made, quiet, training["seed"], report)
+    shares = {
+        "medium": [Share(always(best), steps)],
+        "medium-replay": [Share(replayed(history, trainer.parameter_noise), steps)],
+        "medium-expert": [Share(always(best), steps - steps // 2), Share(always(quiet), steps // 2)],
+    }
+    said = {
+        "quality": quality,
+        "algorithm": f"{trainer.title} ({trainer.library})",
+        "best_after_steps": history.last_start,
+        "policy_return": float(returns.mean()),
+        "policy_return_deviation": float(returns.std()),
+        "policy_score": normalised_score(environment, float(returns.mean())),
+        "action_noise": best.action_noise.tolist(),
+    }
+    return shares[quality], said
+
+
+def _check_spaces(environment: Environment) -> None:
+    """Raise ValueError unless observations are vectors and actions are vectors within bounds."""
+    seen, done = environment.observation_space, environment.action_space
+    if hasattr(done, "n"):
+        raise ValueError(
+            f"make_data: actions must be continuous, got {done}; these algorithms train no others here"
+        )
+    bounds = getattr(done, "low", np.array(np.inf)), getattr(done, "high", np.array(np.inf))
+    if len(seen.shape or ()) != 1 or len(done.shape or ()) != 1 or not np.isfinite(bounds).all():
+        raise ValueError(
+            f"make_data: observations and actions must be vectors, these bounded, got {seen} and {done}"
+        )
+
+
+def _evaluate(
+    environment: Environment, behaviour: Behaviour, seed: int, report: Report
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return the returns of some episodes."""
+    returns: list[float] = []
+    for number in range(EVALUATION_EPISODES):
+        played = play(environment, always(behaviour), (seed, len(QUALITIES), number), EPISODE_LIMIT)
+        returns.append(float(played.rewards.sum(dtype=np.float64)))
+        report("evaluating", number + 1, EVALUATION_EPISODES, f"return {np.mean(returns):,.0f}")
+    return np.array(returns)
+
+
+def _work_folder() -> Path:
+    return cache_folder() / "demonstrations"
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,189 @@
+"""What behaviours do, recorded: who acts in which episode, and parts on disk from which recording goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minrnn.demonstrations.behaviour import Behaviour
+from minrnn.demonstrations.history import History, Report, read_arrays, write_arrays
+from minrnn.tasks.environments import make_environment
+from minrnn.tasks.episodes import Episodes
+
+if TYPE_CHECKING:
+    from minrnn.tasks.environments import Environment
+
+Floats = NDArray[np.floating[Any]]
+Act = Callable[[Floats, np.random.Generator], Floats]
+"""An action on an observation."""
+Draw = Callable[[np.random.Generator], Act]
+"""Who acts in an episode."""
+
+PART_STEPS = 10_000  # kept at once: a few seconds of recording, which is what an interruption costs
+
+
+class Share(NamedTuple):
+    """A stretch of a recording: who acts in it, and for how many steps."""
+
+    draw: Draw
+    steps: int
+
+
+class Recording(NamedTuple):
+    """Recorded steps, as arrays like those of `Episodes`, and what was seen after each."""
+
+    observations: NDArray[np.float32]
+    actions: NDArray[np.float32]
+    rewards: NDArray[np.float32]
+    next_observations: NDArray[np.float32]
+    terminated: NDArray[np.bool_]
+    ends: NDArray[np.int64]
+
+    def episodes(self, environment: str, about: dict[str, Any]) -> Episodes:
+        """Return the recording as episodes."""
+        return Episodes(
+            self.observations, self.actions, self.rewards, self.ends, self.terminated, environment, about
+        )
+
+
+# --- who acts --------------------------------------------------------------------------------------------
+
+
+def uniform(low: Floats, high: Floats) -> Draw:
+    """Draw actions between bounds (A,), whatever is observed."""
+
+    def act(_: Floats, random: np.random.Generator) -> Floats:
+        return random.uniform(low, high)
+
+    return lambda _: act
+
+
+def always(behaviour: Behaviour) -> Draw:
+    """Let one behaviour act in every episode."""
+    return lambda _: behaviour.act
+
+
+def replayed(history: History, parameter_noise: float) -> Draw:
+    """Let each episode be that of a moment of training, all of its steps alike, with the noise that it had.
+
+    So the episodes are distributed as those that training had itself, of which nothing needs to be kept.
+
+    Args:
+        history: of the training.
+        parameter_noise: standard deviation of what training adds to parameters for an episode; where it is
+            not 0, that is all its noise.
+    """
+
+    def draw(random: np.random.Generator) -> Act:
+        step = random.integers(history.total_steps)
+        behaviour = history.behaviours[int(np.searchsorted(history.steps, step, side="right"))]
+        if not parameter_noise:
+            return behaviour.act
+        changes = parameter_noise * random.standard_normal(len(behaviour.parameters))
+        quiet = np.zeros_like(behaviour.action_noise)
+        return replace(behaviour, parameters=behaviour.parameters + changes, action_noise=quiet).act
+
+    return draw
+
+
+# --- what they do ----------------------------------------------------------------------------------------
+
+
+def play(environment: Environment, draw: Draw, seed: tuple[int, ...], limit: int) -> Recording:
+    """Play an episode, and cut it off after `limit` steps.
+
+    Args:
+        environment: with vectors for observations and actions.
+        draw: who acts.
+        seed: of who acts, of the environment and of the noise.
+        limit: at least 1.
+    """
+    random = np.random.default_rng(seed)
+    act = draw(random)
+    low, high = environment.action_space.low, environment.action_space.high
+    observation, _ = environment.reset(seed=int(random.integers(1 << 31)))
+    rows: list[tuple[Floats, Floats, float, Floats]] = []
+    terminated = truncated = False
+    while not (terminated or truncated) and len(rows) < limit:
+        action = np.clip(act(observation, random), low, high).astype(np.float32)
+        following, reward, terminated, truncated, _ = environment.step(action)
+        rows.append((observation, action, float(reward), following))
+        observation = following
+    observations, actions, rewards, followings = (
+        np.array(column, np.float32) for column in zip(*rows, strict=True)
+    )
+    return Recording(
+        observations, actions, rewards, followings, np.array([terminated]), np.array([len(rows)], np.int64)
+    )
+
+
+def record(environment: str, shares: list[Share], seed: int, folder: Path, report: Report) -> Recording:
+    """Record shares one after the other, and keep the parts that are done in a folder.
+
+    Each episode is a function of the seed and its number; so a recording that was interrupted and goes on
+    is the one that would have been.
+
+    Args:
+        environment: gymnasium's id.
+        shares: who acts and for how many steps; the last episode of each is cut off when those are reached.
+        seed: of all random numbers.
+        folder: of recordings with these arguments only.
+        report: is told of the progress.
+
+    Raises:
+        ValueError: a part is damaged, or there is no such environment.
+        ImportError: the environment is not installed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parts: list[Recording] = []
+    steps = sum(share.steps for share in shares)
+    with closing(make_environment(environment)) as made:
+        for number, share in enumerate(shares):
+            for part in _parts(made, share, (seed, number), folder):
+                parts.append(part)
+                done = sum(len(part.rewards) for part in parts)
+                report("recording", done, steps, f"return {part.rewards.sum() / len(part.ends):,.0f}")
+    return _join(parts)
+
+
+def _parts(
+    environment: Environment, share: Share, seed: tuple[int, int], folder: Path
+) -> Iterator[Recording]:
+    """Yield the parts of a share: those that are in the folder, then those that are recorded into it."""
+    done = episode = 0
+    while done < share.steps:
+        path = folder / f"{seed[1]}-{episode}.npz"
+        if path.exists():
+            arrays = read_arrays(path)
+            part = Recording(*(arrays[name] for name in Recording._fields))
+        else:
+            part = _record_part(environment, share.draw, seed, episode, share.steps - done)
+            write_arrays(path, part._asdict())
+        yield part
+        done += len(part.rewards)
+        episode += len(part.ends)
+
+
+def _record_part(
+    environment: Environment, draw: Draw, seed: tuple[int, int], episode: int, limit: int
+) -> Recording:
+    """Play the episodes from number `episode` on: PART_STEPS steps or a little more, but at most `limit`."""
+    played: list[Recording] = []
+    done = 0
+    while done < min(PART_STEPS, limit):
+        played.append(play(environment, draw, (*seed, episode + len(played)), limit - done))
+        done += len(played[-1].rewards)
+    return _join(played)
+
+
+def _join(parts: list[Recording]) -> Recording:
+    """Return recordings end to end."""
+    starts = np.cumsum([0] + [len(part.rewards) for part in parts])
+    moved = [part._replace(ends=part.ends + start) for part, start in zip(parts, starts, strict=False)]
+    return Recording(*map(np.concatenate, zip(*moved, strict=True)))

@@ -1,0 +1,161 @@
+"""Beside table 3: what an action costs, against the steps since the episode began."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from minrnn.benchmarks.timing import Phases, clock
+from minrnn.experiments.experiment import Cell, Record, Table, Tell, Workplace
+from minrnn.experiments.inference import state_bytes
+from minrnn.experiments.plots import draw_lines, finish, new_figure
+from minrnn.experiments.timed import System, TimedExperiment, TimedSize, series
+from minrnn.experiments.variants import every_mixer
+from minrnn.models import TOKENS, DecisionConfig, DecisionModel, ModelConfig, Policy
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+OBSERVATION, ACTION = 17, 6
+"""Sizes of HalfCheetah and Walker2d."""
+
+LAYERS = 3
+WINDOW = 20
+"""Steps that attention reads anew for every action, as Decision Transformer does."""
+
+TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "attention": {"tokens": "interleaved", "window": WINDOW, "max_steps": 4096},
+    "attention-joined": {"tokens": "joined", "window": WINDOW},
+    "attention-sliding": {"tokens": "interleaved", "keys": WINDOW},
+    "attention-whole": {"tokens": "interleaved", "keys": 0},
+}
+"""Decision Transformer, and what else attention could be; `keys`: steps whose keys are carried, 0 all."""
+
+
+@dataclass(frozen=True)
+class Size(TimedSize):
+    """The settings of a scale."""
+
+    width: int
+    steps: tuple[int, ...]
+
+
+class Acting(TimedExperiment):
+    """Act for some steps, and then once more."""
+
+    name = "acting"
+    title = "Time of an action (beside table 3)"
+    question = (
+        "A policy of three layers (a mixer and an MLP each), with weights as they start, acts in one "
+        "environment, on one CPU thread or a GPU; medians, all in turns within one process. *After* so many "
+        "steps of an episode the next action is timed: observation in, action out, the return still to come "
+        "and the state kept up with. Recurrences read a step as one token and carry their state. `attention` "
+        "is Decision Transformer: it reads its last 20 steps, three tokens each, anew for every action. "
+        "`attention-joined` does so with one token a step; `attention-sliding` carries the keys of 20 steps "
+        "and `attention-whole` those of the whole episode."
+    )
+    changes = "The paper has no such figure. cpu and paper differ in how long is measured."
+    sizes: ClassVar = {
+        "cpu": Size(2.0, 200, 128, (1, 100, 1000)),
+        "paper": Size(20.0, 1000, 128, (1, 10, 100, 1000, 4000)),
+        "tiny": Size(0.01, 3, 8, (1, 3, 6)),
+    }
+
+    def systems(self) -> Sequence[str]:
+        return [*(mixer for mixer in every_mixer() if mixer not in TRANSFORMERS), *TRANSFORMERS]
+
+    def settings(self, size: Size) -> Iterator[dict[str, Any]]:
+        for steps in size.steps:
+            yield {"B": 1, "D": size.width, "steps": steps}
+
+    def inputs(self, setting: Mapping[str, Any], device: torch.device) -> Tensor:
+        return torch.randn(setting["steps"], OBSERVATION, device=device)
+
+    def measure(self, cell: Cell, place: Workplace, tell: Tell) -> dict[str, Any]:
+        with _one_thread():
+            return super().measure(cell, place, tell)
+
+    def build(self, system: str, setting: Mapping[str, Any], inputs: Tensor) -> System:
+        model = policy_model(system, setting["D"]).to(inputs.device).eval()
+        policy = Policy(model, target_return=1000.0)
+        for observation in inputs[:-1]:
+            policy.act(observation, 1.0)
+
+        def act() -> Phases:
+            once = copy.copy(
+                policy
+            )  # what it remembers is replaced, not changed: all samples are of one step
+            start = clock(inputs.device)
+            once.act(inputs[-1], 1.0)
+            return {"action": clock(inputs.device) - start}
+
+        once = copy.copy(policy)
+        once.act(inputs[-1], 1.0)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        return System(act, {"parameters": parameters, "state_bytes": state_bytes(once.state)})
+
+    def tables(self, records: Sequence[Record]) -> list[Table]:
+        lines, states = series(records, "steps", "action"), series(records, "steps", "state_bytes")
+        steps = sorted({record["setting"]["steps"] for record in records})
+        context = dict(lines.get("attention", []))
+        rows = []
+        for name, line in lines.items():
+            at, state = dict(line), dict(states[name])
+            rows.append(
+                [
+                    name,
+                    *(f"{1e3 * at[step]:.3g}" if step in at else "failed" for step in steps),
+                    f"{context[steps[-1]] / at[steps[-1]]:.1f}" if steps[-1] in context.keys() & at else "",
+                    *(f"{state[step] / 1e3:.3g}" if step in state else "" for step in (steps[0], steps[-1])),
+                ]
+            )
+        head = ["policy", *(f"after {step - 1:,} steps, ms" for step in steps)]
+        head += [f"times faster than attention after {steps[-1] - 1:,}", "state at first, kB", "at last, kB"]
+        return [Table("Time of an action", head, rows)]
+
+    def draw(self, records: Sequence[Record]) -> Figure:
+        figure, (action, state) = new_figure(1, 2)
+        times = series(records, "steps", "action").items()
+        draw_lines(action, {name: [(x, 1e3 * y) for x, y in line] for name, line in times})
+        finish(action, "an action, one environment", "step of the episode", "milliseconds", log="xy")
+        states = series(records, "steps", "state_bytes").items()
+        draw_lines(state, {name: [(x, y / 1e3) for x, y in line] for name, line in states})
+        finish(state, "what is carried", "step of the episode", "kB", log="xy")
+        return figure
+
+
+def policy_model(system: str, width: int) -> DecisionModel:
+    """Return a policy of a mixer, or of one of TRANSFORMERS."""
+    settings = {"tokens": "joined", **TRANSFORMERS.get(system, {})}
+    keys = settings.pop("keys", None)
+    tokens = TOKENS[settings["tokens"]]
+    trunk = ModelConfig(
+        d_model=width,
+        num_layers=LAYERS,
+        mixer="attention" if system in TRANSFORMERS else system,
+        conv_width=0,
+        mlp_ratio=4.0,
+        expansion=2.0 if system == "mamba" else 1.0,
+        window=None if keys is None else keys * tokens,
+    )
+    return DecisionModel(DecisionConfig(trunk, OBSERVATION, ACTION, return_scale=1000.0, **settings))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one CPU thread: so little work is not worth dividing."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+EXPERIMENT = Acting()

@@ -1,0 +1,228 @@
+"""A policy at work: one action after the other, in one environment or a batch of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from minrnn.models.decision import NOTHING_DONE, DecisionModel, Steps
+from minrnn.models.sequence import ModelState
+
+
+class Policy:
+    """A decision model with what it has to remember: the return still to come, its last action, its state.
+
+        action[t] = model(R[0 .. t], s[0 .. t], a[-1 .. t-1]) at t,     R[t] = target - sum(r[0 .. t-1])
+
+    Where the model's `window` is 0, the state after the last step is carried, so that with a recurrent mixer
+    an action takes the same time and memory however long the episode lasts. Otherwise the last `window` steps
+    are kept and read anew for every action, as Decision Transformer does. Either way the actions are those of
+    one call over the episode so far, or over its last `window` steps.
+
+    The model runs in evaluation mode, whatever mode it is in. Of discrete actions the likeliest is taken.
+
+    Args:
+        model: what chooses.
+        target_return: return to reach from each episode's start on; None is the model's own.
+
+    Raises:
+        ValueError: no return is known, or one is given to a model that is conditioned on none.
+
+    Example:
+        >>> from minrnn.models import DecisionConfig, DecisionModel, ModelConfig
+        >>> config = DecisionConfig(ModelConfig(d_model=8), observation_size=3, action_size=2)
+        >>> policy = Policy(DecisionModel(config), target_return=100.0)
+        >>> policy.act([0.1, 0.2, 0.3]).shape
+        torch.Size([2])
+        >>> policy.act([0.1, 0.2, 0.3], reward=1.5).shape  # what the action before has earned
+        torch.Size([2])
+    """
+
+    def __init__(self, model: DecisionModel, *, target_return: float | None = None) -> None:
+        config = model.config
+        if target_return is not None and not config.conditioned:
+            raise ValueError(
+                f"Policy: target_return must be left out for a policy that is conditioned on no return, got "
+                f"{target_return}"
+            )
+        target = config.target_return if target_return is None else target_return
+        if target is None and config.conditioned:
+            raise ValueError("Policy: target_return must be given, as the model has none of its own")
+        self.model = model
+        self.target_return = target
+        self._memory: _Memory | None = None
+
+    @torch.no_grad()
+    def act(self, observation: Any, reward: Any = None, *, reset: Any = None) -> Tensor:
+        """Choose the next action of one episode, or of a batch of them.
+
+        Args:
+            observation: `(S,)`, or `(B, S)` of B environments: anything that torch makes a tensor of.
+            reward: what the action before has earned, a number or `(B,)`; of an episode's first step it is
+                not looked at. Needed after that by models that are conditioned on a return.
+            reset: bool or `(B,)`: where True, this is an episode's first step, and what came before is
+                forgotten. The first call of all starts every episode; B may change where all start.
+
+        Returns:
+            Actions `(A,)` or `(B, A)` of the model's dtype; discrete: `()` or `(B,)`, int64. On the CPU.
+
+        Raises:
+            ValueError: a shape does not fit, a number is not finite, a reward is missing, or an episode lasts
+                longer than the model's `max_steps`.
+        """
+        observations, single = self._read_observation(observation)
+        starts = self._read_reset(reset, len(observations))
+        memory = self._memory
+        if memory is None or (starts is not None and bool(starts.all())):
+            memory = _Memory.at_start(self.model, observations, self.target_return)
+        else:
+            memory = memory.after(self._read_reward(reward, starts), starts, self.target_return)
+        actions, self._memory = _choose(self.model, memory, observations)
+        return actions[0].cpu() if single else actions.cpu()
+
+    @property
+    def state(self) -> ModelState | Steps | None:
+        """What is carried to the next action: the model's state, or the last steps; None before the first."""
+        return None if self._memory is None else self._memory.context
+
+    def _read_observation(self, observation: Any) -> tuple[Tensor, bool]:
+        like = self.model.observation_mean
+        # A copy: it is remembered, and its owner may write the next observation into the same memory.
+        observations = torch.as_tensor(observation, dtype=like.dtype, device=like.device).clone()
+        single = observations.dim() == 1
+        rows = observations.unsqueeze(0) if single else observations
+        size = self.model.config.observation_size
+        if rows.dim() != 2 or rows.shape[1] != size or len(rows) == 0:
+            raise ValueError(
+                f"act: observation must be ({size},) or (B, {size}), got {tuple(observations.shape)}"
+            )
+        if not rows.isfinite().all():
+            raise ValueError("act: observation must be finite, got infinity or NaN")
+        return rows, single
+
+    def _read_reset(self, reset: Any, batch: int) -> Tensor | None:
+        """Return which rows begin an episode, `(B,)`; None is none of them."""
+        known = batch if self._memory is None else len(self._memory.times)
+        starts = None
+        if reset is not None and reset is not False:
+            starts = torch.as_tensor(reset, device=self.model.observation_mean.device)
+            if starts.dtype != torch.bool or starts.shape not in ((), (batch,)):
+                raise ValueError(
+                    f"act: reset must be bool, one or ({batch},), got {starts.dtype} {tuple(starts.shape)}"
+                )
+            starts = starts.expand(batch) if starts.any() else None
+        if known != batch and (starts is None or not starts.all()):
+            raise ValueError(
+                f"act: observation must be of {known} environments until all start anew, got {batch}"
+            )
+        return starts
+
+    def _read_reward(self, reward: Any, starts: Tensor | None) -> Tensor:
+        if reward is None:
+            if self.model.config.conditioned:
+                raise ValueError("act: reward must be given after an episode's first step")
+            reward = 0.0
+        assert self._memory is not None
+        shape = self._memory.times.shape
+        rewards = torch.as_tensor(reward, dtype=torch.float64, device=self._memory.times.device)
+        if rewards.shape not in ((), shape):
+            raise ValueError(f"act: reward must be one or {tuple(shape)}, got {tuple(rewards.shape)}")
+        if starts is not None:
+            rewards = rewards.expand(shape).masked_fill(starts, 0.0)
+        if not rewards.isfinite().all():
+            raise ValueError("act: reward must be finite, got infinity or NaN")
+        return rewards
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What is known before an observation comes."""
+
+    returns: Tensor
+    """(B,) float64, a sum of thousands of rewards: the returns still to come."""
+    previous: Tensor
+    """(B, A), or (B,) of discrete actions: the last."""
+    times: Tensor
+    """(B,) int64: steps since each episode began."""
+    context: ModelState | Steps | None
+    """The carried state, or the steps that are read anew; None where there is none."""
+    starts: Tensor | None = None
+    """(B,) bool: rows whose context is another episode's; None: no row's is."""
+
+    @classmethod
+    def at_start(cls, model: DecisionModel, observations: Tensor, target: float | None) -> Self:
+        """Every row begins an episode."""
+        config, B, device = model.config, len(observations), observations.device
+        returns = torch.full((B,), target or 0.0, dtype=torch.float64, device=device)
+        if config.discrete:
+            previous = torch.full((B,), NOTHING_DONE, device=device)
+        else:
+            previous = observations.new_zeros(B, config.action_size)
+        return cls(returns, previous, torch.zeros(B, dtype=torch.int64, device=device), None)
+
+    def after(self, rewards: Tensor, starts: Tensor | None, target: float | None) -> Self:
+        """The rewards are in; the rows that are marked begin an episode."""
+        returns, previous, times = self.returns - rewards, self.previous, self.times + 1
+        if starts is not None:
+            returns = returns.masked_fill(starts, target or 0.0)
+            marked = starts.view(-1, *[1] * (previous.dim() - 1))
+            previous = previous.masked_fill(marked, 0 if previous.is_floating_point() else NOTHING_DONE)
+            times = times.masked_fill(starts, 0)
+        return replace(self, returns=returns, previous=previous, times=times, starts=starts)
+
+    def now(self, observations: Tensor) -> Steps:
+        """Return the present step of every row, T = 1."""
+        parts = (self.returns, observations, self.previous, self.times)
+        return Steps(*(part.unsqueeze(1) for part in parts))
+
+
+def _choose(model: DecisionModel, memory: _Memory, observations: Tensor) -> tuple[Tensor, _Memory]:
+    """Return the actions, `(B, A)` or `(B,)`, and what is remembered after them."""
+    now = memory.now(observations)
+    context: ModelState | Steps
+    if model.config.window:
+        assert memory.context is None or isinstance(memory.context, Steps)
+        context = _recent(memory.context, now, model.config.window)
+        outputs, _ = _evaluate(model, context, None, _starts_within(context))
+    else:
+        assert not isinstance(memory.context, Steps)
+        reset = None if memory.starts is None else memory.starts.unsqueeze(1)
+        outputs, context = _evaluate(model, now, memory.context, reset)
+    last = outputs[:, -1]
+    if not last.isfinite().all():
+        raise RuntimeError("act: the model's actions are not finite; its training has diverged")
+    actions = last.argmax(dim=-1) if model.config.discrete else last
+    return actions, replace(memory, previous=actions, context=context)
+
+
+def _evaluate(
+    model: DecisionModel, steps: Steps, state: ModelState | None, reset: Tensor | None
+) -> tuple[Tensor, ModelState]:
+    """Call the model in evaluation mode."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        outputs, state = model(steps, state, reset=reset)
+    finally:
+        if training:
+            model.train()
+    return outputs, state
+
+
+def _recent(context: Steps | None, now: Steps, window: int) -> Steps:
+    """Return the last steps of the longest of the present episodes, `window` at most."""
+    if context is None:
+        return now
+    keep = min(window, int(now.times.max()) + 1)
+    return Steps(*(torch.cat([old, new], dim=1)[:, -keep:] for old, new in zip(context, now, strict=True)))
+
+
+def _starts_within(steps: Steps) -> Tensor | None:
+    """Mark the episodes' first steps, `(B, T)`; None where there are none but at the very start."""
+    starts = steps.times == 0
+    starts[:, 0] = False  # nothing is there to forget, and a call without resets is faster
+    return starts if starts.any() else None

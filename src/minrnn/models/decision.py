@@ -1,0 +1,276 @@
+"""Return-conditioned policies: from the return still to come, what is observed and what was done, an action.
+
+Which mixer stands in it makes it a Decision Transformer (attention), Decision S4 (s4d), Decision Mamba, a
+Decision Aaren, or a policy of minGRU, minLSTM, GRU or LSTM. `Policy` in `acting.py` lets one act.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from minrnn.mixers.mixer import check_reset
+from minrnn.models.dropout import Dropout
+from minrnn.models.sequence import (
+    EMBEDDING_STD,
+    ModelConfig,
+    ModelState,
+    check_state,
+    check_types,
+    make_blocks,
+    make_norm,
+    run_blocks,
+)
+
+TOKENS = {"interleaved": 3, "joined": 1, "observation": 1}
+"""What a step is read as, and in how many tokens: see `DecisionConfig.tokens`."""
+
+NOTHING_DONE = -1
+"""The discrete action before an episode's first step; of continuous actions it is all zeros."""
+
+
+class Steps(NamedTuple):
+    """What a policy reads at T steps of B episodes."""
+
+    returns: Tensor
+    """(B, T): the return still to come, this step's reward included; as rewards are, not scaled."""
+    observations: Tensor
+    """(B, T, S): as the environment gives them, not standardised."""
+    previous: Tensor
+    """(B, T, A): the action before the step, zeros before the first; discrete: (B, T) int64, NOTHING_DONE
+    before the first."""
+    times: Tensor
+    """(B, T) int64: steps since the episode began."""
+
+    def to(self, device: torch.device) -> Steps:
+        """Return the steps on `device`."""
+        return Steps(*(part.to(device) for part in self))
+
+
+@dataclass(frozen=True)
+class DecisionConfig:
+    """What a DecisionModel is built from, and how it acts.
+
+    Raises:
+        TypeError: a value has the wrong type.
+        ValueError: a value is out of range or unknown.
+    """
+
+    trunk: ModelConfig
+    """The blocks; its vocabulary and head are not used."""
+    observation_size: int
+    """Numbers in an observation, S."""
+    action_size: int
+    """Numbers in an action, A; of discrete actions, how many there are to choose from."""
+    discrete: bool = False
+    """Whether an action is one of `action_size`, or so many numbers."""
+    tokens: str = "joined"
+    """What a step is read as. interleaved: three tokens, the action before it, the return still to come and
+    the observation, whose output is the action; joined: one token, their sum; observation: one token that
+    knows neither return nor action, which makes the policy one of behaviour cloning."""
+    window: int = 0
+    """Steps that an action is read from anew; 0: all since the episode began, in a carried state."""
+    max_steps: int = 0
+    """Steps of an episode that have a learned embedding of their time, and how long one may last; 0: none,
+    and no limit."""
+    return_scale: float = 1.0
+    """What returns are divided by."""
+    target_return: float | None = None
+    """Return that the policy asks for where nothing else is said."""
+    environment: str | None = None
+    """Name of the environment that it learnt to act in, if known."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("observation_size", "action_size"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("window", "max_steps"):
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        self._require("tokens", self.tokens in TOKENS, f"one of {', '.join(TOKENS)}")
+        self._require("return_scale", 0 < self.return_scale < math.inf, "positive and finite")
+        finite = self.target_return is None or math.isfinite(self.target_return)
+        self._require("target_return", finite, "finite")
+        if self.trunk.tie_embeddings:
+            raise ValueError(
+                "DecisionConfig: trunk.tie_embeddings must be off, as there are no tokens to embed"
+            )
+
+    def _require(self, name: str, condition: bool, what: str) -> None:
+        if not condition:
+            raise ValueError(f"DecisionConfig: {name} must be {what}, got {getattr(self, name)!r}")
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether actions depend on a return to be reached."""
+        return self.tokens != "observation"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every field and its value, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Make a config from what `to_dict` returned; fields left out take their defaults.
+
+        Raises:
+            ValueError: a key is no field (the nearest is named), or one without a default is left out.
+        """
+        names = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in names:
+                near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
+                raise ValueError(f"DecisionConfig: unknown key {key!r}; the nearest is {near!r}")
+        for name in ("trunk", "observation_size", "action_size"):
+            if name not in values:
+                raise ValueError(f"DecisionConfig: {name} is missing")
+        return cls(**{**values, "trunk": ModelConfig.from_dict(values["trunk"])})
+
+
+class DecisionModel(nn.Module):
+    """A causal model of episodes: embed -> norm -> blocks -> norm -> head, an action for every step.
+
+        A, R, S = W_a a[t-1] / bound + b_a, W_r R[t] / scale + b_r, W_s (s[t] - mean) / std + b_s
+        tokens  = norm(A + time[t]), norm(R + time[t]), norm(S + time[t])       interleaved
+        token   = norm(A + R + S + time[t])                                     joined
+        token   = norm(S + time[t])                                             observation
+        action  = bound * tanh(W y[t] + b)                                      continuous
+        logits  = W y[t] + b                                                    discrete
+
+    R[t] is the return still to come, a[t-1] the action before, y the trunk's output at the token of the
+    observation; time is there where `max_steps` is. The interleaved tokens have the order of Decision
+    Transformer, (R, s, a) again and again, begun one token earlier: so each step is three tokens wherever a
+    sequence starts, and a start is a reset of the step's first token. Means, deviations and bounds are
+    buffers, saved with the weights; a task takes them from its data.
+
+    A step is a call with T = 1, and however an episode is cut into calls, its actions are those of one call.
+    Nothing limits its length, unless `max_steps` does.
+
+    Args:
+        config: what to build.
+
+    Raises:
+        ValueError: the mixer refuses an option's value.
+
+    Source: Chen et al., "Decision Transformer" (arXiv 2106.01345), section 3 and appendix A; the norm after
+    the embedding and the head as in the code published with it.
+    """
+
+    observation_mean: Tensor
+    observation_std: Tensor
+    action_bound: Tensor
+
+    def __init__(self, config: DecisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, conditioned = config.trunk.d_model, config.conditioned
+        self.embed_observation = nn.Linear(config.observation_size, width)
+        self.embed_return = nn.Linear(1, width) if conditioned else None
+        self.embed_previous = nn.Linear(config.action_size, width) if conditioned else None
+        self.embed_time = nn.Embedding(config.max_steps, width) if config.max_steps else None
+        self.embed_norm = make_norm(config.trunk)
+        self.dropout = Dropout(config.trunk.dropout)
+        self.blocks = make_blocks(config.trunk)
+        self.norm = make_norm(config.trunk)
+        self.head = nn.Linear(width, config.action_size)
+        if self.embed_time is not None:
+            # Near zero: a time that no episode of the data reaches then says nothing rather than noise.
+            nn.init.normal_(self.embed_time.weight, std=EMBEDDING_STD)
+        self.register_buffer("observation_mean", torch.zeros(config.observation_size))
+        self.register_buffer("observation_std", torch.ones(config.observation_size))
+        self.register_buffer("action_bound", torch.ones(config.action_size))
+
+    def forward(
+        self, steps: Steps, state: ModelState | None = None, *, reset: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """Choose the action of each step from that step and those before it.
+
+        Args:
+            steps: T >= 1 steps of B episodes.
+            state: what an earlier call returned; None is the empty state.
+            reset: `(B, T)`, bool; where True, everything before the step is forgotten (an episode starts
+                there).
+
+        Returns:
+            Actions `(B, T, A)`, or logits `(B, T, A)` of the A discrete ones, and the state after the last
+            step.
+
+        Raises:
+            TypeError: reset is not bool.
+            ValueError: a shape is not as above, the state is of another model, or a time is past the last
+                that has an embedding.
+        """
+        self._check(steps, state, reset)
+        count = TOKENS[self.config.tokens]
+        x = self.dropout(self.embed_norm(self._embed(steps)))  # (B, count * T, d_model)
+        x, state = run_blocks(self.blocks, x, state, reset=_first_of(count, reset))
+        y = self.head(self.norm(x[:, count - 1 :: count]))  # (B, T, A)
+        return (y if self.config.discrete else self.action_bound * y.tanh()), state
+
+    def set_statistics(self, mean: Tensor, std: Tensor, bound: Tensor | None = None) -> None:
+        """Take over the data's statistics.
+
+        Args:
+            mean, std: `(S,)`, of observations; std positive.
+            bound: `(A,)`, positive: continuous actions lie between -bound and bound.
+        """
+        self.observation_mean.copy_(mean)
+        self.observation_std.copy_(std)
+        if bound is not None:
+            self.action_bound.copy_(bound)
+
+    def _embed(self, steps: Steps) -> Tensor:
+        """Return the tokens of all steps, `(B, count * T, d_model)`."""
+        observations = steps.observations.to(self.observation_mean.dtype)
+        parts = [self.embed_observation((observations - self.observation_mean) / self.observation_std)]
+        if self.embed_return is not None and self.embed_previous is not None:
+            returns = (steps.returns.to(observations.dtype) / self.config.return_scale).unsqueeze(-1)
+            parts = [self.embed_previous(self._previous(steps.previous)), self.embed_return(returns), *parts]
+        time = None if self.embed_time is None else self.embed_time(steps.times)
+        if self.config.tokens == "interleaved":
+            tokens = torch.stack(parts, dim=2)  # (B, T, 3, d_model)
+            return (tokens if time is None else tokens + time.unsqueeze(2)).flatten(1, 2)
+        token = sum(parts[1:], start=parts[0])
+        return token if time is None else token + time
+
+    def _previous(self, previous: Tensor) -> Tensor:
+        """Return the actions before each step as numbers, `(B, T, A)`."""
+        if not self.config.discrete:
+            return previous.to(self.action_bound.dtype) / self.action_bound
+        chosen = functional.one_hot(previous.clamp(min=0), self.config.action_size)
+        return (chosen * (previous != NOTHING_DONE).unsqueeze(-1)).to(self.action_bound.dtype)
+
+    def _check(self, steps: Steps, state: ModelState | None, reset: Tensor | None) -> None:
+        config = self.config
+        B, T = steps.observations.shape[:2] if steps.observations.dim() == 3 else (0, 0)
+        shapes = {
+            "observations": (B, T, config.observation_size),
+            "returns": (B, T),
+            "previous": (B, T) if config.discrete else (B, T, config.action_size),
+            "times": (B, T),
+        }
+        for name, shape in shapes.items():
+            found = tuple(getattr(steps, name).shape)
+            if found != shape or T == 0:
+                wanted = ", ".join(("B", "T", *map(str, shape[2:])))
+                raise ValueError(f"DecisionModel: {name} must be ({wanted}) with T >= 1, got {found}")
+        check_state("DecisionModel", state, len(self.blocks), B)
+        check_reset("DecisionModel", reset, (B, T))
+        if config.max_steps and (last := int(steps.times.max())) >= config.max_steps:
+            raise ValueError(
+                f"DecisionModel: an episode must end within {config.max_steps} steps, for as many have an "
+                f"embedding of their time, got step {last + 1}; train with more, or with none (max_steps = 0)"
+            )
+
+
+def _first_of(count: int, reset: Tensor | None) -> Tensor | None:
+    """Move the resets of steps `(B, T)` to the first of each step's tokens, `(B, count * T)`."""
+    if reset is None or count == 1:
+        return reset
+    return functional.pad(reset.unsqueeze(-1), (0, count - 1)).flatten(1)
