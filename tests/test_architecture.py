@@ -209,7 +209,9 @@ def test_third_parties_stay_at_home(module: Module) -> None:
 def test_third_parties_are_declared() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     required = project["dependencies"], *project["optional-dependencies"].values()
-    declared = {re.split(r"[^\w-]", entry)[0].lower().replace("-", "_") for group in required for entry in group}
+    declared = {
+        re.split(r"[^\w-]", entry)[0].lower().replace("-", "_") for group in required for entry in group
+    }
     used = {name for module in MODULES.values() for name in third_parties(module)}
     assert used <= declared
 
