@@ -53,12 +53,12 @@ class Acting(TimedExperiment):
     title = "Time of an action (beside table 3)"
     question = (
         "A policy of three layers (a mixer and an MLP each), with weights as they start, acts in one "
-        "environment, on one CPU thread or a GPU; medians, all in turns within one process. *After* so many "
-        "steps of an episode the next action is timed: observation in, action out, the return still to come "
-        "and the state kept up with. Recurrences read a step as one token and carry their state. `attention` "
-        "is Decision Transformer: it reads its last 20 steps, three tokens each, anew for every action. "
-        "`attention-joined` does so with one token a step; `attention-sliding` carries the keys of 20 steps "
-        "and `attention-whole` those of the whole episode."
+        "environment, on one CPU thread or a GPU; medians, all in turns within one process. *After* so "
+        "many steps of an episode the next action is timed: observation in, action out, the return still "
+        "to come and the state kept up with. Recurrences read a step as one token and carry their state. "
+        "`attention` is Decision Transformer: it reads its last 20 steps, three tokens each, anew for "
+        "every action. `attention-joined` does so with one token a step; `attention-sliding` carries the "
+        "keys of 20 steps and `attention-whole` those of the whole episode."
     )
     changes = "The paper has no such figure. cpu and paper differ in how long is measured."
     sizes: ClassVar = {

@@ -74,16 +74,15 @@ class FormalLanguages(TrainedExperiment[Size]):
     title = "Formal languages (table 4, Chomsky hierarchy)"
     question = (
         "Seven languages, learnt on strings of 1 to 40 symbols and asked on strings of 40 to 256: who has "
-        "learnt the rule, and not the strings? Two blocks, each a convolution of width 4 and a mixer, as the "
-        "paper has them. Accuracy is the plain share of right answers; *best constant answer* is what a "
-        "model gets that says the same every time. A recurrence whose decay lies in (0, 1) cannot track "
+        "learnt the rule, and not the strings? Two blocks, each a convolution of width 4 and a mixer, as "
+        "the paper has them. Accuracy is the plain share of right answers; *best constant answer* is what "
+        "a model gets that says the same every time. A recurrence whose decay lies in (0, 1) cannot track "
         "parity whatever its depth; the signed variants' lies in (-1, 1)."
     )
     changes = (
-        "cpu: width 64 in place of 256, 1,500 steps of 32 strings at a peak rate of 3e-3 (cosine) in place "
-        f"of 500,000 of 256 at 3e-4. {ROUNDED} "
-        "Of the published figures it is not known here how they are scaled; those on xLSTM count chance as "
-        "0, as recalled."
+        "cpu: width 64 in place of 256, 1,500 steps of 32 strings at a peak rate of 3e-3 (cosine) in "
+        f"place of 500,000 of 256 at 3e-4. {ROUNDED} Of the published figures it is not known here how "
+        "they are scaled; those on xLSTM count chance as 0, as recalled."
     )
     sizes: ClassVar = {
         "cpu": Size(64, 1500, 32, 3e-3, 0.05, 100, 500, 512, 1024),

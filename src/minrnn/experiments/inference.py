@@ -41,11 +41,11 @@ class Inference(TimedExperiment):
     name = "inference"
     title = "Inference against context length (appendix D.2)"
     question = (
-        "A model of three layers (a convolution, a mixer and an MLP each) reads a context in one call, then "
-        "takes 16 steps from its carried state, all sequences of a batch at once; medians, all in turns "
-        "within one process. *Token* is the mean step, which includes choosing the likeliest token; *state* "
-        "is what is carried, for all sequences together. A recurrence's token costs the same after any "
-        "context; attention's grows with what it has to look back on."
+        "A model of three layers (a convolution, a mixer and an MLP each) reads a context in one call, "
+        "then takes 16 steps from its carried state, all sequences of a batch at once; medians, all in "
+        "turns within one process. *Token* is the mean step, which includes choosing the likeliest token; "
+        "*state* is what is carried, for all sequences together. A recurrence's token costs the same after "
+        "any context; attention's grows with what it has to look back on."
     )
     changes = (
         "The paper gives neither widths nor the number of layers. cpu: width 128, contexts to 2,048, at "

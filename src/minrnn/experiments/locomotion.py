@@ -103,22 +103,22 @@ class Locomotion(TrainedExperiment[Size]):
     question = (
         "Policies that are told the return still to come learn from recorded episodes of MuJoCo's Hopper, "
         "HalfCheetah and Walker2d, and then act. One trunk (three blocks of a mixer and an MLP), in which "
-        "only the mixer changes: `attention` is Decision Transformer, which reads its last 20 steps anew for "
-        "every action, `s4d` Decision S4, `mamba` Decision Mamba, `aaren` Decision Aaren; `bc` is behaviour "
-        "cloning, minGRU's trunk that sees one observation and no return. Recurrences carry their state from "
-        "the first step of an episode to its last, in training as when they act; all see the same steps as "
-        "often, and gradients reach 20 steps back. All ask for the same return, the highest of the episodes "
-        "that they learn from. Weights are those with the lowest loss on held-out episodes; acting chooses "
-        "nothing. Scores are D4RL's, 0 for random actions and 100 for its expert."
+        "only the mixer changes: `attention` is Decision Transformer, which reads its last 20 steps anew "
+        "for every action, `s4d` Decision S4, `mamba` Decision Mamba, `aaren` Decision Aaren; `bc` is "
+        "behaviour cloning, minGRU's trunk that sees one observation and no return. Recurrences carry "
+        "their state from the first step of an episode to its last, in training as when they act; all see "
+        "the same steps as often, and gradients reach 20 steps back. All ask for the same return, the "
+        "highest of the episodes that they learn from. Weights are those with the lowest loss on held-out "
+        "episodes; acting chooses nothing. Scores are D4RL's, 0 for random actions and 100 for its expert."
     )
     changes = (
-        "cpu: data made here, 1,000 steps of 64 x 20 steps in place of 100,000, 100 steps of warm-up (then a "
-        "cosine) in place of 10,000, width 128 and a rate of 1e-3 throughout, 10 episodes, three seeds of "
-        f"{', '.join(THRICE)} and one of the others; recurrences read a step as one token, and attention as "
-        "three. paper: five seeds, 100 episodes, three tokens a step for all, as Decision Transformer and "
-        "Decision Mamba have it, width 256 and a rate of 1e-4 where the paper says so; its expansion is not "
-        "known, and ours is 1 (2 for mamba). The sources read their last 20 steps anew for every action, "
-        "recurrences included."
+        "cpu: data made here, 1,000 steps of 64 x 20 steps in place of 100,000, 100 steps of warm-up "
+        "(then a cosine) in place of 10,000, width 128 and a rate of 1e-3 throughout, 10 episodes, three "
+        f"seeds of {', '.join(THRICE)} and one of the others; recurrences read a step as one token, and "
+        "attention as three. paper: five seeds, 100 episodes, three tokens a step for all, as Decision "
+        "Transformer and Decision Mamba have it, width 256 and a rate of 1e-4 where the paper says so; "
+        "its expansion is not known, and ours is 1 (2 for mamba). The sources read their last 20 steps "
+        "anew for every action, recurrences included."
     )
     sizes: ClassVar = {
         "cpu": Size(128, 1000, 64, 1e-3, 0.1, 100, 250, 10),

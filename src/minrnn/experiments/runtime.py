@@ -54,10 +54,10 @@ class Runtime(TimedExperiment):
     title = "Runtime and memory against length (figure 1)"
     question = (
         "Forward and backward of one layer, (B, T, D) in and out, batch 64, synchronised, all in turns "
-        "within one process; medians. `gru-loop` and `lstm-loop` are plain loops over time in PyTorch, which "
-        "the paper measured itself against; `gru`, `lstm` and `rnn` are torch's own, compiled. *Growth* is "
-        "the exponent p of a fit time ~ T^p over the upper half of the lengths. *Memory* is that of a step "
-        "at its peak, beyond input and weights."
+        "within one process; medians. `gru-loop` and `lstm-loop` are plain loops over time in PyTorch, "
+        "which the paper measured itself against; `gru`, `lstm` and `rnn` are torch's own, compiled. "
+        "*Growth* is the exponent p of a fit time ~ T^p over the upper half of the lengths. *Memory* is "
+        "that of a step at its peak, beyond input and weights."
     )
     changes = (
         "The paper does not say how wide its layers were, nor how many; here it is one layer of several "

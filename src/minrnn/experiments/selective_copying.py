@@ -73,19 +73,18 @@ class SelectiveCopying(TrainedExperiment[Size]):
     question = (
         "A sequence of blanks hides data tokens at random places; after it, the model says them again in "
         "their order. *Token accuracy* is the share of tokens that are right, which is what the paper "
-        "reports; *exact match* the share of sequences without a mistake. The paper ran no GRU, LSTM or RNN "
-        "here and copied its rivals' figures from another paper; here all have the same data, steps and "
-        "block (a mixer alone in each layer, no convolution, no MLP; a Mamba layer has a convolution of its "
-        "own). Weights are those with the lowest loss on validation sequences, and are measured on others, "
-        "of the length trained on and of two and four times as many positions."
+        "reports; *exact match* the share of sequences without a mistake. The paper ran no GRU, LSTM or "
+        "RNN here and copied its rivals' figures from another paper; here all have the same data, steps "
+        "and block (a mixer alone in each layer, no convolution, no MLP; a Mamba layer has a convolution "
+        "of its own). Weights are those with the lowest loss on validation sequences, and are measured on "
+        "others, of the length trained on and of two and four times as many positions."
     )
     changes = (
         "cpu: 128 positions with 8 tokens in place of 4,096 with 16, an expansion of 2 in place of 6, no "
-        "dropout, 4,000 steps of 32 sequences at a peak rate of 3e-3 (cosine, 100 steps of warm-up) in place "
-        f"of 400,000 steps of 64 at 1e-4. {ROUNDED} "
-        "paper: the settings of the paper's text; the code that its authors released has a rate of 3e-4 and "
-        "starts minLSTM, unnormalised, with a forget bias of 3, which is "
-        "`minlstm-unnormalised` here."
+        "dropout, 4,000 steps of 32 sequences at a peak rate of 3e-3 (cosine, 100 steps of warm-up) in "
+        f"place of 400,000 steps of 64 at 1e-4. {ROUNDED} paper: the settings of the paper's text; the "
+        "code that its authors released has a rate of 3e-4 and starts minLSTM, unnormalised, with a "
+        "forget bias of 3, which is `minlstm-unnormalised` here."
     )
     sizes: ClassVar = {
         "cpu": Size(

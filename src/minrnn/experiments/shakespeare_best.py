@@ -51,13 +51,13 @@ class ShakespeareBest(TrainedExperiment[Size]):
     name = RECIPE
     title = "Shakespeare, as well as we can (`shakespeare-best`)"
     question = (
-        "The recipe `shakespeare-best`: six minGRU blocks, trained on two cores, against nanoGPT's published "
-        "loss on the same split, and beside a Transformer of about as many parameters in nanoGPT's block, on "
-        "the same tokens. Losses are nats a character on the whole last tenth: in windows of 256 from the "
-        "empty state, as nanoGPT measures, and with the state carried through the text, as a recurrence is "
-        "used. As nanoGPT does, the weights are those of the best of 20 evaluations on the same part (here "
-        "on its first 20,000 characters, with the state carried), and the settings were chosen by looking at "
-        "it."
+        "The recipe `shakespeare-best`: six minGRU blocks, trained on two cores, against nanoGPT's "
+        "published loss on the same split, and beside a Transformer of about as many parameters in "
+        "nanoGPT's block, on the same tokens. Losses are nats a character on the whole last tenth: in "
+        "windows of 256 from the empty state, as nanoGPT measures, and with the state carried through the "
+        "text, as a recurrence is used. As nanoGPT does, the weights are those of the best of 20 "
+        "evaluations on the same part (here on its first 20,000 characters, with the state carried), and "
+        "the settings were chosen by looking at it."
     )
     changes = (
         "nanoGPT: 10.65 M parameters, 82 million tokens, about three minutes on an A100. There is no other "

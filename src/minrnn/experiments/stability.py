@@ -33,20 +33,19 @@ class Stability(TrainedExperiment[Size]):
     name = "stability"
     title = "Stability over seeds, and the forget bias (figure 5)"
     question = (
-        f"Selective copying with two layers, five seeds of everything. The paper finds minGRU steadier than "
-        f"minLSTM, one gate to tune in place of two, and that raising the bias of minLSTM's forget gate at "
-        f"the start speeds learning up and steadies it (both published in words and curves, without figures "
-        f"to set beside these). A bias of 0 is where the paper starts; 1 is this library's default; 3 is "
-        f"that of the authors' released code, with minLSTM unnormalised. minGRU's bias is that of keeping "
-        f"its state, so that the three mean the same. A run *failed* if it diverged, or never reached "
-        f"{LEARNT:.0%} of the tokens of validation sequences. *Roughness* is the mean rise of the loss from "
-        f"one point of the learning curve to the next that is not lower."
+        "Selective copying with two layers, five seeds of everything. The paper finds minGRU steadier "
+        "than minLSTM, one gate to tune in place of two, and that raising the bias of minLSTM's forget "
+        "gate at the start speeds learning up and steadies it (both published in words and curves, "
+        "without figures to set beside these). A bias of 0 is where the paper starts; 1 is this library's "
+        "default; 3 is that of the authors' released code, with minLSTM unnormalised. minGRU's bias is "
+        "that of keeping its state, so that the three mean the same. A run *failed* if it diverged, or "
+        f"never reached {LEARNT:.0%} of the tokens of validation sequences. *Roughness* is the mean rise "
+        "of the loss from one point of the learning curve to the next that is not lower."
     )
     changes = (
         f"cpu: 64 positions with 4 tokens, 2,000 steps of 32 sequences, an expansion of 2. {ROUNDED} The "
         "paper does not say on which task and with which seeds its figure was made; paper here is its "
-        "selective "
-        "copying, with two layers."
+        "selective copying, with two layers."
     )
     sizes: ClassVar = {
         "cpu": Size(64, 4, 64, 2.0, 0.0, 2000, 32, 3e-3, 0.05, 100, 100, 256),
