@@ -45,7 +45,7 @@ class Plan(NamedTuple):
 
 PLANS = {
     "Hopper": Plan("ppo", 500_000),
-    "HalfCheetah": Plan("ppo", 500_000),
+    "HalfCheetah": Plan("ars", 1_200_000),  # cheap steps, and no falls: where random search is at its best
     "Walker2d": Plan("ppo", 500_000),
 }
 OTHER_PLAN = Plan("ppo", 300_000)
