@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from minrnn.experiments.experiment import Record, Table
 from minrnn.experiments.plots import draw_lines, finish, new_figure
-from minrnn.experiments.published import published
+from minrnn.experiments.published import LABELS, published
 from minrnn.experiments.trained import Plan, TrainedExperiment, bests, by_kind, points, spread
 from minrnn.experiments.variants import model_of
 from minrnn.models import SequenceModel
@@ -60,8 +60,8 @@ class ShakespeareBest(TrainedExperiment[Size]):
         "the settings were chosen by looking at it."
     )
     changes = (
-        "nanoGPT: 10.65 M parameters, 82 million tokens, about three minutes on an A100. There is no other "
-        "scale: paper is the same recipe."
+        "nanoGPT: 10.65 M parameters, 82 million tokens, about three minutes on an A100. cpu and paper are "
+        "the same recipe."
     )
     sizes: ClassVar = {"cpu": Size({}, {}, {}), "paper": Size({}, {}, {}), "tiny": TINY}
 
@@ -91,8 +91,8 @@ class ShakespeareBest(TrainedExperiment[Size]):
             ]
             for (mixer,), runs in by_kind(records, "mixer").items()
         ]
-        rows.append(["nanoGPT", "10.65 M", "82 M", "", str(NANOGPT), "", ""])
-        return [Table("", head, rows)]
+        rows.append([f"nanoGPT ({LABELS[NANOGPT.certainty]})", "10.65 M", "82 M", "", NANOGPT.text, "", ""])
+        return [Table("One run of each", head, rows)]
 
     def draw(self, records: Sequence[Record]) -> Figure:
         figure, panels = new_figure(1, 2)
