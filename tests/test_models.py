@@ -245,6 +245,10 @@ def test_dropout_keeps_its_share_and_the_mean(p: float, dtype: torch.dtype) -> N
     torch.testing.assert_close(y.max(), x.new_tensor(1 / (1 - p)), rtol=8e-3, atol=0)
 
 
+def test_dropout_of_nearly_everything_is_finite() -> None:
+    assert Dropout(1 - 1e-6)(torch.ones(1000)).isfinite().all()
+
+
 def test_dropout_acts_in_training_only() -> None:
     model, tokens = build(dropout=0.5), make_tokens()
     assert not torch.equal(model(tokens)[0], model(tokens)[0])

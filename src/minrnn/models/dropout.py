@@ -28,7 +28,7 @@ class Dropout(nn.Dropout):
         kept = round((1 - self.p) * LEVELS)
         if not self.training or kept == LEVELS:
             return x
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if kept == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
             return functional.dropout(x, self.p)
         words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None)
         bits = words.view(torch.int16)[: x.numel()].view(x.shape)
