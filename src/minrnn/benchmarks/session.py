@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module, metadata
@@ -18,6 +17,7 @@ from minrnn.benchmarks.options import DTYPES, TimedBench, parse_shapes, select
 from minrnn.benchmarks.peers import Peer
 from minrnn.benchmarks.plots import plot_timings
 from minrnn.benchmarks.report import CaseView, Report
+from minrnn.training.threads import cpu_threads
 
 __all__ = ["Case", "Kind", "run", "that_compute_on", "that_import"]
 
@@ -101,7 +101,7 @@ def run(
     peers = that_import(that_compute_on(device, peers, report), report)
     settings = itertools.product(options.threads, gates, options.dtypes, shapes)
     for threads, gate, dtype, shape in settings:
-        with _threads(threads) as used:
+        with cpu_threads(threads) as used:
             case = Case(gate, shape, dtype, used, device, options.seed)
             _measure_case(kind, options, case, peers, systems, report)
     report.finish(partial(plot_timings, axis=kind.across))
@@ -178,14 +178,3 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:  # on the path without having been installed
         return "unknown"
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[int]:
-    """Let torch, and so the engine, use this many CPU threads (0: as many as before); yield how many."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield count or before
-    finally:
-        torch.set_num_threads(before)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
-import torch
 
 from minrnn.demonstrations.behaviour import Behaviour
 from minrnn.demonstrations.trainers import Arrays, Round, Trainer, training_environments
+from minrnn.training.threads import cpu_threads
 
 SMOOTHED_ROUNDS = 3  # a round's mean return is noisy, so its neighbours count as well
 SAVE_EVERY = 15.0  # seconds, which is what an interruption costs at most, and a round
@@ -140,7 +139,8 @@ def train_behaviour(
     history = read_history(path) if path.exists() else History()
     if history.total_steps < steps:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with training_environments(environment, trainer) as environments, _one_thread():
+        # One thread: networks this small are slower on more.
+        with training_environments(environment, trainer) as environments, cpu_threads(1):
             saved = time.monotonic()
             while history.total_steps < steps:
                 history.add(trainer.train(environments, history.state, _round_seed(seed, len(history.steps))))
@@ -184,14 +184,3 @@ def read_arrays(path: Path) -> Arrays:
 def _round_seed(seed: int, number: int) -> int:
     """Return a round's own seed, which the libraries want below 2^32."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0] >> 1)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let torch use one thread: networks this small are slower on more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

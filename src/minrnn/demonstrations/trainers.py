@@ -71,8 +71,7 @@ class RandomSearch:
     side.
 
     Source: Mania, Guy and Recht, "Simple random search of static linear policies is competitive for
-        reinforcement
-    learning" (arXiv 1803.07055), version V2-t, in sb3-contrib.
+    reinforcement learning" (arXiv 1803.07055), version V2-t, in sb3-contrib.
     """
 
     library: ClassVar[str] = "sb3-contrib"
@@ -137,7 +136,7 @@ class PolicyGradient:
     """Proximal policy optimisation with normalised observations and rewards.
 
     Source: Schulman et al., "Proximal Policy Optimization Algorithms" (arXiv 1707.06347), in
-        stable-baselines3.
+    stable-baselines3.
     """
 
     library: ClassVar[str] = "stable-baselines3"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +17,7 @@ from minrnn.experiments.plots import draw_lines, finish, new_figure
 from minrnn.experiments.timed import System, TimedExperiment, TimedSize, series
 from minrnn.experiments.variants import every_mixer
 from minrnn.models import TOKENS, DecisionConfig, DecisionModel, ModelConfig, Policy
+from minrnn.training.threads import cpu_threads
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,7 +78,7 @@ class Acting(TimedExperiment):
         return torch.randn(setting["steps"], OBSERVATION, device=device)
 
     def measure(self, cell: Cell, place: Workplace, tell: Tell) -> dict[str, Any]:
-        with _one_thread():
+        with cpu_threads(1):  # so little work is not worth dividing
             return super().measure(cell, place, tell)
 
     def build(self, system: str, setting: Mapping[str, Any], inputs: Tensor) -> System:
@@ -145,17 +145,6 @@ def policy_model(system: str, width: int) -> DecisionModel:
         window=None if keys is None else keys * tokens,
     )
     return DecisionModel(DecisionConfig(trunk, OBSERVATION, ACTION, return_scale=1000.0, **settings))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute on one CPU thread: so little work is not worth dividing."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 EXPERIMENT = Acting()

@@ -20,9 +20,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Settings of a model that have a name of their own here; a mixer's name stands for the mixer as it is."""
 
 ROUNDED = (
-    "While training, the factors of matrix products are rounded to bfloat16 (not those of attention, which "
-    "that "
-    "slows down on a CPU)."
+    "While training, the factors of matrix products are rounded to bfloat16 (not those of attention, "
+    "which that slows down on a CPU)."
 )
 """What the cpu scales say of their precision, which `precision_of` gives."""
 
