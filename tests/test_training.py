@@ -42,9 +42,16 @@ from minrnn.training import (
     recipe_summary,
     train,
 )
+from minrnn.training.config import OPTIMIZERS, OptimizerName
 from minrnn.training.log import _write_line
 from minrnn.training.loop import Run, products_of
-from minrnn.training.optim import clip_gradients, decayed_parameters, learning_rate_at, make_optimizer
+from minrnn.training.optim import (
+    clip_gradients,
+    decayed_parameters,
+    learning_rate_at,
+    make_optimizers,
+    orthogonalised_parameters,
+)
 from minrnn.training.resume import _flatten, _unflatten
 
 SECONDS = ("tokens_per_second", "seconds")  # what differs between two runs that are the same
@@ -222,9 +229,56 @@ def test_only_matrices_of_linear_layers_decay(mixer: str, tied: bool) -> None:
         if name.endswith("down.weight"):
             assert name in decayed
     assert any("head" in name for name in decayed) != tied
-    groups = make_optimizer(model, TrainConfig(weight_decay=0.3)).param_groups
-    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
-    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    (adamw,) = make_optimizers(model, TrainConfig(weight_decay=0.3))
+    assert [group["weight_decay"] for group in adamw.param_groups] == [0.3, 0.0]
+    assert [len(group["params"]) for group in adamw.param_groups] == [
+        len(decayed),
+        len(list(model.parameters())) - len(decayed),
+    ]
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_muon_moves_the_matrices_of_blocks_and_adamw_the_rest(mixer: str, tied: bool) -> None:
+    model = SequenceModel(ModelConfig(d_model=16, num_layers=1, mixer=mixer, tie_embeddings=tied))
+    turned = orthogonalised_parameters(model)
+    for name, parameter in model.named_parameters():
+        if name in turned:
+            assert parameter.ndim == 2
+            assert not any(word in name for word in ("bias", "norm", "embed", "conv", "head"))
+        if name.endswith(("down.weight", "up.weight", "weight_ih")):
+            assert name in turned
+    muon, adamw = make_optimizers(model, TrainConfig(optimizer="muon", weight_decay=0.3))
+    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(adamw, torch.optim.AdamW)
+    moved = [p for one in (muon, adamw) for group in one.param_groups for p in group["params"]]
+    assert len(moved) == len({id(p) for p in moved}) == len(list(model.parameters()))
+    assert {id(p) for p in muon.param_groups[0]["params"]} == {
+        id(p) for name, p in model.named_parameters() if name in turned
+    }
+
+
+def test_muon_steps_are_as_long_as_adamw_s() -> None:
+    torch.manual_seed(0)
+    model = SequenceModel(ModelConfig(d_model=32, num_layers=1))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    for optimizer in make_optimizers(
+        model, TrainConfig(optimizer="muon", learning_rate=0.01, weight_decay=0.0)
+    ):
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        length = (parameter - before[name]).square().mean().sqrt().item()
+        typical = (
+            0.2 * 0.01 if name in orthogonalised_parameters(model) else 0.01
+        )  # AdamW's first is its rate
+        assert length == pytest.approx(typical, rel=0.4), name
+
+
+def test_muon_needs_blocks_with_matrices() -> None:
+    with pytest.raises(ValueError, match="muon needs a model whose blocks hold matrices"):
+        make_optimizers(torch.nn.Linear(3, 2), TrainConfig(optimizer="muon"))
 
 
 @given(
@@ -365,12 +419,13 @@ def test_a_run_that_cannot_start_leaves_no_directory(tmp_path: Path) -> None:
 # --- stopping and resuming -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("carry_state", [False, True])
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_interrupted_and_resumed_is_uninterrupted(
-    corpus: Path, tmp_path: Path, mixer: str, carry_state: bool
+    corpus: Path, tmp_path: Path, mixer: str, carry_state: bool, optimizer: OptimizerName
 ) -> None:
-    config = run_config(corpus, mixer=mixer, carry_state=carry_state)
+    config = run_config(corpus, mixer=mixer, carry_state=carry_state, optimizer=optimizer)
     trained(config, tmp_path / "whole")
     for step, signum in ((3, signal.SIGINT), (9, signal.SIGTERM)):
         with pytest.raises(Interrupted, match=f"saved after step {step}") as stop:

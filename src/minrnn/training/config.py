@@ -22,10 +22,13 @@ C = TypeVar("C")
 Precision = Literal["float32", "bfloat16-products", "bfloat16"]
 PRECISIONS: tuple[Precision, ...] = typing.get_args(Precision)
 
+OptimizerName = Literal["adamw", "muon"]
+OPTIMIZERS: tuple[OptimizerName, ...] = typing.get_args(OptimizerName)
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the weights are found: AdamW on a cosine schedule with a linear warm-up."""
+    """How the weights are found: an optimiser on a cosine schedule with a linear warm-up."""
 
     steps: int = 1000
     """Optimiser steps in the whole run."""
@@ -33,6 +36,9 @@ class TrainConfig:
     """Sequences in one forward pass."""
     accumulate: int = 1
     """Forward passes whose gradients are averaged into one step."""
+    optimizer: OptimizerName = "adamw"
+    """What moves the weights: adamw; or muon, which moves the blocks' matrices by orthogonalised momentum, at
+    steps as long as AdamW's, and leaves the rest to AdamW."""
     learning_rate: float = 1e-3
     """Peak learning rate, reached when the warm-up ends."""
     min_learning_rate_ratio: float = 0.1
@@ -40,7 +46,8 @@ class TrainConfig:
     warmup_steps: int = 100
     """Steps over which the learning rate rises linearly from zero."""
     weight_decay: float = 0.1
-    """AdamW's decay of linear layers' weights (not of gates, embeddings, filters, norms and biases)."""
+    """Decay of linear layers' weights (not of embeddings, filters, norms and biases, nor of gates, but by
+    muon)."""
     beta1: float = 0.9
     """AdamW's decay of the gradient's running mean."""
     beta2: float = 0.95
@@ -81,6 +88,7 @@ class TrainConfig:
         self._require("learning_rate", 0 < self.learning_rate < float("inf"), "more than 0, and finite")
         self._require("min_learning_rate_ratio", 0 <= self.min_learning_rate_ratio <= 1, "between 0 and 1")
         self._require("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+        self._require("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:

@@ -20,7 +20,7 @@ from minrnn.tasks import TASKS
 from minrnn.training.config import Precision, RunConfig, read_config
 from minrnn.training.log import RunLog, plot_losses, write_json
 from minrnn.training.memory import keep_freed_memory
-from minrnn.training.optim import clip_gradients, learning_rate_at, make_optimizer, set_learning_rate
+from minrnn.training.optim import clip_gradients, learning_rate_at, make_optimizers, set_learning_rate
 from minrnn.training.provenance import provenance
 from minrnn.training.resume import (
     Interrupted,
@@ -139,7 +139,7 @@ class Run:
         self.config = dataclasses.replace(config, model=self.task.model_config(config.model))
         self.model = self.task.make_model(self.config.model).to(self.device)
         self.carries_state = self.settings.carry_state or self.task.carries_state
-        self.optimizer = make_optimizer(self.model, self.settings)
+        self.optimizers = make_optimizers(self.model, self.settings)
         self.state = TrainState()
         self._pending: list[Tensor] = []  # (loss, norm) of steps that are still on the device
         self._seconds_before = 0.0  # spent by the sessions before this one
@@ -184,12 +184,13 @@ class Run:
         return step == self.settings.steps or (every > 0 and step % every == 0)
 
     def step(self) -> None:
-        """Take one step: the gradients of `accumulate` batches, clipped, into the optimiser."""
-        set_learning_rate(self.optimizer, learning_rate_at(self.state.step, self.settings))
+        """Take one step: the gradients of `accumulate` batches, clipped, into the optimisers."""
+        set_learning_rate(self.optimizers, learning_rate_at(self.state.step, self.settings))
         losses = [self._gradients(part) for part in range(self.settings.accumulate)]
         norm = clip_gradients(self.model, self.settings.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
         self._pending.append(torch.stack([torch.stack(losses).mean(), norm]))
 
@@ -234,7 +235,7 @@ class Run:
         began = time.perf_counter()
         self.state.seconds = self._seconds()
         last = self.run_dir / "checkpoints" / "last"
-        save_last(last, self.model, self.optimizer, self.state, self._extra())
+        save_last(last, self.model, self.optimizers, self.state, self._extra())
         self._window_started += time.perf_counter() - began
 
     def finish(self) -> dict[str, Any]:
@@ -268,7 +269,7 @@ class Run:
         except FileNotFoundError:
             self.log.note("no checkpoint yet: starting from the first step")
             return
-        self.state, extra = load_last(last, self.model, self.optimizer)
+        self.state, extra = load_last(last, self.model, self.optimizers)
         if extra["corpus"] != self.task.sha256:
             raise ValueError(
                 f"resume: the text or data has changed since this run was trained on it; it is now "

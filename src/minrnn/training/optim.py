@@ -1,34 +1,97 @@
-"""The optimiser and its schedule: AdamW, which weights decay, and the learning rate of each step."""
+"""The optimisers and their schedule: who moves which weights, which decay, the learning rate of each step."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from minrnn.training.config import TrainConfig
 
+MUON_MOMENTUM = 0.95
+"""Its author's."""
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Build fused AdamW over two groups: weights that decay, and all other parameters.
+
+def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Build the optimisers that move a model's parameters together, each its own.
+
+    `adamw` is fused AdamW over two groups: weights that decay, and all other parameters. `muon` gives the
+    matrices that `orthogonalised_parameters` names to Muon, all of which decay, and AdamW the rest:
+
+        m = momentum * m + (1 - momentum) * g
+        u = momentum * m + (1 - momentum) * g
+        W = (1 - rate * decay) * W - rate * 0.2 * sqrt(max(rows, columns)) * orthogonal(u)
+
+    where orthogonal(u) has u's singular vectors and singular values near 1, by five Newton-Schulz steps. The
+    factor makes an update about as large as AdamW's, so that one rate serves both.
 
     Args:
         model: the model, already on its device.
-        config: learning rate, betas and weight decay.
+        config: optimizer, learning rate, betas and weight decay.
 
     Returns:
-        The optimiser; each group holds its parameters in the model's order.
+        The optimisers; each group holds its parameters in the model's order.
+
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019); Jordan et al., "Muon: an
+    optimizer for hidden layers in neural networks" (2024); the factor: Liu et al., "Muon is scalable for LLM
+    training" (arXiv 2502.16982).
     """
-    decayed = decayed_parameters(model)
-    weights = [parameter for name, parameter in model.named_parameters() if name in decayed]
-    others = [parameter for name, parameter in model.named_parameters() if name not in decayed]
-    return torch.optim.AdamW(
-        [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        fused=True,
+    decayed, turned = decayed_parameters(model), set[str]()
+    optimizers: list[torch.optim.Optimizer] = []
+    if config.optimizer == "muon":
+        turned = orthogonalised_parameters(model)
+        optimizers.append(
+            torch.optim.Muon(
+                [parameter for name, parameter in model.named_parameters() if name in turned],
+                lr=config.learning_rate,
+                weight_decay=config.weight_decay,
+                momentum=MUON_MOMENTUM,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    rest = [(name, parameter) for name, parameter in model.named_parameters() if name not in turned]
+    optimizers.append(
+        torch.optim.AdamW(
+            [
+                {"params": [p for name, p in rest if name in decayed], "weight_decay": config.weight_decay},
+                {"params": [p for name, p in rest if name not in decayed], "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            fused=True,
+        )
     )
+    return optimizers
+
+
+def orthogonalised_parameters(model: nn.Module) -> set[str]:
+    """Name the parameters that Muon moves: the matrices that the blocks multiply channels by.
+
+    They are the weights of the blocks' linear layers and the recurrences' projections. Embeddings and the
+    head, whose rows stand for single tokens, are AdamW's, as Muon's author has it; so is all that is no such
+    matrix (biases, norms, filters, the rates of state spaces).
+
+    Args:
+        model: a model with `blocks`.
+
+    Returns:
+        Names as in `model.named_parameters()`.
+
+    Raises:
+        ValueError: it has no such matrix.
+    """
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    names = {
+        name
+        for name, parameter in model.named_parameters()
+        if name.startswith("blocks.")
+        and (id(parameter) in linear or name.rpartition(".")[2].startswith(("weight_ih", "weight_hh")))
+    }
+    if not names:
+        raise ValueError("train.optimizer: muon needs a model whose blocks hold matrices; use adamw")
+    return names
 
 
 def decayed_parameters(model: nn.Module) -> set[str]:
@@ -70,10 +133,11 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
     return floor + (config.learning_rate - floor) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group of the optimiser this learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], rate: float) -> None:
+    """Give every group of the optimisers this learning rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
 
 
 def clip_gradients(model: nn.Module, longest: float) -> torch.Tensor:

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -31,7 +31,7 @@ CHANGEABLE = frozenset(
 
 @dataclass
 class TrainState:
-    """Where a run is: what its next step needs beside weights, optimiser and random generators."""
+    """Where a run is: what its next step needs beside weights, optimisers and random generators."""
 
     step: int = 0
     """Optimiser steps that are done."""
@@ -52,19 +52,19 @@ class TrainState:
 def save_last(
     directory: Path,
     model: Model,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     state: TrainState,
     extra: Mapping[str, Any],
 ) -> None:
     """Write the checkpoint that a run resumes from, whole or not at all.
 
-    The directory is a model's checkpoint with two files more: trainer.safetensors (the optimiser's moments,
+    The directory is a model's checkpoint with two files more: trainer.safetensors (the optimisers' moments,
     the random generators, the carried state) and trainer.json (the rest of `TrainState`).
 
     Args:
         directory: where to write; a checkpoint that is already there stays until the new one is complete.
         model: the model.
-        optimizer: its optimiser.
+        optimizers: its optimisers, each of its own parameters.
         state: where the run is.
         extra: JSON values saved with the model.
 
@@ -76,7 +76,7 @@ def save_last(
     scalars["carry"] = _flatten(state.carry, carry)
     device = next(model.parameters()).device
     tensors = {
-        **{f"optimizer.{name}": value for name, value in _optimizer_tensors(model, optimizer).items()},
+        **{f"optimizer.{name}": value for name, value in _optimizer_tensors(model, optimizers).items()},
         **{f"random.{name}": value for name, value in _random_states(device).items()},
         # Clones: parts of a state may be views of one tensor, which safetensors refuses.
         **{f"carry.{index}": tensor.clone() for index, tensor in enumerate(carry)},
@@ -88,14 +88,14 @@ def save_last(
 
 
 def load_last(
-    directory: Path, model: Model, optimizer: torch.optim.Optimizer
+    directory: Path, model: Model, optimizers: Sequence[torch.optim.Optimizer]
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Put weights, optimiser and random generators back as `save_last` found them.
+    """Put weights, optimisers and random generators back as `save_last` found them.
 
     Args:
         directory: what `save_last` wrote.
         model: a model of the same configuration, on its device; changed in place.
-        optimizer: its optimiser; changed in place.
+        optimizers: its optimisers; changed in place.
 
     Returns:
         Where the run was, and the JSON values that were saved with the model.
@@ -109,7 +109,7 @@ def load_last(
     saved, extra = load_checkpoint(folder)
     model.load_state_dict(saved.state_dict())
     tensors = load_tensors(folder / "trainer.safetensors")
-    _restore_optimizer(model, optimizer, _under("optimizer.", tensors))
+    _restore_optimizers(model, optimizers, _under("optimizer.", tensors))
     _restore_random_states(_under("random.", tensors), device)
     scalars = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
     if scalars.keys() != {entry.name for entry in fields(TrainState)}:
@@ -225,21 +225,31 @@ def interruptible() -> Iterator[Interruption]:
             signal.signal(signum, handler)
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Name the optimiser's tensors after the parameters that they belong to: `<parameter>/exp_avg`."""
+def _optimizer_tensors(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Name the optimisers' tensors after the parameters that they belong to: `<parameter>/exp_avg`."""
     return {
         f"{name}/{key}": value
-        for name, parameter in model.named_parameters()
+        for optimizer in optimizers
+        for name, parameter in _names_of(model, optimizer)
         for key, value in optimizer.state[parameter].items()
     }
 
 
-def _restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+def _restore_optimizers(
+    model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], tensors: Mapping[str, Tensor]
 ) -> None:
-    for name, parameter in model.named_parameters():
-        of_parameter = _under(f"{name}/", tensors)
-        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in of_parameter.items()}
+    for optimizer in optimizers:
+        for name, parameter in _names_of(model, optimizer):
+            of_parameter = _under(f"{name}/", tensors)
+            optimizer.state[parameter] = {
+                key: value.to(parameter.device) for key, value in of_parameter.items()
+            }
+
+
+def _names_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters that an optimiser moves, with their names in the model, in its order."""
+    moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in moved]
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:
