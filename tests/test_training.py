@@ -25,7 +25,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from minrnn.mixers import MIXERS
-from minrnn.models import ModelConfig, SequenceModel, load_checkpoint
+from minrnn.models import ModelConfig, SequenceModel, load_checkpoint, map_state
 from minrnn.tasks import DecisionsConfig, TextConfig, TextTask
 from minrnn.training import (
     Interrupted,
@@ -382,6 +382,27 @@ def test_carried_state_reaches_the_next_window_and_random_windows_start_empty(
     assert not any(tensor.requires_grad for tensor in found)
 
 
+def test_fresh_windows_stand_beside_streams(corpus: Path, tmp_path: Path) -> None:
+    """One of three sequences is a random window; the loss is the mean over all, the state the streams'."""
+    run = Run(run_config(corpus, carry_state=True, fresh_share=0.3), tmp_path, RunLog())
+    run.model.eval()
+    state = None
+    for step in range(2):
+        streams, window = run.task.stream_batch(step, 2), run.task.batch(step, 1, 0)
+        going_on, state = run.task.loss(run.model, streams, state)
+        starting, _ = run.task.loss(run.model, window)
+        torch.testing.assert_close(run._gradients(0), ((2 * going_on + starting) / 3).detach())
+        torch.testing.assert_close(run.state.carry, map_state(torch.detach, state))
+        run.state.step += 1
+    assert run.state.tokens == 2 * 3 * 16
+
+
+@pytest.mark.parametrize("settings", [{"fresh_share": 0.5}, {"fresh_share": 1.0}, {"fresh_share": 0.01}])
+def test_fresh_share_must_leave_streams_and_windows(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="TrainConfig: fresh_share must be"):
+        TrainConfig(carry_state=settings["fresh_share"] != 0.5, batch_size=4, **settings)
+
+
 @pytest.mark.parametrize("precision", ["bfloat16-products", "bfloat16"])
 def test_bfloat16_trains_and_keeps_parameters_in_float32(
     corpus: Path, tmp_path: Path, precision: Precision
@@ -420,12 +441,12 @@ def test_a_run_that_cannot_start_leaves_no_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("carry_state", [False, True])
+@pytest.mark.parametrize("reads", [{}, {"carry_state": True}, {"carry_state": True, "fresh_share": 0.3}])
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_interrupted_and_resumed_is_uninterrupted(
-    corpus: Path, tmp_path: Path, mixer: str, carry_state: bool, optimizer: OptimizerName
+    corpus: Path, tmp_path: Path, mixer: str, reads: dict[str, Any], optimizer: OptimizerName
 ) -> None:
-    config = run_config(corpus, mixer=mixer, carry_state=carry_state, optimizer=optimizer)
+    config = run_config(corpus, mixer=mixer, optimizer=optimizer, **reads)
     trained(config, tmp_path / "whole")
     for step, signum in ((3, signal.SIGINT), (9, signal.SIGTERM)):
         with pytest.raises(Interrupted, match=f"saved after step {step}") as stop:

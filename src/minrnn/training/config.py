@@ -61,6 +61,9 @@ class TrainConfig:
     carry_state: bool = False
     """Read the corpus as `batch_size` streams and carry the state from step to step, instead of drawing
     random windows that start from the empty state."""
+    fresh_share: float = 0.0
+    """With carry_state: share of each batch's sequences that are such random windows all the same, so that a
+    model learns to start as well as to go on."""
     eval_every: int = 250
     """Steps between evaluations (0: only at the end)."""
     eval_tokens: int = 0
@@ -87,8 +90,20 @@ class TrainConfig:
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and less than 1")
         self._require("learning_rate", 0 < self.learning_rate < float("inf"), "more than 0, and finite")
         self._require("min_learning_rate_ratio", 0 <= self.min_learning_rate_ratio <= 1, "between 0 and 1")
+        fresh = 0 <= self.fresh_share < 1 and (self.carry_state or self.fresh_share == 0)
+        self._require("fresh_share", fresh, "at least 0 and less than 1, and 0 without carry_state")
+        if self.fresh_share:
+            streams = self.batch_size - self.fresh_windows
+            self._require(
+                "fresh_share", 0 < streams < self.batch_size, "a share that leaves streams and windows"
+            )
         self._require("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
         self._require("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
+
+    @property
+    def fresh_windows(self) -> int:
+        """Sequences of a batch that start from the empty state, beside those that carry it."""
+        return round(self.fresh_share * self.batch_size)
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:

@@ -16,7 +16,7 @@ from torch import Tensor
 from minrnn.models import map_state, save_checkpoint
 from minrnn.models.checkpoint import find_directory
 from minrnn.ops import engines
-from minrnn.tasks import TASKS
+from minrnn.tasks import TASKS, Batch
 from minrnn.training.config import Precision, RunConfig, read_config
 from minrnn.training.log import RunLog, plot_losses, write_json
 from minrnn.training.memory import keep_freed_memory
@@ -286,19 +286,27 @@ class Run:
     def _gradients(self, part: int) -> Tensor:
         """Add one batch's share to the gradients, and return its loss (not fetched from the device)."""
         settings, state = self.settings, self.state
-        index = state.step * settings.accumulate + part
-        if settings.carry_state:
-            batch = self.task.stream_batch(index, settings.batch_size)
-        else:
-            batch = self.task.batch(index, settings.batch_size, settings.seed)
+        batches = self._batches(state.step * settings.accumulate + part)
+        targets = sum(batch.num_targets for batch in batches)
         half = settings.precision == "bfloat16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
-            loss, carry = self.task.loss(self.model, batch, state.carry)
+            parts = [self.task.loss(self.model, batch, state.carry) for batch in batches]
+        weights = (batch.num_targets / targets for batch in batches)
+        loss = torch.stack([weight * each for weight, (each, _) in zip(weights, parts, strict=True)]).sum()
         (loss / settings.accumulate).backward()
-        state.carry = map_state(torch.detach, carry) if self.carries_state else None
-        state.tokens += batch.num_targets
-        self._window_tokens += batch.num_targets
+        state.carry = map_state(torch.detach, parts[0][1]) if self.carries_state else None
+        state.tokens += targets
+        self._window_tokens += targets
         return loss.detach()
+
+    def _batches(self, index: int) -> list[Batch]:
+        """Return the sequences of one backward pass: first those that carry the state, if any do."""
+        settings = self.settings
+        if not settings.carry_state:
+            return [self.task.batch(index, settings.batch_size, settings.seed)]
+        fresh = settings.fresh_windows
+        batches = [self.task.stream_batch(index, settings.batch_size - fresh)]
+        return [*batches, self.task.batch(index, fresh, settings.seed)] if fresh else batches
 
     def _collect(self) -> None:
         """Fetch the losses of the steps since the last time, and stop the run where one is not finite.
