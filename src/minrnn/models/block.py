@@ -9,11 +9,22 @@ from minrnn.mixers import Mixer, State
 from minrnn.mixers.convolution import CausalConv
 from minrnn.models.dropout import Dropout
 
+
+def _swiglu(x: Tensor) -> Tensor:
+    """Gate one half of the channels by the other: (..., 2 d) to (..., d)."""
+    gate, value = x.chunk(2, dim=-1)
+    return functional.silu(gate) * value
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
     "relu": functional.relu,
     "silu": functional.silu,
+    "swiglu": _swiglu,
 }
+
+GATED = ("swiglu",)
+"""Activations that take twice the channels that they give (Shazeer, arXiv 2002.05202)."""
 
 BlockState = tuple[State, State]
 """The convolution's window (in a tuple, empty without a convolution) and the mixer's state."""
@@ -21,6 +32,8 @@ BlockState = tuple[State, State]
 
 class MLP(nn.Module):
     """Two linear layers around an activation: y = W_out act(W_in x).
+
+        swiglu: y = W_out (silu(W_gate x) * W_value x),   W_in = [W_gate; W_value]
 
     Args:
         d_model: channels in and out.
@@ -32,7 +45,8 @@ class MLP(nn.Module):
     def __init__(self, d_model: int, d_inner: int, *, activation: str, bias: bool) -> None:
         super().__init__()
         self.activation = activation
-        self.up = nn.Linear(d_model, d_inner, bias=bias)
+        width = 2 * d_inner if activation in GATED else d_inner
+        self.up = nn.Linear(d_model, width, bias=bias)
         self.down = nn.Linear(d_inner, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class ModelConfig:
     mlp_ratio: float = 2.0
     """Inner channels of each block's MLP, as a multiple of d_model; 0: no MLP."""
     mlp_activation: str = "gelu"
-    """The MLP's activation: gelu, relu or silu."""
+    """The MLP's activation: gelu, relu, silu, or swiglu, which has a gate and half as many weights again."""
     norm: str = "layer"
     """The norm before each branch and the head: layer, rms or none."""
     residual: bool = True
