@@ -14,7 +14,7 @@ import minrnn.models.generation
 from minrnn.mixers import MIXERS
 from minrnn.mixers.convolution import CausalConv
 from minrnn.models import ModelConfig, ModelState, SequenceModel, generate, map_state
-from minrnn.models.block import ACTIVATIONS
+from minrnn.models.block import ACTIVATIONS, MLP
 from minrnn.models.dropout import Dropout
 from minrnn.models.sequence import NORMS
 
@@ -260,6 +260,14 @@ def test_dropout_acts_in_training_only() -> None:
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_activation_and_norm_builds(activation: str, norm: str) -> None:
     build(mlp_activation=activation, norm=norm)(make_tokens())
+
+
+def test_swiglu_gates_one_half_of_its_channels_by_the_other() -> None:
+    mlp = MLP(6, 5, activation="swiglu", bias=True)
+    x = torch.randn(2, 3, 6)
+    gate, value = mlp.up.weight[:5] @ x[..., None], mlp.up.weight[5:] @ x[..., None]
+    gate, value = gate[..., 0] + mlp.up.bias[:5], value[..., 0] + mlp.up.bias[5:]
+    torch.testing.assert_close(mlp(x), mlp.down(gate * torch.sigmoid(gate) * value))
 
 
 # --- configuration ------------------------------------------------------------------------------------
