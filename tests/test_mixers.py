@@ -204,8 +204,9 @@ def test_state_does_not_keep_the_sequence_alive(variant: str) -> None:
 def test_windowed_attention_keeps_a_bounded_state() -> None:
     mixer, x = build("attention-window-4"), make_input(length=40)
     _, state = run_in_pieces(mixer, x, [1] * 20 + [20])
-    assert [tuple(part.shape) for part in state] == [(B, 3, D_HIDDEN), (B, 3, D_HIDDEN), (B,)]
+    assert [tuple(part.shape) for part in state] == [(B, 3, D_HIDDEN), (B, 3, D_HIDDEN), (B,), (B,)]
     assert state[2].tolist() == [3] * B
+    assert state[3].tolist() == [40] * B
 
 
 @pytest.mark.parametrize(("window", "with_reset"), [(4, False), (4, True), (0, True)])
@@ -316,8 +317,8 @@ def test_misuse_is_reported(name: str) -> None:
         mixer(x, reset=torch.zeros(T, B, dtype=torch.bool))
     with pytest.raises(TypeError, match="state must be the tuple of tensors"):
         mixer(x, list(state))
-    with pytest.raises(ValueError, match="got 4 tensors"):
-        mixer(x, (state[0],) * 4)
+    with pytest.raises(ValueError, match="got 5 tensors"):
+        mixer(x, (state[0],) * 5)
     with pytest.raises(ValueError, match="must be the batch, 3"):
         mixer(x, tuple(part[:2] for part in state))
 

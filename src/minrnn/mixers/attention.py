@@ -19,10 +19,10 @@ class AttentionMixer(Mixer):
         t
 
     q, k and v are linear in x, each d_model -> d_hidden, split into heads; y holds the heads side by side.
-    The state is keys and values `(B, S, d_hidden)` of the S tokens before, and length `(B,)`: how many of
-    them, counted from the last, belong to each row's present sequence (a reset shortens it). Keys are kept
-    before their rotation and positions count from the oldest key kept, so a stream may run on for ever: the
-    products depend on differences of position alone.
+    The state is keys and values `(B, S, d_hidden)` of the S tokens before, length `(B,)`: how many of them,
+    counted from the last, belong to each row's present sequence (a reset shortens it), and position `(B,)`:
+    how many tokens each row has read. Keys are rotated once, when they come in; a stream may run on for
+    ever, because products depend on differences of position alone and angles are computed in float64.
 
     Args:
         d_model: channels of the input.
@@ -38,7 +38,7 @@ class AttentionMixer(Mixer):
     Source: "Attention Is All You Need", section 3.2; rotary positions: "RoFormer", section 3.4.2.
     """
 
-    state_names = ("keys", "values", "length")
+    state_names = ("keys", "values", "length", "position")
 
     def __init__(
         self, d_model: int, d_hidden: int, *, num_heads: int = 4, window: int = 0, bias: bool = True
@@ -57,8 +57,13 @@ class AttentionMixer(Mixer):
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         B, T, _ = x.shape
         q, new_keys, new_values = self.qkv(x).chunk(3, dim=-1)  # (B, T, d_hidden) each
+        at = torch.arange(T, device=x.device)  # where all rows start here, one table of angles serves them
         if state is None:
-            state = (q.new_empty(B, 0, self.d_hidden), q.new_empty(B, 0, self.d_hidden), _no_length(x))
+            empty, none = q.new_empty(B, 0, self.d_hidden), x.new_zeros(B, dtype=torch.int64)
+            state = (empty, empty, none, none)
+        else:
+            at = state[3].unsqueeze(1) + at  # (B, T)
+        q, new_keys = self._rotate(q, at), self._rotate(new_keys, at)
         keys = torch.cat([state[0].to(q.dtype), new_keys], dim=1)  # (B, S + T, d_hidden)
         values = torch.cat([state[1].to(q.dtype), new_values], dim=1)
         S = keys.shape[1] - T
@@ -68,14 +73,17 @@ class AttentionMixer(Mixer):
         )
         simple = S == 0 and reset is None and (self.window == 0 or self.window >= T)
         y = self._attend(q, keys, values, None if simple else oldest)
-        return y, self._keep(keys, values, length=S + T - oldest[:, -1])
+        keys, values, length = self._keep(keys, values, length=S + T - oldest[:, -1])
+        return y, (keys, values, length, (at[..., -1] + 1).expand(B).clone())
+
+    def _rotate(self, x: Tensor, at: Tensor) -> Tensor:
+        """Rotate queries or keys `(B, T, d_hidden)`, each head, to positions `(T,)` or `(B, T)`."""
+        heads = x.unflatten(-1, (self.num_heads, -1))  # (B, T, heads, d_head)
+        return _rotate(heads, *_rotary_table(at, heads.shape[-1], x.dtype)).flatten(2)
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, oldest: Tensor | None) -> Tensor:
         """Attend to `oldest[b, t]` .. t; None is everything up to t, without a mask."""
-        T, total = q.shape[1], keys.shape[1]
-        cos, sin = _rotary_table(total, self.d_hidden // self.num_heads, q)
-        k, v = _rotate(self._split(keys), cos, sin), self._split(values)  # (B, heads, S + T, d_head)
-        q = _rotate(self._split(q), cos[total - T :], sin[total - T :])
+        q, k, v = self._split(q), self._split(keys), self._split(values)  # (B, heads, S + T, d_head)
         if oldest is None:
             y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
@@ -103,7 +111,7 @@ class AttentionMixer(Mixer):
             )
         return torch.cat(outputs, dim=2)
 
-    def _keep(self, keys: Tensor, values: Tensor, length: Tensor) -> State:
+    def _keep(self, keys: Tensor, values: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cut the state to what the next query can see."""
         limit = self.window - 1
         if self.window == 0 or keys.shape[1] <= limit:
@@ -116,23 +124,18 @@ class AttentionMixer(Mixer):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, T, d_head)
 
 
-def _no_length(x: Tensor) -> Tensor:
-    return torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-
-
-def _rotary_table(length: int, d_head: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Make cos and sin of every position's angles, `(length, d_head / 2)` each, in float32 at least.
+def _rotary_table(at: Tensor, d_head: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Make cos and sin of the angles at positions `(..., T)`: `(..., T, 1, d_head / 2)`, float32 at least.
 
     Angles are computed in double precision: at position 65,536 a float32 angle is off by 4e-3.
     """
-    pairs = torch.arange(0, d_head, 2, dtype=torch.float64, device=like.device)
-    positions = torch.arange(length, dtype=torch.float64, device=like.device)
-    angles = torch.outer(positions, ROTARY_BASE ** (-pairs / d_head))
-    dtype = torch.promote_types(like.dtype, torch.float32)
+    pairs = torch.arange(0, d_head, 2, dtype=torch.float64, device=at.device)
+    angles = at[..., None, None].double() * ROTARY_BASE ** (-pairs / d_head)
+    dtype = torch.promote_types(dtype, torch.float32)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (channel j, j + d_head / 2) of x `(B, heads, T, d_head)` by each position's angle."""
+    """Rotate the pairs (channel j, j + d_head / 2) of x `(B, T, heads, d_head)` by each position's angle."""
     left, right = x.chunk(2, dim=-1)
     return torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1).to(x.dtype)
