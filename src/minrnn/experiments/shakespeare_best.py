@@ -56,7 +56,7 @@ class ShakespeareBest(TrainedExperiment[Size]):
         "nanoGPT's block, on the same tokens. Losses are nats a character on the whole last tenth: in "
         "windows of 256 from the empty state, as nanoGPT measures, and with the state carried through the "
         "text, as a recurrence is used. As nanoGPT does, the weights are those of the best of 20 "
-        "evaluations on the same part (here on its first 20,000 characters, with the state carried), and "
+        "evaluations on the same part (here the loss with the state carried), and "
         "the settings were chosen by looking at it."
     )
     changes = (
