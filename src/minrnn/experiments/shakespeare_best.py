@@ -104,7 +104,7 @@ class ShakespeareBest(TrainedExperiment[Size]):
                 axes, {m: [(s / 60, loss) for s, loss in line] for m, line in lines.items()}, marker=""
             )
             axes.set_ylim(1.35, 1.7)
-            finish(axes, f"first 20,000 characters, {title}", "minutes of training", "nats a character")
+            finish(axes, title, "minutes of training", "nats a character")
         return figure
 
 
