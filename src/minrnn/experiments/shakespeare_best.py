@@ -115,8 +115,8 @@ def _run(size: Size, mixer: str) -> RunConfig:
     if mixer == "transformer":
         given = {"num_layers": model.num_layers, "dropout": model.dropout, "num_heads": RIVAL_HEADS}
         model = model_of(mixer, d_model=size.model.get("d_model", RIVAL_WIDTH), **given)
-        alone = {"carry_state": False, "fresh_share": 0.0}  # it sees a window: no state to carry
-        train = replace(train, learning_rate=RIVAL_RATE, precision="bfloat16", **alone)
+        train = replace(train, carry_state=False, fresh_share=0.0)  # it sees a window: no state to carry
+        train = replace(train, learning_rate=RIVAL_RATE, precision="bfloat16")
     task = replace(recipe.task, **size.task)
     if task.source != recipe.task.source:
         task = replace(task, vocabulary="bytes")
