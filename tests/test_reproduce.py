@@ -11,7 +11,7 @@ import pytest
 from episode_files import MISSING, write_pendulum_data
 
 from minrnn.experiments import EXPERIMENTS
-from minrnn.experiments.experiment import Choice, Experiment, Silence, Table
+from minrnn.experiments.experiment import Choice, Experiment, Record, Silence, Table
 from minrnn.experiments.published import LABELS
 from minrnn.experiments.results import ResultsFolder
 from minrnn.experiments.runner import reproduce
@@ -41,6 +41,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def choice_of(name: str) -> Choice:
     return Choice("tiny", seeds=1, mixers=CHOSEN[name], device="cpu")
+
+
+def records_of(name: str, root: Path) -> list[Record]:
+    """Return the cells of a shrunken experiment, computed where no test of this process has done it yet."""
+    return reproduce(EXPERIMENTS[name].load(), choice_of(name), root, Silence()).records()
 
 
 def headings(text: str) -> list[str]:
@@ -97,7 +102,7 @@ def _check_tables(experiment: Experiment, folder: ResultsFolder) -> None:
 
 
 def test_records_hold_what_the_tables_need(root: Path) -> None:
-    (record, *_) = ResultsFolder(root, "runtime", "tiny").records()
+    (record, *_) = records_of("runtime", root)
     for name, found in record["result"]["systems"].items():
         seconds = found["seconds"]
         assert seconds.keys() == {"forward", "backward", "step"}, name
@@ -107,7 +112,7 @@ def test_records_hold_what_the_tables_need(root: Path) -> None:
 
 
 def test_states_grow_for_attention_alone(root: Path) -> None:
-    records = ResultsFolder(root, "inference", "tiny").records()
+    records = records_of("inference", root)
     sizes: dict[str, set[int]] = {}
     for record in records:
         for name, found in record["result"]["systems"].items():
@@ -117,7 +122,7 @@ def test_states_grow_for_attention_alone(root: Path) -> None:
 
 @pytest.mark.skipif(bool(MISSING), reason=MISSING)
 def test_policies_are_reported_by_what_they_earn(root: Path) -> None:
-    records = ResultsFolder(root, "locomotion", "tiny").records()
+    records = records_of("locomotion", root)
     assert {record["setting"]["quality"] for record in records} == {"medium", "medium-replay"}
     for record in records:
         result = record["result"]
@@ -131,9 +136,7 @@ def test_policies_are_reported_by_what_they_earn(root: Path) -> None:
 
 def test_what_acting_costs_grows_for_whole_attention_alone(root: Path) -> None:
     sizes: dict[str, list[int]] = {}
-    for record in sorted(
-        ResultsFolder(root, "acting", "tiny").records(), key=lambda record: record["setting"]["steps"]
-    ):
+    for record in sorted(records_of("acting", root), key=lambda record: record["setting"]["steps"]):
         for name, found in record["result"]["systems"].items():
             assert found["seconds"]["action"]["samples"] >= 3
             sizes.setdefault(name, []).append(found["state_bytes"])
@@ -144,7 +147,7 @@ def test_what_acting_costs_grows_for_whole_attention_alone(root: Path) -> None:
 
 
 def test_the_language_model_is_reported_on_a_part_that_chose_nothing(root: Path) -> None:
-    for record in ResultsFolder(root, "shakespeare", "tiny").records():
+    for record in records_of("shakespeare", root):
         result, task = record["result"], record["config"]["task"]
         assert task["held_out"] == 0.1
         assert result["best"]["step"] in {entry["step"] for entry in result["evaluations"]}
@@ -152,9 +155,9 @@ def test_the_language_model_is_reported_on_a_part_that_chose_nothing(root: Path)
 
 
 def test_longer_and_other_sequences_are_measured(root: Path) -> None:
-    (record, *_) = ResultsFolder(root, "selective-copying", "tiny").records()
+    (record, *_) = records_of("selective-copying", root)
     assert record["result"]["test"].keys() == {"x1", "x2", "x4"}
-    (record, *_) = ResultsFolder(root, "formal-languages", "tiny").records()
+    (record, *_) = records_of("formal-languages", root)
     assert record["result"]["by_length"].keys() == {"40", "48"}
 
 
