@@ -79,7 +79,9 @@ class AttentionMixer(Mixer):
     def _rotate(self, x: Tensor, at: Tensor) -> Tensor:
         """Rotate queries or keys `(B, T, d_hidden)`, each head, to positions `(T,)` or `(B, T)`."""
         heads = x.unflatten(-1, (self.num_heads, -1))  # (B, T, heads, d_head)
-        return _rotate(heads, *_rotary_table(at, heads.shape[-1], x.dtype)).flatten(2)
+        cos, sin = _rotary_table(at, heads.shape[-1], x.dtype)
+        left, right = heads.chunk(2, dim=-1)  # channel j turns with channel j + d_head / 2
+        return torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1).to(x.dtype).flatten(2)
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, oldest: Tensor | None) -> Tensor:
         """Attend to `oldest[b, t]` .. t; None is everything up to t, without a mask."""
@@ -133,9 +135,3 @@ def _rotary_table(at: Tensor, d_head: int, dtype: torch.dtype) -> tuple[Tensor, 
     angles = at[..., None, None].double() * ROTARY_BASE ** (-pairs / d_head)
     dtype = torch.promote_types(dtype, torch.float32)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (channel j, j + d_head / 2) of x `(B, T, heads, d_head)` by each position's angle."""
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1).to(x.dtype)

@@ -82,12 +82,12 @@ def orthogonalised_parameters(model: nn.Module) -> set[str]:
     Raises:
         ValueError: it has no such matrix.
     """
-    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    linear = decayed_parameters(model)
     names = {
         name
-        for name, parameter in model.named_parameters()
+        for name, _ in model.named_parameters()
         if name.startswith("blocks.")
-        and (id(parameter) in linear or name.rpartition(".")[2].startswith(("weight_ih", "weight_hh")))
+        and (name in linear or name.rpartition(".")[2].startswith(("weight_ih", "weight_hh")))
     }
     if not names:
         raise ValueError("train.optimizer: muon needs a model whose blocks hold matrices; use adamw")
