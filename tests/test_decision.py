@@ -216,6 +216,17 @@ def test_an_environment_may_write_into_the_same_memory_again(window: int) -> Non
         buffer[:], earned[:] = -1.0, -1.0
 
 
+def test_an_action_is_its_receivers() -> None:
+    """It can be written into, without the policy taking that for what it did, and differentiated through."""
+    policy, other = Policy(build()), Policy(build())
+    policy.act(torch.ones(S)).zero_()
+    other.act(torch.ones(S))
+    action = policy.act(torch.zeros(S), 1.0)
+    assert torch.equal(action, other.act(torch.zeros(S), 1.0))
+    action.requires_grad_().square().sum().backward()
+    assert action.grad is not None
+
+
 def test_the_state_holds_no_history_of_gradients() -> None:
     policy = Policy(build().train())
     policy.act(torch.zeros(S))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any, Self
 
 import torch
@@ -55,7 +56,6 @@ class Policy:
         self.target_return = target
         self._memory: _Memory | None = None
 
-    @torch.no_grad()
     def act(self, observation: Any, reward: Any = None, *, reset: Any = None) -> Tensor:
         """Choose the next action of one episode, or of a batch of them.
 
@@ -73,20 +73,25 @@ class Policy:
             ValueError: a shape does not fit, a number is not finite, a reward is missing, or an episode lasts
                 longer than the model's `max_steps`.
         """
-        observations, single = self._read_observation(observation)
-        starts = self._read_reset(reset, len(observations))
-        memory = self._memory
-        if memory is None or (starts is not None and bool(starts.all())):
-            memory = _Memory.at_start(self.model, observations, self.target_return)
-        else:
-            memory = memory.after(self._read_reward(reward, starts), starts, self.target_return)
-        actions, self._memory = _choose(self.model, memory, observations)
+        with torch.inference_mode():  # a tenth faster than without gradients alone
+            observations, single = self._read_observation(observation)
+            actions = self._act(observations, reward, self._read_reset(reset, len(observations)))
+        actions = actions.clone()  # one that may be computed with as any other
         return actions[0].cpu() if single else actions.cpu()
 
     @property
     def state(self) -> ModelState | Steps | None:
         """What is carried to the next action: the model's state, or the last steps; None before the first."""
         return None if self._memory is None else self._memory.context
+
+    def _act(self, observations: Tensor, reward: Any, starts: Tensor | None) -> Tensor:
+        memory = self._memory
+        if memory is None or (starts is not None and bool(starts.all())):
+            memory = _Memory.at_start(self.model, observations, self.target_return)
+        else:
+            memory = memory.after(self._read_reward(reward, starts), starts, self.target_return)
+        actions, self._memory = _choose(self.model, memory, observations)
+        return actions
 
     def _read_observation(self, observation: Any) -> tuple[Tensor, bool]:
         like = self.model.observation_mean
@@ -99,7 +104,7 @@ class Policy:
             raise ValueError(
                 f"act: observation must be ({size},) or (B, {size}), got {tuple(observations.shape)}"
             )
-        if not rows.isfinite().all():
+        if not _are_finite(rows):
             raise ValueError("act: observation must be finite, got infinity or NaN")
         return rows, single
 
@@ -132,7 +137,7 @@ class Policy:
             raise ValueError(f"act: reward must be one or {tuple(shape)}, got {tuple(rewards.shape)}")
         if starts is not None:
             rewards = rewards.expand(shape).masked_fill(starts, 0.0)
-        if not rewards.isfinite().all():
+        if not _are_finite(rewards):
             raise ValueError("act: reward must be finite, got infinity or NaN")
         return rewards
 
@@ -192,7 +197,7 @@ def _choose(model: DecisionModel, memory: _Memory, observations: Tensor) -> tupl
         reset = None if memory.starts is None else memory.starts.unsqueeze(1)
         outputs, context = _evaluate(model, now, memory.context, reset)
     last = outputs[:, -1]
-    if not last.isfinite().all():
+    if not _are_finite(last):
         raise RuntimeError("act: the model's actions are not finite; its training has diverged")
     actions = last.argmax(dim=-1) if model.config.discrete else last
     return actions, replace(memory, previous=actions, context=context)
@@ -226,3 +231,8 @@ def _starts_within(steps: Steps) -> Tensor | None:
     starts = steps.times == 0
     starts[:, 0] = False  # nothing is there to forget, and a call without resets is faster
     return starts if starts.any() else None
+
+
+def _are_finite(x: Tensor) -> bool:
+    """Whether all numbers are; their sum tells so in a third of the time, unless it overflows itself."""
+    return isfinite(x.sum().item()) or bool(x.isfinite().all())
