@@ -532,6 +532,18 @@ def test_the_page_holds_tables_plots_commands_and_machines(tmp_path: Path) -> No
     assert "{" not in text
 
 
+def test_cells_of_several_machines_are_told_apart(tmp_path: Path) -> None:
+    root = _as_cpu(reproduce(SelectiveCopying(), CHOICE, tmp_path / "results", Silence()))
+    cell = next(iter(sorted(root.glob("*/cells/*.json"))))
+    record = json.loads(cell.read_text())
+    mixer, record["machine"]["processor"] = record["setting"]["mixer"], "Abacus"
+    cell.write_text(json.dumps(record))
+    (tmp_path / "page.md").write_text("{experiments}")
+    write_page(tmp_path / "page.md", REPOSITORY / "benchmarks" / "results", root, tmp_path / "R.md")
+    said = (tmp_path / "R.md").read_text().partition("several machines, whose times do not compare (")[2]
+    assert re.match(rf"Abacus \(\d+ threads?\), torch [^:]+: {mixer}; ", said)
+
+
 def test_results_md_is_what_the_report_writes(tmp_path: Path) -> None:
     """But for the experiments, whose section is made again whenever their results are."""
     target = tmp_path / "RESULTS.md"

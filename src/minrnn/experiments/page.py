@@ -107,15 +107,25 @@ def _scale(
 
 def _provenance(records: Sequence[Record]) -> str:
     """Say on what, with what and for how long the cells were computed."""
-    machines = sorted({_machine(record) for record in records})
     commits = sorted({_commit(record["commit"]) for record in records})
     failed = [record["cell"] for record in records if record["failed"] is not None]
     hours = sum(record["seconds"] for record in records) / 3600
     text = (
-        f"{len(records)} cells, {hours:.1f} hours of computing in all, on {'; '.join(machines)}; "
+        f"{len(records)} cells, {hours:.1f} hours of computing in all, on {_machines(records)}; "
         f"commit {', '.join(commits)}."
     )
     return text + (f" Diverged: {', '.join(failed)}." if failed else "")
+
+
+def _machines(records: Sequence[Record]) -> str:
+    """Say where cells were computed; of several machines, also which mixers where."""
+    mixers: dict[str, set[str]] = {}
+    for record in records:
+        mixers.setdefault(_machine(record), set()).add(record["setting"].get("mixer", "all"))
+    if len(mixers) == 1:
+        return next(iter(mixers))
+    found = "; ".join(f"{machine}: {', '.join(sorted(names))}" for machine, names in sorted(mixers.items()))
+    return f"several machines, whose times do not compare ({found})"
 
 
 def _commit(commit: str | None) -> str:
