@@ -339,6 +339,20 @@ def test_a_run_learns_and_leaves_its_directory(corpus: Path, tmp_path: Path) -> 
     assert results["parameters"] == sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize(("in_windows", "step"), [(False, 2), (True, 1)], ids=["state carried", "in windows"])
+def test_the_best_weights_are_those_of_the_lowest_loss(
+    in_windows: bool, step: int, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([(3.0, 1.0), (2.0, 1.5), (2.5, 1.2), (2.5, 1.2)])
+    names = ("val_loss", "val_loss_windowed")
+    monkeypatch.setattr(TextTask, "evaluate", lambda *_, **__: dict(zip(names, next(losses), strict=True)))
+    config = run_config(corpus, steps=3, eval_every=1)
+    task = dataclasses.replace(config.task, best_in_windows=in_windows)
+    config = dataclasses.replace(config, task=task)
+    assert trained(config, tmp_path / "run")["best"]["step"] == step
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "best")[1]["step"] == step
+
+
 def test_same_seed_same_weights_other_seed_others(corpus: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         trained(run_config(corpus, seed=seed, steps=5), tmp_path / name)

@@ -30,6 +30,9 @@ NUM_CHARACTERS = 65
 THRICE = ("mingru", "minlstm", "transformer", "lstm")
 """Three seeds at the same width: ours, whom they are measured by, and the strongest rival."""
 
+UNCARRIED = ("aaren",)
+"""Whose loss with the state carried rises while that in windows falls, which is then what chooses."""
+
 REFERENCE = "transformer"
 """Whose best loss the others are timed to reach; its block is nanoGPT's: no convolution, a wider MLP."""
 
@@ -73,7 +76,8 @@ class Shakespeare(TrainedExperiment[Size]):
     title = "A language model of characters (Shakespeare)"
     question = (
         "Tiny Shakespeare by characters. The last tenth of the text is left untouched until the end; the "
-        "tenth before it chooses the weights (the paper, as nanoGPT, chooses and reports on one part). "
+        "tenth before it chooses the weights, with the state carried or, for Aaren, whose state is of no use "
+        "beyond the lengths trained on, in windows (the paper, as nanoGPT, chooses and reports on one part). "
         "*Width*: all mixers stand in the same model, so their parameters differ. *Parameters*: each model "
         "is as wide as makes its parameters as many as those of the minGRU model. `transformer` is "
         "attention in nanoGPT's block; `attention` is the same mixer in everybody's block, which has a "
@@ -185,7 +189,9 @@ def _run(size: Size, model: ModelConfig) -> RunConfig:
     return RunConfig(
         recipe="shakespeare",
         model=model,
-        task=TextConfig(size.source, vocabulary, size.window, held_out=0.1),
+        task=TextConfig(
+            size.source, vocabulary, size.window, held_out=0.1, best_in_windows=model.mixer in UNCARRIED
+        ),
         train=TrainConfig(
             steps=size.steps,
             batch_size=size.batch_size,

@@ -69,6 +69,11 @@ class Task(ABC):
         """Whether a batch continues the one before it, so that training carries the state."""
         return False
 
+    @property
+    def chosen_by(self) -> str:
+        """The metric of `evaluate` by which a run's best weights are chosen: the lower, the better."""
+        return "val_loss"
+
     @abstractmethod
     def model_config(self, config: ModelConfig) -> ModelConfig:
         """Return `config` with what the task decides.
@@ -130,7 +135,7 @@ class Task(ABC):
             max_tokens: predict about so many targets only; 0 for all.
 
         Returns:
-            val_loss: the loss of a target, by which a run's best weights are chosen.
+            val_loss: the loss of a target.
             val_tokens: how many targets were predicted.
             And what else the task measures.
 

@@ -44,6 +44,9 @@ class TextConfig:
     held_out: float = 0.0
     """Fraction of the training text, at its end, that is validated on instead of trained on; the validation
     part then stays untouched, to be measured once at the end (0: all is trained on)."""
+    best_in_windows: bool = False
+    """Whether a run's best weights are those whose loss is lowest in windows, in place of with the state
+    carried; for mixers whose state is of no use beyond the lengths that they were trained on."""
 
     task: ClassVar[str] = "text"
     """The task's name in TASKS."""
@@ -179,6 +182,10 @@ class TextTask(TokenTask):
             )
         position = step % (stream_length // T)
         return self._gather(np.arange(batch_size) * stream_length + position * T, fresh=position == 0)
+
+    @property
+    def chosen_by(self) -> str:
+        return "val_loss_windowed" if self.config.best_in_windows else "val_loss"
 
     def evaluate(self, model: nn.Module, *, max_tokens: int = 0) -> dict[str, float]:
         """Measure `model` on the validation part in two protocols; both predict every token but the first.

@@ -220,7 +220,8 @@ class Run:
             raise NonFiniteLossError(self._advice(f"its val_loss is {metrics['val_loss']}"))
         if self.settings.eval_tokens == 0:
             self._whole = self.state.step, metrics
-        is_best = metrics["val_loss"] < self.state.best.get("val_loss", math.inf)
+        chosen_by = self.task.chosen_by
+        is_best = metrics[chosen_by] < self.state.best.get(chosen_by, math.inf)
         if is_best:
             self.state.best = {"step": self.state.step, **metrics}
             save_checkpoint(self.run_dir / "checkpoints" / "best", self.model, extra=self._extra())
