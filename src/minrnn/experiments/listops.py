@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from statistics import mean
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from minrnn.experiments.experiment import Record, Table
@@ -167,7 +168,7 @@ def _run(size: Size, mixer: str, block: str) -> RunConfig:
 
 def _mixers(runs: dict[str, list[Record]]) -> Table:
     rows = []
-    for mixer, found in sorted(runs.items(), key=lambda item: -max(bests(item[1], "test", "accuracy"))):
+    for mixer, found in sorted(runs.items(), key=lambda item: -mean(bests(item[1], "test", "accuracy"))):
         parameters = f"{found[0]['result']['parameters']:,}"
         minutes = spread(bests(found, "seconds"), 1, scale=1 / 60)
         row = [
