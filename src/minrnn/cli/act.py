@@ -90,14 +90,20 @@ def _play(policy: Policy, name: str, command: ActCommand) -> list[Played]:
     film = None if command.record is None else Film(command.record, rate)
     others = [make_environment(name) for _ in range(min(TOGETHER, command.episodes) - 1)]
     title = f"{name}, {command.run}"
-    live = Live(console=console, refresh_per_second=8, transient=True) if console.is_terminal else None
     played: list[Played] = []
+
+    def latest() -> Table:
+        return _table(title, played[-SHOWN:])
+
+    live: Live | None = None  # a thread of it draws, eight times a second
+    if console.is_terminal:
+        live = Live(console=console, refresh_per_second=8, transient=True, get_renderable=latest)
     with live or nullcontext():
-        for played in play(policy, [first, *others], command.episodes, seed=command.seed):
+        for step, played in enumerate(play(policy, [first, *others], command.episodes, seed=command.seed)):
             if film is not None and not played[0].ended and (played[0].steps - 1) % film.every == 0:
                 film.add(picture(first))
-            if live is not None:
-                live.update(_table(title, played[-SHOWN:]))
+            if live is not None and step == 0:
+                live.refresh()
     console.print(_table(title, played))
     if film is not None:
         film.write()
