@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -165,7 +166,8 @@ def _open_metrics(path: Path, step: int) -> IO[bytes]:
 
 def _replace(path: Path, text: str) -> None:
     """Write a text file beside its place, and then move it there."""
-    partial = path.with_name(path.name + ".partial")
+    # Of a name of its own: several processes may write one file, as the cells of an experiment do.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
