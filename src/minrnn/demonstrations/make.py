@@ -31,8 +31,8 @@ QUALITIES = ("random", "medium", "medium-replay", "medium-expert")
 EVALUATION_EPISODES = 10
 EPISODE_LIMIT = 10_000  # steps of an episode that is evaluated, where the environment sets no limit
 LABEL = (
-    "made locally in minutes: not one of D4RL's or Minari's data sets, with whose scores its own do not "
-    "belong in one column; the best policy reached is no expert"
+    "made locally in minutes, by a policy of its own: not one of D4RL's or Minari's data sets, with whose "
+    "scores its own do not belong in one column"
 )
 
 
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
 
 
 PLANS = {
-    "Hopper": Plan("ppo", 500_000),
+    "Hopper": Plan("ppo", 250_000),  # after 500,000 it scores as high as D4RL's expert: no medium
     "HalfCheetah": Plan("ars", 1_200_000),  # cheap steps, and no falls: where random search is at its best
     "Walker2d": Plan("ppo", 500_000),
 }
