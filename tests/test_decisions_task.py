@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from minrnn.mixers import MIXERS
 from minrnn.models import NOTHING_DONE, DecisionModel, ModelConfig, Policy, Steps
 from minrnn.tasks import Batch, DecisionsConfig, DecisionsTask, decisions
+from minrnn.tasks.decisions import best_return
 from minrnn.tasks.episodes import Episodes
 from minrnn.training import RunConfig, RunLog, TrainConfig, load_trained, read_config, read_metrics, train
 
@@ -161,7 +164,28 @@ def test_what_is_left_to_the_mixer(mixer: str) -> None:
     else:
         assert (config.tokens, config.window, config.max_steps) == ("joined", 0, 0)
     assert config.environment == "Pendulum-v1"
-    assert config.target_return == task.episodes.returns[task.train_episodes].max()
+    train = task.train_episodes
+    best = best_return(task.episodes.returns[train], task.episodes.lengths[train], 0.1)
+    assert config.target_return == pytest.approx(best)
+
+
+@given(
+    st.lists(st.tuples(st.floats(-1e4, 1e4), st.integers(1, 1000)), min_size=1, max_size=30),
+    st.floats(0.01, 1.0),
+)
+def test_the_return_asked_for_is_that_of_the_best_steps(
+    episodes: list[tuple[float, int]], share: float
+) -> None:
+    """It is the mean over the best `share` of all steps, each with its episode's return."""
+    returns, lengths = (np.array(column) for column in zip(*episodes, strict=True))
+    found = best_return(returns, lengths, share)
+    steps = np.sort(np.repeat(returns, lengths))[::-1]
+    count = share * len(steps)
+    whole = int(count)
+    total = steps[:whole].sum() + (count - whole) * (steps[whole] if whole < len(steps) else 0.0)
+    assert found == pytest.approx(total / count, rel=1e-9, abs=1e-6)
+    assert found <= returns.max() + 1e-6
+    assert best_return(returns, lengths, 1.0) == pytest.approx(np.average(returns, weights=lengths), abs=1e-6)
 
 
 def test_times_are_as_many_as_the_longest_episode_has() -> None:

@@ -130,8 +130,15 @@ def test_policies_are_reported_by_what_they_earn(root: Path) -> None:
         assert result["lengths"] == [200, 200]
         assert result["environment"] == "Pendulum-v1"
         assert result["seconds_per_action"] > 0
-        told = record["setting"]["mixer"] != "bc"
-        assert result["target_return"] == (pytest.approx(result["data"]["best_return"]) if told else None)
+        asked = {name: played["target_return"] for name, played in result["asked"].items()}
+        assert result["target_return"] == asked["best tenth"]
+        assert result["score"] == result["asked"]["best tenth"]["score"]
+        if record["setting"]["mixer"] == "bc":
+            assert asked == {"best tenth": None}
+        else:
+            assert asked["mean"] == pytest.approx(result["data"]["mean_return"])
+            assert asked["highest"] == pytest.approx(result["data"]["best_return"])
+            assert asked["mean"] < asked["best tenth"] <= asked["highest"]
 
 
 def test_what_acting_costs_grows_for_whole_attention_alone(root: Path) -> None:

@@ -40,7 +40,8 @@ class ActCommand:
     episodes: int = 10
     """Episodes, each with a seed of its own."""
     target_return: float | None = None
-    """Return that the policy asks for (None: the best of the episodes that it learnt from)."""
+    """Return that the policy asks for (None: what its run says, by default the mean of the best episodes
+    that it learnt from, those that hold a tenth of the steps)."""
     record: Path | None = None
     """File for a film of the first episode, without a screen too: .gif, .mp4, or .png for a few pictures side
     by side (None: no film)."""

@@ -36,6 +36,9 @@ Tokens = Literal["interleaved", "joined", "observation"]
 HELD_OUT = 10
 """Of so many episodes one is validated on."""
 
+BEST_SHARE = 0.1
+"""Of all training steps, those of the best episodes, whose return a policy asks for."""
+
 LONGEST_EPISODE = 1000
 """Steps that a table of embedded times has at least: how long an episode of gymnasium's MuJoCo may last."""
 
@@ -71,7 +74,8 @@ class DecisionsConfig:
     """Size of the table of learned embeddings of the time step, which bounds how long an episode may last; 0
     is none, and no bound. (None: for attention the longest episode, or 1,000; none for recurrences.)"""
     target_return: float | None = None
-    """Return that the policy asks for when it acts. (None: the highest of the training episodes.)"""
+    """Return that the policy asks for when it acts. (None: the mean return of the best training episodes,
+    those that hold a tenth of the steps.)"""
 
     task: ClassVar[str] = "decisions"
     """The task's name in TASKS."""
@@ -166,10 +170,15 @@ class DecisionsTask(Task):
 
     @property
     def target_return(self) -> float:
-        """What the policy asks for: what the configuration says, or the best of the training episodes."""
+        """What the policy asks for: what the configuration says, or what the best training episodes have.
+
+        Not their highest return, which may be one episode's alone: a policy that is asked for what it has
+        hardly met does worse than one that is asked for less.
+        """
         if self.config.target_return is not None:
             return self.config.target_return
-        return float(self.episodes.returns[self.train_episodes].max())
+        data, train = self.episodes, self.train_episodes
+        return best_return(data.returns[train], data.lengths[train], BEST_SHARE)
 
     @property
     def carries_state(self) -> bool:
@@ -382,6 +391,22 @@ class DecisionsTask(Task):
             starts[:, 0] = False  # the state is empty, and a call without resets is faster
         reset = torch.from_numpy(starts) if starts.any() else None
         return Batch(inputs, torch.from_numpy(data.actions[at]), fresh, reset)
+
+
+def best_return(returns: NDArray[np.float64], lengths: NDArray[np.int64], share: float) -> float:
+    """Return the mean return of the best episodes, each weighted by its steps.
+
+        sum(w R) / sum(w),   w[k] = how many of the first `share` of all steps are k's, the best episode first
+
+    Args:
+        returns, lengths: of each episode.
+        share: of all steps, in (0, 1].
+    """
+    order = np.argsort(-returns, kind="stable")
+    returns, lengths = returns[order], lengths[order]
+    before = np.cumsum(lengths) - lengths
+    weights = np.clip(share * lengths.sum() - before, 0, lengths)
+    return float(np.average(returns, weights=weights))
 
 
 def _find(config: DecisionsConfig) -> Episodes:
