@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from minrnn.experiments.experiment import Cell, Choice, Record, Table
-from minrnn.experiments.plots import colour, finish, new_figure
+from minrnn.experiments.plots import colour, draw_lines, finish, new_figure
 from minrnn.experiments.published import Published, recalled, shown
 from minrnn.experiments.trained import Plan, TrainedExperiment, by_kind, spread
 from minrnn.experiments.variants import every_mixer, model_of
@@ -25,6 +25,7 @@ from minrnn.tasks.rollouts import play
 from minrnn.training import RunConfig, TrainConfig
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BC = "bc"
@@ -219,34 +220,61 @@ class Locomotion(TrainedExperiment[Size]):
         return [*tables, published_table()]
 
     def draw(self, records: Sequence[Record]) -> Figure:
-        """Scores by data, one panel for each kind, against the minutes of a run."""
+        """A row for each kind of data: scores, what they cost, what is earned against what is asked for."""
         kinds = [data for data in QUALITIES if any(record["setting"]["data"] == data for record in records)]
-        figure, panels = new_figure(len(kinds) or 1, 2)
+        figure, panels = new_figure(len(kinds) or 1, 3)
         for row, data in enumerate(kinds):
-            scores, cost = panels[2 * row : 2 * row + 2]
             chosen = [record for record in records if record["setting"]["data"] == data]
             runs = by_kind(chosen, "mixer", "env", "quality")
-            columns = _columns(runs)
-            mixers = list(dict.fromkeys(mixer for mixer, _, _ in runs))
-            for index, mixer in enumerate(mixers):
-                offset = 0.6 * (index / max(1, len(mixers) - 1) - 0.5)
-                for at, column in enumerate(columns):
-                    found = [run["result"]["score"] for run in runs.get((mixer, *column), [])]
-                    scores.scatter([at + offset] * len(found), found, s=14, color=colour(mixer), zorder=3)
-                scores.scatter([], [], s=14, color=colour(mixer), label=mixer)
-                if averages := _averages(mixer, columns, runs):
-                    minutes = mean(run["seconds"] / 60 for run in chosen if run["setting"]["mixer"] == mixer)
-                    cost.scatter([minutes], [mean(averages)], s=30, color=colour(mixer))
-                    cost.annotate(mixer, (minutes, mean(averages)), xytext=(4, 4), textcoords="offset points")
-            for at, column in enumerate(columns):
-                own = _of_data(runs, column)["score"]
-                scores.hlines(own, at - 0.4, at + 0.4, color="#888888", linestyle=":", linewidth=1.2)
-            scores.set_xticks(range(len(columns)), [f"{env}\n{quality}" for env, quality in columns])
-            finish(
-                scores, f"{data} data, every seed; dotted: the data's own mean", "", "score", names="legend"
-            )
-            finish(cost, "all data: average score", "minutes a run", "score", names="none")
+            scores, cost, asked = panels[3 * row : 3 * row + 3]
+            _draw_scores(scores, data, runs)
+            _draw_cost(cost, chosen, runs)
+            _draw_asked(asked, runs)
         return figure
+
+
+def _draw_scores(axes: Axes, data: str, runs: Runs) -> None:
+    columns = _columns(runs)
+    mixers = list(dict.fromkeys(mixer for mixer, _, _ in runs))
+    for index, mixer in enumerate(mixers):
+        offset = 0.6 * (index / max(1, len(mixers) - 1) - 0.5)
+        for at, column in enumerate(columns):
+            found = [run["result"]["score"] for run in runs.get((mixer, *column), [])]
+            axes.scatter([at + offset] * len(found), found, s=14, color=colour(mixer), zorder=3)
+        axes.scatter([], [], s=14, color=colour(mixer), label=mixer)
+    for at, column in enumerate(columns):
+        own = _of_data(runs, column)["score"]
+        axes.hlines(own, at - 0.4, at + 0.4, color="#888888", linestyle=":", linewidth=1.2)
+    names = [f"{env}\n{quality.replace('-', chr(10))}" for env, quality in columns]
+    axes.set_xticks(range(len(columns)), names, fontsize=8)
+    finish(axes, f"{data} data, every seed; dotted: the data's own mean", "", "score", names="legend")
+
+
+def _draw_cost(axes: Axes, records: Sequence[Record], runs: Runs) -> None:
+    for mixer in dict.fromkeys(mixer for mixer, _, _ in runs):
+        if averages := _averages(mixer, _columns(runs), runs):
+            minutes = mean(run["seconds"] / 60 for run in records if run["setting"]["mixer"] == mixer)
+            axes.scatter([minutes], [mean(averages)], s=30, color=colour(mixer))
+            axes.annotate(mixer, (minutes, mean(averages)), xytext=(4, 4), textcoords="offset points")
+    finish(axes, "all data: average score", "minutes a run", "score", names="none")
+
+
+def _draw_asked(axes: Axes, runs: Runs) -> None:
+    """Averages over all data, of policies that have been asked for every return."""
+    columns, asked_for = _columns(runs), _scores_asked_for(runs)
+    lines = {}
+    for mixer in dict.fromkeys(mixer for mixer, _, _ in runs):
+        averages = [_averages(mixer, columns, runs, asked) for asked in ASKED]
+        if asked_for and all(averages):
+            lines[mixer] = list(zip(asked_for, map(mean, averages), strict=True))
+    draw_lines(axes, lines)
+    if lines:
+        axes.plot(asked_for, asked_for, color="#888888", linestyle=":", linewidth=1.2)
+    finish(
+        axes, "all data: asked for mean, best tenth, highest", "score asked for", "score earned", names="none"
+    )
+    if lines:
+        axes.legend(fontsize=8, frameon=False)
 
 
 def _run(size: Size, mixer: str, env: str, quality: str, data: str) -> RunConfig:
@@ -410,22 +438,26 @@ def _asked_table(data: str, runs: Runs) -> Table:
         if mixer != BC:
             averages = [_averages(mixer, columns, runs, asked) for asked in ASKED]
             rows.append([mixer, *(spread(some, 1) if some else "" for some in averages)])
-    of_mixers = [record for (mixer, *_), some in runs.items() if mixer != BC for record in some]
-    scores = {
-        asked: [
-            _score(record["result"]["environment"], record["result"]["asked"][asked]["target_return"])
-            for record in of_mixers
-        ]
-        for asked in ASKED
-    }
-    if of_mixers:
-        rows.append(["*what is asked for*", *(f"{mean(scores[asked]):.1f}" for asked in ASKED)])
+    if asked_for := _scores_asked_for(runs):
+        rows.append(["*what is asked for*", *(f"{score:.1f}" for score in asked_for)])
     head = ["policy", "asked for the data's mean", "for their best tenth", "for their highest"]
     note = (
         "Scores, averaged over all data, by the return that is asked for from the start of an episode on. "
         "*Their best tenth*: the best episodes, which hold a tenth of the steps."
     )
     return Table(f"What is asked for, and what is earned, on {data} data", rows=rows, head=head, note=note)
+
+
+def _scores_asked_for(runs: Runs) -> list[float]:
+    """Return the scores that are asked for, averaged over all data, as ASKED lists them."""
+    found: dict[str, dict[tuple[Any, ...], float]] = {asked: {} for asked in ASKED}
+    for (_, *column), records in runs.items():
+        for record in records:
+            for asked, played in record["result"]["asked"].items():
+                if played["target_return"] is not None:
+                    score = _score(record["result"]["environment"], played["target_return"])
+                    found[asked][tuple(column)] = score
+    return [mean(scores.values()) for scores in found.values() if scores]
 
 
 def _data_table(data: str, runs: Runs) -> Table:
