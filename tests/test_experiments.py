@@ -30,6 +30,7 @@ from minrnn.experiments import (
     listops,
     locomotion,
     runner,
+    scores,
     selective_copying,
     shakespeare,
     stability,
@@ -167,7 +168,7 @@ def test_environments_and_data_choose_cells_of_locomotion() -> None:
             cell.config["task"]["data"]
             for cell in experiment.cells(Choice("cpu", envs=("hopper",), data=data))
         }
-        for data in locomotion.QUALITIES
+        for data in scores.QUALITIES
     }
     assert named == {
         "local": {"local/Hopper-v5-medium", "local/Hopper-v5-medium-replay"},
@@ -464,7 +465,7 @@ def test_a_spread_has_a_deviation_where_there_are_several(values: list[float]) -
 
 
 def test_every_published_figure_is_labelled() -> None:
-    modules = (selective_copying, shakespeare, formal_languages, listops, locomotion)
+    modules = (selective_copying, shakespeare, formal_languages, listops, scores)
     found = [
         figure for module in modules for value in vars(module).values() for figure in published_in(value)
     ]
@@ -484,7 +485,7 @@ def test_every_published_figure_is_labelled() -> None:
         (shakespeare.BEST["minlstm"], "1.555 at step 625 (as published)"),
         (formal_languages.PUBLISHED["minLSTM"]["majority"], "0.93 (as recalled, unconfirmed)"),
         (listops.TABLE_6["mlp"], "0.52 (as recalled, unconfirmed)"),
-        (locomotion.TABLE_3["hopper-medium"]["minLSTM"], "85.0 ± 4.4 (as recalled, unconfirmed)"),
+        (scores.TABLE_3["hopper-medium"]["minLSTM"], "85.0 ± 4.4 (as recalled, unconfirmed)"),
     ],
 )
 def test_published_figures_are_those_of_the_paper(figure: Published, text: str) -> None:

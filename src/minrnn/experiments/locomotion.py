@@ -11,71 +11,30 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from minrnn.experiments import scores
 from minrnn.experiments.experiment import Cell, Choice, Record, Table
-from minrnn.experiments.plots import colour, draw_lines, finish, new_figure
-from minrnn.experiments.published import Published, recalled, shown
-from minrnn.experiments.trained import Plan, TrainedExperiment, by_kind, spread
+from minrnn.experiments.scores import BC, BEST_TENTH, ENVIRONMENTS, HIGHEST, MEAN, QUALITIES, score
+from minrnn.experiments.trained import Plan, TrainedExperiment
 from minrnn.experiments.variants import every_mixer, model_of
 from minrnn.models import DecisionModel, Policy
 from minrnn.tasks import DecisionsConfig, DecisionsTask
 from minrnn.tasks.decisions import Tokens
 from minrnn.tasks.environments import make_environment
-from minrnn.tasks.locomotion import local_name, normalised_score
+from minrnn.tasks.locomotion import local_name
 from minrnn.tasks.rollouts import play
 from minrnn.training import RunConfig, TrainConfig
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-BC = "bc"
-"""Behaviour cloning: the same trunk, minGRU's, that reads one observation and nothing else."""
 
 THRICE = ("mingru", "minlstm", "mamba")
 """Three seeds: ours, and the strongest rival by the paper's average."""
-
-ENVIRONMENTS = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5"}
-"""By D4RL's names, with the version that local data are made in."""
-
-QUALITIES: dict[str, tuple[str, ...]] = {
-    "local": ("medium", "medium-replay"),
-    "d4rl": ("medium", "medium-replay", "medium-expert"),
-    "minari": ("simple", "medium", "expert"),
-}
-"""Kinds of data, which are of different policies and versions, and never share a column."""
-
-SOURCES = {
-    "local": "`minrnn make-data` made them on one machine, with policies of its own",
-    "d4rl": "D4RL's version 2",
-    "minari": "Minari's version 0 of MuJoCo's environments",
-}
 
 FIRST_SEED = 1000
 """Of the episodes that are reported."""
 
 TOGETHER = 10
 """Episodes that are played at a time."""
-
-MEAN, BEST_TENTH, HIGHEST = ASKED = "mean", "best tenth", "highest"
-"""Returns that policies are asked for, by what the episodes that they learn from have; the second is what the
-scores are of."""
-
-TABLE_3: dict[str, dict[str, Published]] = {
-    name: dict(zip(("DT", "DS4", "DAaren", "DMamba", "minLSTM", "minGRU"), map(recalled, row), strict=True))
-    for name, row in {
-        "halfcheetah-medium": ("42.6", "42.5", "42.2", "42.8", "42.7 ± 0.7", "43.0 ± 0.4"),
-        "hopper-medium": ("68.4", "54.2", "80.9", "83.5", "85.0 ± 4.4", "79.4 ± 8.2"),
-        "walker2d-medium": ("75.5", "78.0", "74.4", "78.2", "72.0 ± 7.5", "73.3 ± 3.3"),
-        "halfcheetah-medium-replay": ("37.0", "15.2", "37.9", "39.6", "38.6 ± 1.1", "38.5 ± 1.1"),
-        "hopper-medium-replay": ("85.6", "49.6", "77.9", "82.6", "88.5 ± 4.7", "90.5 ± 0.9"),
-        "walker2d-medium-replay": ("71.2", "69.0", "71.4", "70.9", "69.7 ± 10.7", "72.8 ± 8.9"),
-        "halfcheetah-medium-expert": ("88.8", "92.7", "75.7", "91.9", "85.4 ± 1.7", "86.3 ± 0.5"),
-        "hopper-medium-expert": ("109.6", "110.8", "103.9", "111.1", "110.3 ± 1.6", "109.7 ± 2.7"),
-        "walker2d-medium-expert": ("109.3", "105.7", "110.5", "108.3", "110.3 ± 0.5", "110.3 ± 0.4"),
-        "average of the nine": ("76.4", "68.6", "75.0", "78.8", "78.1", "78.2"),
-    }.items()
-}
-"""Normalised scores on D4RL's data; the first four columns are the paper's copies from other papers."""
 
 
 @dataclass(frozen=True)
@@ -205,76 +164,17 @@ class Locomotion(TrainedExperiment[Size]):
                 "episodes": task.episodes.num_episodes,
                 "steps": len(task.episodes),
                 "mean_return": float(of_data.mean()),
-                "score": _score(environment, float(of_data.mean())),
-                "best_score": _score(environment, highest),
+                "score": score(environment, float(of_data.mean())),
+                "best_score": score(environment, highest),
                 "best_return": highest,
             },
         }
 
     def tables(self, records: Sequence[Record]) -> list[Table]:
-        tables = []
-        for data in QUALITIES:
-            chosen = [record for record in records if record["setting"]["data"] == data]
-            if runs := by_kind(chosen, "mixer", "env", "quality"):
-                tables += [_scores(data, runs), _asked_table(data, runs), _data_table(data, runs)]
-        return [*tables, published_table()]
+        return scores.tables(records)
 
     def draw(self, records: Sequence[Record]) -> Figure:
-        """A row for each kind of data: scores, what they cost, what is earned against what is asked for."""
-        kinds = [data for data in QUALITIES if any(record["setting"]["data"] == data for record in records)]
-        figure, panels = new_figure(len(kinds) or 1, 3)
-        for row, data in enumerate(kinds):
-            chosen = [record for record in records if record["setting"]["data"] == data]
-            runs = by_kind(chosen, "mixer", "env", "quality")
-            scores, cost, asked = panels[3 * row : 3 * row + 3]
-            _draw_scores(scores, data, runs)
-            _draw_cost(cost, chosen, runs)
-            _draw_asked(asked, runs)
-        return figure
-
-
-def _draw_scores(axes: Axes, data: str, runs: Runs) -> None:
-    columns = _columns(runs)
-    mixers = list(dict.fromkeys(mixer for mixer, _, _ in runs))
-    for index, mixer in enumerate(mixers):
-        offset = 0.6 * (index / max(1, len(mixers) - 1) - 0.5)
-        for at, column in enumerate(columns):
-            found = [run["result"]["score"] for run in runs.get((mixer, *column), [])]
-            axes.scatter([at + offset] * len(found), found, s=14, color=colour(mixer), zorder=3)
-        axes.scatter([], [], s=14, color=colour(mixer), label=mixer)
-    for at, column in enumerate(columns):
-        own = _of_data(runs, column)["score"]
-        axes.hlines(own, at - 0.4, at + 0.4, color="#888888", linestyle=":", linewidth=1.2)
-    names = [f"{env}\n{quality.replace('-', chr(10))}" for env, quality in columns]
-    axes.set_xticks(range(len(columns)), names, fontsize=8)
-    finish(axes, f"{data} data, every seed; dotted: the data's own mean", "", "score", names="legend")
-
-
-def _draw_cost(axes: Axes, records: Sequence[Record], runs: Runs) -> None:
-    for mixer in dict.fromkeys(mixer for mixer, _, _ in runs):
-        if averages := _averages(mixer, _columns(runs), runs):
-            minutes = mean(run["seconds"] / 60 for run in records if run["setting"]["mixer"] == mixer)
-            axes.scatter([minutes], [mean(averages)], s=30, color=colour(mixer))
-            axes.annotate(mixer, (minutes, mean(averages)), xytext=(4, 4), textcoords="offset points")
-    finish(axes, "all data: average score", "minutes a run", "score", names="none")
-
-
-def _draw_asked(axes: Axes, runs: Runs) -> None:
-    """Averages over all data, of policies that have been asked for every return."""
-    columns, asked_for = _columns(runs), _scores_asked_for(runs)
-    lines = {}
-    for mixer in dict.fromkeys(mixer for mixer, _, _ in runs):
-        averages = [_averages(mixer, columns, runs, asked) for asked in ASKED]
-        if asked_for and all(averages):
-            lines[mixer] = list(zip(asked_for, map(mean, averages), strict=True))
-    draw_lines(axes, lines)
-    if lines:
-        axes.plot(asked_for, asked_for, color="#888888", linestyle=":", linewidth=1.2)
-    finish(
-        axes, "all data: asked for mean, best tenth, highest", "score asked for", "score earned", names="none"
-    )
-    if lines:
-        axes.legend(fontsize=8, frameon=False)
+        return scores.draw(records)
 
 
 def _run(size: Size, mixer: str, env: str, quality: str, data: str) -> RunConfig:
@@ -336,14 +236,8 @@ def _played(model: DecisionModel, environment: str, target: float | None, size: 
         "target_return": policy.target_return,
         "returns": returns,
         "lengths": [episode.steps for episode in played],
-        "score": _score(environment, mean(returns)),
+        "score": score(environment, mean(returns)),
     }
-
-
-def _score(environment: str, mean_return: float) -> float:
-    """Return D4RL's normalised score, or the return itself where D4RL has none."""
-    score = normalised_score(environment, mean_return)
-    return mean_return if score is None else score
 
 
 def _seconds_per_action(model: DecisionModel) -> float:
@@ -356,155 +250,6 @@ def _seconds_per_action(model: DecisionModel) -> float:
         if step >= model.config.window:
             taken.append(time.perf_counter() - began)
     return median(taken)
-
-
-Runs = dict[tuple[Any, ...], list[Record]]
-"""Records by mixer, environment and quality."""
-
-
-def _columns(runs: Runs) -> list[tuple[str, str]]:
-    """Return environments and qualities, in the order of their tables."""
-    columns = {(env, quality) for _, env, quality in runs}
-    order = [*ENVIRONMENTS, *sorted({env for env, _ in columns} - ENVIRONMENTS.keys())]
-    qualities = list(dict.fromkeys(quality for kinds in QUALITIES.values() for quality in kinds))
-    return sorted(columns, key=lambda column: (qualities.index(column[1]), order.index(column[0])))
-
-
-def _averages(
-    mixer: str, columns: Sequence[tuple[str, str]], runs: Runs, asked: str = BEST_TENTH
-) -> list[float]:
-    """Return the mean over all data for each seed that has been run on all of them."""
-    by_seed: dict[int, list[float]] = {}
-    for column in columns:
-        for record in runs.get((mixer, *column), []):
-            if played := record["result"]["asked"].get(asked):
-                by_seed.setdefault(record["setting"]["seed"], []).append(played["score"])
-    return [mean(scores) for _, scores in sorted(by_seed.items()) if len(scores) == len(columns)]
-
-
-def _of_data(runs: Runs, column: tuple[str, str]) -> Mapping[str, Any]:
-    """Return what is known of the data themselves."""
-    found: Mapping[str, Any] = next(
-        runs_of[0]["result"]["data"] for (_, *place), runs_of in runs.items() if tuple(place) == column
-    )
-    return found
-
-
-def _scores(data: str, runs: Runs) -> Table:
-    columns = _columns(runs)
-    rows = []
-    for mixer in dict.fromkeys(mixer for mixer, _, _ in runs):
-        found = [runs.get((mixer, *column), []) for column in columns]
-        every = [record for some in found for record in some]
-        counts = sorted({len(some) for some in found if some})
-        averages = _averages(mixer, columns, runs)
-        rows.append(
-            (
-                -mean(averages) if averages else np.inf,
-                [
-                    mixer,
-                    " to ".join(f"{count:,}" for count in _ends(r["result"]["parameters"] for r in every)),
-                    " to ".join(map(str, _ends(counts))),
-                    *(spread([r["result"]["score"] for r in some], 1) if some else "" for some in found),
-                    f"**{spread(averages, 1)}**" if averages else "",
-                    f"{mean(r['result']['training_seconds'] for r in every) / 60:.1f}",
-                    f"{1e3 * mean(r['result']['seconds_per_action'] for r in every):.2f}",
-                ],
-            )
-        )
-    own = [_of_data(runs, column)["score"] for column in columns]
-    ranked = [row for _, row in sorted(rows, key=lambda item: item[0])]
-    blank = ["", ""]
-    ranked.append(
-        ["*the data's own mean*", *blank, *(f"{score:.1f}" for score in own), f"{mean(own):.1f}", *blank]
-    )
-    head = ["policy", "parameters", "seeds", *(f"{env} {quality}" for env, quality in columns)]
-    head += ["average", "minutes of training", "ms an action"]
-    episodes = " to ".join(
-        map(str, _ends(len(record["result"]["returns"]) for some in runs.values() for record in some))
-    )
-    note = (
-        f"Normalised scores, the mean of {episodes} episodes of each run; ± is the deviation over seeds. "
-        f"The data: {SOURCES[data]}. *ms an action*: in one environment, measured when each run has ended, "
-        "not in turns, as `minrnn reproduce acting` does."
-    )
-    return Table(f"Scores on {data} data", head, ranked, note)
-
-
-def _asked_table(data: str, runs: Runs) -> Table:
-    columns = _columns(runs)
-    rows = []
-    for mixer in dict.fromkeys(mixer for mixer, _, _ in runs):
-        if mixer != BC:
-            averages = [_averages(mixer, columns, runs, asked) for asked in ASKED]
-            rows.append([mixer, *(spread(some, 1) if some else "" for some in averages)])
-    if asked_for := _scores_asked_for(runs):
-        rows.append(["*what is asked for*", *(f"{score:.1f}" for score in asked_for)])
-    head = ["policy", "asked for the data's mean", "for their best tenth", "for their highest"]
-    note = (
-        "Scores, averaged over all data, by the return that is asked for from the start of an episode on. "
-        "*Their best tenth*: the best episodes, which hold a tenth of the steps."
-    )
-    return Table(f"What is asked for, and what is earned, on {data} data", rows=rows, head=head, note=note)
-
-
-def _scores_asked_for(runs: Runs) -> list[float]:
-    """Return the scores that are asked for, averaged over all data, as ASKED lists them."""
-    found: dict[str, dict[tuple[Any, ...], float]] = {asked: {} for asked in ASKED}
-    for (_, *column), records in runs.items():
-        for record in records:
-            for asked, played in record["result"]["asked"].items():
-                if played["target_return"] is not None:
-                    score = _score(record["result"]["environment"], played["target_return"])
-                    found[asked][tuple(column)] = score
-    return [mean(scores.values()) for scores in found.values() if scores]
-
-
-def _data_table(data: str, runs: Runs) -> Table:
-    rows, digests = [], []
-    for column in _columns(runs):
-        of_data = _of_data(runs, column)
-        some = [record for (_, *place), found in runs.items() if tuple(place) == column for record in found]
-        digests.append(len({record["result"]["data"]["sha256"] for record in some}))
-        targets = _ends(
-            record["result"]["target_return"]
-            for record in some
-            if record["result"]["target_return"] is not None
-        )
-        rows.append(
-            [
-                " ".join(column),
-                some[0]["result"]["environment"],
-                f"{of_data['episodes']:,}",
-                f"{of_data['steps']:,}",
-                f"{of_data['mean_return']:,.1f} ({of_data['score']:.1f})",
-                f"{of_data['best_return']:,.1f} ({of_data['best_score']:.1f})",
-                " to ".join(f"{target:,.1f}" for target in targets),
-            ]
-        )
-    head = ["data", "environment", "episodes", "steps", "mean return (score)", "best return (score)"]
-    head += ["return asked for"]
-    mixed = "" if set(digests) == {1} else "**Runs of one column have learnt from different files.** "
-    note = f"{mixed}The same return is asked for by all policies but `{BC}`, which is told none."
-    return Table(f"The {data} data", head, rows, note)
-
-
-def published_table() -> Table:
-    """Return what the paper has published, on D4RL's data."""
-    columns = list(next(iter(TABLE_3.values())))
-    rows = [[name, *(shown(row[column]) for column in columns)] for name, row in TABLE_3.items()]
-    note = (
-        "On D4RL's version 2, whose data and environments are others than those of local or Minari data: not "
-        "to be compared with their scores. The first four columns are the paper's copies from other papers; "
-        "it gives ± over five seeds for its own."
-    )
-    return Table("Published: D4RL, table 3", ["data", *(f"published {name}" for name in columns)], rows, note)
-
-
-def _ends(values: Any) -> list[Any]:
-    """Return the lowest and the highest of some values, or the one that they all are."""
-    found = sorted(set(values))
-    return found if len(found) < 2 else [found[0], found[-1]]
 
 
 EXPERIMENT = Locomotion()
