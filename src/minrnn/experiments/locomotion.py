@@ -27,8 +27,8 @@ from minrnn.training import RunConfig, TrainConfig
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-THRICE = ("mingru", "minlstm", "mamba")
-"""Three seeds: ours, and the strongest rival by the paper's average."""
+THRICE = ("mingru", "minlstm", "mamba", BC)
+"""Three seeds: ours, the strongest rival (by the paper's average, and by one seed of all here), and cloning."""
 
 FIRST_SEED = 1000
 """Of the episodes that are reported."""
