@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 THRICE = ("mingru", "minlstm", "mamba", BC)
-"""Three seeds: ours, the strongest rival (by the paper's average, and by one seed of all here), and cloning."""
+"""Three seeds: ours, cloning, and the strongest rival by the paper's average and by one seed of all here."""
 
 FIRST_SEED = 1000
 """Of the episodes that are reported."""
