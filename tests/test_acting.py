@@ -332,6 +332,16 @@ def test_what_draws_without_a_screen_draws() -> None:
     assert str(environment.spec.entry_point).startswith(MUJOCO)
 
 
+@pytest.mark.parametrize("name", ["Hopper-v5", "HalfCheetah-v5", "Walker2d-v5"])
+def test_the_camera_goes_along(name: str) -> None:
+    try:
+        environment = make_filmed(name)
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"this machine cannot draw MuJoCo: {error}")
+    assert environment.unwrapped.mujoco_renderer.camera_id >= 0  # type: ignore[attr-defined]
+    environment.close()
+
+
 def test_a_film_that_cannot_be_written_is_said_before_it_is_played(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

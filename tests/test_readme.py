@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from episode_files import MISSING
 
 from minrnn.cli.main import COMMANDS, main
 
@@ -21,6 +22,12 @@ TINY = {  # what makes a command quick, after what the README gives it
     "sample": "--tokens 5",
     "engines": "",
 }
+TINY_POLICY = {
+    "make-data": "--algorithm ars --training-steps 1 --steps 300",
+    "train": "--model.d-model 8 --model.num-layers 1 --train.steps 2 --train.batch-size 2 "
+    "--train.warmup-steps 1 --train.device cpu",
+    "act": "--episodes 1",
+}
 
 
 def blocks(language: str) -> list[str]:
@@ -31,6 +38,10 @@ def blocks(language: str) -> list[str]:
 def shell_lines(program: str) -> list[list[str]]:
     lines = [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines()]
     return [line[1:] for line in lines if line and line[0] == program]
+
+
+def acts(command: list[str]) -> bool:
+    return command[0] in ("make-data", "act") or command[:2] == ["train", "decisions"]
 
 
 def map_entries() -> list[Path]:
@@ -67,7 +78,7 @@ def test_its_commands_run_one_after_the_other(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINRNN_CACHE", str(tmp_path / "cache"))
     (tmp_path / "corpus.txt").write_text("ROMEO: but soft, what light\n" * 30, encoding="utf-8")
-    commands = shell_lines("minrnn")
+    commands = [command for command in shell_lines("minrnn") if not acts(command)]
     assert {arguments[0] for arguments in commands} >= TINY.keys()
     for arguments in commands:
         verb = arguments[0]
@@ -79,6 +90,20 @@ def test_its_commands_run_one_after_the_other(
         else:
             assert main([*arguments, *shlex.split(TINY[verb])]) == 0
     assert "ROMEO:" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(bool(MISSING), reason=MISSING)
+def test_its_policy_hops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINRNN_CACHE", str(tmp_path / "cache"))
+    commands = [command for command in shell_lines("minrnn") if acts(command)]
+    assert [arguments[0] for arguments in commands] == list(TINY_POLICY)
+    for arguments in commands:
+        assert main([*arguments, *shlex.split(TINY_POLICY[arguments[0]])]) == 0
+    assert "over 1 episode, asked for" in capsys.readouterr().out
+    assert (tmp_path / "hop.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_its_map_names_what_is_there() -> None:
