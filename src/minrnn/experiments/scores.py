@@ -247,13 +247,13 @@ def _draw_scores(axes: Axes, data: str, runs: Runs) -> None:
         for at, column in enumerate(columns):
             found = [run["result"]["score"] for run in runs.get((mixer, *column), [])]
             axes.scatter([at + offset] * len(found), found, s=14, color=colour(mixer), zorder=3)
-        axes.scatter([], [], s=14, color=colour(mixer), label=mixer)
     for at, column in enumerate(columns):
         own = _of_data(runs, column)["score"]
         axes.hlines(own, at - 0.4, at + 0.4, color="#888888", linestyle=":", linewidth=1.2)
     names = [f"{env}\n{quality.replace('-', chr(10))}" for env, quality in columns]
     axes.set_xticks(range(len(columns)), names, fontsize=8)
-    finish(axes, f"{data} data, every seed; dotted: the data's own mean", "", "score", names="legend")
+    # Named in the panel beside it, in the same colours: a box would lie over points.
+    finish(axes, f"{data} data, every seed; dotted: the data's own mean", "", "score", names="none")
 
 
 def _draw_cost(axes: Axes, runs: Runs) -> None:
