@@ -9,10 +9,23 @@ import numpy as np
 from minrnn.tasks.episodes import Episodes
 from minrnn.tasks.locomotion import local_name, local_path
 from minrnn.tasks.recordings import write_episodes
+from minrnn.tasks.rollouts import make_filmed, picture
 
 NEEDED = ("gymnasium", "h5py")
 MISSING = ", ".join(f"{name} is not installed: the extra rl" for name in NEEDED if find_spec(name) is None)
 """Why there can be no episodes, or nothing."""
+
+
+def cannot_draw() -> str:
+    """Return why this machine draws no pictures of MuJoCo, or nothing."""
+    try:
+        environment = make_filmed("InvertedPendulum-v5")
+        environment.reset(seed=0)
+        picture(environment)
+    except (ImportError, RuntimeError) as error:
+        return f"this machine cannot draw MuJoCo: {error}"
+    environment.close()
+    return ""
 
 
 def write_pendulum_data() -> None:

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from episode_files import MISSING
+from episode_files import MISSING, cannot_draw
 
 from minrnn.cli.main import COMMANDS, main
 
@@ -100,9 +100,15 @@ def test_its_policy_hops(
     monkeypatch.setenv("MINRNN_CACHE", str(tmp_path / "cache"))
     commands = [command for command in shell_lines("minrnn") if acts(command)]
     assert [arguments[0] for arguments in commands] == list(TINY_POLICY)
+    undrawn = ""
     for arguments in commands:
+        # Not before the others: where OpenGL is missing, a try to draw leaves mujoco half imported.
+        if "--record" in arguments and (undrawn := cannot_draw()):
+            arguments = arguments[: arguments.index("--record")]
         assert main([*arguments, *shlex.split(TINY_POLICY[arguments[0]])]) == 0
     assert "over 1 episode, asked for" in capsys.readouterr().out
+    if undrawn:
+        pytest.skip(undrawn)
     assert (tmp_path / "hop.png").read_bytes().startswith(b"\x89PNG")
 
 

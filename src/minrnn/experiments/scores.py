@@ -94,6 +94,10 @@ def _runs_of(records: Sequence[Record], data: str) -> Runs:
     return by_kind(chosen, "mixer", "env", "quality")
 
 
+def _mixers(runs: Runs) -> list[str]:
+    return list(dict.fromkeys(mixer for mixer, _, _ in runs))
+
+
 def _columns(runs: Runs) -> list[tuple[str, str]]:
     """Return environments and qualities, in the order of their tables."""
     columns = {(env, quality) for _, env, quality in runs}
@@ -125,7 +129,7 @@ def _of_data(runs: Runs, column: tuple[str, str]) -> Mapping[str, Any]:
 def _scores(data: str, runs: Runs) -> Table:
     columns = _columns(runs)
     rows = []
-    for mixer in dict.fromkeys(mixer for mixer, _, _ in runs):
+    for mixer in _mixers(runs):
         found = [runs.get((mixer, *column), []) for column in columns]
         every = [record for some in found for record in some]
         counts = sorted({len(some) for some in found if some})
@@ -166,7 +170,7 @@ def _scores(data: str, runs: Runs) -> Table:
 def _asked_table(data: str, runs: Runs) -> Table:
     columns = _columns(runs)
     rows = []
-    for mixer in dict.fromkeys(mixer for mixer, _, _ in runs):
+    for mixer in _mixers(runs):
         if mixer != BC:
             averages = [_averages(mixer, columns, runs, asked) for asked in ASKED]
             rows.append([mixer, *(spread(some, 1) if some else "" for some in averages)])
@@ -241,7 +245,7 @@ def _ends(values: Any) -> list[Any]:
 
 def _draw_scores(axes: Axes, data: str, runs: Runs) -> None:
     columns = _columns(runs)
-    mixers = list(dict.fromkeys(mixer for mixer, _, _ in runs))
+    mixers = _mixers(runs)
     for index, mixer in enumerate(mixers):
         offset = 0.6 * (index / max(1, len(mixers) - 1) - 0.5)
         for at, column in enumerate(columns):
@@ -257,7 +261,7 @@ def _draw_scores(axes: Axes, data: str, runs: Runs) -> None:
 
 
 def _draw_cost(axes: Axes, runs: Runs) -> None:
-    for mixer in dict.fromkeys(mixer for mixer, _, _ in runs):
+    for mixer in _mixers(runs):
         if averages := _averages(mixer, _columns(runs), runs):
             minutes = mean(
                 run["seconds"] / 60 for kind, some in runs.items() if kind[0] == mixer for run in some
@@ -271,15 +275,12 @@ def _draw_asked(axes: Axes, runs: Runs) -> None:
     """Averages over all data, of policies that have been asked for every return."""
     columns, asked_for = _columns(runs), _scores_asked_for(runs)
     lines = {}
-    for mixer in dict.fromkeys(mixer for mixer, _, _ in runs):
+    for mixer in _mixers(runs):
         averages = [_averages(mixer, columns, runs, asked) for asked in ASKED]
         if asked_for and all(averages):
             lines[mixer] = list(zip(asked_for, map(mean, averages), strict=True))
     draw_lines(axes, lines)
     if lines:
         axes.plot(asked_for, asked_for, color="#888888", linestyle=":", linewidth=1.2)
-    finish(
-        axes, "all data: asked for mean, best tenth, highest", "score asked for", "score earned", names="none"
-    )
-    if lines:
-        axes.legend(fontsize=8, frameon=False)
+    title = "all data: asked for mean, best tenth, highest"
+    finish(axes, title, "score asked for", "score earned", names="legend")

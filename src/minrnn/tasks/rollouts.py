@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -140,12 +141,14 @@ def make_filmed(name: str) -> Environment:
     Raises:
         ValueError: there is no environment of that name.
         ImportError: gymnasium, or what the environment needs, is not installed; the extra is named.
+        RuntimeError: this machine cannot draw it.
     """
     if sys.platform == "linux" and not {"MUJOCO_GL", "DISPLAY"} & os.environ.keys():
         os.environ["MUJOCO_GL"] = "egl"  # what needs no screen; read when mujoco is first imported
-    spec = make_environment(name).spec
-    size = PICTURE if spec is not None and str(spec.entry_point).startswith(MUJOCO) else {}
-    return make_environment(name, render_mode="rgb_array", **size)
+    with _needs_opengl():  # which mujoco looks for when it is imported
+        spec = make_environment(name).spec
+        size = PICTURE if spec is not None and str(spec.entry_point).startswith(MUJOCO) else {}
+        return make_environment(name, render_mode="rgb_array", **size)
 
 
 def picture(environment: Environment) -> NDArray[np.uint8]:
@@ -158,9 +161,17 @@ def picture(environment: Environment) -> NDArray[np.uint8]:
     from gymnasium.error import DependencyNotInstalled
 
     try:
-        return np.asarray(environment.render())
+        with _needs_opengl():
+            return np.asarray(environment.render())
     except DependencyNotInstalled as missing:
         raise ImportError(f"act: --record needs what is not installed: {missing}") from missing
+
+
+@contextmanager
+def _needs_opengl() -> Iterator[None]:
+    """Raise RuntimeError where OpenGL's library is missing."""
+    try:
+        yield
     except AttributeError as error:  # what OpenGL's bindings say where the library is missing
         raise RuntimeError(
             f"act: --record needs OpenGL ({error}); without a screen that is EGL (libegl1), which MUJOCO_GL "
