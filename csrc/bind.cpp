@@ -3,12 +3,19 @@
 // Nothing is checked: src/minrnn/ops/cpu.py is the only caller and passes what scan.py has checked.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <array>
 #include <cstddef>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
 
+#include "chain.h"
 #include "memory.h"
 #include "scan.h"
 
@@ -17,16 +24,18 @@ namespace nb = nanobind;
 namespace minrnn {
 namespace {
 
-const RowTable *rows;  // of the instruction set that was chosen when the module was loaded
+// Of the instruction set that was chosen when the module was loaded.
+const RowTable *rows;
+const ChainKernels *chain_kernels;
 
-const RowTable &rows_of(Isa isa) {
+void serve(Isa isa) {
     switch (isa) {
 #ifdef MINRNN_X86
-        case Isa::avx512_bf16: return avx512_bf16::rows;
-        case Isa::avx512: return avx512::rows;
-        case Isa::avx2: return avx2::rows;
+        case Isa::avx512_bf16: rows = &avx512_bf16::rows, chain_kernels = &avx512_bf16::chain; return;
+        case Isa::avx512: rows = &avx512::rows, chain_kernels = &avx512::chain; return;
+        case Isa::avx2: rows = &avx2::rows, chain_kernels = &avx2::chain; return;
 #endif
-        default: return baseline::rows;
+        default: rows = &baseline::rows, chain_kernels = &baseline::chain;
     }
 }
 
@@ -71,6 +80,20 @@ void backward(const Call &call, const Strided &dh, const Strided &h, const std::
         p.threads);
 }
 
+template <class X = const float> X *address(Address at) { return reinterpret_cast<X *>(at); }
+
+using Pair = std::array<Address, 2>;  // weight and bias
+
+Affine affine(const Pair &of) { return {address(of[0]), address(of[1])}; }
+
+Projection projection(int64_t in, int64_t out, const Pair &of) { return {in, out, address(of[0]), address(of[1])}; }
+
+using NormOf = std::tuple<int, float, Pair>;
+
+Norm norm(const NormOf &of) {
+    return {static_cast<NormKind>(std::get<0>(of)), std::get<1>(of), affine(std::get<2>(of))};
+}
+
 Recycler &recycler() {  // never destroyed: tensors may outlive every static object
     static Recycler &instance = *new Recycler;
     return instance;
@@ -109,7 +132,7 @@ template <class F> void for_dtype(int dtype, F &&f) {
 NB_MODULE(_cpu, m) {
     using namespace minrnn;
     const Isa isa = choose_isa();
-    rows = &rows_of(isa);
+    serve(isa);
     m.attr("isa") = kIsaNames[static_cast<int>(isa)];
     nb::set_leak_warnings(false);  // a tensor that lives until the interpreter ends is no leak
     nb::class_<Block>(m, "Block", nb::type_slots(block_slots)).def(nb::init<std::size_t>());
@@ -129,4 +152,33 @@ NB_MODULE(_cpu, m) {
               nb::gil_scoped_release release;
               for_dtype(dtype, [&](auto io) { backward<decltype(io)>(call, dh, h, dpre, dh0); });
           });
+    nb::class_<Chain>(m, "Chain")
+        .def("__init__", [](Chain *chain, int64_t d_model) { new (chain) Chain{d_model, {}, {}, {}, {}, {}}; })
+        .def("start", [](Chain &chain, const std::vector<std::pair<int64_t, Pair>> &parts,
+                         const NormOf &of) {
+            for (const auto &[in, part] : parts) chain.start.push_back(projection(in, chain.d_model, part));
+            chain.start_norm = norm(of);
+        })
+        // wide: what W_in gives; D: what W_out takes
+        .def("branch", [](Chain &chain, const NormOf &of, int64_t conv_width, Pair conv, int64_t wide, int64_t D,
+                          Pair up, Pair down, int gate, int candidate, int num_pre, int activation, bool residual) {
+            chain.branches.push_back({norm(of), {conv_width, affine(conv)}, projection(chain.d_model, wide, up),
+                                      projection(D, chain.d_model, down), gate, candidate, num_pre,
+                                      static_cast<Activation>(activation), residual});
+        })
+        .def("end", [](Chain &chain, const NormOf &of, int64_t out, Pair part) {
+            chain.end_norm = norm(of);
+            chain.end = projection(chain.d_model, out, part);
+        })
+        // states: of each branch its window and its h, each before and after the step
+        .def("step", [](const Chain &chain, int64_t num_rows, int threads, const std::vector<Address> &inputs,
+                        const std::vector<std::array<Address, 4>> &states, Address y) {
+            std::vector<const float *> in;
+            for (Address x : inputs) in.push_back(address(x));
+            std::vector<BranchStates> of;
+            for (const auto &s : states)
+                of.push_back({address(s[0]), address<float>(s[1]), address(s[2]), address<float>(s[3])});
+            nb::gil_scoped_release release;
+            run(chain, *rows, *chain_kernels, num_rows, threads, in, of, address<float>(y));
+        });
 }

@@ -291,10 +291,14 @@ def test_observations_and_returns_are_standardised() -> None:
 def test_interleaved_tokens_are_as_many_and_in_the_order_of_their_source() -> None:
     model = build("attention", tokens="interleaved")
     steps = Steps(rewards(), observations(), torch.zeros(B, T, A), torch.zeros(B, T, dtype=torch.int64))
-    x = model._embed(steps)
+
+    def embed(steps: Steps) -> torch.Tensor:
+        return model._embed(model._numbers(steps), steps.times)
+
+    x = embed(steps)
     assert x.shape == (B, 3 * T, 8)
     moved = [
-        (model._embed(changed) != x).any(dim=-1)[0].nonzero().flatten()[0].item() % 3
+        (embed(changed) != x).any(dim=-1)[0].nonzero().flatten()[0].item() % 3
         for changed in (
             steps._replace(previous=torch.ones(B, T, A)),
             steps._replace(returns=steps.returns + 1),

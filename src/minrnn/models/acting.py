@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Self
 
@@ -96,7 +96,9 @@ class Policy:
     def _read_observation(self, observation: Any) -> tuple[Tensor, bool]:
         like = self.model.observation_mean
         # A copy: it is remembered, and its owner may write the next observation into the same memory.
-        observations = torch.as_tensor(observation, dtype=like.dtype, device=like.device).clone()
+        observations = torch.asarray(
+            observation, dtype=like.dtype, device=like.device, copy=True, requires_grad=False
+        )
         single = observations.dim() == 1
         rows = observations.unsqueeze(0) if single else observations
         size = self.model.config.observation_size
@@ -176,7 +178,7 @@ class _Memory:
             marked = starts.view(-1, *[1] * (previous.dim() - 1))
             previous = previous.masked_fill(marked, 0 if previous.is_floating_point() else NOTHING_DONE)
             times = times.masked_fill(starts, 0)
-        return replace(self, returns=returns, previous=previous, times=times, starts=starts)
+        return type(self)(returns, previous, times, self.context, starts)
 
     def now(self, observations: Tensor) -> Steps:
         """Return the present step of every row, T = 1."""
@@ -200,7 +202,7 @@ def _choose(model: DecisionModel, memory: _Memory, observations: Tensor) -> tupl
     if not _are_finite(last):
         raise RuntimeError("act: the model's actions are not finite; its training has diverged")
     actions = last.argmax(dim=-1) if model.config.discrete else last
-    return actions, replace(memory, previous=actions, context=context)
+    return actions, _Memory(memory.returns, actions, memory.times, context)
 
 
 def _evaluate(

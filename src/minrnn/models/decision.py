@@ -21,13 +21,14 @@ from minrnn.models.dropout import Dropout
 from minrnn.models.sequence import (
     EMBEDDING_STD,
     ModelConfig,
-    ModelState,
     check_state,
     check_types,
     make_blocks,
     make_norm,
     run_blocks,
 )
+from minrnn.models.stepper import ModelState, Reading, Stepper
+from minrnn.ops.chain import End, Links, Start
 
 TOKENS = {"interleaved": 3, "joined": 1, "observation": 1}
 """What a step is read as, and in how many tokens: see `DecisionConfig.tokens`."""
@@ -182,6 +183,7 @@ class DecisionModel(nn.Module):
         if self.embed_time is not None:
             # Near zero: a time that no episode of the data reaches then says nothing rather than noise.
             nn.init.normal_(self.embed_time.weight, std=EMBEDDING_STD)
+        self._stepper = Stepper()
         self.register_buffer("observation_mean", torch.zeros(config.observation_size))
         self.register_buffer("observation_std", torch.ones(config.observation_size))
         self.register_buffer("action_bound", torch.ones(config.action_size))
@@ -207,10 +209,10 @@ class DecisionModel(nn.Module):
                 that has an embedding.
         """
         self._check(steps, state, reset)
-        count = TOKENS[self.config.tokens]
-        x = self.dropout(self.embed_norm(self._embed(steps)))  # (B, count * T, d_model)
-        x, state = run_blocks(self.blocks, x, state, reset=_first_of(count, reset))
-        y = self.head(self.norm(x[:, count - 1 :: count]))  # (B, T, A)
+        inputs, stepped = self._numbers(steps), None
+        if steps.times.shape[1] == 1 and reset is None:
+            stepped = self._stepper.step(self._links, list(inputs.values()), state)
+        y, state = stepped or self._compute(inputs, steps.times, state, reset)
         return (y if self.config.discrete else self.action_bound * y.tanh()), state
 
     def set_statistics(self, mean: Tensor, std: Tensor, bound: Tensor | None = None) -> None:
@@ -225,14 +227,45 @@ class DecisionModel(nn.Module):
         if bound is not None:
             self.action_bound.copy_(bound)
 
-    def _embed(self, steps: Steps) -> Tensor:
-        """Return the tokens of all steps, `(B, count * T, d_model)`."""
+    def _compute(
+        self, inputs: dict[str, Tensor], times: Tensor, state: ModelState | None, reset: Tensor | None
+    ) -> tuple[Tensor, ModelState]:
+        """Compute the head's output for each step, `(B, T, A)`, and the state after the last."""
+        count = TOKENS[self.config.tokens]
+        x = self.dropout(self.embed_norm(self._embed(inputs, times)))  # (B, count * T, d_model)
+        x, state = run_blocks(self.blocks, x, state, reset=_first_of(count, reset))
+        return self.head(self.norm(x[:, count - 1 :: count])), state
+
+    def _links(self, reading: Reading) -> Links:
+        """Find what makes of the inputs of a step with one token the head's output."""
+        reading.require(self.embed_time is None and self.config.tokens != "interleaved")
+        reading.module(self, "dropout", Dropout)
+        parts = [reading.linear(self, name) for name in self._embeddings]
+        start = Start(parts, reading.norm(self, "embed_norm"))
+        end = End(reading.norm(self, "norm"), reading.linear(self, "head"))
+        return Links(reading.blocks(self), start, end)
+
+    @property
+    def _embeddings(self) -> tuple[str, ...]:
+        """The embeddings of what a step is read from, in the tokens' order."""
+        if self.config.conditioned:
+            return "embed_previous", "embed_return", "embed_observation"
+        return ("embed_observation",)
+
+    def _numbers(self, steps: Steps) -> dict[str, Tensor]:
+        """Find the numbers that each embedding takes, `(B, T, ...)`."""
         observations = steps.observations.to(self.observation_mean.dtype)
-        parts = [self.embed_observation((observations - self.observation_mean) / self.observation_std)]
-        if self.embed_return is not None and self.embed_previous is not None:
-            returns = (steps.returns.to(observations.dtype) / self.config.return_scale).unsqueeze(-1)
-            parts = [self.embed_previous(self._previous(steps.previous)), self.embed_return(returns), *parts]
-        time = None if self.embed_time is None else self.embed_time(steps.times)
+        observations = (observations - self.observation_mean) / self.observation_std
+        if not self.config.conditioned:
+            return {"embed_observation": observations}
+        returns = (steps.returns.to(observations.dtype) / self.config.return_scale).unsqueeze(-1)
+        found = (self._previous(steps.previous), returns, observations)
+        return dict(zip(self._embeddings, found, strict=True))
+
+    def _embed(self, inputs: dict[str, Tensor], times: Tensor) -> Tensor:
+        """Return the tokens of all steps, `(B, count * T, d_model)`."""
+        parts = [getattr(self, name)(numbers) for name, numbers in inputs.items()]
+        time = None if self.embed_time is None else self.embed_time(times)
         if self.config.tokens == "interleaved":
             tokens = torch.stack(parts, dim=2)  # (B, T, 3, d_model)
             return (tokens if time is None else tokens + time.unsqueeze(2)).flatten(1, 2)
@@ -249,17 +282,14 @@ class DecisionModel(nn.Module):
     def _check(self, steps: Steps, state: ModelState | None, reset: Tensor | None) -> None:
         config = self.config
         B, T = steps.observations.shape[:2] if steps.observations.dim() == 3 else (0, 0)
-        shapes = {
-            "observations": (B, T, config.observation_size),
-            "returns": (B, T),
-            "previous": (B, T) if config.discrete else (B, T, config.action_size),
-            "times": (B, T),
-        }
-        for name, shape in shapes.items():
-            found = tuple(getattr(steps, name).shape)
-            if found != shape or T == 0:
-                wanted = ", ".join(("B", "T", *map(str, shape[2:])))
-                raise ValueError(f"DecisionModel: {name} must be ({wanted}) with T >= 1, got {found}")
+        action = () if config.discrete else (config.action_size,)
+        shapes = ((B, T), (B, T, config.observation_size), (B, T, *action), (B, T))
+        for name, shape, found in zip(Steps._fields, shapes, steps, strict=True):
+            if found.shape != shape or T == 0:
+                text = ", ".join(("B", "T", *map(str, shape[2:])))
+                raise ValueError(
+                    f"DecisionModel: {name} must be ({text}) with T >= 1, got {tuple(found.shape)}"
+                )
         check_state("DecisionModel", state, len(self.blocks), B)
         check_reset("DecisionModel", reset, (B, T))
         if config.max_steps and (last := int(steps.times.max())) >= config.max_steps:

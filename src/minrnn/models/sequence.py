@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from inspect import signature
@@ -17,6 +17,8 @@ from minrnn.mixers.convolution import CausalConv
 from minrnn.mixers.mixer import check_reset
 from minrnn.models.block import ACTIVATIONS, MLP, Block, BlockState
 from minrnn.models.dropout import Dropout
+from minrnn.models.stepper import ModelState, Reading, Stepper
+from minrnn.ops.chain import Affine, End, Links
 
 NORMS = ("layer", "rms", "none")
 
@@ -24,9 +26,6 @@ MIXER_OPTIONS = ("candidate", "forget_bias", "normalize", "signed", "num_heads",
 """Fields of ModelConfig that belong to some mixers only and are handed on when they are set."""
 
 EMBEDDING_STD = 0.02
-
-ModelState = tuple[BlockState, ...]
-"""One state per block."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +188,7 @@ class SequenceModel(nn.Module):
             None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         )
         nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
+        self._stepper = Stepper()
 
     def forward(
         self, tokens: Tensor, state: ModelState | None = None, *, reset: Tensor | None = None
@@ -211,9 +211,19 @@ class SequenceModel(nn.Module):
         """
         self._check(tokens, state, reset)
         x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
+        if tokens.shape[1] == 1 and reset is None:
+            stepped = self._stepper.step(self._links, [x], state)
+            if stepped is not None:
+                return stepped
         x, state = run_blocks(self.blocks, x, state, reset=reset)
         head = self.embedding.weight if self.head is None else self.head.weight
         return functional.linear(self.norm(x), head), state
+
+    def _links(self, reading: Reading) -> Links:
+        """Find what follows the embedding; of the head no more than its matrix is used."""
+        head = reading.module(self, "head", nn.Linear, type(None))
+        matrix = reading.affine(head or reading.module(self, "embedding", nn.Embedding)).weight
+        return Links(reading.blocks(self), end=End(reading.norm(self, "norm"), Affine(matrix)))
 
     def _check(self, tokens: Tensor, state: ModelState | None, reset: Tensor | None) -> None:
         if tokens.dtype not in (torch.int64, torch.int32):
@@ -251,10 +261,12 @@ def run_blocks(
 
 def check_state(name: str, state: ModelState | None, num_blocks: int, batch: int) -> None:
     """Raise ValueError unless `state` is None or of so many blocks and rows; `name` starts the message."""
-    if state is not None and len(state) != num_blocks:
+    if state is None:
+        return
+    if len(state) != num_blocks:
         raise ValueError(f"{name}: state must have {num_blocks} blocks, got {len(state)}")
-    for tensor in () if state is None else _tensors(state):
-        if tensor.shape[:1] != (batch,):
+    for tensor in _tensors(state):
+        if tensor.dim() == 0 or tensor.shape[0] != batch:
             raise ValueError(
                 f"{name}: the first axis of each state tensor must be the batch, {batch}, got shape "
                 f"{tuple(tensor.shape)}"
@@ -268,12 +280,8 @@ def map_state(function: Callable[[Tensor], Tensor], state: Any) -> Any:
     return tuple(map_state(function, part) for part in state)
 
 
-def _tensors(state: Any) -> Iterator[Tensor]:
-    if isinstance(state, Tensor):
-        yield state
-    else:
-        for part in state:
-            yield from _tensors(part)
+def _tensors(state: Any) -> list[Tensor]:
+    return [state] if isinstance(state, Tensor) else [tensor for part in state for tensor in _tensors(part)]
 
 
 def _make_block(config: ModelConfig) -> Block:

@@ -20,21 +20,24 @@ except ModuleNotFoundError as error:
         "reinstall minrnn (pip install --verbose shows what fails)"
     ) from error
 
-__all__ = ["ISA", "backward", "forward", "new_output"]
+__all__ = ["CANDIDATE_CODES", "GATE_CODES", "ISA", "Chain", "backward", "forward", "new_output"]
 
 ISA: str = _cpu.isa
 """The instruction set that this processor was given: avx512_bf16, avx512, avx2 or baseline."""
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as in bind.cpp
-_GATES = {
+GATE_CODES = {
     name: code
     for code, name in enumerate(
         ("identity", "mingru", "minlstm", "minlstm_unnormalised", "mingru_signed", "minlstm_signed")
     )
 }
-_CANDIDATES = {name: code for code, name in enumerate(("positive", "linear", "tanh"))}
-assert _GATES.keys() == GATES.keys(), "csrc/rows.h and gates.py must hold the same gates"
-assert _CANDIDATES.keys() == CANDIDATES.keys(), "csrc/rows.h and gates.py must hold the same candidates"
+CANDIDATE_CODES = {name: code for code, name in enumerate(("positive", "linear", "tanh"))}
+assert GATE_CODES.keys() == GATES.keys(), "csrc/rows.h and gates.py must hold the same gates"
+assert CANDIDATE_CODES.keys() == CANDIDATES.keys(), "csrc/rows.h and gates.py must hold the same candidates"
+
+Chain = _cpu.Chain
+"""Residual branches, from addresses: see chain.py, which makes sure of what they point to."""
 
 _LARGE = 4 << 20  # bytes: below this the system's allocator keeps what is freed
 _Strided = tuple[int, int, int]
@@ -92,8 +95,8 @@ def _call(
     B, T = pre[0].shape[:2]
     return (
         _DTYPES[pre[0].dtype],
-        _GATES[gate],
-        _CANDIDATES[candidate],
+        GATE_CODES[gate],
+        CANDIDATE_CODES[candidate],
         GATES[gate].num_pre,
         torch.get_num_threads(),
         reverse,

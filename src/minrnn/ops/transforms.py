@@ -16,6 +16,7 @@ __all__ = [
     "for_old_vmap",
     "have_tangents",
     "is_mapped_by_old_vmap",
+    "is_observed",
     "is_plain",
     "is_transformed",
     "needs_gradients",
@@ -31,6 +32,22 @@ def needs_gradients(*tensors: Tensor | None) -> bool:
 def is_transformed() -> bool:
     """Whether one of torch.func's transforms, or forward-mode differentiation, is under way."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_observed() -> bool:
+    """Whether something beside the caller wants to see torch's operations or to change them.
+
+    That is a compiler, a tracer, autograd, a transform, autocast, or a mode that counts or replaces them.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or is_transformed()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch.is_autocast_enabled("cpu")
+    )
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
