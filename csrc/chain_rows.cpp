@@ -71,32 +71,45 @@ void convolve(const Convolution &conv, int64_t n, const float *x, const float *w
     });
 }
 
-// `count` neighbouring outputs of every row: their weights come from memory for the first row, and for the others from
-// the nearest cache.
-template <int count>
-MINRNN_INLINE void outputs(const Projection &p, int64_t rows, int64_t first, const float *x, const float *base,
+// `count` neighbouring outputs of `together` rows. Each sum has one order, however many rows there are.
+template <int count, int together>
+MINRNN_INLINE void outputs(const Projection &p, int64_t row, int64_t first, const float *x, const float *base,
                            float *y) {
     const float *weight = p.weight + first * p.in;
-    for (int64_t r = 0; r < rows; ++r) {
-        const float *row = x + r * p.in;
-        Floats products[count] = {};
-        for_lanes(p.in, [&](int64_t d, auto lanes) {
-            const Floats input = load(row + d, lanes);
-#pragma GCC unroll 8
-            for (int k = 0; k < count; ++k) products[k] += load(weight + k * p.in + d, lanes) * input;
-        });
+    x += row * p.in;
+    Floats products[together][count] = {};
+    for_lanes(p.in, [&](int64_t d, auto lanes) {
+        Floats inputs[together];
+#pragma GCC unroll 4
+        for (int r = 0; r < together; ++r) inputs[r] = load(x + r * p.in + d, lanes);
+#pragma GCC unroll 4
         for (int k = 0; k < count; ++k) {
-            const int64_t at = r * p.out + first + k;
-            y[at] = sum(products[k]) + (p.bias ? p.bias[first + k] : 0.0f) + (base ? base[at] : 0.0f);
+            const Floats w = load(weight + k * p.in + d, lanes);
+#pragma GCC unroll 4
+            for (int r = 0; r < together; ++r) products[r][k] += w * inputs[r];
         }
-    }
+    });
+    for (int r = 0; r < together; ++r)
+        for (int k = 0; k < count; ++k) {
+            const int64_t at = (row + r) * p.out + first + k;
+            y[at] = sum(products[r][k]) + (p.bias ? p.bias[first + k] : 0.0f) + (base ? base[at] : 0.0f);
+        }
+}
+
+// `count` outputs of every row: their weights come from memory once, and then from the nearest cache.
+template <int count>
+MINRNN_INLINE void of_every_row(const Projection &p, int64_t rows, int64_t first, const float *x, const float *base,
+                                float *y) {
+    int64_t row = 0;
+    for (; row + 2 <= rows; row += 2) outputs<count, 2>(p, row, first, x, base, y);
+    if (row < rows) outputs<count, 1>(p, row, first, x, base, y);
 }
 
 void project(const Projection &p, int64_t rows, int64_t begin, int64_t end, const float *x, const float *base,
              float *y) {
     constexpr int count = 4;
-    for (; begin + count <= end; begin += count) outputs<count>(p, rows, begin, x, base, y);
-    for (; begin < end; ++begin) outputs<1>(p, rows, begin, x, base, y);
+    for (; begin + count <= end; begin += count) of_every_row<count>(p, rows, begin, x, base, y);
+    for (; begin < end; ++begin) of_every_row<1>(p, rows, begin, x, base, y);
 }
 
 // x Phi(x), Phi the normal distribution's function. Phi(-|x|) exp(x^2 / 2) is a polynomial in 1 / (1 + 0.35 |x|), fitted
