@@ -1,4 +1,4 @@
-"""One step of a model (T = 1) from a carried state: in one call, in torch's operations, and of a GRU in torch's.
+"""One step of a model (T = 1) from a carried state, in one call and in torch's operations, and a GRU's.
 
     taskset -c 0 python benchmarks/model_step.py --shapes 1x128x3 16x192x4
 
