@@ -314,6 +314,8 @@ def test_transforms_and_compilers_see_torchs_operations() -> None:
         stacked, _ = torch.vmap(lambda row: model(row.unsqueeze(0)))(tokens)
         torch.testing.assert_close(stacked.squeeze(1), expected, rtol=0, atol=TOLERANCE)
         program = torch.export.export(model, (tokens,))
+        graph = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(graph(tokens)[0], expected, rtol=0, atol=TOLERANCE)
     assert calls == [2]
     torch.testing.assert_close(program.module()(tokens)[0], expected, rtol=0, atol=TOLERANCE)
 

@@ -143,13 +143,13 @@ def _machine(record: Record) -> str:
 
 
 class _Benchmarks:
-    """The tables of what was measured by `minrnn bench`, and of the runs of benchmarks/shakespeare_cpu.py."""
+    """The tables of what was measured by `minrnn bench` and by the scripts in benchmarks/."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def figures(self) -> dict[str, str]:
-        return self._shakespeare() | self._speed() | self._accuracy()
+        return self._shakespeare() | self._speed() | self._model_step() | self._accuracy()
 
     def _read(self, name: str) -> dict[str, Any]:
         report: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
@@ -197,6 +197,26 @@ class _Benchmarks:
             "layer_lengths": _lengths(reports["layer_lengths"]),
             "shares": _shares(reports["shares"]),
             **{f"{name}_command": report["command"] for name, report in reports.items()},
+        }
+
+    def _model_step(self) -> dict[str, str]:
+        report = self._read("model-step")
+        machine = report["machine"]
+        rows = []
+        for case in report["cases"]:
+            times = {name: 1e3 * system["seconds"]["median"] for name, system in case["systems"].items()}
+            rows.append(
+                [
+                    *(f"{size:,}" for size in case["shape"].values()),
+                    *(f"{time:.3g}" for time in times.values()),
+                    f"{times['torch'] / times['one call']:.1f}",
+                ]
+            )
+        head = ["rows", "width", "layers", "in one call, ms", "in torch's operations, ms"]
+        head += ["a GRU in torch, ms", "torch's operations, times the call"]
+        return {
+            "model_step": _markdown(head, rows),
+            "model_step_machine": f"{machine['processor']} ({machine['threads']} thread)",
         }
 
     def _accuracy(self) -> dict[str, str]:
