@@ -401,6 +401,10 @@ def test_wrong_states_are_refused_as_ever() -> None:
             model(tokens, map_state(lambda x: x[:1], state))
         with pytest.raises((ValueError, RuntimeError)):
             model(tokens, map_state(lambda x: x[..., :-1], state))
+        with pytest.raises(ValueError, match="state must be"):
+            model(tokens, tuple((windows, ()) for windows, _ in state))
+        with pytest.raises(TypeError, match="state must be the tuple"):
+            model(tokens, tuple((windows, list(carried)) for windows, carried in state))
 
 
 # --- models change --------------------------------------------------------------------------------------
@@ -524,6 +528,7 @@ def test_what_is_no_chain_is_refused() -> None:
     chain.Chain(chain.Links([good]))
     for links in (
         chain.Links([]),
+        chain.Links([good._replace(function="sine")]),
         chain.Links([good._replace(function="mingru")]),  # takes two inputs for each output
         chain.Links([good._replace(down=chain.Affine())]),
         chain.Links([good._replace(down=square._replace(bias=torch.zeros(3)))]),

@@ -51,7 +51,8 @@ class Stepper:
         if self._last is None:
             return None
         reading, chain = self._last
-        if chain is None or not chain.takes(inputs, states := reading.states(state)):
+        states = reading.states(state)
+        if chain is None or states is None or not chain.takes(inputs, states):
             return None
         y, after = chain.step(inputs, states)
         return y, tuple((() if window is None else (window,), (h,)) for window, h in after if h is not None)
@@ -65,7 +66,7 @@ def _read(read: Callable[[Reading], Links]) -> tuple[Reading, Chain | None] | No
     reading = Reading()
     try:
         return reading, Chain(read(reading))
-    except OtherwiseError:
+    except OtherKindError:
         return reading, None
     except NoChainError:  # by what no reading sees: hooks, a dtype, a device
         return None
@@ -75,7 +76,7 @@ def _holds(reading: Reading, chain: Chain | None) -> bool:
     return reading.holds() and (chain is None or chain.holds())
 
 
-class OtherwiseError(Exception):
+class OtherKindError(Exception):
     """A part of a model is none that a chain has, or does more than its class says."""
 
 
@@ -92,13 +93,17 @@ class Reading:
         places, names, values = self._found
         return all(map(operator.is_, map(_get, places, names), values)) and not any(self._hooks)
 
-    def states(self, state: ModelState | None) -> list[BranchState]:
-        """Take a state apart into what each branch of the blocks that were found carries."""
+    def states(self, state: ModelState | None) -> list[BranchState] | None:
+        """Take a state apart into what each branch that was found carries; None if it cannot."""
         states = []
         for index, has_mlp in enumerate(self._has_mlp):
-            windows, carried = ((), ()) if state is None else state[index]
-            states.append(BranchState(windows[0] if windows else None, carried[0] if carried else None))
-            states += [_NOTHING] if has_mlp else []
+            carried = _NOTHING
+            if state is not None:
+                windows, mixers = state[index]
+                if type(mixers) is not tuple or len(mixers) != 1:
+                    return None
+                carried = BranchState(windows[0] if windows else None, *mixers)
+            states += [carried, _NOTHING] if has_mlp else [carried]
         return states
 
     def blocks(self, model: nn.Module) -> list[Branch]:
@@ -137,7 +142,7 @@ class Reading:
         """Find a part, of which a call has to be a call of its class's `forward` and of nothing else.
 
         Raises:
-            OtherwiseError: it is of none of these kinds.
+            OtherKindError: it is of none of these kinds.
             NoChainError: it has hooks.
         """
         module = self._look(parent._modules, name)
@@ -157,10 +162,10 @@ class Reading:
         """Go on only if something holds that does not change.
 
         Raises:
-            OtherwiseError: it does not.
+            OtherKindError: it does not.
         """
         if not condition:
-            raise OtherwiseError
+            raise OtherKindError
 
     def _along_time(self, block: Block) -> Branch:
         norm, conv = self.norm(block, "mixer_norm"), self.module(block, "conv", CausalConv, type(None))

@@ -238,6 +238,8 @@ class Chain:
     def _add(self, branch: Branch) -> _Carried:
         wide, D = len(_matrix(branch.up)), _matrix(branch.down).shape[1]
         gated = branch.function in GATES
+        if not gated and branch.function not in _ACTIVATIONS:
+            raise NoChainError(f"Chain: function must be a gate or a known activation, got {branch.function}")
         if wide != branch.inputs * D:
             raise NoChainError(
                 f"Chain: {branch.function} must have {branch.inputs} inputs each, got {wide}, {D}"
