@@ -160,7 +160,8 @@ def test_environments_and_data_choose_cells_of_locomotion() -> None:
     experiment = locomotion.EXPERIMENT
     everything = experiment.cells(Choice("cpu"))
     assert {cell.setting["data"] for cell in everything} == {"local"}
-    assert len(everything) == 6 * (3 * 5 + len(MIXERS) - 4)
+    kinds = {*MIXERS, "bc"}
+    assert len(everything) == 6 * (len(kinds) + 2 * len(kinds & set(locomotion.THRICE)))
     hopper = experiment.cells(Choice("cpu", envs=("hopper",)))
     assert hopper == [cell for cell in everything if cell.setting["env"] == "hopper"]
     named = {
