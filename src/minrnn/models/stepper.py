@@ -191,8 +191,10 @@ class Reading:
 
     def _look(self, place: Mapping[str, Any], name: str) -> Any:
         value = place.get(name)
-        for kept, found in zip(self._found, (place, name, value), strict=True):
-            kept.append(found)
+        places, names, values = self._found
+        places.append(place)
+        names.append(name)
+        values.append(value)
         return value
 
 
