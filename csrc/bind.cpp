@@ -1,6 +1,6 @@
 // The Python module minrnn.ops._cpu: raw pointers in, nothing out. The only file here that knows Python.
 //
-// Nothing is checked: src/minrnn/ops/cpu.py is the only caller and passes what scan.py has checked.
+// Nothing is checked: src/minrnn/ops/cpu.py passes what scan.py has checked, and ops/chain.py what it has itself.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/pair.h>

@@ -15,6 +15,7 @@
 
 #include "isa.h"
 #include "rows.h"
+#include "scan.h"
 
 namespace minrnn {
 
@@ -83,7 +84,7 @@ inline const float *normalise(const ChainKernels &kernels, const Norm &norm, int
 
 inline void project(const ChainKernels &kernels, const Projection &p, int64_t rows, int threads, const float *x,
                     const float *base, float *y) {
-    const int64_t parts = (p.out + kOutputsAtOnce - 1) / kOutputsAtOnce;
+    const int64_t parts = ceil_div(p.out, kOutputsAtOnce);
     if (rows * p.in * p.out < kBranchSerialBelow || threads == 1) return kernels.project(p, rows, 0, p.out, x, base, y);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t part = 0; part < parts; ++part) {

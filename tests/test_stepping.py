@@ -27,6 +27,7 @@ from minrnn.models import DecisionConfig, DecisionModel, ModelConfig, SequenceMo
 from minrnn.models.block import ACTIVATIONS
 from minrnn.models.sequence import NORMS
 from minrnn.ops import CANDIDATES, GATES, chain
+from minrnn.training.threads import cpu_threads
 
 HERE = Path(__file__).parent
 V = 11
@@ -152,13 +153,10 @@ def test_steps_of_every_size(rows: int, cell: MinCell, **options: Any) -> None:
 def test_threads_change_nothing() -> None:
     model = build(d_model=520, mlp_activation="swiglu", conv_width=4)
     results = []
-    before = torch.get_num_threads()
-    with torch.no_grad():
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
+    for threads in (1, 3):
+        with cpu_threads(threads), torch.no_grad():
             logits, state = model(make_tokens(2))
-            results.append([logits, *tensors_of(state)])
-    torch.set_num_threads(before)
+        results.append([logits, *tensors_of(state)])
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 

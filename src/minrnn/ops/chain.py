@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -52,8 +51,8 @@ _dtype = operator.attrgetter("dtype")
 
 def _engine() -> Any:
     """Find the compiled engine; None where it is missing or set aside."""
-    missing = forced() not in (None, "cpp") or isinstance(load("cpp"), ImportError)
-    return None if missing else import_module("minrnn.ops.cpu")
+    engine = load("cpp")
+    return None if isinstance(engine, ImportError) or forced() not in (None, "cpp") else engine
 
 
 _cpu = _engine()
