@@ -38,8 +38,9 @@ from minrnn.benchmarks.peers import LAYER_PEERS, SCAN_PEERS, Scan
 from minrnn.benchmarks.scan import traffic
 from minrnn.benchmarks.timing import Phases, Task, clock, summary
 from minrnn.experiments.loops import LOOPS
+from minrnn.files import write_json
 from minrnn.ops import GATES, engines
-from minrnn.training import provenance, write_json
+from minrnn.training import provenance
 
 ROOT = Path(__file__).parents[1]
 FORMAT = 1

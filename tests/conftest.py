@@ -3,6 +3,11 @@
 import signal
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says something of the machine alone.
+settings.register_profile("minrnn", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("minrnn")
 
 
 def pytest_configure(config: pytest.Config) -> None:

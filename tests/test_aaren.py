@@ -30,7 +30,7 @@ def attend(mixer: AarenMixer, x: Tensor) -> Tensor:
     return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).flatten(2)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     heads=st.sampled_from([1, 2, 4, 8]),
     length=st.integers(1, 70),
@@ -100,7 +100,7 @@ def test_what_is_not_finite_stays_in_its_sequence() -> None:
     assert all(part.isfinite().all() for part in state)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     rows=st.lists(
         st.lists(st.tuples(st.floats(width=32, allow_nan=False), st.booleans()), min_size=5, max_size=5),

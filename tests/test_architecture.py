@@ -28,6 +28,7 @@ PACKAGE = REPOSITORY / "src" / "minrnn"
 
 # A room imports only from floors below its own: docs/design.md, "The rooms".
 FLOORS = {
+    "files": 0,
     "ops": 1,
     "mixers": 2,
     "models": 3,

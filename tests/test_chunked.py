@@ -199,7 +199,7 @@ def test_chunks_are_the_composition(
             both(recurrence, x, h0, reset, reverse=reverse)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     B=st.integers(1, 5),
     T=st.integers(1, 20),

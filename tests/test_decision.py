@@ -354,7 +354,7 @@ def test_a_value_of_another_type_is_refused() -> None:
 def test_a_config_that_does_not_fit_is_named() -> None:
     values = build().config.to_dict()
     assert DecisionConfig.from_dict(values) == build().config
-    with pytest.raises(ValueError, match="unknown key 'windw'; the nearest is 'window'"):
+    with pytest.raises(ValueError, match="unknown key 'windw'; did you mean 'window'"):
         DecisionConfig.from_dict({**values, "windw": 3})
     with pytest.raises(ValueError, match="trunk is missing"):
         DecisionConfig.from_dict({"observation_size": 3, "action_size": 2})

@@ -190,7 +190,7 @@ def test_input_is_not_copied(name: str, batch_first: bool) -> None:
 
 
 @every_layer
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(starts=st.lists(st.sets(st.integers(1, T - 1)), min_size=B, max_size=B))
 def test_reset_separates_sequences_in_both_directions(name: str, starts: list[set[int]]) -> None:
     layer, x = build(name, bidirectional=True), make_input(T, B, I)

@@ -93,7 +93,7 @@ def test_repeated_steps_equal_one_pass(variant: str, dtype: torch.dtype, with_re
 
 
 @every_variant
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(cuts=st.sets(st.integers(1, T - 1)), reset_seed=st.none() | st.integers(0, 99))
 def test_any_split_with_the_state_carried_equals_one_pass(
     variant: str, cuts: set[int], reset_seed: int | None

@@ -126,7 +126,7 @@ def test_gradients_are_those_of_each_alone(form: str, name: str, with_hx: bool) 
 
 
 @every_form
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     lengths=st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any),
     bidirectional=st.booleans(),

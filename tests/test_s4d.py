@@ -125,7 +125,7 @@ def naive(x: Tensor, kernel: Tensor) -> Tensor:
     return y
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(length=st.integers(1, 40), seed=st.integers(0, 99))
 def test_convolve(length: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -134,7 +134,7 @@ def test_convolve(length: int, seed: int) -> None:
     torch.testing.assert_close(convolve(x, kernel), naive(x, kernel), rtol=0, atol=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(length=st.integers(1, 40), share=st.sampled_from([0.0, 0.05, 0.3, 1.0]), seed=st.integers(0, 99))
 def test_convolve_sequences(length: int, share: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

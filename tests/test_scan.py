@@ -82,7 +82,7 @@ def test_step(gate: str, candidate: str, reverse: bool) -> None:
 
 @cells
 @given(data=st.data())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_carry(gate: str, candidate: str, data: st.DataObject) -> None:
     """Two parts with the state carried are one pass: values and gradients."""
     T = data.draw(st.integers(2, 80))
@@ -304,7 +304,7 @@ def test_identity(reverse: bool) -> None:
 
 @cells
 @given(T=st.integers(1, 70), seed=st.integers(0, 99))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_reverse(gate: str, candidate: str, T: int, seed: int) -> None:
     """Reverse = flip . scan . flip."""
     pre, h0, reset = inputs(gate, 2, T, 3, seed=seed)
@@ -327,7 +327,7 @@ def test_causality(gate: str, candidate: str, reverse: bool) -> None:
 
 
 @given(seed=st.integers(0, 999), scale=st.floats(-3, 3), reverse=st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_linearity(seed: int, scale: float, reverse: bool) -> None:
     """The scan is linear in (b, h0)."""
     generator = torch.Generator().manual_seed(seed)

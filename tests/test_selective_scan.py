@@ -114,7 +114,7 @@ def test_step() -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_carry(data: st.DataObject) -> None:
     """Two parts with the state carried are one pass: values and gradients."""
     T = data.draw(st.integers(2, 3 * CHUNK))

@@ -136,7 +136,7 @@ def test_steps_of_every_block(norm: str, activation: str, conv_width: int) -> No
 
 
 @compiled
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     d_model=st.integers(1, 70),
     expansion=st.sampled_from([0.5, 1.0, 2.5]),

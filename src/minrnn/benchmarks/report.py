@@ -16,8 +16,9 @@ from rich.live import Live
 from rich.table import Table
 
 from minrnn.benchmarks.measure import OURS, Record
+from minrnn.files import write_json
 from minrnn.ops import engines
-from minrnn.training import provenance, write_json
+from minrnn.training import provenance
 
 __all__ = ["CaseView", "Report", "load_averages"]
 

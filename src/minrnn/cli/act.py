@@ -15,12 +15,13 @@ from rich.live import Live
 from rich.table import Table
 
 from minrnn.cli.arguments import parse
+from minrnn.files import write_json
 from minrnn.models import DecisionModel, Policy
 from minrnn.tasks.environments import make_environment
 from minrnn.tasks.film import Film
 from minrnn.tasks.locomotion import normalised_score
 from minrnn.tasks.rollouts import Played, make_filmed, picture, play
-from minrnn.training import choose_device, load_trained, provenance, write_json
+from minrnn.training import choose_device, load_trained, provenance
 
 TOGETHER = 10
 """Episodes that are played at a time."""

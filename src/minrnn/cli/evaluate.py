@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from minrnn.cli.arguments import parse
+from minrnn.files import write_json
 from minrnn.tasks import TASKS, Task, TextConfig, TextTask
-from minrnn.training import choose_device, load_trained, provenance, read_config, write_json
+from minrnn.training import choose_device, load_trained, provenance, read_config
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minrnn.experiments.experiment import Cell, Experiment, Record
-from minrnn.training import write_json
+from minrnn.files import write_json
 
 FORMAT = 1
 

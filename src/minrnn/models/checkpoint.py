@@ -8,17 +8,17 @@ import errno
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from minrnn.files import convert, locate, naming, nearest, read_json, write_directory
+from minrnn.files.writing import CONFIG_FILE
 from minrnn.models.decision import DecisionConfig, DecisionModel
 from minrnn.models.sequence import ModelConfig, SequenceModel
 
@@ -33,7 +33,6 @@ KINDS: dict[str, Callable[[Mapping[str, Any]], Model]] = {
 FORMAT_VERSION = 1
 """Raised when a checkpoint of an older version of the package could not be read as it is."""
 
-CONFIG_FILE = "config.json"
 TENSORS_FILE = "model.safetensors"
 
 JSON = None | bool | int | float | str | list[Any] | dict[str, Any]
@@ -70,21 +69,22 @@ def load_checkpoint(directory: Path, *, device: torch.device | str = "cpu") -> t
         ValueError: a file is cut short or altered, written by a newer version, or does not fit its config.
     """
     while True:
-        before = _locate(directory)
+        before = locate(directory)
         try:
             loaded = _load(before[0], device)
         except (FileNotFoundError, ValueError):  # of a mixture of the old files and the new, perhaps
-            if _locate(directory) == before:
+            if locate(directory) == before:
                 raise
         else:
-            if _locate(directory) == before:
+            if locate(directory) == before:
                 return loaded
 
 
 def _load(folder: Path, device: torch.device | str) -> tuple[Model, dict[str, JSON]]:
     config = _read_config(folder / CONFIG_FILE)
     _check_integrity(folder / TENSORS_FILE, config["files"])
-    with torch.device("meta"):  # no memory and no random numbers for values that are replaced below
+    # On meta: no memory and no random numbers for values that are replaced below.
+    with torch.device("meta"), naming(f"load_checkpoint: {folder / CONFIG_FILE}"):
         model = KINDS[config["kind"]](config["model"])
     tensors = load_tensors(folder / TENSORS_FILE, device=device)
     _check_fit(folder / TENSORS_FILE, model, tensors)
@@ -143,152 +143,39 @@ def load_tensors(path: Path, *, device: torch.device | str = "cpu") -> dict[str,
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
-@contextmanager
-def write_directory(directory: Path) -> Iterator[Path]:
-    """Fill a new directory and put it in place of `directory` at once, if and only if the body succeeds.
-
-        with write_directory(path) as folder:
-            (folder / "a.txt").write_text("...")
-
-    The files are written to disk before the names change. If the body fails, the folder is removed and what
-    was there before stays. A process killed at any point leaves `directory` whole, or, between two renames,
-    the old one under the name that `find_directory` looks for; the next write clears up.
-
-    Args:
-        directory: the final name; its parents are made.
-
-    Yields:
-        The folder to write into, beside `directory`.
-
-    Raises:
-        OSError: writing failed (the disk is full, say), or `directory` is something else than a checkpoint:
-            not a directory, or one that is not empty and has no config.json.
-    """
-    directory = Path(directory)
-    folder, aside = _sibling(directory, "partial"), _sibling(directory, "previous")
-    try:
-        _check_replaceable(directory)
-        _clear_up(directory, folder, aside)
-        folder.mkdir(parents=True)
-        yield folder
-        for path in [*folder.rglob("*"), folder]:
-            _flush(path)
-        _swap(directory, folder, aside)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(
-            error.errno,
-            f"could not write the checkpoint {directory} ({reason}); nothing that was there before is lost",
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def find_directory(directory: Path) -> Path:
-    """Return where the content of `directory` lies: there, or aside where a killed write has left it.
-
-    Raises:
-        FileNotFoundError: it is in neither place.
-    """
-    directory = Path(directory)
-    # The first name once more: between the first two looks, a write that is under way may have finished.
-    for candidate in (directory, _sibling(directory, "previous"), directory):
-        if candidate.is_dir():
-            return candidate
-    raise FileNotFoundError(errno.ENOENT, "no checkpoint directory", str(directory))
-
-
-def _sibling(directory: Path, role: str) -> Path:
-    # A fixed name, so that the next write finds what a killed one has left.
-    return directory.absolute().with_name(f".{directory.absolute().name}.{role}")
-
-
-def _locate(directory: Path) -> tuple[Path, int, int]:
-    """Find the directory, with what tells it from another that has taken its name."""
-    while True:
-        folder = find_directory(directory)
-        try:
-            status = folder.stat()
-        except FileNotFoundError:  # renamed just now
-            continue
-        return folder, status.st_ino, status.st_mtime_ns
-
-
-def _check_replaceable(directory: Path) -> None:
-    """Refuse to remove what is no checkpoint: a mistyped name must not cost a folder of other things."""
-    if directory.is_dir():
-        names = {path.name for path in directory.iterdir()}
-        replaceable = not names or CONFIG_FILE in names
-    else:
-        replaceable = not directory.exists()
-    if not replaceable:
-        raise FileExistsError(errno.EEXIST, "there is something else than a checkpoint", str(directory))
-
-
-def _clear_up(directory: Path, folder: Path, aside: Path) -> None:
-    """Finish what a killed write has left."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    if aside.exists() and directory.exists():
-        shutil.rmtree(aside)
-    elif aside.exists():
-        aside.rename(directory)
-
-
-def _swap(directory: Path, folder: Path, aside: Path) -> None:
-    """Put the folder in the directory's place; the old steps aside, as nothing is renamed onto a full one."""
-    had_one = directory.exists()
-    if had_one:
-        directory.rename(aside)
-    try:
-        folder.rename(directory)
-    except OSError:
-        if had_one:
-            aside.rename(directory)
-        raise
-    _flush(directory.absolute().parent)
-    shutil.rmtree(
-        aside, ignore_errors=True
-    )  # the new one is in place; what is left here, the next write clears
-
-
-def _flush(path: Path) -> None:
-    """Have the system write a file, or a directory's names, to disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows opens no directories
-    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON and Unicode errors are both
-        raise ValueError(f"load_checkpoint: {path} is no JSON ({error}); use another copy") from error
-    version = config.get("format_version") if isinstance(config, dict) else None
-    if not isinstance(version, int):
-        raise ValueError(f"load_checkpoint: {path} names no format_version; it is no checkpoint of minrnn")
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"load_checkpoint: {path} has format version {version}, and this minrnn reads up to "
-            f"{FORMAT_VERSION}; upgrade minrnn"
-        )
-    for key in ("model", "files", "extra"):
-        if not isinstance(config.get(key), dict):
-            raise ValueError(f"load_checkpoint: {path} has no {key!r}; use another copy")
-    if config.setdefault("kind", "sequence") not in KINDS:
-        raise ValueError(
-            f"load_checkpoint: {path} must be of a model among {', '.join(KINDS)}, got {config['kind']!r}; "
-            "upgrade minrnn"
-        )
+class _Config(TypedDict):
+    """What config.json holds beside its format_version."""
+
+    kind: NotRequired[str]
+    model: dict[str, Any]
+    files: dict[str, Any]
+    extra: dict[str, Any]
+
+
+def _read_config(path: Path) -> _Config:
+    with naming("load_checkpoint"):
+        values = read_json(path, dict[str, Any])
+        version = values.get("format_version")
+        if type(version) is not int:
+            raise ValueError(f"{path} names no format_version; it is no checkpoint of minrnn")
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has format version {version}, and this minrnn reads up to {FORMAT_VERSION}; "
+                "upgrade minrnn"
+            )
+        with naming(path):
+            config = convert(values, _Config)
+        kind = config.setdefault("kind", "sequence")
+        if kind not in KINDS:
+            raise ValueError(
+                f"{path} must be of a model among {', '.join(KINDS)}, got {kind!r}{nearest(kind, KINDS)}; "
+                "upgrade minrnn"
+            )
     return config
 
 

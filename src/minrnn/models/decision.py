@@ -6,16 +6,16 @@ Decision Aaren, or a policy of minGRU, minLSTM, GRU or LSTM. `Policy` in `acting
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from minrnn.files import convert
 from minrnn.mixers.mixer import check_reset
 from minrnn.models.dropout import Dropout
 from minrnn.models.sequence import (
@@ -123,15 +123,7 @@ class DecisionConfig:
         Raises:
             ValueError: a key is no field (the nearest is named), or one without a default is left out.
         """
-        names = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in names:
-                near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
-                raise ValueError(f"DecisionConfig: unknown key {key!r}; the nearest is {near!r}")
-        for name in ("trunk", "observation_size", "action_size"):
-            if name not in values:
-                raise ValueError(f"DecisionConfig: {name} is missing")
-        return cls(**{**values, "trunk": ModelConfig.from_dict(values["trunk"])})
+        return convert(values, cls)
 
 
 class DecisionModel(nn.Module):

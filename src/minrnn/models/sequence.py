@@ -1,9 +1,8 @@
 """Mixers stacked into a model of token sequences: embed -> blocks -> norm -> head."""
 
-import difflib
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from inspect import signature
 from typing import Any, Self, get_args, get_type_hints
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from minrnn.files import convert
 from minrnn.mixers import MIXERS
 from minrnn.mixers.convolution import CausalConv
 from minrnn.mixers.mixer import check_reset
@@ -131,14 +131,9 @@ class ModelConfig:
         """Make a config from what `to_dict` returned; fields left out take their defaults.
 
         Raises:
-            ValueError: a key is no field; the message names the nearest.
+            ValueError: a key is no field (the message names the nearest), or a value is not what it must be.
         """
-        names = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in names:
-                near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
-                raise ValueError(f"ModelConfig: unknown key {key!r}; the nearest is {near!r}")
-        return cls(**values)
+        return convert(values, cls)
 
 
 def check_types(config: Any) -> None:

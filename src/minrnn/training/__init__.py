@@ -9,7 +9,7 @@ from minrnn.training.config import (
     recipe_names,
     recipe_summary,
 )
-from minrnn.training.log import RunLog, read_metrics, write_json
+from minrnn.training.log import RunLog, read_metrics
 from minrnn.training.loop import NonFiniteLossError, choose_device, train
 from minrnn.training.provenance import provenance
 from minrnn.training.resume import Interrupted, Trained, load_trained
@@ -31,5 +31,4 @@ __all__ = [
     "recipe_names",
     "recipe_summary",
     "train",
-    "write_json",
 ]

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
-import tomllib
-import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
+from minrnn.files import convert, naming, nearest, parse_toml, read_json, read_toml
 from minrnn.models import ModelConfig
 from minrnn.tasks import DecisionsConfig, TaskConfig, TextConfig
-
-C = TypeVar("C")
 
 Precision = Literal["float32", "bfloat16-products", "bfloat16"]
 PRECISIONS: tuple[Precision, ...] = typing.get_args(Precision)
@@ -138,7 +133,11 @@ class RunConfig:
             ValueError: a key does not exist (the nearest one is named), or a value has the wrong type or is
                 out of range.
         """
-        return _build(cls, values, prefix="")
+        others = {name: value for name, value in values.items() if name != "task"}
+        config = convert(others, cls)
+        if "task" not in values:
+            return config
+        return dataclasses.replace(config, task=_convert_task(values["task"], "task"))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as nested dicts of JSON values: the inverse of `from_dict`."""
@@ -165,20 +164,18 @@ def load_recipe(name: str) -> RunConfig:
         ValueError: the name is unknown (the nearest one is named), the file is not TOML, or a key is unknown.
         OSError: the file cannot be read.
     """
-    path = Path(name)
+    path, table = Path(name), dict[str, Any]
     if path.suffix == ".toml":
-        stem, text = path.stem, path.read_text(encoding="utf-8")
+        stem, values = path.stem, read_toml(path, table)
     elif name in recipe_names():
-        stem, text = name, _recipe_text(name)
+        stem, values = name, parse_toml(_recipe_text(name), table, f"recipe {name}")
     else:
         raise ValueError(
             f"unknown recipe {name!r}{nearest(name, recipe_names())}; the recipes are "
             f"{', '.join(recipe_names())}, and a path that ends in .toml is read as one"
         )
-    try:
-        return RunConfig.from_dict({"recipe": stem, **tomllib.loads(text)})
-    except ValueError as error:  # tomllib's decoding errors are ValueErrors too
-        raise ValueError(f"recipe {name}: {error}") from error
+    with naming(f"recipe {name}"):
+        return RunConfig.from_dict({"recipe": stem, **values})
 
 
 def recipe_names() -> list[str]:
@@ -202,63 +199,22 @@ def read_config(run_dir: Path) -> RunConfig:
     path = run_dir / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{run_dir} is not a run directory: it has no config.json")
-    try:
-        return RunConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:  # json's decoding errors are ValueErrors too
-        raise ValueError(f"{path}: {error}") from error
-
-
-def nearest(word: str, words: Iterable[str]) -> str:
-    """Return `"; did you mean ...?"` for the nearest of the words, or nothing where none is near."""
-    matches = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+    values = read_json(path, dict[str, Any])
+    with naming(path):
+        return RunConfig.from_dict(values)
 
 
 def _recipe_text(name: str) -> str:
     return resources.files("minrnn").joinpath("recipes", f"{name}.toml").read_text(encoding="utf-8")
 
 
-def _build(cls: type[C], values: Mapping[str, Any], prefix: str) -> C:
-    """Build a configuration dataclass from a table, strictly; errors name keys as `prefix` + key."""
-    hints = typing.get_type_hints(cls)
-    for key in values:
-        if key not in hints:
-            raise ValueError(f"unknown key '{prefix}{key}'{nearest(key, hints)}")
-    return cls(**{key: _convert(value, hints[key], prefix + key) for key, value in values.items()})
-
-
-def _convert(value: Any, hint: Any, key: str) -> Any:
-    """Return a value read from TOML or JSON as its field's type, or raise ValueError."""
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{key} must be a table, got {value!r}")
-        return _build(hint, value, prefix=f"{key}.")
-    if typing.get_origin(hint) is Literal:
-        if value not in typing.get_args(hint):
-            raise ValueError(f"{key} must be one of {', '.join(typing.get_args(hint))}, got {value!r}")
-        return value
-    if hint is TaskConfig:
-        return _convert_task(value, key)
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        if value is None and types.NoneType in typing.get_args(hint):
-            return None
-        (hint,) = [choice for choice in typing.get_args(hint) if choice is not types.NoneType]
-        return _convert(value, hint, key)
-    if hint is float and type(value) is int:  # TOML has no reason to write 1.0 for 1
-        return float(value)
-    if type(value) is not hint:
-        raise ValueError(f"{key} must be {hint.__name__}, got {value!r}")
-    return value
-
-
 def _convert_task(value: Any, key: str) -> Any:
     """Return a task's table as the configuration that its name asks for; without one it is the text's."""
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{key} must be a table, got {value!r}")
+    table = convert(value, dict[str, Any], key)
     kinds = {kind.task: kind for kind in typing.get_args(TaskConfig)}
-    name = value.get("name", TextConfig.task)
+    name = table.pop("name", TextConfig.task)
     if name not in kinds:
         raise ValueError(
             f"{key}.name must be one of {', '.join(kinds)}, got {name!r}{nearest(str(name), kinds)}"
         )
-    return _build(kinds[name], {k: v for k, v in value.items() if k != "name"}, prefix=f"{key}.")
+    return convert(table, kinds[name], key)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypedDict
 
 from rich.console import Console
 from rich.progress import (
@@ -18,10 +17,18 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from minrnn.files import read_json_lines, replace_text
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 Metrics = Mapping[str, float]
+
+
+class MetricsLine(TypedDict):
+    """A line of metrics.jsonl; beside the step, what was measured at it."""
+
+    step: int
 
 
 class RunLog:
@@ -107,26 +114,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Returns:
         One dict a line: `step`, and either the training metrics or those of an evaluation.
-    """
-    records = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        if line.endswith(b"\n"):
-            records.append(json.loads(line))
-    return records
-
-
-def write_json(path: Path, values: Mapping[str, Any], *, indent: int | None = 2) -> None:
-    """Write values as a JSON file, whole or not at all.
-
-    Args:
-        path: the file.
-        values: what it holds.
-        indent: spaces for each level; None writes one line, which is much smaller where lists are long.
 
     Raises:
-        OSError: when it cannot be written; a file that was there before is still as it was.
+        OSError: the file cannot be read.
+        ValueError: a line is no such dict.
     """
-    _replace(path, json.dumps(values, indent=indent) + "\n")
+    return [dict(record) for record in read_json_lines(path, MetricsLine)]
 
 
 def plot_losses(run_dir: Path, unit: str) -> str | None:
@@ -160,25 +153,8 @@ def plot_losses(run_dir: Path, unit: str) -> str | None:
 def _open_metrics(path: Path, step: int) -> IO[bytes]:
     """Open metrics.jsonl for appending, unbuffered, holding nothing of the steps after `step`."""
     kept = [record for record in read_metrics(path) if record["step"] <= step] if path.exists() else []
-    _replace(path, "".join(json.dumps(record) + "\n" for record in kept))
+    replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
     return path.open("ab", buffering=0)  # every line is on disk when it is reported, whatever ends the run
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a text file beside its place, and then move it there."""
-    # Of a name of its own: several processes may write one file, as the cells of an experiment do.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise _naming(error, path) from error
-
-
-def _naming(error: OSError, path: Path) -> OSError:
-    """Return the error with the file's name, which the system leaves out when a write fails."""
-    return OSError(error.errno, error.strerror, str(path))
 
 
 def _open_tensorboard(folder: Path, step: int) -> SummaryWriter | None:
@@ -195,7 +171,7 @@ def _write_line(file: IO[bytes], line: bytes) -> None:
         while line:
             line = line[file.write(line) :]
     except OSError as error:
-        raise _naming(error, Path(file.name)) from error
+        raise OSError(error.errno, error.strerror, file.name) from error  # the system leaves the name out
 
 
 class _View(Protocol):

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minrnn.files import find_directory, write_json
 from minrnn.models import map_state, save_checkpoint
-from minrnn.models.checkpoint import find_directory
 from minrnn.ops import engines
 from minrnn.tasks import TASKS, Batch
 from minrnn.training.config import Precision, RunConfig, read_config
-from minrnn.training.log import RunLog, plot_losses, write_json
+from minrnn.training.log import RunLog, plot_losses
 from minrnn.training.memory import keep_freed_memory
 from minrnn.training.optim import clip_gradients, learning_rate_at, make_optimizers, set_learning_rate
 from minrnn.training.provenance import provenance

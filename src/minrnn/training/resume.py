@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from minrnn.files import find_directory, write_directory
 from minrnn.models import Model, load_checkpoint
-from minrnn.models.checkpoint import find_directory, load_tensors, save_tensors, write_directory, write_model
+from minrnn.models.checkpoint import load_tensors, save_tensors, write_model
 from minrnn.tasks import Vocabulary
 from minrnn.training.config import RunConfig, read_config
 

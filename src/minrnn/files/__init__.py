@@ -1,0 +1,15 @@
+"""Files: read strictly, with one line for what is wrong; written whole or not at all."""
+
+from minrnn.files.reading import naming as naming
+from minrnn.files.reading import parse_json as parse_json
+from minrnn.files.reading import parse_toml as parse_toml
+from minrnn.files.reading import read_json as read_json
+from minrnn.files.reading import read_json_lines as read_json_lines
+from minrnn.files.reading import read_toml as read_toml
+from minrnn.files.schema import convert as convert
+from minrnn.files.schema import nearest as nearest
+from minrnn.files.writing import find_directory as find_directory
+from minrnn.files.writing import locate as locate
+from minrnn.files.writing import replace_text as replace_text
+from minrnn.files.writing import write_directory as write_directory
+from minrnn.files.writing import write_json as write_json

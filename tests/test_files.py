@@ -1,0 +1,126 @@
+"""The one reader of structured files: what it takes, and the line that it says of all else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NotRequired, TypedDict
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minrnn.files import convert, parse_json, read_json, read_json_lines, read_toml, write_json
+
+
+@dataclass(frozen=True)
+class Inner:
+    size: int
+    rate: float = 1.0
+
+
+@dataclass(frozen=True)
+class Outer:
+    name: str
+    kind: Literal["a", "b"] = "a"
+    inner: Inner | None = None
+    many: list[Inner] = field(default_factory=list)
+    by_name: dict[str, float] = field(default_factory=dict)
+    pair: tuple[int, ...] = ()
+    either: int | str = 0
+
+
+class Open(TypedDict):
+    step: int
+    note: NotRequired[str]
+
+
+WHOLE = {
+    "name": "n",
+    "kind": "b",
+    "inner": {"size": 1, "rate": 2},
+    "many": [{"size": 3}],
+    "by_name": {"x": 1},
+    "pair": [1, 2],
+    "either": "s",
+}
+
+
+def test_a_whole_value_is_read_as_declared() -> None:
+    read = convert(WHOLE, Outer)
+    assert read == Outer("n", "b", Inner(1, 2.0), [Inner(3)], {"x": 1.0}, (1, 2), "s")
+    assert type(read.inner.rate) is float
+    assert convert({"step": 1, "more": [1]}, Open) == {"step": 1, "more": [1]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": 1}, "name must be str, got 1"),
+        ({"kind": "c"}, "kind must be one of a, b, got 'c'"),
+        ({"inner": []}, r"inner must be a table, got \[\]"),
+        ({"inner": {"size": True}}, "inner.size must be int, got True"),
+        ({"inner": {"rate": 1.0}}, "inner.size is missing"),
+        ({"inner": {"size": 1, "rate": 10**400}}, "inner.rate must be float, got 10"),
+        ({"inner": {"size": 1, "ratio": 1.0}}, "unknown key 'inner.ratio'; did you mean 'rate'"),
+        ({"many": {}}, "many must be a list, got {}"),
+        ({"many": [{"size": 1}, 2]}, r"many\[1\] must be a table, got 2"),
+        ({"by_name": {"x": "y"}}, "by_name.x must be float, got 'y'"),
+        ({"pair": [1, None]}, r"pair\[1\] must be int, got None"),
+        ({"either": 1.5}, "either must be int or str, got 1.5"),
+    ],
+)
+def test_what_is_not_as_declared_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = tmp_path / "file.json"
+    write_json(path, WHOLE | change)
+    with pytest.raises(ValueError, match=f"file.json: {message}"):
+        read_json(path, Outer)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff", b"\0", b'{"name": "a"} x', b"[" * 100_000])
+def test_what_is_no_json_is_named(tmp_path: Path, text: bytes) -> None:
+    path = tmp_path / "file.json"
+    path.write_bytes(text)
+    for read in (read_json, read_json_lines):
+        path.write_bytes(text + b"\n")
+        if text:
+            with pytest.raises(ValueError, match=r"file.json.* is no JSON \("):
+                read(path, Outer)
+
+
+@pytest.mark.parametrize("text", [b"a = ", b"\xff", b"a = " + b"[" * 100_000, b"name = 1"])
+def test_what_is_no_toml_is_named(tmp_path: Path, text: bytes) -> None:
+    path = tmp_path / "file.toml"
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=r"file.toml( is no TOML \(|: name must be str)"):
+        read_toml(path, Outer)
+
+
+def test_a_last_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st', encoding="utf-8")
+    assert read_json_lines(path, Open) == [{"step": 1}, {"step": 2}]
+    path.write_text('{"step": 1}\n{"stop": 2}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="line 2: step is missing"):
+        read_json_lines(path, Open)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@given(st.dictionaries(st.sampled_from([*WHOLE, "other"]), JSON))
+def test_any_json_is_read_or_refused_in_one_line(changes: dict[str, Any]) -> None:
+    text = json.dumps(WHOLE | changes)
+    for kind in (Outer, Open, Inner, list[Outer], dict[str, Outer], int):
+        message = "origin"
+        try:
+            parse_json(text, kind, "origin")
+        except ValueError as error:
+            message = str(error)
+        assert message.startswith("origin")
+        assert "\n" not in message
