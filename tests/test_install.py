@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,3 +58,39 @@ print(compiled.detail)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert re.search(r"not compiled.*C\+\+ compiler.*reinstall", done.stdout), done.stdout
+
+
+PACKAGE = REPOSITORY / "src" / "minrnn"
+
+
+def package_files() -> set[str]:
+    files = (path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {path.relative_to(PACKAGE.parent).as_posix() for path in files if path.suffix != ".so"}
+
+
+def build(hook: str, folder: Path) -> Path:
+    """Build a distribution by the hook that pip calls, from the build tools that constraints.txt pins."""
+    code = (
+        "import sys, scikit_build_core.build as backend\n"
+        "name = getattr(backend, sys.argv[1])(sys.argv[2], {'wheel.cmake': 'false', 'wheel.py-api': 'py3'})\n"
+        "print('built', name)"
+    )
+    command = [sys.executable, "-c", code, hook, str(folder)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    return folder / done.stdout.rpartition("built ")[2].strip()
+
+
+def test_a_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
+    with zipfile.ZipFile(build("build_wheel", tmp_path)) as wheel:
+        found = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert found == package_files()
+
+
+def test_an_sdist_holds_every_file_of_the_package_and_what_builds_it(tmp_path: Path) -> None:
+    path = build("build_sdist", tmp_path)
+    with tarfile.open(path) as archive:
+        found = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {f"csrc/{path.name}" for path in (REPOSITORY / "csrc").iterdir()}
+    assert {name for name in found if name.startswith("src/")} == {f"src/{name}" for name in package_files()}
+    assert found >= sources | {"CMakeLists.txt", "pyproject.toml", "LICENSE", "README.md"}
+    assert not {name.partition("/")[0] for name in found} & {"tests", "results", "docs", "benchmarks", ".ci"}
