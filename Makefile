@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 BUILD_TOOLS := scikit-build-core nanobind cmake ninja
 
-.PHONY: demo test lint clean
+.PHONY: demo test slow lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -22,6 +22,10 @@ demo: $(VENV)/.installed
 # One thread for each of two test processes: with more, they would wait for each other.
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(ARGS)
+
+# What takes minutes: kills, pairs of processes, mutants of every file that is read.
+slow: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(ARGS) tests/slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

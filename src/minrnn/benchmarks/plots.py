@@ -21,7 +21,7 @@ Line = list[tuple[float, float]]
 
 BLUE, BLACK = "#0b5fd6", "#222222"
 OTHERS = ("#d1495b", "#e08e2b", "#6a994e", "#8d5a97", "#7a6a53", "#3b8ea5", "#9a9a9a", "#b5838d")
-NO_MATPLOTLIB = "matplotlib is not installed (pip install matplotlib)"
+NO_MATPLOTLIB = "matplotlib is not installed (pip install 'minrnn[plots]')"
 
 
 def plot_timings(document: Mapping[str, Any], path: Path, axis: str) -> str | None:
