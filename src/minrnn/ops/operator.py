@@ -8,13 +8,15 @@ checked: scan.py has done that.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from minrnn.ops.engines import ENGINES, register, serving
 from minrnn.ops.gates import CANDIDATES, GATES
@@ -23,8 +25,10 @@ from minrnn.ops.transforms import (
     fold,
     for_old_vmap,
     have_tangents,
+    is_traced,
     is_transformed,
     needs_gradients,
+    separate,
     unfold,
 )
 
@@ -44,15 +48,10 @@ class Mode(NamedTuple):
 
 def apply(pre: list[Tensor], h0: Tensor | None, reset: Tensor | None, mode: Mode) -> Tensor:
     """h of the recurrence, differentiable: see `minrnn.ops.gated_scan`."""
-    if torch.compiler.is_compiling():
-        return _forward_op(pre, h0, reset, *mode)
-    if is_transformed():
-        # Unlike backward mode, forward mode is left on by no_grad.
-        if torch.is_grad_enabled() or have_tangents(h0, *pre):
-            return _GatedScan.apply(mode, h0, reset, *pre)
+    if is_traced() or is_transformed():
         return _forward_op(pre, h0, reset, *mode)
     if needs_gradients(h0, *pre):
-        return _PlainScan.apply(mode, h0, reset, *pre)
+        return _Recorded.apply(mode, h0, reset, *pre)
     return _forward(pre, h0, reset, mode)
 
 
@@ -175,49 +174,13 @@ def _linearise(
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The eager door, in two forms: torch binds the arguments of one with setup_context to a signature at every
-# call, which is a quarter of its cost, and function transforms take no other.
+# Autograd: one function for backward mode, and the operator's own kernel, which is where the transforms of
+# torch.func, compilers and tracers find both modes. Called at every level of nested transforms with that
+# level's tensors, it loses none; torch.autograd.Function.jvp would lose all but the innermost.
 
 
-class _GatedScan(torch.autograd.Function):
-    """apply(mode, h0, reset, *pre) -> h, under any transform."""
-
-    @staticmethod
-    def forward(mode: Mode, h0: Tensor | None, reset: Tensor | None, *pre: Tensor) -> Tensor:
-        return _forward_op(list(pre), h0, reset, *mode)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mode, h0, reset, *pre = inputs
-        ctx.save_for_backward(h0, reset, output, *pre)
-        ctx.save_for_forward(h0, reset, output, *pre)
-
-    @staticmethod
-    def backward(ctx: Any, dh: Tensor) -> tuple[Any, ...]:
-        h0, reset, h, *pre = ctx.saved_tensors
-        dpre, dh0 = _backward(dh, pre, h, h0, reset, ctx.mode)
-        return None, dh0, None, *dpre
-
-    @staticmethod
-    def jvp(ctx: Any, _mode: None, dh0: Any, _reset: Any, *dpre: Any) -> Tensor:
-        h0, reset, h, *pre = ctx.saved_tensors
-        return _tangent(dpre, dh0, pre, h, h0, reset, ctx.mode)
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], mode: Mode, h0: Tensor | None, reset: Tensor | None, *pre: Tensor
-    ) -> tuple[Tensor, int]:
-        # A NamedTuple's entry in in_dims is a tuple of its own; what follows it are the tensors'.
-        h = _GatedScan.apply(mode, *fold(info, (h0, reset, *pre), in_dims[1:]))
-        return unfold(info, h), 0
-
-
-# apply binds its arguments to forward's signature; kept here, it need not be found anew at every call.
-_GatedScan.forward.__signature__ = inspect.signature(_GatedScan.forward)  # type: ignore[attr-defined]
-
-
-class _PlainScan(torch.autograd.Function):
-    """apply(mode, h0, reset, *pre) -> h, where nothing is transformed when it is called."""
+class _Recorded(_SingleLevelFunction):
+    """apply(mode, h0, reset, *pre) -> h."""
 
     @staticmethod
     def forward(ctx: Any, mode: Mode, h0: Tensor | None, reset: Tensor | None, *pre: Tensor) -> Tensor:
@@ -226,23 +189,39 @@ class _PlainScan(torch.autograd.Function):
         ctx.save_for_backward(h0, reset, h, *pre)
         return h
 
-    backward = _GatedScan.backward
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor) -> tuple[Any, ...]:
+        h0, reset, h, *pre = ctx.saved_tensors
+        dpre, dh0 = _backward(dh, pre, h, h0, reset, ctx.mode)
+        return None, dh0, None, *dpre
+
+
+class _RecordedAtLevel(_Recorded):
+    """The same at one level of torch.func's transforms, of which the levels below may record as well."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return _Recorded.forward(ctx, *arguments)
+
+
+def _differentiable(pre: list[Tensor], h0: Tensor | None, reset: Tensor | None, *mode: Any) -> Tensor:
+    """The operator for the dispatch key Autograd."""
+    if have_tangents(h0, *pre):
+        (h0, *pre), (dh0, *dpre) = separate((h0, *pre))
+        h = _forward_op(pre, h0, reset, *mode)
+        return forward_ad.make_dual(h, _tangent(dpre, dh0, pre, h, h0, reset, Mode(*mode)))
+    if needs_gradients(h0, *pre):
+        with enable_single_level_autograd_function():
+            return _RecordedAtLevel.apply(Mode(*mode), h0, reset, *pre)
+    return _forward(pre, h0, reset, Mode(*mode))
+
+
+_LIBRARY.impl("gated_scan", _differentiable, "Autograd")
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The compiled door
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pre, h0, reset, *mode = inputs
-    ctx.mode = Mode(*mode)
-    ctx.save_for_backward(h0, reset, output, *pre)
-
-
-def _operator_backward(ctx: Any, dh: Tensor) -> tuple[Any, ...]:
-    h0, reset, h, *pre = ctx.saved_tensors
-    dpre, dh0 = _backward(dh, pre, h, h0, reset, ctx.mode)
-    return dpre, dh0, None, None, None, None
+# Batching
 
 
 def _forward_vmap(
@@ -274,9 +253,6 @@ def _backward_vmap(
     return [unfold(info, d) for d in gradients], [0] * len(gradients)
 
 
-torch.library.register_autograd(
-    "minrnn::gated_scan", _operator_backward, setup_context=_setup_context, lib=_LIBRARY
-)
 torch.library.register_vmap("minrnn::gated_scan", _forward_vmap, lib=_LIBRARY)
 torch.library.register_vmap("minrnn::gated_scan_backward", _backward_vmap, lib=_LIBRARY)
 _LIBRARY.impl("gated_scan", for_old_vmap(_forward_vmap), "Batched")

@@ -18,8 +18,10 @@ __all__ = [
     "is_mapped_by_old_vmap",
     "is_observed",
     "is_plain",
+    "is_traced",
     "is_transformed",
     "needs_gradients",
+    "separate",
     "unfold",
 ]
 
@@ -27,6 +29,11 @@ __all__ = [
 def needs_gradients(*tensors: Tensor | None) -> bool:
     """Whether autograd has to record what becomes of these tensors."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def is_traced() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace is writing down what is called."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def is_transformed() -> bool:
@@ -40,12 +47,11 @@ def is_observed() -> bool:
     That is a compiler, a tracer, autograd, a transform, autocast, or a mode that counts or replaces them.
     """
     return (
-        torch.compiler.is_compiling()
+        is_traced()
         or torch.is_grad_enabled()
         or is_transformed()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
-        or torch._C._get_tracing_state() is not None
         or torch.is_autocast_enabled("cpu")
     )
 
@@ -61,6 +67,14 @@ def is_plain(*tensors: Tensor | None) -> bool:
 def have_tangents(*tensors: Tensor | None) -> bool:
     """Whether forward-mode differentiation is under way; unlike backward mode, no_grad leaves it on."""
     return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def separate(
+    tensors: Sequence[Tensor | None],
+) -> tuple[list[Any], list[Tensor | None]]:
+    """Take dual tensors apart: primals and tangents, None where there is none."""
+    pairs = [(None, None) if x is None else forward_ad.unpack_dual(x) for x in tensors]
+    return [primal for primal, _ in pairs], [tangent for _, tangent in pairs]
 
 
 def fold(info: Any, tensors: Sequence[Tensor | None], dims: Sequence[int | None]) -> list[Any]:
