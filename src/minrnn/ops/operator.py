@@ -27,6 +27,7 @@ from minrnn.ops.transforms import (
     have_tangents,
     is_traced,
     is_transformed,
+    join,
     needs_gradients,
     separate,
     unfold,
@@ -114,11 +115,11 @@ def _backward(
     dh: Tensor, pre: list[Tensor], h: Tensor, h0: Tensor | None, reset: Tensor | None, mode: Mode
 ) -> tuple[list[Tensor], Tensor | None]:
     """Gradients of (pre, h0): the engine's fused pass, or differentiable scans if they are differentiated."""
-    # create_graph=True, or a functorch transform; or tangents, in forward mode
-    if torch.is_grad_enabled() or (is_transformed() and have_tangents(dh, *pre, h, h0)):
-        dpre, dh0 = _differentiable_backward(dh, pre, h, h0, reset, mode)
-    else:
+    if torch.is_grad_enabled() or is_transformed():  # create_graph=True; or a transform, or forward mode
         *dpre, dh0 = _backward_op(dh, pre, h, h0, reset, *mode)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            *dpre, dh0 = _backward_op(dh, pre, h, h0, reset, *mode)
     return dpre, None if h0 is None else dh0.to(h0.dtype)
 
 
@@ -210,14 +211,27 @@ def _differentiable(pre: list[Tensor], h0: Tensor | None, reset: Tensor | None, 
     if have_tangents(h0, *pre):
         (h0, *pre), (dh0, *dpre) = separate((h0, *pre))
         h = _forward_op(pre, h0, reset, *mode)
-        return forward_ad.make_dual(h, _tangent(dpre, dh0, pre, h, h0, reset, Mode(*mode)))
+        return join(h, _tangent(dpre, dh0, pre, h, h0, reset, Mode(*mode)))
     if needs_gradients(h0, *pre):
         with enable_single_level_autograd_function():
             return _RecordedAtLevel.apply(Mode(*mode), h0, reset, *pre)
     return _forward(pre, h0, reset, Mode(*mode))
 
 
+def _twice_differentiable(
+    dh: Tensor, pre: list[Tensor], h: Tensor, h0: Tensor | None, reset: Tensor | None, *mode: Any
+) -> list[Tensor]:
+    """The backward operator for the dispatch key Autograd."""
+    tensors = (dh, *pre, h, h0)
+    if needs_gradients(*tensors) or have_tangents(*tensors):
+        dpre, dh0 = _differentiable_backward(dh, pre, h, h0, reset, Mode(*mode))
+        return [*dpre, dh0]
+    with torch._C._AutoDispatchBelowAutograd():
+        return _backward_op(dh, pre, h, h0, reset, *mode)
+
+
 _LIBRARY.impl("gated_scan", _differentiable, "Autograd")
+_LIBRARY.impl("gated_scan_backward", _twice_differentiable, "Autograd")
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ __all__ = [
     "is_plain",
     "is_traced",
     "is_transformed",
+    "join",
     "needs_gradients",
     "separate",
     "unfold",
@@ -64,17 +65,24 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return not is_transformed() and all(x is None or type(x) in (Tensor, Parameter) for x in tensors)
 
 
+LEVEL = 0
+"""Of forward mode in torch, which has no other; compiled graphs enter it unseen by torch.autograd.forward_ad."""
+
+
 def have_tangents(*tensors: Tensor | None) -> bool:
     """Whether forward-mode differentiation is under way; unlike backward mode, no_grad leaves it on."""
-    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    return any(x is not None and forward_ad.unpack_dual(x, level=LEVEL).tangent is not None for x in tensors)
 
 
-def separate(
-    tensors: Sequence[Tensor | None],
-) -> tuple[list[Any], list[Tensor | None]]:
-    """Take dual tensors apart: primals and tangents, None where there is none."""
-    pairs = [(None, None) if x is None else forward_ad.unpack_dual(x) for x in tensors]
+def separate(tensors: Sequence[Tensor | None]) -> tuple[list[Any], list[Tensor | None]]:
+    """Take dual tensors apart: their primals, and their tangents, None where there is none."""
+    pairs = [(None, None) if x is None else forward_ad.unpack_dual(x, level=LEVEL) for x in tensors]
     return [primal for primal, _ in pairs], [tangent for _, tangent in pairs]
+
+
+def join(primal: Tensor, tangent: Tensor) -> Tensor:
+    """Make a dual tensor."""
+    return forward_ad.make_dual(primal, tangent, level=LEVEL)
 
 
 def fold(info: Any, tensors: Sequence[Tensor | None], dims: Sequence[int | None]) -> list[Any]:
