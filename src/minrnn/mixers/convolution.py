@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from minrnn.mixers.mixer import sequence_start
+from minrnn.ops.transforms import is_mapped_by_old_vmap, is_plain, is_traced, is_transformed
 
 
 class CausalConv(nn.Module):
@@ -49,16 +50,11 @@ class CausalConv(nn.Module):
             window = x.new_zeros(B, past, D)
         padded = torch.cat([window.to(x.dtype), x], dim=1)  # (B, past + T, D)
         if reset is None:
-            return self._convolve(padded), padded[:, T:].clone()
+            return _convolve(padded, self.weight, self.bias), padded[:, T:].clone()
         start = sequence_start(reset, torch.zeros_like(reset[:, 0], dtype=torch.int64), past)  # (B, T)
         y = _sum_taps(self._lags_within(padded, start), self.weight, self.bias)
         stale = torch.arange(T, T + past, device=x.device) < start[:, -1:]  # (B, past)
         return y, padded[:, T:].masked_fill(stale.unsqueeze(2), 0)
-
-    def _convolve(self, padded: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # a compiler fuses the plain sums, and traces no custom jvp
-            return _sum_taps(_lags(padded, self.width), self.weight, self.bias)
-        return _Taps.apply(padded, self.weight, self.bias)
 
     def _lags_within(self, padded: Tensor, start: Tensor) -> list[Tensor]:
         """View the inputs of each lag, zero before the step's `start` `(B, T)`, an index into padded."""
@@ -68,6 +64,13 @@ class CausalConv(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, width={self.width}, bias={self.bias is not None}"
+
+
+def _convolve(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # A compiler fuses the plain sums; transforms keep all their levels in them, as they would not in a Function.
+    if is_traced() or is_transformed():
+        return _sum_taps(_lags(padded, weight.shape[0]), weight, bias)
+    return _Taps.apply(padded, weight, bias)
 
 
 class _Taps(torch.autograd.Function):
@@ -83,18 +86,13 @@ class _Taps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(padded, weight)
         now, *before = _lags(padded, weight.shape[0])
         y = now * weight[0] if bias is None else torch.addcmul(bias, now, weight[0])
         for lag, x in enumerate(before, start=1):
             y.addcmul_(x, weight[lag])  # in place: at large sizes fresh memory would double the time
         return y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-        padded, weight, _ = inputs
-        ctx.save_for_backward(padded, weight)
-        ctx.save_for_forward(padded, weight)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -103,25 +101,12 @@ class _Taps(torch.autograd.Function):
         dpadded = dweight = dbias = None
         if ctx.needs_input_grad[0]:
             past = width - 1
-            dpadded = _Taps.apply(functional.pad(dy, (0, 0, past, past)), weight.flip(0), None)
+            dpadded = _convolve(functional.pad(dy, (0, 0, past, past)), weight.flip(0), None)
         if ctx.needs_input_grad[1]:
             dweight = _correlate(_lags(padded, width), dy)
         if ctx.needs_input_grad[2]:
             dbias = dy.flatten(0, 1).sum(0)
         return dpadded, dweight, dbias
-
-    @staticmethod
-    def jvp(ctx: Any, padded_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor:
-        padded, weight = ctx.saved_tensors
-        by_input = _Taps.apply(torch.zeros_like(padded) if padded_t is None else padded_t, weight, bias_t)
-        return by_input if weight_t is None else by_input + _Taps.apply(padded, weight_t, None)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
-        def convolve(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return _sum_taps(_lags(padded, weight.shape[0]), weight, bias)
-
-        return torch.vmap(convolve, in_dims)(*inputs), 0  # torch cannot batch what is done in place
 
 
 def _lags(padded: Tensor, width: int) -> list[Tensor]:
@@ -143,8 +128,8 @@ def _correlate(lags: list[Tensor], dy: Tensor) -> Tensor:
     sums = []
     product: Tensor | None = None
     for x in lags:
-        # One piece of memory for all products, unless they are to be differentiated: see the forward.
-        buffer = None if torch.is_grad_enabled() else product
+        # One piece of memory for all products, unless more than their numbers is wanted: see the forward.
+        buffer = None if torch.is_grad_enabled() or not is_plain(dy) or is_mapped_by_old_vmap(dy) else product
         product = torch.mul(dy, x, out=buffer)
         sums.append(product.flatten(0, 1).sum(0))
     return torch.stack(sums)

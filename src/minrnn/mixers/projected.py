@@ -18,7 +18,13 @@ from torch.utils.checkpoint import checkpoint
 from minrnn.mixers.chunks import WHOLE, Chunk, cut_batch, cut_sequences, steps_at_once
 from minrnn.ops import gated_scan
 from minrnn.ops.operator import new_output
-from minrnn.ops.transforms import is_mapped_by_old_vmap, is_plain, is_transformed, needs_gradients
+from minrnn.ops.transforms import (
+    is_mapped_by_old_vmap,
+    is_plain,
+    is_traced,
+    is_transformed,
+    needs_gradients,
+)
 
 LARGE_BYTES = 32 << 20
 """Pre-activations from which on they are cut, to save memory. Fewer are computed at once, which is faster: a
@@ -76,7 +82,7 @@ class Recurrence(NamedTuple):
             TypeError: as `gated_scan`.
             ValueError: as `gated_scan`.
         """
-        if torch.compiler.is_compiling():
+        if is_traced():
             return self.compose(x, h0, reset, reverse, time_major)
         if not (self.recompute or self._is_large(x)) or not self._fuses(x, h0):
             return self.compose(x, h0, reset, reverse, time_major)
@@ -86,7 +92,7 @@ class Recurrence(NamedTuple):
 
     def takes_sequences(self, x: Tensor, h0: Tensor) -> bool:
         """Whether `scan_sequences` can be called, and its calls are outweighed by the work of each."""
-        if torch.compiler.is_compiling():
+        if is_traced():
             return False
         return x.shape[1] * h0.shape[1] >= MIN_ELEMENTS * h0.shape[0] and self._fuses(x, h0)
 

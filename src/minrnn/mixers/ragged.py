@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from minrnn.ops.transforms import is_traced
+
 
 class Ragged(NamedTuple):
     """Sequences of different lengths, one after the other."""
@@ -87,7 +89,7 @@ def read_documents(name: str, input: Tensor, cu_seqlens: Tensor, batch_axis: int
             f"{name}: with cu_seqlens, input must be (total, C) or a batch of 1, got {tuple(input.shape)}"
         )
     rows = input.squeeze(batch_axis) if batched else input
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if cu_seqlens.device.type == "cpu" and not is_traced():
         total = rows.shape[0]
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != total or (cu_seqlens.diff() < 0).any():
             raise ValueError(

@@ -14,14 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from minrnn.ops.engines import ENGINES, register, serving
 from minrnn.ops.gates import CANDIDATES, GATES
 from minrnn.ops.reference import output_like, split, state_dtype
 from minrnn.ops.transforms import (
+    at_level,
     fold,
     for_old_vmap,
     have_tangents,
@@ -197,13 +196,7 @@ class _Recorded(_SingleLevelFunction):
         return None, dh0, None, *dpre
 
 
-class _RecordedAtLevel(_Recorded):
-    """The same at one level of torch.func's transforms, of which the levels below may record as well."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-            return _Recorded.forward(ctx, *arguments)
+_RecordedAtLevel = at_level(_Recorded)
 
 
 def _differentiable(pre: list[Tensor], h0: Tensor | None, reset: Tensor | None, *mode: Any) -> Tensor:
@@ -213,8 +206,7 @@ def _differentiable(pre: list[Tensor], h0: Tensor | None, reset: Tensor | None, 
         h = _forward_op(pre, h0, reset, *mode)
         return join(h, _tangent(dpre, dh0, pre, h, h0, reset, Mode(*mode)))
     if needs_gradients(h0, *pre):
-        with enable_single_level_autograd_function():
-            return _RecordedAtLevel.apply(Mode(*mode), h0, reset, *pre)
+        return _RecordedAtLevel.apply(Mode(*mode), h0, reset, *pre)
     return _forward(pre, h0, reset, Mode(*mode))
 
 

@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.nn import Parameter
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 __all__ = [
+    "at_level",
     "fold",
     "for_old_vmap",
     "have_tangents",
@@ -83,6 +86,26 @@ def separate(tensors: Sequence[Tensor | None]) -> tuple[list[Any], list[Tensor |
 def join(primal: Tensor, tangent: Tensor) -> Tensor:
     """Make a dual tensor."""
     return forward_ad.make_dual(primal, tangent, level=LEVEL)
+
+
+def at_level(function: type[_SingleLevelFunction]) -> type[_SingleLevelFunction]:
+    """Make of an autograd.Function one for an operator's Autograd kernel, at one of nested transforms' levels.
+
+    A Function's forward records nothing, at no level; here the levels below, whose turn comes within it, do.
+    """
+
+    class AtLevel(function):  # type: ignore[misc, valid-type]
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                return function.forward(ctx, *arguments)
+
+        @classmethod
+        def apply(cls, *arguments: Any) -> Any:
+            with enable_single_level_autograd_function():
+                return super().apply(*arguments)
+
+    return AtLevel
 
 
 def fold(info: Any, tensors: Sequence[Tensor | None], dims: Sequence[int | None]) -> list[Any]:

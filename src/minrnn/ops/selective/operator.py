@@ -6,13 +6,13 @@ both share what stands below. Nothing is checked: scan.py has done that.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import _SingleLevelFunction
 from torch.nn.functional import softplus
 
 from minrnn.ops import operator
@@ -20,11 +20,15 @@ from minrnn.ops.engines import Functions, register
 from minrnn.ops.reference import output_like, state_dtype
 from minrnn.ops.selective.reference import Inputs, discretise, empty_borders
 from minrnn.ops.transforms import (
+    at_level,
     fold,
     for_old_vmap,
     have_tangents,
+    is_traced,
     is_transformed,
+    join,
     needs_gradients,
+    separate,
     unfold,
 )
 
@@ -43,17 +47,16 @@ Derivatives = tuple[Tensor | None, ...]
 
 def apply(x: Inputs) -> tuple[Tensor, Tensor]:
     """y and the final state, differentiable: see `minrnn.ops.selective_scan`."""
-    if torch.compiler.is_compiling():
+    if is_traced() or is_transformed():
         return _forward_op(*x, torch.is_grad_enabled())[:2]
-    if is_transformed():
-        # Unlike backward mode, forward mode is left on by no_grad.
-        if torch.is_grad_enabled() or have_tangents(*x[:-1]):
-            return _SelectiveScan.apply(*x)[:2]
-        return _forward_op(*x, False)[:2]
     if needs_gradients(*x[:-1]):
-        return _PlainSelectiveScan.apply(*x)
+        return _Recorded.apply(*x)[:2]
+    return _forward(*x, False)[:2]
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     with torch._C._AutoDispatchBelowAutograd():  # past its check whether gradients are wanted, as gated_scan
-        return _forward_op(*x, False)[:2]
+        return _forward_op(*arguments)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -121,10 +124,11 @@ def _backward_fake(dy: Tensor, dlast: Tensor, borders: Tensor, *inputs: Any) -> 
 
 def _backward(dy: Tensor, dlast: Tensor, borders: Tensor, x: Inputs) -> Derivatives:
     """Gradients: the engine's fused pass, or differentiable scans if they will be differentiated."""
-    if torch.is_grad_enabled():  # create_graph=True, or a functorch transform
-        gradients = _differentiable_backward(dy, dlast, x)
-    else:
+    if torch.is_grad_enabled() or is_transformed():  # create_graph=True; or a transform, or forward mode
         gradients = _backward_op(dy, dlast, borders, *x)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            gradients = _backward_op(dy, dlast, borders, *x)
     pairs = zip(x[:-1], gradients, strict=True)
     return (*(None if given is None else d.to(given.dtype) for given, d in pairs), None)
 
@@ -248,74 +252,53 @@ def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The eager door, in two forms as that of the gated scan
+# Autograd, as of the gated scan
 
 
-class _SelectiveScan(torch.autograd.Function):
-    """apply(*Inputs) -> y, the final state, borders; under any transform."""
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _forward_op(*inputs, True)
+class _Recorded(_SingleLevelFunction):
+    """apply(*Inputs) -> y, the final state, borders."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        borders = output[2]
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        y, last, borders = _forward(*inputs, True)
         ctx.mark_non_differentiable(borders)
         ctx.save_for_backward(borders, *inputs)
-        ctx.save_for_forward(borders, *inputs)
+        return y, last, borders
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dlast: Tensor, _dborders: Any) -> Derivatives:
         borders, *inputs = ctx.saved_tensors
         return _backward(dy, dlast, borders, Inputs(*inputs))
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor, None]:
-        _, *inputs = ctx.saved_tensors
-        return (*_tangents(tangents, Inputs(*inputs)), None)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
-        return _forward_each(info, in_dims, inputs, _SelectiveScan.apply)
+_RecordedAtLevel = at_level(_Recorded)
 
 
-# apply binds its arguments to forward's signature; kept here, it need not be found anew at every call.
-_SelectiveScan.forward.__signature__ = inspect.signature(_SelectiveScan.forward)  # type: ignore[attr-defined]
+def _differentiable(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator for the dispatch key Autograd."""
+    *inputs, save = arguments
+    *tensors, reset = inputs
+    if have_tangents(*tensors):
+        primals, tangents = separate(tensors)
+        y, last, borders = _forward_op(*primals, reset, save)
+        dy, dlast = _tangents((*tangents, None), Inputs(*primals, reset))
+        return join(y, dy), join(last, dlast), borders
+    if needs_gradients(*tensors):
+        return _RecordedAtLevel.apply(*inputs)
+    return _forward(*arguments)
 
 
-class _PlainSelectiveScan(torch.autograd.Function):
-    """apply(*Inputs) -> y, the final state; where nothing is transformed when it is called."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        y, last, borders = _forward_op(*inputs, True)
-        ctx.save_for_backward(borders, *inputs)
-        return y, last
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> Derivatives:
-        borders, *inputs = ctx.saved_tensors
-        return _backward(dy, dlast, borders, Inputs(*inputs))
+def _twice_differentiable(dy: Tensor, dlast: Tensor, borders: Tensor, *inputs: Any) -> list[Tensor]:
+    """The backward operator for the dispatch key Autograd."""
+    tensors = (dy, dlast, *inputs[:-1])
+    if needs_gradients(*tensors) or have_tangents(*tensors):
+        return _differentiable_backward(dy, dlast, Inputs(*inputs))
+    with torch._C._AutoDispatchBelowAutograd():
+        return _backward_op(dy, dlast, borders, *inputs)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The compiled door
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, _ = inputs
-    ctx.save_for_backward(output[2], *tensors)
-
-
-def _operator_backward(ctx: Any, dy: Tensor, dlast: Tensor, _dborders: Any) -> Derivatives:
-    borders, *inputs = ctx.saved_tensors
-    return (*_backward(dy, dlast, borders, Inputs(*inputs)), None)
-
-
-torch.library.register_autograd(
-    "minrnn::selective_scan", _operator_backward, setup_context=_setup_context, lib=_LIBRARY
-)
+_LIBRARY.impl("selective_scan", _differentiable, "Autograd")
+_LIBRARY.impl("selective_scan_backward", _twice_differentiable, "Autograd")
 torch.library.register_vmap("minrnn::selective_scan", _forward_vmap, lib=_LIBRARY)
 torch.library.register_vmap("minrnn::selective_scan_backward", _backward_vmap, lib=_LIBRARY)
 _LIBRARY.impl("selective_scan", for_old_vmap(_forward_vmap), "Batched")
