@@ -5,6 +5,10 @@
 >>> output, h_n = MinGRU(input_size=4, hidden_size=8, batch_first=True)(torch.zeros(1, 10, 4))
 >>> output.shape, h_n.shape
 (torch.Size([1, 10, 8]), torch.Size([1, 1, 8]))
+
+Importing minrnn does not import torch: the names below are imported when they are asked for, so that `minrnn
+--help` need not wait. It does register the operators `torch.ops.minrnn.*`, which programs saved by torch.export
+and torch.jit call by name: at once where torch has been imported, else as soon as it is.
 """
 
 from typing import TYPE_CHECKING
@@ -36,9 +40,10 @@ if TYPE_CHECKING:
     from minrnn.training import TrainConfig as TrainConfig
     from minrnn.training import train as train
 else:
+    import sys
     from importlib import import_module
 
-    # The names above, by room, imported when they are asked for: `minrnn --help` should not wait for torch.
+    # The names above, by room.
     _ROOMS = {
         "mixers": (
             "MIXERS",
@@ -65,3 +70,32 @@ else:
 
     def __dir__():
         return [*globals(), *__all__]
+
+    class _TorchFinder:
+        """Finds torch as others do, and has it register the operators when it has been loaded."""
+
+        @classmethod
+        def find_spec(cls, name, path=None, target=None):
+            if name != "torch":
+                return None
+            sys.meta_path.remove(cls)
+            spec = import_module("importlib.util").find_spec(name)
+            if spec is not None:
+                spec.loader.exec_module = cls._followed(spec.loader.exec_module)
+            return spec
+
+        @staticmethod
+        def _followed(exec_module):
+            def exec_module_and_register(module):
+                exec_module(module)
+                try:
+                    import_module("minrnn.ops")
+                except (ImportError, RuntimeError, ValueError) as error:  # torch itself is whole
+                    import_module("warnings").warn(f"minrnn's operators are not registered: {error}")
+
+            return exec_module_and_register
+
+    if "torch" in sys.modules:
+        import_module("minrnn.ops")
+    else:
+        sys.meta_path.insert(0, _TorchFinder)

@@ -195,18 +195,23 @@ class _Recorded(_SingleLevelFunction):
         dpre, dh0 = _backward(dh, pre, h, h0, reset, ctx.mode)
         return None, dh0, None, *dpre
 
+    @staticmethod
+    def jvp(ctx: Any, _mode: None, dh0: Any, _reset: None, *dpre: Any) -> Tensor:
+        h0, reset, h, *pre = ctx.saved_tensors
+        return _tangent(dpre, dh0, pre, h, h0, reset, ctx.mode)
+
 
 _RecordedAtLevel = at_level(_Recorded)
 
 
 def _differentiable(pre: list[Tensor], h0: Tensor | None, reset: Tensor | None, *mode: Any) -> Tensor:
     """The operator for the dispatch key Autograd."""
+    if needs_gradients(h0, *pre):
+        return _RecordedAtLevel.apply(Mode(*mode), h0, reset, *pre)
     if have_tangents(h0, *pre):
         (h0, *pre), (dh0, *dpre) = separate((h0, *pre))
         h = _forward_op(pre, h0, reset, *mode)
         return join(h, _tangent(dpre, dh0, pre, h, h0, reset, Mode(*mode)))
-    if needs_gradients(h0, *pre):
-        return _RecordedAtLevel.apply(Mode(*mode), h0, reset, *pre)
     return _forward(pre, h0, reset, Mode(*mode))
 
 

@@ -92,13 +92,17 @@ def at_level(function: type[_SingleLevelFunction]) -> type[_SingleLevelFunction]
     """Make of an autograd.Function one for an operator's Autograd kernel, at one of nested transforms' levels.
 
     A Function's forward records nothing, at no level; here the levels below, whose turn comes within it, do.
+    Its jvp is for tensors that have gradients and tangents at one level, as torch.autograd.forward_ad has
+    them: what backward computes with then has tangents too. Elsewhere it would lose the levels below.
     """
 
     class AtLevel(function):  # type: ignore[misc, valid-type]
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                return function.forward(ctx, *arguments)
+                outputs = function.forward(ctx, *arguments)
+            ctx.save_for_forward(*ctx.to_save)
+            return outputs
 
         @classmethod
         def apply(cls, *arguments: Any) -> Any:

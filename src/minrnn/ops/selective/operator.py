@@ -48,7 +48,7 @@ Derivatives = tuple[Tensor | None, ...]
 def apply(x: Inputs) -> tuple[Tensor, Tensor]:
     """y and the final state, differentiable: see `minrnn.ops.selective_scan`."""
     if is_traced() or is_transformed():
-        return _forward_op(*x, torch.is_grad_enabled())[:2]
+        return _forward_op(*x, False)[:2]  # whether to save is for whoever records to say
     if needs_gradients(*x[:-1]):
         return _Recorded.apply(*x)[:2]
     return _forward(*x, False)[:2]
@@ -270,6 +270,11 @@ class _Recorded(_SingleLevelFunction):
         borders, *inputs = ctx.saved_tensors
         return _backward(dy, dlast, borders, Inputs(*inputs))
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor, None]:
+        _, *inputs = ctx.saved_tensors
+        return (*_tangents(tangents, Inputs(*inputs)), None)
+
 
 _RecordedAtLevel = at_level(_Recorded)
 
@@ -278,13 +283,14 @@ def _differentiable(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The operator for the dispatch key Autograd."""
     *inputs, save = arguments
     *tensors, reset = inputs
+    if needs_gradients(*tensors):
+        y, last, borders = _RecordedAtLevel.apply(*inputs)
+        return y, last, borders if save else empty_borders(Inputs(*inputs), False)
     if have_tangents(*tensors):
         primals, tangents = separate(tensors)
         y, last, borders = _forward_op(*primals, reset, save)
         dy, dlast = _tangents((*tangents, None), Inputs(*primals, reset))
         return join(y, dy), join(last, dlast), borders
-    if needs_gradients(*tensors):
-        return _RecordedAtLevel.apply(*inputs)
     return _forward(*arguments)
 
 
