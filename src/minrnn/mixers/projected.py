@@ -131,7 +131,7 @@ class Recurrence(NamedTuple):
         return checkpoint(law, again, x, h0, *arguments, use_reentrant=False, preserve_rng_state=False)
 
     def _fuses(self, x: Tensor, h0: Tensor | None) -> bool:
-        """Whether numbers, and no transform of them, are asked for, and sums over chunks can be exact enough.
+        """Whether there are numbers, no transform of them is asked for, and sums over chunks can be exact enough.
 
         They cannot where they are rounded to 16 bits after each chunk. On a GPU, chunks that its cache keeps
         would not fill it.
@@ -139,6 +139,7 @@ class Recurrence(NamedTuple):
         weight = self.weight
         return (
             x.is_cpu
+            and x.numel() > 0
             and x.dtype == weight.dtype
             and weight.dtype in (torch.float32, torch.float64)
             and not torch.is_autocast_enabled("cpu")

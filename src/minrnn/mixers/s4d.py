@@ -106,6 +106,9 @@ class S4DMixer(Mixer):
         self.output = nn.Linear(d_model, 2 * d_hidden, bias=bias)
 
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
+        if x.shape[0] == 0:  # torch has no FFT of no rows: one of zeros goes through, and is cut off
+            y, (h,) = self.mix(*_with_a_row(x, state, reset))
+            return y[:0], (h[:0],)
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):  # it would multiply kernels in 16 bits
             h0 = None if state is None else torch.view_as_complex(state[0].to(dtype).contiguous())
@@ -146,6 +149,19 @@ class S4DMixer(Mixer):
             u = u + (ring if reset is None else ring.masked_fill(number > 0, 0))
         h = response.last_state(x, ringing)
         return u.permute(1, 2, 0), h.transpose(0, 1).contiguous()
+
+
+def _with_a_row(
+    x: Tensor, state: State | None, reset: Tensor | None
+) -> tuple[Tensor, State | None, Tensor | None]:
+    def extend(part: Tensor) -> Tensor:
+        return torch.cat([part, part.new_zeros(1, *part.shape[1:])])
+
+    return (
+        extend(x),
+        None if state is None else tuple(map(extend, state)),
+        None if reset is None else extend(reset),
+    )
 
 
 class _Response:

@@ -18,7 +18,17 @@ from typing import Any
 
 import torch
 
-__all__ = ["ENGINES", "Engine", "Functions", "engines", "forced", "load", "register", "serving"]
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "Functions",
+    "engines",
+    "forced",
+    "implementations",
+    "load",
+    "register",
+    "serving",
+]
 
 
 @dataclass(frozen=True)
@@ -72,35 +82,38 @@ Functions = tuple[Callable[..., Any], Callable[..., Any]]
 """An engine's forward and backward, with the arguments of the operators that they implement."""
 
 
-def register(
-    library: torch.library.Library,
-    operator: str,
-    modules: Mapping[str, str],
-    functions: Callable[[ModuleType], Functions],
-) -> None:
-    """Register an operator and its backward for each device, with the engine that serves it.
+def implementations(
+    modules: Mapping[str, str], functions: Callable[[ModuleType], Functions]
+) -> dict[str, Functions]:
+    """Find what implements an operator and its backward, by the key of torch's dispatcher.
+
+    It is called before anything is defined, for it may raise, and whoever imports minrnn once more should read
+    the same.
 
     Args:
-        library: where `operator` and `operator_backward` are defined.
-        operator: the operator's name.
         modules: the module of each engine that knows the operator, by the engine's name.
         functions: finds the two operators' implementations in such a module.
 
     Raises:
+        ValueError: MINRNN_ENGINE names no engine.
         RuntimeError: MINRNN_ENGINE names an engine that cannot load.
     """
-    chosen = forced()
+    chosen, found = forced(), {}
     for name, (_, device, key) in ENGINES.items():
         if name not in modules or (chosen not in (None, name) and name != "reference"):
             continue
         if device == "cuda" and chosen is None:
-            forward, backward = _when_used(name, modules, functions)
+            found[key] = _when_used(name, modules, functions)
         elif isinstance(module := _find(name, modules), ModuleType):
-            forward, backward = functions(module)
+            found[key] = functions(module)
         elif chosen == name:
             raise RuntimeError(f"MINRNN_ENGINE={name}, but that engine cannot load: {module}") from module
-        else:
-            continue
+    return found
+
+
+def register(library: torch.library.Library, operator: str, found: Mapping[str, Functions]) -> None:
+    """Register `implementations` of an operator and its backward, which are defined in `library`."""
+    for key, (forward, backward) in found.items():
         library.impl(operator, forward, key)
         library.impl(f"{operator}_backward", backward, key)
 

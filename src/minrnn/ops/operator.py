@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
 
-from minrnn.ops.engines import ENGINES, register, serving
+from minrnn.ops.engines import ENGINES, Functions, implementations, register, serving
 from minrnn.ops.gates import CANDIDATES, GATES
 from minrnn.ops.reference import output_like, split, state_dtype
 from minrnn.ops.transforms import (
@@ -74,6 +75,23 @@ def _new_output() -> Callable[[Tensor, int], Tensor]:
 # ----------------------------------------------------------------------------------------------------------
 # The operators, and who serves them
 
+MODULES = {name: module for name, (module, _, _) in ENGINES.items()}
+"""The modules that compute the gated scan, by the engine's name."""
+
+
+def _functions(module: ModuleType) -> Functions:
+    """An engine's functions as the operators call them: not at all for a batch without rows."""
+
+    def forward(pre: list[Tensor], *arguments: Any) -> Tensor:
+        return (module.forward if pre[0].shape[0] else _forward_fake)(pre, *arguments)
+
+    def backward(dh: Tensor, *arguments: Any) -> list[Tensor]:
+        return (module.backward if dh.shape[0] else _backward_fake)(dh, *arguments)
+
+    return forward, backward
+
+
+_FOUND = implementations(MODULES, _functions)
 _LIBRARY = torch.library.Library("minrnn", "DEF")
 _LIBRARY.define(
     "gated_scan(Tensor[] pre, Tensor? h0, Tensor? reset, str gate, str candidate, bool reverse) -> Tensor",
@@ -87,10 +105,7 @@ _LIBRARY.define(
 _forward_op = torch.ops.minrnn.gated_scan.default
 _backward_op = torch.ops.minrnn.gated_scan_backward.default
 
-MODULES = {name: module for name, (module, _, _) in ENGINES.items()}
-"""The modules that compute the gated scan, by the engine's name."""
-
-register(_LIBRARY, "gated_scan", MODULES, lambda module: (module.forward, module.backward))
+register(_LIBRARY, "gated_scan", _FOUND)
 
 
 @torch.library.register_fake("minrnn::gated_scan", lib=_LIBRARY)

@@ -142,9 +142,9 @@ def _check(
     dtype, shape, device = first.dtype, first.shape, first.device
     if dtype not in FLOATS:
         raise TypeError(f"{function}: {names[0]} must be float32, float64, bfloat16 or float16, got {dtype}")
-    if len(shape) != 3 or 0 in shape:
+    if len(shape) != 3 or 0 in shape[1:]:
         raise ValueError(
-            f"{function}: {names[0]} must be of shape (B, T, D), all at least 1, got {tuple(shape)}"
+            f"{function}: {names[0]} must be of shape (B, T, D), T and D at least 1, got {tuple(shape)}"
         )
     B, T, D = shape
     if len(pre) > 1:

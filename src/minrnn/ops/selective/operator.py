@@ -16,7 +16,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.nn.functional import softplus
 
 from minrnn.ops import operator
-from minrnn.ops.engines import Functions, register
+from minrnn.ops.engines import Functions, implementations, register
 from minrnn.ops.reference import output_like, state_dtype
 from minrnn.ops.selective.reference import Inputs, discretise, empty_borders
 from minrnn.ops.transforms import (
@@ -64,6 +64,22 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 _OPTIONAL = ("D", "z", "h0", "reset")
 _INPUTS = ", ".join(f"Tensor{'?' * (name in _OPTIONAL)} {name}" for name in Inputs._fields)
+def _functions(module: ModuleType) -> Functions:
+    """An engine's functions as the operators call them: not at all for a batch without rows."""
+
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *inputs, save = arguments
+        x = Inputs(*inputs)
+        return module.forward(x, save) if x.u.shape[0] else _forward_fake(*arguments)
+
+    def backward(dy: Tensor, dlast: Tensor, borders: Tensor, *inputs: Any) -> list[Tensor]:
+        x = Inputs(*inputs)
+        return (module.backward if x.u.shape[0] else _empty_backward)(dy, dlast, borders, x)
+
+    return forward, backward
+
+
+_FOUND = implementations(MODULES, _functions)
 _LIBRARY = torch.library.Library("minrnn", "FRAGMENT")
 _LIBRARY.define(
     f"selective_scan({_INPUTS}, bool save) -> (Tensor, Tensor, Tensor)",
@@ -77,20 +93,7 @@ _forward_op = torch.ops.minrnn.selective_scan.default
 _backward_op = torch.ops.minrnn.selective_scan_backward.default
 
 
-def _functions(module: ModuleType) -> Functions:
-    """An engine's functions as the operators call them."""
-
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *inputs, save = arguments
-        return module.forward(Inputs(*inputs), save)
-
-    def backward(dy: Tensor, dlast: Tensor, borders: Tensor, *inputs: Any) -> list[Tensor]:
-        return module.backward(dy, dlast, borders, Inputs(*inputs))
-
-    return forward, backward
-
-
-register(_LIBRARY, "selective_scan", MODULES, _functions)
+register(_LIBRARY, "selective_scan", _FOUND)
 
 
 @torch.library.register_fake("minrnn::selective_scan", lib=_LIBRARY)
@@ -103,16 +106,20 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.register_fake("minrnn::selective_scan_backward", lib=_LIBRARY)
 def _backward_fake(dy: Tensor, dlast: Tensor, borders: Tensor, *inputs: Any) -> list[Tensor]:
-    x = Inputs(*inputs)
+    return _empty_backward(dy, dlast, borders, Inputs(*inputs))
+
+
+def _empty_backward(dy: Tensor, dlast: Tensor, borders: Tensor, x: Inputs) -> list[Tensor]:
+    """Gradients of a batch without rows: all are empty but the sums over it, which are zero."""
     channels = x.u.shape[2]
     wide = state_dtype(x.u.dtype)
     return [
         output_like(x.u, channels),
         output_like(x.u, channels),
-        x.A.new_empty(x.A.shape, dtype=wide),
+        x.A.new_zeros(x.A.shape, dtype=wide),
         x.B.new_empty(x.B.shape),
         x.C.new_empty(x.C.shape),
-        x.A.new_empty(0 if x.D is None else channels, dtype=wide),
+        x.A.new_zeros(0 if x.D is None else channels, dtype=wide),
         x.u.new_empty(0) if x.z is None else output_like(x.u, channels),
         dlast.new_empty(dlast.shape, dtype=wide),
     ]
