@@ -6,9 +6,9 @@
 >>> output.shape, h_n.shape
 (torch.Size([1, 10, 8]), torch.Size([1, 1, 8]))
 
-Importing minrnn does not import torch: the names below are imported when they are asked for, so that `minrnn
---help` need not wait. It does register the operators `torch.ops.minrnn.*`, which programs saved by torch.export
-and torch.jit call by name: at once where torch has been imported, else as soon as it is.
+Importing minrnn does not import torch: the names below are imported when they are asked for, so that the
+command's --help need not wait. It does register the operators `torch.ops.minrnn.*`, which programs saved by
+torch.export and torch.jit call by name: at once where torch has been imported, else as soon as it is.
 """
 
 from typing import TYPE_CHECKING

@@ -67,7 +67,7 @@ class CausalConv(nn.Module):
 
 
 def _convolve(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # A compiler fuses the plain sums; transforms keep all their levels in them, as they would not in a Function.
+    # A compiler fuses the plain sums; nested transforms keep all levels in them, and lose some in a Function.
     if is_traced() or is_transformed():
         return _sum_taps(_lags(padded, weight.shape[0]), weight, bias)
     return _Taps.apply(padded, weight, bias)

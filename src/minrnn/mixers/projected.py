@@ -131,7 +131,7 @@ class Recurrence(NamedTuple):
         return checkpoint(law, again, x, h0, *arguments, use_reentrant=False, preserve_rng_state=False)
 
     def _fuses(self, x: Tensor, h0: Tensor | None) -> bool:
-        """Whether there are numbers, no transform of them is asked for, and sums over chunks can be exact enough.
+        """Whether there are numbers, nothing transforms them, and sums over chunks can be exact enough.
 
         They cannot where they are rounded to 16 bits after each chunk. On a GPU, chunks that its cache keeps
         would not fill it.

@@ -87,8 +87,7 @@ def implementations(
 ) -> dict[str, Functions]:
     """Find what implements an operator and its backward, by the key of torch's dispatcher.
 
-    It is called before anything is defined, for it may raise, and whoever imports minrnn once more should read
-    the same.
+    It may raise, so it comes before anything is defined: a second import then says the same as the first.
 
     Args:
         modules: the module of each engine that knows the operator, by the engine's name.

@@ -1,9 +1,9 @@
 """The operator `minrnn::gated_scan`: its engines, its derivatives of every order, and its batching.
 
-Eager calls go through an autograd.Function, whose overhead is a quarter of a registered operator's autograd;
-graphs that torch.compile or torch.export trace hold the operator itself. Both doors share what stands below,
-so there is one law. Everywhere here `pre` holds the gate's k tensors, or one packed tensor, and nothing is
-checked: scan.py has done that.
+Eager calls go through an autograd.Function at once, whose overhead is a quarter of a registered operator's
+autograd; torch.func's transforms, forward mode, and what compilers and tracers write down call the operator
+itself. Both doors share what stands below, so there is one law. Everywhere here `pre` holds the gate's k
+tensors, or one packed tensor, and nothing is checked: scan.py has done that.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from minrnn.ops.reference import output_like, split, state_dtype
 from minrnn.ops.transforms import (
     at_level,
     fold,
-    for_old_vmap,
     have_tangents,
     is_traced,
     is_transformed,
     join,
     needs_gradients,
+    register_vmap,
     separate,
     unfold,
 )
@@ -52,7 +52,7 @@ def apply(pre: list[Tensor], h0: Tensor | None, reset: Tensor | None, mode: Mode
     if is_traced() or is_transformed():
         return _forward_op(pre, h0, reset, *mode)
     if needs_gradients(h0, *pre):
-        return _Recorded.apply(mode, h0, reset, *pre)
+        return _Recorded.apply(mode, h0, reset, *pre)  # type: ignore[attr-defined]
     return _forward(pre, h0, reset, mode)
 
 
@@ -279,7 +279,5 @@ def _backward_vmap(
     return [unfold(info, d) for d in gradients], [0] * len(gradients)
 
 
-torch.library.register_vmap("minrnn::gated_scan", _forward_vmap, lib=_LIBRARY)
-torch.library.register_vmap("minrnn::gated_scan_backward", _backward_vmap, lib=_LIBRARY)
-_LIBRARY.impl("gated_scan", for_old_vmap(_forward_vmap), "Batched")
-_LIBRARY.impl("gated_scan_backward", for_old_vmap(_backward_vmap), "Batched")
+register_vmap(_LIBRARY, "gated_scan", _forward_vmap)
+register_vmap(_LIBRARY, "gated_scan_backward", _backward_vmap)

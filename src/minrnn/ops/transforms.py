@@ -11,12 +11,11 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.nn import Parameter
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 
 __all__ = [
     "at_level",
     "fold",
-    "for_old_vmap",
     "have_tangents",
     "is_mapped_by_old_vmap",
     "is_observed",
@@ -25,6 +24,7 @@ __all__ = [
     "is_transformed",
     "join",
     "needs_gradients",
+    "register_vmap",
     "separate",
     "unfold",
 ]
@@ -69,7 +69,8 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
 
 LEVEL = 0
-"""Of forward mode in torch, which has no other; compiled graphs enter it unseen by torch.autograd.forward_ad."""
+"""Forward mode's level in torch, which has no other; torch.autograd.forward_ad does not see compiled graphs
+enter it."""
 
 
 def have_tangents(*tensors: Tensor | None) -> bool:
@@ -88,8 +89,8 @@ def join(primal: Tensor, tangent: Tensor) -> Tensor:
     return forward_ad.make_dual(primal, tangent, level=LEVEL)
 
 
-def at_level(function: type[_SingleLevelFunction]) -> type[_SingleLevelFunction]:
-    """Make of an autograd.Function one for an operator's Autograd kernel, at one of nested transforms' levels.
+def at_level(function: type[_SingleLevelFunction]) -> Any:
+    """Make of an autograd.Function one for an operator's Autograd kernel, at any level of nested transforms.
 
     A Function's forward records nothing, at no level; here the levels below, whose turn comes within it, do.
     Its jvp is for tensors that have gradients and tangents at one level, as torch.autograd.forward_ad has
@@ -135,6 +136,32 @@ def unfold(info: Any, x: Tensor) -> Tensor:
     return x.unflatten(0, (info.batch_size, -1))
 
 
+def register_vmap(
+    library: torch.library.Library, operator: str, rule: Callable[..., tuple[Any, Any]]
+) -> None:
+    """Register an operator's rule for torch.func.vmap, and for the vmap of torch.autograd.
+
+    Args:
+        library: where the operator is defined.
+        operator: its name.
+        rule: (info, in_dims, *arguments) -> (results, out_dims), with all out_dims 0, for a mapped dimension
+            of at least 1.
+    """
+
+    def rule_for_any_size(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        if info.batch_size:
+            return rule(info, in_dims, *arguments)
+
+        def widen(x: Any, dim: int | None) -> Any:
+            return x if dim is None else x.new_zeros(*x.shape[:dim], 1, *x.shape[dim + 1 :])
+
+        results, out_dims = rule(_Mapped(1), in_dims, *tree_map(widen, arguments, in_dims))
+        return tree_map(lambda x: x[:0], results), out_dims
+
+    torch.library.register_vmap(f"{library.ns}::{operator}", rule_for_any_size, lib=library)
+    library.impl(operator, _for_old_vmap(rule), "Batched")
+
+
 # ----------------------------------------------------------------------------------------------------------
 # torch.autograd has a vmap of its own, older than torch.func's: behind is_grads_batched=True, vectorize=True
 # and gradcheck's check_batched_grad. It cannot map over operators that take lists of tensors by itself.
@@ -151,15 +178,8 @@ def is_mapped_by_old_vmap(x: Tensor) -> bool:
     return torch._C._dispatch_keys(x).has("Batched")
 
 
-def for_old_vmap(rule: Callable[..., tuple[Any, Any]]) -> Callable[..., Any]:
-    """Make of an operator's rule for torch.func.vmap its kernel for the vmap of torch.autograd.
-
-    Args:
-        rule: (info, in_dims, *arguments) -> (results, out_dims), with all out_dims 0.
-
-    Returns:
-        The kernel, to be registered for the dispatch key Batched.
-    """
+def _for_old_vmap(rule: Callable[..., tuple[Any, Any]]) -> Callable[..., Any]:
+    """Make of a rule for torch.func.vmap a kernel for the dispatch key Batched."""
 
     def kernel(*arguments: Any) -> Any:
         level = torch._C._vmapmode_increment_nesting() - 1

@@ -1,7 +1,7 @@
 """The operator `minrnn::selective_scan`: its engines, its derivatives of every order, and its batching.
 
-As in minrnn.ops.operator, eager calls go through an autograd.Function, traced graphs hold the operator, and
-both share what stands below. Nothing is checked: scan.py has done that.
+As in minrnn.ops.operator, eager calls go through an autograd.Function, all others call the operator, and both
+share what stands below. Nothing is checked: scan.py has done that.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from minrnn.ops.selective.reference import Inputs, discretise, empty_borders
 from minrnn.ops.transforms import (
     at_level,
     fold,
-    for_old_vmap,
     have_tangents,
     is_traced,
     is_transformed,
     join,
     needs_gradients,
+    register_vmap,
     separate,
     unfold,
 )
@@ -50,7 +50,7 @@ def apply(x: Inputs) -> tuple[Tensor, Tensor]:
     if is_traced() or is_transformed():
         return _forward_op(*x, False)[:2]  # whether to save is for whoever records to say
     if needs_gradients(*x[:-1]):
-        return _Recorded.apply(*x)[:2]
+        return _Recorded.apply(*x)[:2]  # type: ignore[attr-defined]
     return _forward(*x, False)[:2]
 
 
@@ -64,6 +64,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 _OPTIONAL = ("D", "z", "h0", "reset")
 _INPUTS = ", ".join(f"Tensor{'?' * (name in _OPTIONAL)} {name}" for name in Inputs._fields)
+
+
 def _functions(module: ModuleType) -> Functions:
     """An engine's functions as the operators call them: not at all for a batch without rows."""
 
@@ -296,7 +298,7 @@ def _differentiable(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     if have_tangents(*tensors):
         primals, tangents = separate(tensors)
         y, last, borders = _forward_op(*primals, reset, save)
-        dy, dlast = _tangents((*tangents, None), Inputs(*primals, reset))
+        dy, dlast = _tangents((*tangents, None), Inputs(*[*primals, reset]))
         return join(y, dy), join(last, dlast), borders
     return _forward(*arguments)
 
@@ -312,7 +314,5 @@ def _twice_differentiable(dy: Tensor, dlast: Tensor, borders: Tensor, *inputs: A
 
 _LIBRARY.impl("selective_scan", _differentiable, "Autograd")
 _LIBRARY.impl("selective_scan_backward", _twice_differentiable, "Autograd")
-torch.library.register_vmap("minrnn::selective_scan", _forward_vmap, lib=_LIBRARY)
-torch.library.register_vmap("minrnn::selective_scan_backward", _backward_vmap, lib=_LIBRARY)
-_LIBRARY.impl("selective_scan", for_old_vmap(_forward_vmap), "Batched")
-_LIBRARY.impl("selective_scan_backward", for_old_vmap(_backward_vmap), "Batched")
+register_vmap(_LIBRARY, "selective_scan", _forward_vmap)
+register_vmap(_LIBRARY, "selective_scan_backward", _backward_vmap)
