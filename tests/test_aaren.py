@@ -122,6 +122,6 @@ def test_the_running_maximum_starts_again(rows: list[list[tuple[float, bool]]], 
 
 
 def test_misuse_is_reported() -> None:
-    for heads in (3, 0, -2):
-        with pytest.raises(ValueError, match=f"num_heads must divide d_hidden=8, got {heads}"):
+    for heads, what in ((3, "divide d_hidden=8"), (0, "be greater than zero"), (-2, "be greater than zero")):
+        with pytest.raises(ValueError, match=f"num_heads must {what}, got {heads}"):
             AarenMixer(D_MODEL, D_HIDDEN, num_heads=heads)

@@ -35,7 +35,7 @@ def test_state_is_a_window_and_float32_at_least() -> None:
 
 @pytest.mark.parametrize("option", ["d_state", "d_conv", "dt_rank"])
 def test_refuses(option: str) -> None:
-    with pytest.raises(ValueError, match=f"{option} must be positive, got 0"):
+    with pytest.raises(ValueError, match=f"{option} must be greater than zero, got 0"):
         MambaMixer(6, 8, **{option: 0})
 
 

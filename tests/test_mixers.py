@@ -305,7 +305,7 @@ def test_unknown_option_raises(name: str) -> None:
 def test_misuse_is_reported(name: str) -> None:
     mixer, x = build(name), make_input()
     _, state = mixer(x)
-    with pytest.raises(ValueError, match="d_hidden must be positive, got 0"):
+    with pytest.raises(ValueError, match="d_hidden must be greater than zero, got 0"):
         MIXERS[name](D_MODEL, 0)
     with pytest.raises(ValueError, match=r"x must be \(B, T, 6\)"):
         mixer(x[..., :5])
@@ -328,7 +328,7 @@ def test_attention_misuse_is_reported() -> None:
         MIXERS["attention"](D_MODEL, D_HIDDEN, num_heads=3)
     with pytest.raises(ValueError, match="even widths, got 8"):
         MIXERS["attention"](D_MODEL, D_HIDDEN, num_heads=8)
-    with pytest.raises(ValueError, match="window must be 0"):
+    with pytest.raises(ValueError, match="window must be at least 0, got -1"):
         MIXERS["attention"](D_MODEL, D_HIDDEN, window=-1)
 
 

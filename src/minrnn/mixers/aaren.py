@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from minrnn.mixers.arguments import read_flag, read_size
 from minrnn.mixers.mixer import Mixer, State
 from minrnn.ops import gated_scan
 
@@ -48,12 +49,12 @@ class AarenMixer(Mixer):
 
     def __init__(self, d_model: int, d_hidden: int, *, num_heads: int = 4, bias: bool = True) -> None:
         super().__init__(d_model, d_hidden)
-        if num_heads <= 0 or d_hidden % num_heads:
+        self.num_heads = num_heads = read_size("AarenMixer", "num_heads", num_heads)
+        if d_hidden % num_heads:
             raise ValueError(f"AarenMixer: num_heads must divide d_hidden={d_hidden}, got {num_heads}")
-        self.num_heads = num_heads
         self.query = nn.Parameter(torch.randn(num_heads, d_hidden // num_heads))
         self.key = nn.Linear(d_model, d_hidden, bias=False)
-        self.value = nn.Linear(d_model, d_hidden, bias=bias)
+        self.value = nn.Linear(d_model, d_hidden, bias=read_flag("AarenMixer", "bias", bias))
 
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         v = self.value(x)  # (B, T, d_hidden)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from minrnn.mixers.arguments import read_flag, read_size
 from minrnn.mixers.mixer import Mixer, State, sequence_start
 
 QUERY_BLOCK = 512
@@ -44,15 +45,13 @@ class AttentionMixer(Mixer):
         self, d_model: int, d_hidden: int, *, num_heads: int = 4, window: int = 0, bias: bool = True
     ) -> None:
         super().__init__(d_model, d_hidden)
-        if num_heads <= 0 or d_hidden % (2 * num_heads):
+        self.num_heads = num_heads = read_size("AttentionMixer", "num_heads", num_heads)
+        self.window = read_size("AttentionMixer", "window", window, least=0)
+        if d_hidden % (2 * num_heads):
             raise ValueError(
                 f"AttentionMixer: num_heads must split d_hidden={d_hidden} into even widths, got {num_heads}"
             )
-        if window < 0:
-            raise ValueError(f"AttentionMixer: window must be 0 (all) or a number of tokens, got {window}")
-        self.num_heads = num_heads
-        self.window = window
-        self.qkv = nn.Linear(d_model, 3 * d_hidden, bias=bias)
+        self.qkv = nn.Linear(d_model, 3 * d_hidden, bias=read_flag("AttentionMixer", "bias", bias))
 
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         B, T, _ = x.shape

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from minrnn.mixers.gated import GatedModule
+from minrnn.ops.scan import check_tensor
 
 
 class MinRNNCell(GatedModule):
@@ -43,9 +44,10 @@ class MinRNNCell(GatedModule):
             h after the step, as `hx`.
 
         Raises:
-            TypeError: hx is not a tensor.
+            TypeError: input or hx is not a tensor.
             ValueError: a shape or the dtype does not fit.
         """
+        check_tensor(type(self).__name__, "input", input)
         if input.dim() not in (1, 2) or input.shape[-1] != self.input_size:
             raise ValueError(
                 f"{type(self).__name__}: input must be (B, {self.input_size}) or ({self.input_size},), "

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from minrnn.mixers.arguments import read_flag
 from minrnn.mixers.mixer import Mixer, State
 
 
@@ -25,7 +26,9 @@ class ClassicMixer(Mixer):
 
     def __init__(self, d_model: int, d_hidden: int, *, bias: bool = True) -> None:
         super().__init__(d_model, d_hidden)
-        self.rnn = self.cell(d_model, d_hidden, bias=bias, batch_first=True)
+        self.rnn = self.cell(
+            self.d_model, self.d_hidden, bias=read_flag(type(self).__name__, "bias", bias), batch_first=True
+        )
 
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         if reset is None:
@@ -41,7 +44,7 @@ class ClassicMixer(Mixer):
 
     def _run(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
         """Run the cell; torch.nn puts a layer axis before the batch, and the contract has none."""
-        layered = None if state is None else tuple(part.unsqueeze(0) for part in state)
+        layered = None if state is None else tuple(_fitted(part, x.dtype).unsqueeze(0) for part in state)
         y, last = self.rnn(x, self._unwrap(layered))
         return y, tuple(part[0] for part in self._wrap(last))
 
@@ -72,6 +75,11 @@ class LSTMMixer(ClassicMixer):
 
     state_names = ("h", "c")
     cell = nn.LSTM
+
+
+def _fitted(state: Tensor, dtype: torch.dtype) -> Tensor:
+    """A state that was left in a narrower dtype, as autocast leaves it, in the input's."""
+    return state.to(dtype) if torch.promote_types(state.dtype, dtype) == dtype else state
 
 
 def _forget(state: State | None, rows: Tensor) -> State | None:

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from minrnn.mixers.arguments import read_flag, read_number, read_size
 from minrnn.mixers.projected import Recurrence
 from minrnn.ops import CANDIDATES, GATES
 
@@ -51,20 +52,20 @@ class GatedModule(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        check_sizes(name, input_size=input_size, hidden_size=hidden_size)
-        check_flags(name, bias=bias)
         if candidate not in CANDIDATES:
             raise ValueError(f"{name}: candidate must be one of {', '.join(CANDIDATES)}, got {candidate!r}")
-        if forget_bias and not bias:
+        self.gate = gate
+        self.input_size = read_size(name, "input_size", input_size)
+        self.hidden_size = read_size(name, "hidden_size", hidden_size)
+        self.bias = read_flag(name, "bias", bias)
+        self.candidate = candidate
+        self.forget_bias = FORGET_BIAS if self.bias else 0.0
+        if forget_bias is not None:
+            self.forget_bias = read_number(name, "forget_bias", forget_bias)
+        if self.forget_bias and not self.bias:
             raise ValueError(
                 f"{name}: forget_bias={forget_bias} needs a bias to live in; drop it or set bias=True"
             )
-        self.gate = gate
-        self.input_size = input_size
-        self.hidden_size = hidden_size
-        self.bias = bias
-        self.candidate = candidate
-        self.forget_bias = (FORGET_BIAS if bias else 0.0) if forget_bias is None else float(forget_bias)
         self._suffixes: list[str] = []
 
     @property
@@ -136,19 +137,3 @@ class GatedModule(nn.Module):
             )
         if hx.shape != shape:
             raise ValueError(f"{name}: hx must be {shape}, got {tuple(hx.shape)}")
-
-
-def check_sizes(name: str, **sizes: int) -> None:
-    """Raise unless every size is a positive int; `name` starts the message."""
-    for key, size in sizes.items():
-        if not isinstance(size, int):
-            raise TypeError(f"{name}: {key} must be an int, got {type(size).__name__}")
-        if size <= 0:
-            raise ValueError(f"{name}: {key} must be greater than zero, got {size}")
-
-
-def check_flags(name: str, **flags: bool) -> None:
-    """Raise unless every flag is a bool; `name` starts the message."""
-    for key, flag in flags.items():
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: {key} must be a bool, got {type(flag).__name__}")

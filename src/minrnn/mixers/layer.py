@@ -1,6 +1,5 @@
 """The shell of `torch.nn.GRU` around a gated scan: everything MinGRU and MinLSTM share but their gate."""
 
-import numbers
 import warnings
 from typing import Any, ClassVar, TypeVar
 
@@ -9,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
-from minrnn.mixers.gated import GatedModule, check_flags, check_sizes
+from minrnn.mixers.arguments import read_flag, read_probability, read_size
+from minrnn.mixers.gated import GatedModule
 from minrnn.mixers.mixer import Mixer, State, check_reset
 from minrnn.mixers.ragged import Ragged, read_documents, read_jagged, read_packed
 from minrnn.mixers.sequences import Batch, Joined
@@ -55,16 +55,18 @@ class MinRNN(GatedModule):
             forget_bias=forget_bias,
         )
         name = type(self).__name__
-        check_sizes(name, num_layers=num_layers)
-        check_flags(name, batch_first=batch_first, bidirectional=bidirectional, recompute=recompute)
-        _check_dropout(name, dropout, num_layers)
-        self.num_layers = num_layers
-        self.batch_first = batch_first
-        self.dropout = float(dropout)
-        self.bidirectional = bidirectional
-        self.recompute = recompute
-        for layer in range(num_layers):
-            columns = input_size if layer == 0 else self.num_directions * hidden_size
+        self.num_layers = read_size(name, "num_layers", num_layers)
+        self.batch_first = read_flag(name, "batch_first", batch_first)
+        self.dropout = read_probability(name, "dropout", dropout)
+        self.bidirectional = read_flag(name, "bidirectional", bidirectional)
+        self.recompute = read_flag(name, "recompute", recompute)
+        if self.dropout > 0 and self.num_layers == 1:
+            warnings.warn(
+                f"{name}: dropout={dropout} has no effect: it acts between layers, and num_layers is 1",
+                stacklevel=3,  # the line that builds the layer: past two constructors
+            )
+        for layer in range(self.num_layers):
+            columns = self.input_size if layer == 0 else self.num_directions * self.hidden_size
             for suffix in (f"_l{layer}", f"_l{layer}_reverse")[: self.num_directions]:
                 self._add_projection(suffix, columns, device, dtype)
         self.reset_parameters()
@@ -113,8 +115,8 @@ class MinRNN(GatedModule):
                 last step is t = 0).
 
         Raises:
-            TypeError: hx is not a tensor, reset is not bool, cu_seqlens is not of ints, or a nested tensor is
-                not jagged.
+            TypeError: input or hx is not a tensor, reset is not bool, cu_seqlens is not of ints, or a nested
+                tensor is not jagged.
             ValueError: a shape, the offsets or the dtype do not fit.
         """
         ragged = self._read_ragged(input, cu_seqlens)
@@ -135,6 +137,8 @@ class MinRNN(GatedModule):
         name, ragged = type(self).__name__, None
         if isinstance(input, PackedSequence):
             ragged = read_packed(input)
+        elif not isinstance(input, Tensor):
+            raise TypeError(f"{name}: input must be a tensor or a PackedSequence, got {type(input).__name__}")
         elif input.is_nested:
             ragged = read_jagged(name, input, self.input_size)
         elif cu_seqlens is not None:
@@ -200,13 +204,3 @@ class MinRNNMixer(Mixer):
 
 def _add_batch(tensor: Tensor | None, axis: int) -> Tensor | None:
     return None if tensor is None else tensor.unsqueeze(axis)
-
-
-def _check_dropout(name: str, dropout: float, num_layers: int) -> None:
-    if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real) or not 0 <= dropout <= 1:
-        raise ValueError(f"{name}: dropout must be a probability in [0, 1], got {dropout!r}")
-    if dropout > 0 and num_layers == 1:
-        warnings.warn(
-            f"{name}: dropout={dropout} has no effect: it acts between layers, and num_layers is 1",
-            stacklevel=4,  # the line that builds the layer: past this function and two constructors
-        )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from minrnn.mixers.arguments import read_size
 from minrnn.mixers.convolution import CausalConv
 from minrnn.mixers.mixer import Mixer, State
 from minrnn.ops import selective_scan
@@ -57,11 +58,10 @@ class MambaMixer(Mixer):
         dt_rank: int | None = None,
     ) -> None:
         super().__init__(d_model, d_hidden)
-        self.d_state = d_state
-        self.dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
-        for name, value in (("d_state", d_state), ("d_conv", d_conv), ("dt_rank", self.dt_rank)):
-            if value <= 0:
-                raise ValueError(f"MambaMixer: {name} must be positive, got {value}")
+        self.d_state = d_state = read_size("MambaMixer", "d_state", d_state)
+        d_conv = read_size("MambaMixer", "d_conv", d_conv)
+        dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
+        self.dt_rank = read_size("MambaMixer", "dt_rank", dt_rank)
         self.in_proj = nn.Linear(d_model, 2 * d_hidden, bias=False)
         self.conv = CausalConv(d_hidden, d_conv)
         self.x_proj = nn.Linear(d_hidden, self.dt_rank + 2 * d_state, bias=False)

@@ -2,8 +2,8 @@
 
 import torch
 
+from minrnn.mixers.arguments import read_flag
 from minrnn.mixers.cell import MinRNNCell
-from minrnn.mixers.gated import check_flags
 from minrnn.mixers.layer import MinRNN, MinRNNMixer
 
 
@@ -182,5 +182,4 @@ class MinGRUMixer(MinRNNMixer):
 
 
 def _gate(name: str, signed: bool) -> str:
-    check_flags(name, signed=signed)
-    return "mingru_signed" if signed else "mingru"
+    return "mingru_signed" if read_flag(name, "signed", signed) else "mingru"

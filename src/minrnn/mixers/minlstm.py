@@ -2,8 +2,9 @@
 
 import torch
 
+from minrnn.mixers.arguments import read_flag
 from minrnn.mixers.cell import MinRNNCell
-from minrnn.mixers.gated import GatedModule, check_flags
+from minrnn.mixers.gated import GatedModule
 from minrnn.mixers.layer import MinRNN, MinRNNMixer
 
 
@@ -206,7 +207,7 @@ class MinLSTMMixer(MinRNNMixer):
 
 
 def _gate(name: str, normalize: bool, signed: bool) -> str:
-    check_flags(name, normalize=normalize, signed=signed)
+    normalize, signed = read_flag(name, "normalize", normalize), read_flag(name, "signed", signed)
     if signed and not normalize:
         # f - i lies in (-1, 1) as well, but no source defines it, and f' - i' tracks all that it could.
         raise ValueError(f"{name}: signed must be False with normalize=False, got True; drop one of the two")

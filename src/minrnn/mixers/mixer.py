@@ -5,6 +5,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from minrnn.mixers.arguments import read_size
+from minrnn.ops.scan import check_tensor
+
 State = tuple[Tensor, ...]
 
 
@@ -22,6 +25,7 @@ class Mixer(nn.Module):
         d_hidden: channels of the output.
 
     Raises:
+        TypeError: a width is no integer.
         ValueError: a width is not positive.
     """
 
@@ -30,11 +34,8 @@ class Mixer(nn.Module):
 
     def __init__(self, d_model: int, d_hidden: int) -> None:
         super().__init__()
-        for name, width in (("d_model", d_model), ("d_hidden", d_hidden)):
-            if width <= 0:
-                raise ValueError(f"{type(self).__name__}: {name} must be positive, got {width}")
-        self.d_model = d_model
-        self.d_hidden = d_hidden
+        self.d_model = read_size(type(self).__name__, "d_model", d_model)
+        self.d_hidden = read_size(type(self).__name__, "d_hidden", d_hidden)
 
     def forward(
         self, x: Tensor, state: State | None = None, *, reset: Tensor | None = None
@@ -53,7 +54,7 @@ class Mixer(nn.Module):
 
         Raises:
             ValueError: a shape is not as above, or T is 0.
-            TypeError: `state` is not a tuple of tensors, or `reset` is not bool.
+            TypeError: x is not a tensor, `state` is not a tuple of tensors, or `reset` is not bool.
         """
         self._check_input(x, reset)
         if state is not None:
@@ -69,6 +70,7 @@ class Mixer(nn.Module):
 
     def _check_input(self, x: Tensor, reset: Tensor | None) -> None:
         name = type(self).__name__
+        check_tensor(name, "x", x)
         if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] != self.d_model:
             raise ValueError(
                 f"{name}: x must be (B, T, {self.d_model}) with T of at least 1, got {tuple(x.shape)}"
@@ -95,6 +97,7 @@ def check_reset(name: str, reset: Tensor | None, shape: tuple[int, ...]) -> None
     """Raise unless `reset` is None or a bool tensor of `shape`; `name` starts the message."""
     if reset is None:
         return
+    check_tensor(name, "reset", reset)
     if reset.dtype != torch.bool:
         raise TypeError(f"{name}: reset must be bool, got {reset.dtype}; compare or cast it first")
     if reset.shape != shape:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from minrnn.mixers.arguments import read_flag, read_number, read_size
 from minrnn.mixers.mixer import Mixer, State
 
 
@@ -88,22 +89,23 @@ class S4DMixer(Mixer):
         bias: bool = True,
     ) -> None:
         super().__init__(d_model, d_hidden)
-        if d_state <= 0 or d_state % 2:
-            raise ValueError(f"S4DMixer: d_state must be even and positive, got {d_state}")
+        self.d_state = d_state = read_size("S4DMixer", "d_state", d_state)
+        if d_state % 2:
+            raise ValueError(f"S4DMixer: d_state must be even, got {d_state}")
         if initialization not in FREQUENCIES:
             raise ValueError(
                 f"S4DMixer: initialization must be one of {', '.join(FREQUENCIES)}, got {initialization!r}"
             )
-        if not 0 < dt_min <= dt_max < math.inf:
+        dt_min, dt_max = read_number("S4DMixer", "dt_min", dt_min), read_number("S4DMixer", "dt_max", dt_max)
+        if not 0 < dt_min <= dt_max:
             raise ValueError(f"S4DMixer: dt must have 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
-        self.d_state = d_state
         frequency = FREQUENCIES[initialization](d_state).to(torch.get_default_dtype())
         self.log_dt = nn.Parameter(torch.empty(d_model).uniform_(math.log(dt_min), math.log(dt_max)))
         self.log_decay = nn.Parameter(torch.full((d_model, d_state // 2), math.log(0.5)))
         self.frequency = nn.Parameter(frequency.repeat(d_model, 1))
         self.C = nn.Parameter(torch.randn(d_model, d_state // 2, 2) * math.sqrt(0.5))
         self.D = nn.Parameter(torch.randn(d_model))
-        self.output = nn.Linear(d_model, 2 * d_hidden, bias=bias)
+        self.output = nn.Linear(d_model, 2 * d_hidden, bias=read_flag("S4DMixer", "bias", bias))
 
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         if x.shape[0] == 0:  # torch has no FFT of no rows: one of zeros goes through, and is cut off

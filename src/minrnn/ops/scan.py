@@ -12,10 +12,17 @@ from torch import Tensor
 from minrnn.ops.gates import CANDIDATES, GATES
 from minrnn.ops.operator import Mode, apply
 
-__all__ = ["FLOATS", "check_like", "gated_scan", "scan"]
+__all__ = ["FLOATS", "STARTS", "check_like", "check_tensor", "gated_scan", "scan"]
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """The dtypes of inputs."""
+
+STARTS = {
+    dtype: [x for x in FLOATS if torch.promote_types(x, wide) == wide]
+    for dtype in FLOATS
+    for wide in [torch.promote_types(dtype, torch.float32)]
+}
+"""The dtypes of initial states that go with inputs of each: those of which nothing is lost."""
 
 
 def scan(a: Tensor, b: Tensor, h0: Tensor | None = None, *, reverse: bool = False) -> Tensor:
@@ -26,9 +33,9 @@ def scan(a: Tensor, b: Tensor, h0: Tensor | None = None, *, reverse: bool = Fals
     The state is carried in float64, whatever the inputs' dtype, so the error does not grow with T.
 
     Args:
-        a: decay, (B, T, D), float32, float64, bfloat16 or float16. Any batch and time strides.
+        a: decay, (B, T, D), B may be 0, float32, float64, bfloat16 or float16. Any batch and time strides.
         b: drive, as `a`.
-        h0: initial state, (B, D), of the same dtype or float32; zeros when None.
+        h0: initial state, (B, D), of the same dtype, float32 or narrower; zeros when None.
         reverse: run from the last step to the first: h[t] = a[t] * h[t+1] + b[t], h[T] = h0.
 
     Returns:
@@ -80,7 +87,7 @@ def gated_scan(
         *pre: the gate's k pre-activations, each (B, T, D); or one packed tensor (B, T, k * D) that holds
             them side by side, as a linear layer emits them (no copy is made, and its gradient comes back
             packed). float32, float64, bfloat16 or float16; any batch and time strides.
-        h0: initial state, (B, D), of the inputs' dtype or float32; zeros when None.
+        h0: initial state, (B, D), of the inputs' dtype, float32 or narrower; zeros when None.
         reset: (B, T) bool; where True the state is forgotten before that step (document or episode start).
         reverse: run from the last step to the first.
         candidate: the name of g in CANDIDATES.
@@ -138,7 +145,7 @@ def _check(
     packed: int = 1,
 ) -> None:
     first = pre[0]
-    _check_tensor(function, names[0], first)
+    check_tensor(function, names[0], first)
     dtype, shape, device = first.dtype, first.shape, first.device
     if dtype not in FLOATS:
         raise TypeError(f"{function}: {names[0]} must be float32, float64, bfloat16 or float16, got {dtype}")
@@ -157,14 +164,15 @@ def _check(
     else:
         D //= packed
     if h0 is not None:
-        _check_tensor(function, "h0", h0)
-        wide = h0.dtype == torch.float32 and dtype != torch.float64
-        check_like(function, "h0", h0, (B, D), torch.float32 if wide else dtype, device, names[0])
+        check_tensor(function, "h0", h0)
+        expected = h0.dtype if h0.dtype in STARTS[dtype] else dtype
+        check_like(function, "h0", h0, (B, D), expected, device, names[0])
     if reset is not None:
         check_like(function, "reset", reset, (B, T), torch.bool, device, names[0])
 
 
-def _check_tensor(function: str, name: str, x: Any) -> None:
+def check_tensor(function: str, name: str, x: Any) -> None:
+    """Raise unless x is a tensor; `function` and `name`, its argument, start the message."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{function}: {name} must be a tensor, got {type(x).__name__}")
 
@@ -179,7 +187,7 @@ def check_like(
     first: str,
 ) -> None:
     """Raise unless x is a tensor of this shape, dtype and device, to go with the argument called `first`."""
-    _check_tensor(function, name, x)
+    check_tensor(function, name, x)
     if x.shape != shape:
         raise ValueError(
             f"{function}: {name} must be of shape {shape} to go with {first}, got {tuple(x.shape)}"

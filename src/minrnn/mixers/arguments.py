@@ -1,0 +1,58 @@
+"""What constructors take, as torch.nn takes it: sizes, flags and numbers, numpy's included, as Python's."""
+
+import math
+import numbers
+from typing import Any
+
+
+def read_size(name: str, key: str, value: Any, least: int = 1) -> int:
+    """Return a size as an int.
+
+    Raises:
+        TypeError: it is no integer, or a bool; `name`, of the class, and `key` start the message.
+        ValueError: it is less than `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: {key} must be an int, got {type(value).__name__}")
+    if value < least:
+        what = "greater than zero" if least == 1 else f"at least {least}"
+        raise ValueError(f"{name}: {key} must be {what}, got {value}")
+    return int(value)
+
+
+def read_flag(name: str, key: str, value: Any) -> bool:
+    """Return a flag as a bool.
+
+    Raises:
+        TypeError: it is neither Python's nor numpy's.
+    """
+    is_numpys = str(getattr(value, "dtype", None)) == "bool" and value.shape == ()
+    if not isinstance(value, bool) and not is_numpys:
+        raise TypeError(f"{name}: {key} must be a bool, got {type(value).__name__}")
+    return bool(value)
+
+
+def read_number(name: str, key: str, value: Any) -> float:
+    """Return a number as a float.
+
+    Raises:
+        TypeError: it is no real number, or a bool.
+        ValueError: it is not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: {key} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: {key} must be finite, got {value}")
+    return float(value)
+
+
+def read_probability(name: str, key: str, value: Any) -> float:
+    """Return a probability as a float.
+
+    Raises:
+        ValueError: it is no number in [0, 1], as torch.nn raises it.
+    """
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not 0 <= float(value) <= 1:
+        raise ValueError(f"{name}: {key} must be a probability in [0, 1], got {value!r}")
+    return float(value)
