@@ -149,10 +149,9 @@ class MinRNN(GatedModule):
 
     def _run_ragged(self, ragged: Ragged, hx: Tensor | None, reset: Tensor | None) -> tuple[Any, Tensor]:
         name, rows = type(self).__name__, ragged.rows
-        if rows.dim() != 2 or rows.shape[1] != self.input_size or rows.shape[0] == 0:
+        if rows.dim() != 2 or rows.shape[1] != self.input_size:
             raise ValueError(
-                f"{name}: the sequences must have {self.input_size} channels and one step among them, "
-                f"got {tuple(rows.shape)}"
+                f"{name}: the sequences must have {self.input_size} channels, got {tuple(rows.shape)}"
             )
         if reset is not None:
             raise ValueError(f"{name}: reset goes with sequences of one length; mark starts by their lengths")

@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from minrnn.mixers.chunks import WHOLE, Chunk, cut_batch, cut_sequences, steps_at_once
-from minrnn.ops import gated_scan
+from minrnn.ops import GATES, gated_scan
 from minrnn.ops.operator import new_output
 from minrnn.ops.transforms import (
     is_mapped_by_old_vmap,
@@ -52,6 +52,11 @@ class Recurrence(NamedTuple):
     """`(num_pre * D,)`."""
     recompute: bool = False
     """Whether backward computes pre-activations and states anew, so that they need not be kept for it."""
+
+    @property
+    def channels(self) -> int:
+        """D: channels of the state."""
+        return self.weight.shape[0] // GATES[self.gate].num_pre
 
     def project(self, x: Tensor) -> Tensor:
         """Compute the packed pre-activations of x `(..., C)`."""

@@ -28,7 +28,8 @@ def read_packed(packed: PackedSequence) -> Ragged:
     ended drop out at the end of a step.
     """
     data, device = packed.data, packed.data.device
-    N, total = int(packed.batch_sizes[0]), data.shape[0]
+    total = data.shape[0]
+    N = int(packed.batch_sizes[0]) if total else 0
     held = packed.batch_sizes.to(device)  # (T,): sequences in each step, falling
     # A sequence's place within the steps: `unsorted_indices`, or its own number if they came sorted.
     place = torch.arange(N, device=device) if packed.unsorted_indices is None else packed.unsorted_indices
@@ -81,7 +82,7 @@ def read_documents(name: str, input: Tensor, cu_seqlens: Tensor, batch_axis: int
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         kind = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"{name}: cu_seqlens must be an int32 or int64 tensor, got {kind}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"{name}: cu_seqlens must be (N + 1,), got {tuple(cu_seqlens.shape)}")
     batched = input.dim() == 3
     if batched and input.shape[batch_axis] != 1:

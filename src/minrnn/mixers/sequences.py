@@ -49,11 +49,11 @@ class Joined:
     Args:
         offsets: `(N + 1,)`, int64: where each of N sequences starts, and `total` at the end; a sequence may
             be empty.
-        total: steps of all sequences, at least 1.
+        total: steps of all sequences.
     """
 
     def __init__(self, offsets: Tensor, total: int) -> None:
-        self.offsets = offsets
+        self.offsets, self.total = offsets, total
         edges = offsets.new_zeros(1, total + 1, dtype=torch.bool).index_fill(1, offsets, True)
         self.starts, self.ends = edges[:, :-1], edges[:, 1:]  # (1, total)
         self.filled = (offsets[1:] > offsets[:-1]).unsqueeze(1)  # (N, 1)
@@ -76,6 +76,9 @@ class Joined:
             h `(1, total, D)`, and the state after each sequence's own last step, `(N, D)`; an empty one's is
             the state that it starts from.
         """
+        if self.total == 0:  # nothing to scan, and no step that could be read
+            h = recurrence.project(x)[..., : recurrence.channels]
+            return h, h.new_zeros(self.filled.shape[0], recurrence.channels) if h0 is None else h0.to(h.dtype)
         if h0 is None:
             h = recurrence.scan(x, None, self.ends if reverse else self.starts, reverse=reverse)
         elif recurrence.takes_sequences(x, h0):
