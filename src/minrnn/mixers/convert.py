@@ -1,8 +1,13 @@
 """Put minGRU and minLSTM where a model has torch.nn's GRU and LSTM."""
 
-from collections.abc import Callable
+import functools
+import types
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from minrnn.mixers.layer import Input
@@ -66,9 +71,12 @@ def convert_rnns(module: nn.Module, *, candidate: str = "positive", signed: bool
         nn.LSTMCell -> PairedMinLSTMCell
 
     Inputs, outputs and states keep their shapes, so the model around them runs as it is. Sizes, layers,
-    directions, bias, dropout, training mode, device, dtype, and which parameters require gradients are
-    taken over; a module that stands in two places still does. Weights cannot be: they are drawn anew, from
-    the global generator. nn.RNN is left alone. Either everything is replaced, or an error is raised first.
+    directions, bias, dropout, training mode, device, dtype, which parameters require gradients, and what
+    attributes were set on a module or a parameter are taken over; a module that stands in two places still
+    does, and parameters that several of them share stay shared. Weights cannot be: they are drawn anew, from
+    the global generator; make optimisers afterwards. nn.RNN is left alone. Either everything is replaced, or
+    an error is raised first. What is passed over is named in a warning: scripted, traced and quantised
+    modules, and references that are no registered submodules, such as those in a Python list.
 
     Args:
         module: the model, changed in place; or a GRU or LSTM itself.
@@ -80,8 +88,10 @@ def convert_rnns(module: nn.Module, *, candidate: str = "positive", signed: bool
         The module; the replacement if the module itself is a GRU or LSTM.
 
     Raises:
-        TypeError: one is of a subclass of torch.nn's, or has hooks: they would be lost.
-        ValueError: one has a projection (proj_size), or the candidate is unknown.
+        TypeError: one is of a subclass of torch.nn's, compiled, or has hooks, a forward, parameters, buffers
+            or submodules of its own, or sharded parameters: they would be lost.
+        ValueError: one has a projection (proj_size) or parameters on several devices, shares a parameter
+            with a module that is not replaced, or the candidate is unknown.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(50, 10), nn.GRU(10, 20, num_layers=2, batch_first=True))
@@ -98,10 +108,19 @@ def convert_rnns(module: nn.Module, *, candidate: str = "positive", signed: bool
     }
     for child, path in found.items():
         _check_convertible(child, path)
-    replacements = {child: _counterpart(child, candidate, signed) for child in found}
+    ties = _find_ties(module, found)
+    passed_over = [*_find_foreign(module), *_find_unregistered(module, found)]
+    replacements: dict[nn.Module, nn.Module] = {
+        child: _counterpart(child, candidate, signed) for child in found
+    }
+    for (first, name), *others in ties:
+        for child, other in others:
+            setattr(replacements[child], other, getattr(replacements[first], name))
     for path, child in list(module.named_modules(remove_duplicate=False)):
         if path and child in replacements:
             module.set_submodule(path, replacements[child])
+    if passed_over:
+        warnings.warn(f"convert_rnns: left as it was: {'; '.join(passed_over)}", stacklevel=2)
     return replacements.get(module, module)
 
 
@@ -109,8 +128,17 @@ def _counterpart(old: Any, candidate: str, signed: bool) -> nn.Module:
     """Make what replaces a torch.nn recurrent module."""
     new = _COUNTERPARTS[type(old)](old, candidate, signed)
     for name, parameter in new.named_parameters():
-        parameter.requires_grad_(getattr(old, name).requires_grad)
+        theirs = getattr(old, name)
+        parameter.requires_grad_(theirs.requires_grad)
+        vars(parameter).update(vars(theirs))
+    for name in _own_attributes(old):
+        setattr(new, name, getattr(old, name))
     return new.train(old.training)
+
+
+def _own_attributes(old: Any) -> list[str]:
+    """Name what was set on a torch.nn recurrent module beside what its constructor sets."""
+    return [name for name in vars(old) if name not in vars(type(old)(1, 1, device="meta"))]
 
 
 def _layer(kind: type[MinGRU] | type[MinLSTM]) -> Callable[[Any, str, bool], nn.Module]:
@@ -150,7 +178,7 @@ _COUNTERPARTS: dict[type[nn.Module], Callable[[Any, str, bool], nn.Module]] = {
 
 
 def _check_convertible(old: Any, path: str) -> None:
-    where = f"module {path!r}" if path else "the module"
+    where = _where(path)
     if type(old) not in _COUNTERPARTS:
         raise TypeError(
             f"convert_rnns: {where} must be torch.nn's own, got its subclass {type(old).__name__}, whose own "
@@ -161,8 +189,120 @@ def _check_convertible(old: Any, path: str) -> None:
             f"convert_rnns: {where} must have no projection, got proj_size={old.proj_size}; "
             "use an LSTM followed by a linear layer"
         )
-    if any((old._forward_pre_hooks, old._forward_hooks, old._backward_pre_hooks, old._backward_hooks)):
+    parameters = dict(old.named_parameters())
+    hooked = [old, *parameters.values()]
+    if any(
+        getattr(x, name, None) for x in hooked for name in {*vars(old), *_HOOKS} if name.endswith("_hooks")
+    ):
         raise TypeError(f"convert_rnns: {where} must have no hooks: they would be lost; remove them first")
+    lost = [name for name in parameters if not name.startswith(("weight_", "bias_"))]
+    lost += [*old._buffers, *old._modules, *(name for name in ("forward",) if name in vars(old))]
+    if lost:
+        raise TypeError(
+            f"convert_rnns: {where} must have nothing of its own, got {', '.join(lost)}: it would be lost; "
+            "replace the module by hand"
+        )
+    if path.rpartition(".")[2] == "_orig_mod" or old._compiled_call_impl is not None:
+        raise TypeError(f"convert_rnns: {where} must not be compiled; convert first, then compile")
+    kinds = {type(parameter) for parameter in parameters.values()} - {nn.Parameter}
+    if kinds:
+        raise TypeError(
+            f"convert_rnns: {where} must have plain parameters, got {kinds.pop().__name__}; convert first, "
+            "then shard or wrap"
+        )
+    if len(places := {(str(p.device), str(p.dtype)) for p in parameters.values()}) > 1:
+        raise ValueError(
+            f"convert_rnns: {where} must have its parameters on one device and in one dtype, got "
+            f"{' and '.join(sorted(' '.join(place) for place in places))}"
+        )
+
+
+_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+"""Where a parameter keeps its hooks."""
+
+_Place = tuple[nn.Module, str]
+"""A module, and the name of a parameter in it."""
+
+
+def _find_ties(module: nn.Module, found: dict[nn.Module, str]) -> list[list[_Place]]:
+    """Find the parameters that several places in replaced modules share and still can."""
+    holders: defaultdict[int, list[tuple[nn.Module, str, str]]] = defaultdict(list)
+    for path, owner in module.named_modules():
+        for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
+            holders[id(parameter)].append((owner, path, name))
+    ties = []
+    for places in holders.values():
+        inside = [place for place in places if place[0] in found]
+        if len(places) == 1 or not inside:
+            continue
+        _, path, name = inside[0]
+        for owner, other_path, other in places:
+            if owner not in found or _is_lstm(owner) != _is_lstm(inside[0][0]):
+                raise ValueError(
+                    f"convert_rnns: {name} of {_where(path)} must not be shared with what is replaced by "
+                    f"another kind, or not at all, got {other} of {_where(other_path)}; untie them first"
+                )
+        ties.append(
+            [(owner, name) for owner, _, name in inside if not name.startswith(("weight_hh", "bias_hh"))]
+        )
+    return [tie for tie in ties if len(tie) > 1]
+
+
+def _is_lstm(module: nn.Module) -> bool:
+    return isinstance(module, (nn.LSTM, nn.LSTMCell))
+
+
+def _find_foreign(module: nn.Module) -> Iterator[str]:
+    """Describe torch's scripted, traced and quantised recurrent modules."""
+    names = {kind.__name__ for kind in _COUNTERPARTS}
+    for path, child in module.named_modules():
+        kind = type(child)
+        name = child.original_name if isinstance(child, torch.jit.ScriptModule) else kind.__name__
+        if name in names and kind.__module__.startswith("torch.") and kind not in _COUNTERPARTS:
+            what = (
+                "scripted or traced" if isinstance(child, torch.jit.ScriptModule) else f"of {kind.__module__}"
+            )
+            yield f"{_where(path)}, a {name} {what}"
+
+
+def _find_unregistered(module: nn.Module, found: dict[nn.Module, str]) -> Iterator[str]:
+    """Describe references to recurrent modules that are in no module's table of submodules."""
+    registered = set(module.modules())
+    for path, owner in module.named_modules():
+        for attribute, value in vars(owner).items():
+            if attribute in ("_modules", "_parameters", "_buffers"):
+                continue
+            for held in _modules_in(value, set()):
+                inside = [held] if held in registered else list(held.modules())
+                for child in inside:
+                    if isinstance(child, tuple(_COUNTERPARTS)):
+                        what = f"module {found[child]!r}" if child in found else f"a {type(child).__name__}"
+                        yield f"{what} as held by attribute {attribute!r} of {_where(path)}"
+
+
+def _modules_in(value: Any, seen: set[int]) -> Iterator[nn.Module]:
+    """Yield the modules that containers, bound methods and partial functions hold."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, nn.Module):
+        yield value
+        return
+    inner: list[Any] = []
+    if isinstance(value, dict):
+        inner = list(value.values())
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        inner = list(value)
+    elif isinstance(value, functools.partial):
+        inner = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, types.MethodType):
+        inner = [value.__self__]
+    for part in inner:
+        yield from _modules_in(part, seen)
+
+
+def _where(path: str) -> str:
+    return f"module {path!r}" if path else "the module"
 
 
 def _carried(name: str, hx: Pair | None) -> Tensor | None:

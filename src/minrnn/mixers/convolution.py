@@ -105,7 +105,7 @@ class _Taps(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dweight = _correlate(_lags(padded, width), dy)
         if ctx.needs_input_grad[2]:
-            dbias = dy.flatten(0, 1).sum(0)
+            dbias = _total(dy)
         return dpadded, dweight, dbias
 
 
@@ -131,5 +131,10 @@ def _correlate(lags: list[Tensor], dy: Tensor) -> Tensor:
         # One piece of memory for all products, unless more than their numbers is wanted: see the forward.
         buffer = None if torch.is_grad_enabled() or not is_plain(dy) or is_mapped_by_old_vmap(dy) else product
         product = torch.mul(dy, x, out=buffer)
-        sums.append(product.flatten(0, 1).sum(0))
+        sums.append(_total(product))
     return torch.stack(sums)
+
+
+def _total(x: Tensor) -> Tensor:
+    """Sum over batch and time, as one axis where that can be: it is faster."""
+    return x.sum((0, 1)) if is_mapped_by_old_vmap(x) else x.flatten(0, 1).sum(0)
