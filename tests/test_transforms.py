@@ -1,4 +1,4 @@
-"""Transforms of torch.func and forward mode, nested in any order, through every operator, layer, cell and mixer.
+"""Transforms of torch.func and forward mode, nested in any order: operators, layers, cells and mixers.
 
 A word names a nesting from the outside in: F is forward mode, R reverse mode, V vmap.
 """

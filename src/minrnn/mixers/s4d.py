@@ -180,11 +180,14 @@ class _Response:
 
     def __init__(self, rate: Tensor, drive: Tensor, C: Tensor, *, length: int, dtype: torch.dtype) -> None:
         self.rate, self.drive, self.C, self.length, self.dtype = rate, drive, C, length, dtype
-        chunk = 2 * rate.shape[1]
-        while chunk * chunk < length:
-            chunk *= 2
-        self.chunk = min(length, chunk)
+        self.chunk = 2 * rate.shape[1]
+        if not torch.compiler.is_exporting():  # a program of any length is not made for one
+            while self.chunk * self.chunk < length:
+                self.chunk *= 2
+            self.chunk = min(length, self.chunk)
         self.num_chunks = -(-length // self.chunk)
+        if torch.compiler.is_exporting():
+            self.num_chunks += 1  # of zeros; torch makes a case of its own of an axis of length 1
         self.inner = _real(_powers(rate, self.chunk), dtype)  # (D, chunk, N)
         self.outer = _powers(rate * self.chunk, self.num_chunks)  # (D, num_chunks, N / 2)
 
@@ -234,11 +237,14 @@ def convolve(x: Tensor, kernel: Tensor) -> Tensor:
         y, `(D, B, T)`.
     """
     T = x.shape[-1]
-    wanted = 2 * T - 1  # shorter, and the end would wrap around onto the start
-    unit = 1
-    while 8 * unit < wanted:
-        unit *= 2
-    length = -(-wanted // unit) * unit  # 5 to 8 times a power of two: an FFT of large prime factors is slow
+    length = 2 * T - 1  # shorter, and the end would wrap around onto the start
+    if not torch.compiler.is_exporting():
+        unit = 1
+        while 8 * unit < length:
+            unit *= 2
+        length = (
+            -(-length // unit) * unit
+        )  # 5 to 8 times a power of two: FFTs of large prime factors are slow
     spectrum = torch.fft.rfft(x, length) * torch.fft.rfft(kernel, length).unsqueeze(1)
     return torch.fft.irfft(spectrum, length)[..., :T]
 
