@@ -1,6 +1,8 @@
 """convert_rnns: a model that held torch.nn's GRUs and LSTMs runs as before, on min ones."""
 
 import copy
+import functools
+import warnings
 from typing import Any
 
 import pytest
@@ -132,6 +134,140 @@ def test_a_module_in_two_places_stays_one() -> None:
     assert model["a"] is not model["c"]
 
 
+# --- parameters that modules share -------------------------------------------------------------------------
+
+
+def tied(first: Any, first_name: str, second: Any, second_name: str) -> nn.ModuleDict:
+    setattr(second, second_name, getattr(first, first_name))
+    return nn.ModuleDict({"first": first, "second": second})
+
+
+TIES: dict[str, tuple[Any, Any, str, str]] = {
+    "LSTM and LSTMCell": (nn.LSTM, nn.LSTMCell, "_l0", ""),
+    "LSTMCell and LSTM": (nn.LSTMCell, nn.LSTM, "", "_l0"),
+    "GRU and GRUCell": (nn.GRU, nn.GRUCell, "_l0", ""),
+    "two GRUs": (nn.GRU, nn.GRU, "_l0", "_l0"),
+}
+
+
+@pytest.mark.parametrize("case", TIES)
+def test_shared_parameters_stay_shared(case: str) -> None:
+    first, second, left, right = TIES[case]
+    model = nn.ModuleDict({"first": first(H, H), "second": second(H, H)})
+    for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+        setattr(model["second"], kind + right, getattr(model["first"], kind + left))
+    convert_rnns(model)
+    for kind in ("weight_ih", "bias_ih"):
+        assert getattr(model["second"], kind + right) is getattr(model["first"], kind + left)
+    assert len(list(model.parameters())) == 2
+    x, h = torch.randn(1, B, H), torch.randn(1, B, H)
+    outputs = []
+    for module in model.values():
+        is_cell = "Cell" in type(module).__name__
+        hx, step = (h[0], x[0]) if is_cell else (h, x)
+        output = module(step, (hx, hx) if "LSTM" in case else hx)
+        outputs.append((output[0] if isinstance(output, tuple) else output).reshape(B, H))
+    torch.testing.assert_close(*outputs)
+
+
+def test_parameters_shared_by_layers_of_one_stay_shared() -> None:
+    old = nn.GRU(H, H, num_layers=3)
+    for kind in ("weight_ih", "bias_ih"):
+        setattr(old, f"{kind}_l2", getattr(old, f"{kind}_l1"))
+    new = convert_rnns(old)
+    assert new.weight_ih_l2 is new.weight_ih_l1
+    assert new.bias_ih_l2 is new.bias_ih_l1
+    assert new.weight_ih_l0 is not new.weight_ih_l1
+
+
+def test_shared_recurrent_weights_leave_with_their_partners() -> None:
+    model = convert_rnns(tied(nn.GRU(H, H), "weight_hh_l0", nn.GRU(H, H), "weight_ih_l0"))
+    assert model["first"].weight_ih_l0 is not model["second"].weight_ih_l0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: tied(nn.GRU(I, H), "weight_ih_l0", nn.Linear(I, 3 * H), "weight"),
+        lambda: tied(nn.GRU(I, H), "weight_hh_l0", nn.Linear(H, 3 * H), "weight"),
+        lambda: tied(nn.GRU(I, 4 * H), "weight_ih_l0", nn.LSTM(I, 3 * H), "weight_ih_l0"),
+        lambda: tied(nn.GRU(I, H), "weight_ih_l0", nn.RNN(I, 3 * H), "weight_ih_l0"),
+    ],
+)
+def test_ties_that_cannot_be_kept_are_named(make: Any) -> None:
+    model = make()
+    modules = list(model.modules())
+    with pytest.raises(
+        ValueError, match=r"weight_\wh_l0 of module 'first' must not be shared .* module 'second'"
+    ):
+        convert_rnns(model)
+    assert list(model.modules()) == modules
+
+
+def test_what_was_set_on_modules_and_parameters_is_taken_over() -> None:
+    old = nn.GRU(I, H)
+    old.note, old.weight_ih_l0.group = "kept", 3
+    new = convert_rnns(old)
+    assert new.note == "kept"
+    assert new.weight_ih_l0.group == 3
+
+
+# --- what is passed over is named --------------------------------------------------------------------------
+
+
+class Holder(nn.Module):
+    """Keeps what `hold` makes of its GRU where no table of submodules is."""
+
+    def __init__(self, hold: Any) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(I, H)
+        self.kept = hold(self.rnn)
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda rnn: [rnn],
+        lambda rnn: {"a": (1, [rnn])},
+        lambda rnn: rnn.forward,
+        lambda rnn: functools.partial(rnn, hx=None),
+        lambda rnn: [nn.Sequential(rnn)],
+    ],
+    ids=["list", "nested", "method", "partial", "in an unregistered module"],
+)
+def test_references_beside_submodules_are_named(hold: Any) -> None:
+    model = Holder(hold)
+    with pytest.warns(UserWarning, match="module 'rnn' as held by attribute 'kept' of the module") as caught:
+        convert_rnns(model)
+    assert caught[0].filename == __file__
+    assert isinstance(model.rnn, MinGRU)
+
+
+def test_unregistered_ones_are_named() -> None:
+    model = Holder(lambda _: [nn.LSTM(I, H)])
+    with pytest.warns(UserWarning, match="a LSTM as held by attribute 'kept' of the module"):
+        convert_rnns(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert_rnns(Holder(lambda _: [nn.Linear(2, 2), 3, "rnn", None]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch")
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_scripted_traced_and_quantised_ones_are_named(kind: Any) -> None:
+    others = {
+        "scripted": torch.jit.script(kind(I, H)),
+        "traced": torch.jit.trace(nn.Sequential(kind(I, H)), (torch.zeros(T, B, I),)),
+        "quantised": torch.ao.quantization.quantize_dynamic(nn.Sequential(kind(I, H)), {kind})[0],
+    }
+    for name, other in others.items():
+        model = nn.ModuleDict({name: other, "plain": nn.GRU(I, H)})
+        with pytest.warns(UserWarning, match=f"left as it was: module '{name}.*', a {kind.__name__} "):
+            convert_rnns(model)
+        assert model[name] is other
+        assert isinstance(model["plain"], MinGRU)
+
+
 # --- the pair of states ----------------------------------------------------------------------------------
 
 
@@ -222,9 +358,51 @@ def hooked() -> nn.Module:
     return module
 
 
+def hooked_parameter() -> nn.Module:
+    module = nn.GRU(I, H)
+    module.weight_ih_l0.register_hook(lambda gradient: gradient)
+    return module
+
+
+def with_hooked_state_dict() -> nn.Module:
+    module = nn.GRU(I, H)
+    module.register_state_dict_post_hook(lambda *_: None)
+    return module
+
+
+def with_buffer() -> nn.Module:
+    module = nn.GRU(I, H)
+    module.register_buffer("count", torch.zeros(1))
+    return module
+
+
+def with_forward() -> nn.Module:
+    module = nn.GRU(I, H)
+    module.forward = lambda x: x  # type: ignore[method-assign, assignment]
+    return module
+
+
+def compiled_in_place() -> nn.Module:
+    module = nn.GRU(I, H)
+    module.compile(backend="eager")
+    return module
+
+
+def in_two_dtypes() -> nn.Module:
+    module = nn.GRU(I, H, num_layers=2)
+    module.weight_ih_l1.data = module.weight_ih_l1.data.double()
+    return module
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
+        (hooked_parameter, TypeError, r"'1\.rnn' must have no hooks"),
+        (with_hooked_state_dict, TypeError, r"'1\.rnn' must have no hooks"),
+        (with_buffer, TypeError, r"'1\.rnn' must have nothing of its own, got count"),
+        (with_forward, TypeError, r"'1\.rnn' must have nothing of its own, got forward"),
+        (compiled_in_place, TypeError, r"'1\.rnn' must not be compiled"),
+        (in_two_dtypes, ValueError, r"'1\.rnn' must have its parameters on one device and in one dtype"),
         (
             lambda: nn.LSTM(I, H, proj_size=2),
             ValueError,
@@ -243,6 +421,15 @@ def test_errors_come_before_any_change(make: Any, error: type[Exception], messag
     assert list(model.modules()) == modules
     with pytest.raises(error, match="convert_rnns: the module must"):
         convert_rnns(make())
+
+
+def test_a_compiled_one_is_refused() -> None:
+    """The wrapper calls the module that it was made of, whatever takes its place."""
+    for model in (torch.compile(nn.GRU(I, H)), nn.Sequential(torch.compile(nn.GRU(I, H)))):
+        with pytest.raises(TypeError, match="must not be compiled; convert first"):
+            convert_rnns(model)
+    model = torch.compile(nn.Sequential(nn.GRU(I, H)), backend="eager")
+    assert convert_rnns(model)(torch.zeros(T, B, I))[0].shape == (T, B, H)
 
 
 def test_it_is_public() -> None:

@@ -53,9 +53,10 @@ class S4DMixer(Mixer):
     A call of one step is the recurrence. A longer one is a convolution, by FFT, with the kernel of the
     response to a pulse, plus the response to the state carried in; sequences that a reset begins are
     convolved by themselves. Nothing of size T * d_state is made for a channel: powers of exp(dt A) are
-    products of two short tables, and sums over them are matrix products. The tables and each step are
-    computed in float64: the phase of the t-th power is t times as wrong as that of the first. Like every
-    convolution by FFT, it spreads rounding errors, and what is not finite, over a whole sequence.
+    products of two short tables, and sums over them are matrix products. (Exported programs, which are for
+    any T, have one long table.) The tables and each step are computed in float64: the phase of the t-th power
+    is t times as wrong as that of the first. Like every convolution by FFT, it spreads rounding errors, and
+    what is not finite, over a whole sequence.
 
     The state is h `(B, d_model, d_state / 2, 2)`: real and imaginary parts, float32 at least.
 
@@ -180,14 +181,13 @@ class _Response:
 
     def __init__(self, rate: Tensor, drive: Tensor, C: Tensor, *, length: int, dtype: torch.dtype) -> None:
         self.rate, self.drive, self.C, self.length, self.dtype = rate, drive, C, length, dtype
-        self.chunk = 2 * rate.shape[1]
-        if not torch.compiler.is_exporting():  # a program of any length is not made for one
-            while self.chunk * self.chunk < length:
-                self.chunk *= 2
-            self.chunk = min(length, self.chunk)
+        chunk = length
+        if not torch.compiler.is_exporting():  # a program of any length cannot be cut for one
+            chunk = 2 * rate.shape[1]
+            while chunk * chunk < length:
+                chunk *= 2
+        self.chunk = min(length, chunk)
         self.num_chunks = -(-length // self.chunk)
-        if torch.compiler.is_exporting():
-            self.num_chunks += 1  # of zeros; torch makes a case of its own of an axis of length 1
         self.inner = _real(_powers(rate, self.chunk), dtype)  # (D, chunk, N)
         self.outer = _powers(rate * self.chunk, self.num_chunks)  # (D, num_chunks, N / 2)
 
