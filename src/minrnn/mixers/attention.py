@@ -94,11 +94,10 @@ class AttentionMixer(Mixer):
     def _attend_in_blocks(self, q: Tensor, k: Tensor, v: Tensor, oldest: Tensor) -> Tensor:
         """Attend under a mask, a block of queries at a time against the keys that the block can reach."""
         T, S = q.shape[2], k.shape[2] - q.shape[2]
-        # A program of any length has no loop over its blocks.
-        whole = torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
         size = max(QUERY_BLOCK, self.window)
         outputs = []
-        for start, stop in [(0, T)] if whole else [(at, min(at + size, T)) for at in range(0, T, size)]:
+        for start in range(0, T, size):
+            stop = min(start + size, T)
             first_key = max(0, S + start - self.window + 1) if self.window else 0
             reach = slice(first_key, S + stop)
             query_at = torch.arange(S + start, S + stop, device=q.device).unsqueeze(1)

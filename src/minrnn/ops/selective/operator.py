@@ -76,7 +76,10 @@ def _functions(module: ModuleType) -> Functions:
 
     def backward(dy: Tensor, dlast: Tensor, borders: Tensor, *inputs: Any) -> list[Tensor]:
         x = Inputs(*inputs)
-        return (module.backward if x.u.shape[0] else _empty_backward)(dy, dlast, borders, x)
+        if x.u.shape[0]:
+            return module.backward(dy, dlast, borders, x)
+        # Empty are all but the sums over the batch.
+        return [d.zero_() for d in _backward_fake(dy, dlast, borders, *inputs)]
 
     return forward, backward
 
@@ -108,20 +111,16 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.register_fake("minrnn::selective_scan_backward", lib=_LIBRARY)
 def _backward_fake(dy: Tensor, dlast: Tensor, borders: Tensor, *inputs: Any) -> list[Tensor]:
-    return _empty_backward(dy, dlast, borders, Inputs(*inputs))
-
-
-def _empty_backward(dy: Tensor, dlast: Tensor, borders: Tensor, x: Inputs) -> list[Tensor]:
-    """Gradients of a batch without rows: all are empty but the sums over it, which are zero."""
+    x = Inputs(*inputs)
     channels = x.u.shape[2]
     wide = state_dtype(x.u.dtype)
     return [
         output_like(x.u, channels),
         output_like(x.u, channels),
-        x.A.new_zeros(x.A.shape, dtype=wide),
+        x.A.new_empty(x.A.shape, dtype=wide),
         x.B.new_empty(x.B.shape),
         x.C.new_empty(x.C.shape),
-        x.A.new_zeros(0 if x.D is None else channels, dtype=wide),
+        x.A.new_empty(0 if x.D is None else channels, dtype=wide),
         x.u.new_empty(0) if x.z is None else output_like(x.u, channels),
         dlast.new_empty(dlast.shape, dtype=wide),
     ]
