@@ -53,10 +53,9 @@ class S4DMixer(Mixer):
     A call of one step is the recurrence. A longer one is a convolution, by FFT, with the kernel of the
     response to a pulse, plus the response to the state carried in; sequences that a reset begins are
     convolved by themselves. Nothing of size T * d_state is made for a channel: powers of exp(dt A) are
-    products of two short tables, and sums over them are matrix products. (Exported programs, which are for
-    any T, have one long table.) The tables and each step are computed in float64: the phase of the t-th power
-    is t times as wrong as that of the first. Like every convolution by FFT, it spreads rounding errors, and
-    what is not finite, over a whole sequence.
+    products of two short tables, and sums over them are matrix products. The tables and each step are
+    computed in float64: the phase of the t-th power is t times as wrong as that of the first. Like every
+    convolution by FFT, it spreads rounding errors, and what is not finite, over a whole sequence.
 
     The state is h `(B, d_model, d_state / 2, 2)`: real and imaginary parts, float32 at least.
 
@@ -181,11 +180,9 @@ class _Response:
 
     def __init__(self, rate: Tensor, drive: Tensor, C: Tensor, *, length: int, dtype: torch.dtype) -> None:
         self.rate, self.drive, self.C, self.length, self.dtype = rate, drive, C, length, dtype
-        chunk = length
-        if not torch.compiler.is_exporting():  # a program of any length cannot be cut for one
-            chunk = 2 * rate.shape[1]
-            while chunk * chunk < length:
-                chunk *= 2
+        chunk = 2 * rate.shape[1]
+        while chunk * chunk < length:
+            chunk *= 2
         self.chunk = min(length, chunk)
         self.num_chunks = -(-length // self.chunk)
         self.inner = _real(_powers(rate, self.chunk), dtype)  # (D, chunk, N)
@@ -237,14 +234,11 @@ def convolve(x: Tensor, kernel: Tensor) -> Tensor:
         y, `(D, B, T)`.
     """
     T = x.shape[-1]
-    length = 2 * T - 1  # shorter, and the end would wrap around onto the start
-    if not torch.compiler.is_exporting():
-        unit = 1
-        while 8 * unit < length:
-            unit *= 2
-        length = (
-            -(-length // unit) * unit
-        )  # 5 to 8 times a power of two: FFTs of large prime factors are slow
+    wanted = 2 * T - 1  # shorter, and the end would wrap around onto the start
+    unit = 1
+    while 8 * unit < wanted:
+        unit *= 2
+    length = -(-wanted // unit) * unit  # 5 to 8 times a power of two: an FFT of large prime factors is slow
     spectrum = torch.fft.rfft(x, length) * torch.fft.rfft(kernel, length).unsqueeze(1)
     return torch.fft.irfft(spectrum, length)[..., :T]
 
