@@ -254,9 +254,14 @@ def options_of(name: str) -> list[str]:
 @every_constructor
 def test_numpys_numbers_are_taken_as_pythons(name: str) -> None:
     make = CONSTRUCTORS[name]
-    for size in (np.int64, np.int32, np.uint8):
-        module = make(size(I), size(H))
-        assert repr(module) == repr(make(I, H))
+    for size, hidden in (
+        (np.int64, H),
+        (np.int32, H),
+        (np.uint8, 96),
+    ):  # of which 3 are more than 8 bits hold
+        module = make(size(I), size(hidden))
+        assert repr(module) == repr(make(I, hidden))
+        assert [p.shape for p in module.parameters()] == [p.shape for p in make(I, hidden).parameters()]
         assert all(
             type(value) is int
             for value in vars(module).values()

@@ -245,7 +245,7 @@ def test_references_beside_submodules_are_named(hold: Any) -> None:
 
 def test_unregistered_ones_are_named() -> None:
     model = Holder(lambda _: [nn.LSTM(I, H)])
-    with pytest.warns(UserWarning, match="a LSTM as held by attribute 'kept' of the module"):
+    with pytest.warns(UserWarning, match="an unregistered LSTM as held by attribute 'kept' of the module"):
         convert_rnns(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -262,7 +262,7 @@ def test_scripted_traced_and_quantised_ones_are_named(kind: Any) -> None:
     }
     for name, other in others.items():
         model = nn.ModuleDict({name: other, "plain": nn.GRU(I, H)})
-        with pytest.warns(UserWarning, match=f"left as it was: module '{name}.*', a {kind.__name__} "):
+        with pytest.warns(UserWarning, match=f"left as it was: module '{name}.*', {kind.__name__} "):
             convert_rnns(model)
         assert model[name] is other
         assert isinstance(model["plain"], MinGRU)

@@ -49,6 +49,7 @@ class AarenMixer(Mixer):
 
     def __init__(self, d_model: int, d_hidden: int, *, num_heads: int = 4, bias: bool = True) -> None:
         super().__init__(d_model, d_hidden)
+        d_model, d_hidden = self.d_model, self.d_hidden  # Python's: numpy's may overflow
         self.num_heads = num_heads = read_size("AarenMixer", "num_heads", num_heads)
         if d_hidden % num_heads:
             raise ValueError(f"AarenMixer: num_heads must divide d_hidden={d_hidden}, got {num_heads}")

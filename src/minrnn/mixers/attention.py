@@ -45,6 +45,7 @@ class AttentionMixer(Mixer):
         self, d_model: int, d_hidden: int, *, num_heads: int = 4, window: int = 0, bias: bool = True
     ) -> None:
         super().__init__(d_model, d_hidden)
+        d_model, d_hidden = self.d_model, self.d_hidden  # Python's: numpy's may overflow
         self.num_heads = num_heads = read_size("AttentionMixer", "num_heads", num_heads)
         self.window = read_size("AttentionMixer", "window", window, least=0)
         if d_hidden % (2 * num_heads):

@@ -90,8 +90,8 @@ def convert_rnns(module: nn.Module, *, candidate: str = "positive", signed: bool
     Raises:
         TypeError: one is of a subclass of torch.nn's, compiled, or has hooks, a forward, parameters, buffers
             or submodules of its own, or sharded parameters: they would be lost.
-        ValueError: one has a projection (proj_size) or parameters on several devices, shares a parameter
-            with a module that is not replaced, or the candidate is unknown.
+        ValueError: one has a projection (proj_size) or parameters on several devices or in several dtypes,
+            shares a parameter with a module that is not replaced, or the candidate is unknown.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(50, 10), nn.GRU(10, 20, num_layers=2, batch_first=True))
@@ -138,7 +138,8 @@ def _counterpart(old: Any, candidate: str, signed: bool) -> nn.Module:
 
 def _own_attributes(old: Any) -> list[str]:
     """Name what was set on a torch.nn recurrent module beside what its constructor sets."""
-    return [name for name in vars(old) if name not in vars(type(old)(1, 1, device="meta"))]
+    usual = vars(type(old)(1, 1, device="meta"))
+    return [name for name in vars(old) if name not in usual]
 
 
 def _layer(kind: type[MinGRU] | type[MinLSTM]) -> Callable[[Any, str, bool], nn.Module]:
@@ -262,7 +263,7 @@ def _find_foreign(module: nn.Module) -> Iterator[str]:
             what = (
                 "scripted or traced" if isinstance(child, torch.jit.ScriptModule) else f"of {kind.__module__}"
             )
-            yield f"{_where(path)}, a {name} {what}"
+            yield f"{_where(path)}, {name} {what}"
 
 
 def _find_unregistered(module: nn.Module, found: dict[nn.Module, str]) -> Iterator[str]:
@@ -276,7 +277,8 @@ def _find_unregistered(module: nn.Module, found: dict[nn.Module, str]) -> Iterat
                 inside = [held] if held in registered else list(held.modules())
                 for child in inside:
                     if isinstance(child, tuple(_COUNTERPARTS)):
-                        what = f"module {found[child]!r}" if child in found else f"a {type(child).__name__}"
+                        kind = f"an unregistered {type(child).__name__}"
+                        what = f"module {found[child]!r}" if child in found else kind
                         yield f"{what} as held by attribute {attribute!r} of {_where(path)}"
 
 

@@ -58,6 +58,7 @@ class MambaMixer(Mixer):
         dt_rank: int | None = None,
     ) -> None:
         super().__init__(d_model, d_hidden)
+        d_model, d_hidden = self.d_model, self.d_hidden  # Python's: numpy's may overflow
         self.d_state = d_state = read_size("MambaMixer", "d_state", d_state)
         d_conv = read_size("MambaMixer", "d_conv", d_conv)
         dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank

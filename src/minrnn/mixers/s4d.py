@@ -89,6 +89,7 @@ class S4DMixer(Mixer):
         bias: bool = True,
     ) -> None:
         super().__init__(d_model, d_hidden)
+        d_model, d_hidden = self.d_model, self.d_hidden  # Python's: numpy's may overflow
         self.d_state = d_state = read_size("S4DMixer", "d_state", d_state)
         if d_state % 2:
             raise ValueError(f"S4DMixer: d_state must be even, got {d_state}")
