@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
 import os
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from minrnn.mixers import (
     PairedMinLSTM,
     PairedMinLSTMCell,
 )
+from minrnn.models import DecisionConfig, ModelConfig
 from minrnn.ops import GATES, gated_scan, scan, selective_scan
 from minrnn.ops.selective.operator import MODULES as SELECTIVE_ENGINES
 
@@ -277,6 +280,26 @@ def test_numpys_numbers_are_taken_as_pythons(name: str) -> None:
         ours = make(I, H, **others, **{option: type(plain)(kind(plain))})
         assert repr(theirs) == repr(ours), option
         assert list(theirs.state_dict()) == list(ours.state_dict()), option
+
+
+def test_configurations_hold_pythons_numbers() -> None:
+    config = ModelConfig(
+        d_model=np.int64(I),
+        num_layers=np.int32(1),
+        dropout=np.float64(0.25),
+        mlp_ratio=np.float32(1),
+        bias=np.bool_(True),
+    )
+    assert config == ModelConfig(d_model=I, num_layers=1, dropout=0.25, mlp_ratio=1.0, bias=True)
+    assert json.dumps(config.to_dict()) == json.dumps(dataclasses.asdict(config))
+    assert all(type(value) in (int, float, bool, str, type(None)) for value in config.to_dict().values())
+    policy = DecisionConfig(
+        config, observation_size=np.int64(3), action_size=np.int64(2), return_scale=np.float32(0.5)
+    )
+    assert all(not isinstance(value, np.generic) for value in policy.to_dict().values())
+    for value in (True, np.bool_(True), np.float64(4), np.array(4), torch.tensor(4)):
+        with pytest.raises(TypeError, match="d_model must be int"):
+            ModelConfig(d_model=value)  # type: ignore[arg-type]
 
 
 @every_constructor

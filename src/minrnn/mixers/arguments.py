@@ -5,6 +5,13 @@ import numbers
 from typing import Any
 
 
+def as_python(value: Any) -> Any:
+    """Return a number or a flag of numpy's as Python's, and anything else as it is."""
+    is_number = isinstance(value, numbers.Number) and hasattr(value, "item")
+    is_flag = str(getattr(value, "dtype", None)) == "bool" and value.shape == ()
+    return value.item() if is_number or is_flag else value
+
+
 def read_size(name: str, key: str, value: Any, least: int = 1) -> int:
     """Return a size as an int.
 
@@ -26,10 +33,10 @@ def read_flag(name: str, key: str, value: Any) -> bool:
     Raises:
         TypeError: it is neither Python's nor numpy's.
     """
-    is_numpys = str(getattr(value, "dtype", None)) == "bool" and value.shape == ()
-    if not isinstance(value, bool) and not is_numpys:
+    flag = as_python(value)
+    if not isinstance(flag, bool):
         raise TypeError(f"{name}: {key} must be a bool, got {type(value).__name__}")
-    return bool(value)
+    return flag
 
 
 def read_number(name: str, key: str, value: Any) -> float:

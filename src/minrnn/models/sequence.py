@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from minrnn.files import convert
 from minrnn.mixers import MIXERS
+from minrnn.mixers.arguments import as_python
 from minrnn.mixers.convolution import CausalConv
 from minrnn.mixers.mixer import check_reset
 from minrnn.models.block import ACTIVATIONS, MLP, Block, BlockState
@@ -137,9 +138,13 @@ class ModelConfig:
 
 
 def check_types(config: Any) -> None:
-    """Raise TypeError unless every field of a dataclass is of its type; the class starts the message."""
+    """Raise TypeError unless every field of a dataclass is of its type; the class starts the message.
+
+    Numbers and flags of numpy's become Python's, which can be written to files.
+    """
     for name, kind in get_type_hints(type(config)).items():
-        value, allowed = getattr(config, name), {kind, *get_args(kind)}
+        value, allowed = as_python(getattr(config, name)), {kind, *get_args(kind)}
+        object.__setattr__(config, name, value)  # configurations are frozen, for all others
         if float in allowed:
             allowed.add(int)  # 1 is a good way to write 1.0
         if type(value) not in allowed:
