@@ -79,7 +79,9 @@ class TextTask(TokenTask):
 
     def __init__(self, config: TextConfig, vocabulary: Vocabulary | None = None) -> None:
         self.config = config
-        self._corpus: TokenisedCorpus = tokenise(find_corpus(config.source), vocabulary or config.vocabulary)
+        corpus = find_corpus(config.source)
+        self._left_out = corpus.left_out
+        self._corpus: TokenisedCorpus = tokenise(corpus, vocabulary or config.vocabulary)
         for part, tokens in (("training", self.train_tokens), ("validation", self.val_tokens)):
             if tokens.size <= config.window:
                 raise ValueError(
@@ -126,9 +128,10 @@ class TextTask(TokenTask):
 
     def describe(self) -> str:
         """Return the source and the size of its parts in one line, for a log."""
+        left_out = f"; binary files, {self._left_out:,} of them, are left out" if self._left_out else ""
         return (
             f"{self.config.source}: {self.train_tokens.size:,} {self.vocabulary.kind} to train on, "
-            f"{self.val_tokens.size:,} to validate on, {self.vocabulary.size} symbols"
+            f"{self.val_tokens.size:,} to validate on, {self.vocabulary.size} symbols{left_out}"
         )
 
     def model_config(self, config: ModelConfig) -> ModelConfig:
