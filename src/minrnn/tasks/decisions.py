@@ -416,4 +416,4 @@ def _find(config: DecisionsConfig) -> Episodes:
         )
     from minrnn.tasks.locomotion import find_episodes
 
-    return find_episodes(config.data)
+    return find_episodes(config.data, config.environment)

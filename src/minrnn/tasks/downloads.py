@@ -52,7 +52,9 @@ def download(function: str, url: str, name: str, *, sha256: str) -> Path:
     pooch.get_logger().setLevel("WARNING")
     try:
         return Path(
-            pooch.retrieve(url, f"sha256:{sha256}", fname=name, path=cache_folder(), downloader=_Download(name))
+            pooch.retrieve(
+                url, f"sha256:{sha256}", fname=name, path=cache_folder(), downloader=_Download(name)
+            )
         )
     except OSError as error:  # also every network failure: requests derives its exceptions from OSError
         raise OSError(
@@ -84,7 +86,9 @@ class _Download:
                 progressbar=bar,
                 chunk_size=CHUNK_BYTES,
                 headers={"Accept-Encoding": "identity"},  # else its length is not the file's
-                hooks={"response": _refuse_downgrade},  # called for each answer on the way, redirections included
+                hooks={
+                    "response": _refuse_downgrade
+                },  # called for each answer on the way, redirections included
             )
             fetch(url, output_file, pooch_instance)
 

@@ -77,7 +77,8 @@ def normalised_score(environment: str, mean_return: float) -> float | None:
         environment: gymnasium's id or D4RL's name: Hopper-v5, hopper-medium-v2.
         mean_return: the mean undiscounted return of some episodes.
     """
-    reference = REFERENCES.get(environment.split("-")[0].lower())
+    name = environment.rpartition(":")[2]  # an id may begin with the module that registers it
+    reference = REFERENCES.get(name.split("-")[0].lower())
     if reference is None:
         return None
     return 100 * (mean_return - reference.random) / (reference.expert - reference.random)
@@ -152,7 +153,9 @@ def local_name(environment: str, quality: str, seed: int = 0) -> str:
         seed: of what was trained and recorded.
     """
     which = f"-seed{seed}" if seed else ""
-    safe = re.sub(r"[^\w.-]", "-", environment)  # an id may name a module and a namespace: rooms.grid:Grids/Small-v0
+    safe = re.sub(
+        r"[^\w.-]", "-", environment
+    )  # an id may name a module and a namespace: rooms.grid:Grids/Small-v0
     return f"{LOCAL_FOLDER}{safe}-{quality}{which}"
 
 
