@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import http.server
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -16,9 +19,11 @@ import h5py
 import minari
 import numpy as np
 import pytest
+import requests
 from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
+from minrnn.tasks import downloads, locomotion
 from minrnn.tasks.downloads import cache_folder
 from minrnn.tasks.environments import make_environment
 from minrnn.tasks.episodes import Episodes
@@ -260,13 +265,15 @@ def test_discrete_actions_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_discrete", [False, True])
 def test_what_is_written_is_read_again(is_discrete: bool, tmp_path: Path) -> None:
     episodes, following = made_up()
+    name, about = "Hopper-v5", {"source": "local", "seed": 3, "noise": 0.2}
     if is_discrete:
         episodes = replace(episodes, actions=np.arange(len(episodes)) % 2)
-    episodes = replace(episodes, environment="Hopper-v5", about={"source": "local", "seed": 3, "noise": 0.2})
+        name, about = "CartPole-v1", {**about, "num_actions": 2}
+    episodes = replace(episodes, environment=name, about=about)
     write_episodes(tmp_path / "a.hdf5", episodes, following)
     read = read_episodes(tmp_path / "a.hdf5")
     assert_equal(read, episodes)
-    assert read.environment == "Hopper-v5"
+    assert read.environment == name
     assert read.about == {"name": "a", **episodes.about}
     assert [path.name for path in tmp_path.glob("a*")] == ["a.hdf5"]
     with pytest.raises(ValueError, match=r"must have the shape of observations, \(13, 11\), got \(12, 11\)"):
@@ -293,7 +300,7 @@ def with_field(name: str, change: Callable[[Any], Any]) -> Callable[[Fields], No
         (with_field("timeouts", lambda a: a[:3]), "timeouts 3"),
         (with_field("observations", at((5, 1), np.nan)), "observations must be finite, got .* at step 5"),
         (with_field("observations", lambda a: a[:, 0]), r"must be an array \(N, S\)"),
-        (with_field("actions", lambda a: a[:, 0]), r"must be an array \(N, A\) or \(N,\) of int64"),
+        (with_field("actions", lambda a: a.round().astype(int)), "several whole numbers may be choices or"),
         (
             with_field("rewards", lambda a: np.ones((13, 2))),
             r"rewards must hold one number a step, got \(13, 2\)",
@@ -477,6 +484,7 @@ class Server(http.server.ThreadingHTTPServer):
     content = b""
     sent: int | None = None
     tells_length = True
+    moved = False
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -492,6 +500,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.paths.append(self.path)
+        if self.server.moved and not self.path.endswith("?moved"):
+            self.send_response(302)
+            self.send_header("Location", f"{self.path}?moved")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         self.send_response(200)
         if self.server.tells_length:
             self.send_header("Content-Length", str(len(self.server.content)))
@@ -520,7 +534,13 @@ def cached_files() -> list[str]:
     return sorted(path.name for path in cache_folder().rglob("*") if path.is_file())
 
 
+def pin(monkeypatch: pytest.MonkeyPatch, name: str, content: bytes) -> None:
+    """Let this be what D4RL's file of the name holds."""
+    monkeypatch.setitem(locomotion.D4RL_SHA256, name, hashlib.sha256(content).hexdigest())
+
+
 def test_d4rl_files_are_downloaded_once_and_labelled(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    pin(monkeypatch, "hopper-medium-replay-v2", server.content)
     monkeypatch.setenv("MINRNN_D4RL_URL", server.url)
     for _ in range(2):
         read = find_episodes("hopper-medium-replay-v2")
@@ -537,15 +557,23 @@ def test_a_supplied_d4rl_file_needs_no_download(
     supplied = tmp_path / "data" / "hopper_expert-v2.hdf5"
     write(supplied, d4rl_fields(*made_up()))
     monkeypatch.setenv("MINRNN_DATA", str(supplied.parent))
+    with pytest.raises(
+        ValueError, match=r"fetch_d4rl: .*hopper_expert-v2.hdf5 must be D4RL's hopper-expert-v2"
+    ):
+        fetch_d4rl("hopper-expert-v2", server.url)
+    pin(monkeypatch, "hopper-expert-v2", supplied.read_bytes())
     assert fetch_d4rl("hopper-expert-v2", server.url) == supplied.resolve()
     assert server.paths == []
 
 
 @pytest.mark.parametrize("tells_length", [True, False])
-def test_half_a_file_is_never_taken_for_whole(tells_length: bool, server: Server) -> None:
+def test_half_a_file_is_never_taken_for_whole(
+    tells_length: bool, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A connection that breaks leaves nothing, whether or not the server had said how much there would be."""
+    pin(monkeypatch, "hopper-random-v2", server.content)
     server.sent, server.tells_length = len(server.content) // 2, tells_length
-    with pytest.raises((OSError, ValueError), match=r"cannot download|must be a whole HDF5 file"):
+    with pytest.raises((OSError, ValueError), match=r"cannot download|SHA256 hash of downloaded file"):
         fetch_d4rl("hopper-random-v2", server.url)
     assert cached_files() == []
     server.sent = None
@@ -554,14 +582,53 @@ def test_half_a_file_is_never_taken_for_whole(tells_length: bool, server: Server
 
 
 def test_a_download_that_is_something_else_is_not_kept(server: Server) -> None:
-    with pytest.raises(
-        ValueError, match=r"halfcheetah-random-v2 must have observations of 17 .* got .*\(11, 3\)"
-    ):
-        fetch_d4rl("halfcheetah-random-v2", server.url)
-    server.content = b"<html>no such file</html>"
-    with pytest.raises(ValueError, match="must be a whole HDF5 file"):
-        fetch_d4rl("hopper-random-v2", server.url)
+    for content in (server.content, b"<html>no such file</html>"):
+        server.content = content
+        with pytest.raises(ValueError, match=r"SHA256 hash of downloaded file \(hopper_random-v2"):
+            fetch_d4rl("hopper-random-v2", server.url)
     assert cached_files() == []
+
+
+def test_every_d4rl_file_has_its_own_digest_and_comes_by_https() -> None:
+    names = [
+        f"{environment}-{quality}-v2"
+        for environment in REFERENCES
+        for quality in ("random", "medium", "medium-replay", "medium-expert", "expert", "full-replay")
+    ]
+    assert sorted(D4RL_NAMES) == sorted(names)
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in locomotion.D4RL_SHA256.values())
+    assert len(set(locomotion.D4RL_SHA256.values())) == len(names)
+    assert locomotion.D4RL_URL.startswith("https://")
+
+
+@pytest.mark.parametrize(
+    ("url", "location", "refused"),
+    [
+        ("https://a.org/file", "http://a.org/file", True),
+        ("https://a.org/file", "http://b.org/file", True),
+        ("https://a.org/file", "//b.org/file", False),
+        ("https://a.org/file", "/elsewhere", False),
+        ("https://a.org/file", "https://b.org/file", False),
+        ("http://127.0.0.1/file", "http://127.0.0.1/other", False),  # a mirror's own choice
+    ],
+)
+def test_from_https_nothing_leads_back_to_http(url: str, location: str, refused: bool) -> None:
+    answer = requests.Response()
+    answer.status_code, answer.url = 302, url
+    answer.headers["location"] = location
+    refuses = pytest.raises(OSError, match="not encrypted") if refused else contextlib.nullcontext()
+    with refuses:
+        downloads._refuse_downgrade(answer)
+
+
+def test_redirections_are_looked_at(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answer on the way is shown to what refuses some."""
+    seen: list[str] = []
+    monkeypatch.setattr(downloads, "_refuse_downgrade", lambda answer, **_: seen.append(answer.url))
+    pin(monkeypatch, "hopper-random-v2", server.content)
+    server.moved = True
+    fetch_d4rl("hopper-random-v2", server.url)
+    assert [url.rsplit("/", 1)[1] for url in seen] == ["hopper_random-v2.hdf5", "hopper_random-v2.hdf5?moved"]
 
 
 def test_without_a_network_the_error_says_where_to_put_the_file() -> None:
@@ -577,7 +644,7 @@ def test_without_a_network_the_error_says_where_to_put_the_file() -> None:
 
 def test_names_are_checked_and_the_nearest_is_named() -> None:
     assert len(D4RL_NAMES) == 18
-    with pytest.raises(ValueError, match="got 'hoper-medium-v2'; did you mean hopper-medium-v2"):
+    with pytest.raises(ValueError, match="got 'hoper-medium-v2'; did you mean 'hopper-medium-v2'"):
         find_episodes("hoper-medium-v2")
     with pytest.raises(ValueError, match=r"got 'pen/human-v2'; Minari's .* looked for in .*minari"):
         find_episodes("pen/human-v2")
@@ -609,7 +676,7 @@ def test_references_fit_the_environments(name: str) -> None:
 
 
 def test_environments_that_do_not_exist_are_named() -> None:
-    with pytest.raises(ValueError, match="got 'Hoper-v5'; did you mean Hopper-v5"):
+    with pytest.raises(ValueError, match="got 'Hoper-v5'; did you mean 'Hopper-v5'"):
         make_environment("Hoper-v5")
     with pytest.raises(ValueError, match="got 'no name!'"):
         make_environment("no name!")

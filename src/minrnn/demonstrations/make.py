@@ -195,8 +195,8 @@ def _check_spaces(environment: Environment) -> None:
     vectors = len(seen.shape or ()) == 1 and len(done.shape or ()) == 1 and hasattr(seen, "low")
     if not vectors or done.dtype is None or done.dtype.kind != "f" or not np.isfinite(bounds).all():
         raise ValueError(
-            f"make_data: observations and actions must be vectors, these of floats and bounded, got {seen} and "
-            f"{done}; gymnasium.wrappers has what flattens, scales and bounds them"
+            f"make_data: observations and actions must be vectors, these of floats and bounded, got {seen} "
+            f"and {done}; gymnasium.wrappers has what flattens, scales and bounds them"
         )
 
 

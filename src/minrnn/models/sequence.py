@@ -27,6 +27,20 @@ MIXER_OPTIONS = ("candidate", "forget_bias", "normalize", "signed", "num_heads",
 
 EMBEDDING_STD = 0.02
 
+LARGEST = {
+    "vocab_size": 1 << 24,
+    "d_model": 1 << 16,
+    "num_layers": 4096,
+    "expansion": 256,
+    "conv_width": 1 << 16,
+    "mlp_ratio": 256,
+    "num_heads": 1 << 16,
+    "window": 1 << 30,
+    "d_state": 1 << 16,
+}
+"""Most of each size of a model: far above what anybody trains. What is beyond is a slip, or a file's false claim,
+and would take memory or minutes before it failed."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -84,6 +98,8 @@ class ModelConfig:
             self._require(name, 0 < getattr(self, name) < math.inf, "positive")
         for name in ("conv_width", "mlp_ratio"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "0 (none) or positive")
+        for name, most in LARGEST.items():
+            self._require(name, (getattr(self, name) or 0) <= most, f"at most {most}")
         self._require("dropout", 0 <= self.dropout < 1, "a probability in [0, 1)")
         names: dict[str, Collection[str]] = {
             "mixer": MIXERS,

@@ -51,11 +51,8 @@ def download(function: str, url: str, name: str, *, sha256: str) -> Path:
     """
     pooch.get_logger().setLevel("WARNING")
     try:
-        return Path(
-            pooch.retrieve(
-                url, f"sha256:{sha256}", fname=name, path=cache_folder(), downloader=_Download(name)
-            )
-        )
+        fetch, known = _Download(name), f"sha256:{sha256}"
+        return Path(pooch.retrieve(url, known, fname=name, path=cache_folder(), downloader=fetch))
     except OSError as error:  # also every network failure: requests derives its exceptions from OSError
         raise OSError(
             f"{function}: cannot download {url} into {cache_folder()}: {error}; put the file, named {name}, "
@@ -64,7 +61,7 @@ def download(function: str, url: str, name: str, *, sha256: str) -> Path:
 
 
 def check_digest(function: str, path: Path, sha256: str, what: str) -> None:
-    """Raise ValueError unless a file that was supplied has this SHA-256; `function` and `what` it is are named."""
+    """Raise ValueError unless a file that was supplied has this SHA-256; `what` it must be is named."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != sha256:

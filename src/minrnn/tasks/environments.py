@@ -21,8 +21,8 @@ def make_environment(name: str, **options: Any) -> Environment:
     """Return gymnasium's environment `name`.
 
     Args:
-        name: gymnasium's id, such as Hopper-v5, rooms/Grid-v0, or package.module:Grid-v0, for which the module
-            is imported.
+        name: gymnasium's id, such as Hopper-v5, rooms/Grid-v0, or package.module:Grid-v0, for which the
+            module is imported.
         options: passed on to gymnasium.make, such as render_mode.
 
     Raises:

@@ -41,8 +41,8 @@ REFERENCES = {
     "walker2d": Reference(1.629008, 4592.3, 17, 6, "Walker2d-v4"),
 }
 
-# D4RL publishes no checksums. These are TensorFlow Datasets' (d4rl_mujoco_*/checksums.tsv), which downloaded the
-# same files from the same host.
+# D4RL publishes no checksums. These are TensorFlow Datasets' (d4rl_mujoco_*/checksums.tsv), which downloaded
+# the same files from the same host.
 D4RL_SHA256 = {
     "hopper-expert-v2": "01aa219a5f8eea5e639eccdc636ec2bf40e317159a95cf4bf6e985f16909941b",
     "hopper-full-replay-v2": "56baf95963c51c1e964049a974566c50ba80f289390565523e60c0ba83e0982e",
@@ -120,8 +120,8 @@ def fetch_d4rl(name: str, url: str | None = None) -> Path:
     """Return the path of one of D4RL's locomotion files (version 2), downloaded once.
 
     Looked for under D4RL's own file name (hopper_medium-v2.hdf5) in the folder that MINRNN_DATA names, then
-    in the cache folder; downloaded into the latter otherwise. Wherever it comes from, its SHA-256 must be that
-    of D4RL's file.
+    in the cache folder; downloaded into the latter otherwise. Wherever it comes from, its SHA-256 must be
+    that of D4RL's file.
 
     Args:
         name: such as hopper-medium-v2.
@@ -153,9 +153,8 @@ def local_name(environment: str, quality: str, seed: int = 0) -> str:
         seed: of what was trained and recorded.
     """
     which = f"-seed{seed}" if seed else ""
-    safe = re.sub(
-        r"[^\w.-]", "-", environment
-    )  # an id may name a module and a namespace: rooms.grid:Grids/Small-v0
+    # An id may name a module and a namespace: rooms.grid:grids/Small-v0.
+    safe = re.sub(r"[^\w.-]", "-", environment)
     return f"{LOCAL_FOLDER}{safe}-{quality}{which}"
 
 

@@ -58,9 +58,9 @@ def read_episodes(path: str | Path, environment: str | None = None) -> Episodes:
         path: an HDF5 file in D4RL's or Minari's layout, or the folder of a Minari data set.
         environment: gymnasium's id; by default what the file says, which D4RL's own files do not.
 
-    Actions become those of `Episodes`: numbers in any arrangement are a vector, choices count from 0. What they
-    are, the file says (Minari's metadata, or the attribute `about`), else the environment where it can be made
-    here; else one whole number a step is a choice.
+    Actions become those of `Episodes`: numbers in any arrangement are a vector, choices count from 0. What
+    they are, the file says (Minari's metadata, or the attribute `about`), else the environment where it can
+    be made here; else one whole number a step is a choice.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -125,7 +125,8 @@ def _action_space(read: _Read, named: str | None) -> ActionSpace | None:
     """Return what actions are, by what the data say or else by the environment; None where neither is known.
 
     Raises:
-        ValueError: the environment that the user named takes others than the data say, or none that a policy has.
+        ValueError: the environment that the user named takes others than the data say, or none that a policy
+            has.
     """
     if named is None and read.space is None and read.environment is not None:
         return known_actions(read.environment, by_user=False)
@@ -260,8 +261,8 @@ class _Fields:
         """Return a field's numbers.
 
         Raises:
-            ValueError: it is a group of several, holds no numbers or is a single one, lies in another file, is
-                compressed by what is not here, or declares more than the file can hold.
+            ValueError: it is a group of several, holds no numbers or is a single one, lies in another file,
+                is compressed by what is not here, or declares more than the file can hold.
         """
         field = self._own(name)
         if not hasattr(field, "dtype"):  # Minari's form of a dict or tuple of observations or actions
@@ -312,8 +313,8 @@ class _Fields:
             if not h5z.filter_avail(number):
                 said = called.decode(errors="replace") if called else "unnamed"
                 raise ValueError(
-                    f"{self._place(name)} is compressed by filter {number} ({said}), a plugin of HDF5 that is not "
-                    "here; write it with gzip"
+                    f"{self._place(name)} is compressed by filter {number} ({said}), a plugin of HDF5 that "
+                    "is not here; write it with gzip"
                 )
 
     def _check_size(self, name: str, field: h5py.Dataset) -> None:
@@ -322,8 +323,8 @@ class _Fields:
         self._allowance[0] -= declared
         if declared > FREE_BYTES + EXPANSION * stored or self._allowance[0] < 0:
             raise ValueError(
-                f"{self._place(name)} declares {declared:,} bytes, {field.shape} of {field.dtype}, of which the "
-                f"file holds {stored:,}: more than compression can explain"
+                f"{self._place(name)} declares {declared:,} bytes, {field.shape} of {field.dtype}, of which "
+                f"the file holds {stored:,}: more than compression can explain"
             )
 
 

@@ -124,8 +124,8 @@ def check_fit(config: DecisionConfig, environment: Environment) -> None:
     fits = (takes.discrete, takes.size) == (wanted.discrete, wanted.size)
     if not fits:
         raise ValueError(
-            f"act: the environment must take {_described(wanted)}, as the policy learnt from, got {name} with "
-            f"{done}"
+            f"act: the environment must take {_described(wanted)}, as the policy learnt from, got {name} "
+            f"with {done}"
         )
     limit = None if environment.spec is None else environment.spec.max_episode_steps
     if config.max_steps and limit is not None and limit > config.max_steps:

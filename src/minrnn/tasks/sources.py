@@ -25,8 +25,8 @@ FILES_PER_VALIDATION_FILE = 10  # of the files of a folder, one in ten validates
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 _NOT_LIBRARY_PREFIXES = ("config-", "_sysconfigdata", "sitecustomize", "usercustomize")  # differ by machine
 
-# What a folder of text holds beside it, and nobody means to learn: folders of these names or with one of these
-# files, whatever else is in them; see also `_is_no_text`.
+# What a folder of text holds beside it, and nobody means to learn: folders of these names or with one of
+# these files, whatever else is in them; see also `_is_no_text`.
 _NOT_TEXT = {"__pycache__", "node_modules"}
 _MARKS = ("pyvenv.cfg", "CACHEDIR.TAG")  # a virtual environment's; a cache's, by bford.info/cachedir
 _FIRST_BLOCK = 8192  # bytes, in which a file with a NUL is taken for binary, as by git and grep
@@ -60,8 +60,8 @@ class Corpus:
 def find_corpus(source: str) -> Corpus:
     """Return the corpus that `source` names.
 
-    Of a folder all files below it are read, but for what is hidden (its name begins with a dot), binary (a NUL
-    byte at its beginning), and folders that hold no text of the user's: run directories and checkpoints,
+    Of a folder all files below it are read, but for what is hidden (its name begins with a dot), binary (a
+    NUL byte at its beginning), and folders that hold no text of the user's: run directories and checkpoints,
     MINRNN_CACHE, virtual environments, node_modules, and caches. A link is followed where it leads out of the
     folder, once, however many lead there; what lies in the folder is read at its own place.
 
@@ -199,7 +199,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _is_no_text(path: Path) -> bool:
-    """Whether this is hidden, or tensors, or a folder that is a cache, an environment, a run or a checkpoint."""
+    """Whether this is hidden, tensors, or a folder that is a cache, an environment, a run or a checkpoint."""
     if path.name.startswith(".") or path.name in _NOT_TEXT or path.suffix == ".safetensors":
         return True
     if not path.is_dir():

@@ -1,9 +1,10 @@
 """What an environment takes for an action, and recorded actions in the one form that policies learn from.
 
-A policy chooses one of some actions, numbered from 0, or answers with a vector of numbers. Environments say the
-same in more ways: choices that do not start at 0, alone in an array, numbers in a matrix or without any axis,
-integers between bounds. Those are brought into the two forms where data are read, and back where a policy acts;
-of what has no such form (several choices at once, parts by name) the reader says so, before anything is learnt.
+A policy chooses one of some actions, numbered from 0, or answers with a vector of numbers. Environments say
+the same in more ways: choices that do not start at 0, alone in an array, numbers in a matrix or without any
+axis, integers between bounds. Those are brought into the two forms where data are read, and back where a
+policy acts; of what has no such form (several choices at once, parts by name) the reader says so, before
+anything is learnt.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ MOST_CHOICES = 1 << 16
 """Discrete actions that a policy may choose from: a number beyond is none of an action's."""
 
 OTHERS = (
-    "policies here choose one action of several (Discrete) or give numbers (Box); wrap the environment so that it "
-    "takes one of these, say one Discrete for all combinations, and record that"
+    "policies here choose one action of several (Discrete) or give numbers (Box); wrap the environment so "
+    "that it takes one of these, say one Discrete for all combinations, and record that"
 )
 
 
@@ -112,7 +113,7 @@ class ActionSpace:
 
 
 def recorded_anywhere(actions: NDArray[Any]) -> NDArray[Any]:
-    """Return recorded actions of an unknown space: whole numbers, one a step, are choices from 0; others numbers.
+    """Return recorded actions of an unknown space: choices from 0 where they are whole numbers, one a step.
 
     Raises:
         ValueError: there are several whole numbers a step, which may be choices or numbers; or a choice is
@@ -123,11 +124,11 @@ def recorded_anywhere(actions: NDArray[Any]) -> NDArray[Any]:
         return actions.reshape(len(actions), numbers).astype(np.float32)
     if numbers != 1:
         raise ValueError(
-            f"actions of several whole numbers may be choices or numbers, got {actions.shape} {actions.dtype}; "
-            f"write numbers as floats; {OTHERS}"
+            f"actions of several whole numbers may be choices or numbers, got {actions.shape} "
+            f"{actions.dtype}; write numbers as floats; {OTHERS}"
         )
     column = actions.reshape(len(actions))
-    if len(column) and not (0 <= column.min() and column.max() < MOST_CHOICES):
+    if len(column) and not (column.min() >= 0 and column.max() < MOST_CHOICES):
         raise ValueError(
             f"discrete actions must be numbered from 0 to at most {MOST_CHOICES - 1}, got {column.min()} to "
             f"{column.max()}; where the environment starts elsewhere, name it in the file (the attribute "

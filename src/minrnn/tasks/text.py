@@ -17,6 +17,7 @@ from minrnn.tasks.task import (
     Batch,
     TokenTask,
     check_batch,
+    check_bounds,
     check_max_tokens,
     device_of,
     evaluation_mode,
@@ -56,9 +57,7 @@ class TextConfig:
             raise ValueError(
                 f"TextConfig: vocabulary must be one of {', '.join(VOCABULARIES)}, got {self.vocabulary!r}"
             )
-        for name in ("window", "eval_chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"TextConfig: {name} must be at least 1 token, got {getattr(self, name)}")
+        check_bounds(self, {"window": (1, 1 << 24), "eval_chunk": (1, 1 << 30)}, " token")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"TextConfig: held_out must be a fraction in [0, 1), got {self.held_out}")
 

@@ -1,13 +1,13 @@
 """Text as token ids on disk: tokenised once, in chunks, and memory-mapped; so a corpus may exceed memory.
 
 One entry of the cache is a folder, `tokens/<corpus>/<state>`, with `tokens.bin` (ids, training then
-validation), `tokens.json` and `checked.json`. It appears whole, by renaming, and never changes: a corpus whose
-files changed has another <state>, and its earlier entry is removed.
+validation), `tokens.json` and `checked.json`. It appears whole, by renaming, and never changes: a corpus
+whose files changed has another <state>, and its earlier entry is removed.
 
-An entry is used if its digest is right. As hashing takes 0.5 to 4 s a GB, that is looked at once: `checked.json`
-keeps size, inode and times of the two files that were found whole, and only where these differ (whoever changes
-a byte in place changes them, and so does copying) the digest is computed again. What is wrong with an entry,
-be it cut, altered or unreadable, it is made anew.
+An entry is used if its digest is right. Hashing takes a second a GB or several, so it is done once:
+`checked.json` keeps size, inode and times of the two files that were found whole, and only where these differ
+(whoever changes a byte in place changes them, and so does copying) the digest is computed again. Whatever is
+wrong with an entry, be it cut, altered or unreadable, it is made anew.
 
 A folder of the cache is as open as the one that holds it, and its files likewise: where MINRNN_CACHE is a
 folder that several users may write into, what one has made serves all.
@@ -203,7 +203,7 @@ def _make_folders(folder: Path) -> None:
 
 
 def _open_like_parent(path: Path) -> None:
-    """Give others what they may do in the folder that holds this path: to a folder all of it, of a file reading.
+    """Give others what they may do in the folder that holds this path; with a file, at most reading it.
 
     Whatever the process's umask is: it speaks of a user's own files.
     """

@@ -164,7 +164,7 @@ def load_recipe(name: str) -> RunConfig:
         ValueError: the name is unknown (the nearest one is named), the file is not TOML, or a key is unknown.
         OSError: the file cannot be read.
     """
-    path, table = Path(name), dict[str, Any]
+    path, table = Path(name).expanduser(), dict[str, Any]
     if path.suffix == ".toml":
         stem, values = path.stem, read_toml(path, table)
     elif name in recipe_names():
