@@ -108,8 +108,8 @@ def read_history(path: Path) -> History:
     expected = [sum((a + 1) * b for a, b in pairwise(sizes)), sizes[0], sizes[0], sizes[-1]] if sizes else []
     if len(rounds) != 1 or widths != expected or np.any(np.diff(arrays["steps"], prepend=0) < 1):
         raise ValueError(
-            f"make_data: {path} must hold as much of each round, in order, and policies of {sizes}, got arrays "
-            f"of {', '.join(f'{name} {arrays[name].shape}' for name in columns)}; remove it"
+            f"make_data: {path} must hold as much of each round, in order, and policies of {sizes}, got "
+            f"arrays of {', '.join(f'{name} {arrays[name].shape}' for name in columns)}; remove it"
         )
     return History(
         [Behaviour(row[0], sizes, *row[1:]) for row in zip(*(arrays[name] for name in columns), strict=True)],
@@ -128,8 +128,8 @@ def check_arrays(path: Path, arrays: Arrays, axes: Mapping[str, int]) -> None:
         array = arrays[name]
         if array.ndim != count or array.dtype.kind not in "biuf":
             raise ValueError(
-                f"make_data: {path}: {name} must be numbers with {count} axes, got {array.shape} {array.dtype}; "
-                "remove it"
+                f"make_data: {path}: {name} must be numbers with {count} axes, got {array.shape} "
+                f"{array.dtype}; remove it"
             )
 
 

@@ -38,8 +38,8 @@ LARGEST = {
     "window": 1 << 30,
     "d_state": 1 << 16,
 }
-"""Most of each size of a model: far above what anybody trains. What is beyond is a slip, or a file's false claim,
-and would take memory or minutes before it failed."""
+"""Most of each size of a model: far above what anybody trains. What is beyond is a slip, or a file's false
+claim, and would take memory or minutes before it failed."""
 
 
 @dataclass(frozen=True)

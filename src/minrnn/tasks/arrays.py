@@ -55,8 +55,8 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
                 for member in archive.infolist()
             }
     except (
-        BadZipFile, EOFError, KeyError, NotImplementedError, OverflowError, RuntimeError, StructError, ValueError,
-        SyntaxError, TypeError, zlib.error,
+        BadZipFile, EOFError, KeyError, NotImplementedError, OverflowError, RuntimeError, StructError,
+        SyntaxError, TypeError, ValueError, zlib.error,
     ) as error:  # fmt: skip  # what zipfile, zlib, struct and numpy say of a damaged file
         said = " ".join(str(error).split())
         raise ValueError(f"{path} must be an .npz file, got a damaged one ({said}); remove it") from error
@@ -78,9 +78,6 @@ def _array(content: bytes) -> NDArray[Any]:
     shape, is_fortran, dtype = read_header(stream)
     if dtype.hasobject:
         raise ValueError("it holds objects, which are not unpickled")
-    array = (
-        np.frombuffer(content, dtype, offset=stream.tell())
-        if len(content) > stream.tell()
-        else np.empty(0, dtype)
-    )
+    numbers = content[stream.tell() :]
+    array = np.frombuffer(numbers, dtype) if numbers else np.empty(0, dtype)
     return array.reshape(shape, order="F" if is_fortran else "C").copy()

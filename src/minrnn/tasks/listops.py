@@ -249,7 +249,7 @@ def _cached(config: ListOpsConfig) -> Expressions:
 
 
 def _read(path: Path, config: ListOpsConfig) -> Expressions | None:
-    """Return the expressions in a file of the cache; None where it is not there or damaged, and is made anew."""
+    """Return the expressions in a file of the cache; None where it is not there or damaged."""
     try:
         arrays = read_arrays(path)
     except (OSError, ValueError):

@@ -109,7 +109,7 @@ def find_episodes(source: str, environment: str | None = None) -> Episodes:
         return replace(episodes, about={**episodes.about, "source": "d4rl", "name": source})
     if (folder := minari_folder(source)).is_dir():
         return read_episodes(folder, environment)
-    hint = nearest(source, D4RL_NAMES) or f"; Minari's data sets are looked for in {minari_folder('')}"
+    hint = f"{nearest(source, D4RL_NAMES)}; Minari's data sets are looked for in {minari_folder('')}"
     raise ValueError(
         f"find_episodes: source must be an existing file or folder, a name of local data, one of D4RL's data "
         f"sets or the id of one of Minari's that is on this machine, got {source!r}{hint}"

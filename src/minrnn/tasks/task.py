@@ -188,8 +188,8 @@ class TokenTask(Task):
 def check_bounds(config: object, bounds: Mapping[str, tuple[int, int]], unit: str = "") -> None:
     """Raise ValueError unless each of these fields of a configuration lies between its bounds, both allowed.
 
-    The upper ones are far above what anybody trains; what is beyond them is a slip or another's file, and would
-    cost memory or minutes before it failed.
+    The upper ones are far above what anybody trains; what is beyond them is a slip or another's file, and
+    would cost memory or minutes before it failed.
     """
     for name, (low, high) in bounds.items():
         value = getattr(config, name)
