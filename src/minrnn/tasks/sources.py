@@ -163,34 +163,33 @@ def _walk_library(library: Path) -> Iterator[Path]:
 
 
 def _walk_text(top: Path) -> Iterator[Path]:
-    """Yield the files below a folder that a user may mean by it; see `find_corpus`."""
+    """Yield the files below a folder that a user may mean by it, each once; see `find_corpus`."""
     met: set[tuple[int, int]] = set()
-    level = [top]
-    while level:
-        links: list[Path] = []  # followed when all is met that needs none, which so keeps its own place
-        for path in _walk_unlinked(level, links):
-            met.add(_identity(path))
-            if path.is_file():
-                yield path
-        level = [link for link in links if _leads_on(link, top, met)]
+    pending = [top]
+    while pending:  # links last, so that what is met without one keeps its own place
+        path = pending.pop(0)
+        if path is top or _leads_on(path, top):
+            yield from _walk_unlinked(path, pending, met)
 
 
-def _walk_unlinked(folders: Iterable[Path], links: list[Path]) -> Iterator[Path]:
-    """Yield folders or files and what is below them, less links, which are appended to the list."""
-    for path in folders:
+def _leads_on(link: Path, top: Path) -> bool:
+    """Whether a link is to be followed: it leads somewhere, and not to what holds the folder itself."""
+    return link.exists() and not top.is_relative_to(link.resolve()) and not _is_no_text(link)
+
+
+def _walk_unlinked(path: Path, links: list[Path], met: set[tuple[int, int]]) -> Iterator[Path]:
+    """Yield a file, or those below a folder, that were not met before; links below it are appended."""
+    if _identity(path) in met:
+        return
+    met.add(_identity(path))
+    if path.is_file():
         yield path
-        if path.is_dir():
-            inside = [each for each in sorted(path.iterdir()) if not _is_no_text(each)]
-            links += [each for each in inside if each.is_symlink()]
-            yield from _walk_unlinked((each for each in inside if not each.is_symlink()), links)
-
-
-def _leads_on(link: Path, top: Path, met: set[tuple[int, int]]) -> bool:
-    """Whether a link leads to what was not met, and is then taken for met; not to what holds the folder."""
-    if not link.exists() or top.is_relative_to(link.resolve()) or _identity(link) in met:
-        return False
-    met.add(_identity(link))
-    return True
+    elif path.is_dir():
+        for inside in sorted(path.iterdir()):
+            if inside.is_symlink():
+                links.append(inside)
+            elif not _is_no_text(inside):
+                yield from _walk_unlinked(inside, links, met)
 
 
 def _identity(path: Path) -> tuple[int, int]:
