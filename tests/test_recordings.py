@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import http.server
 import re
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -332,6 +333,188 @@ def test_what_is_no_hdf5_file_is_refused(tmp_path: Path) -> None:
     for missing, message in (("b.hdf5", "an existing file"), (".", r"a folder with data/main_data\.hdf5")):
         with pytest.raises(FileNotFoundError, match=message):
             read_episodes(tmp_path / missing)
+
+
+# --- files from anywhere ---------------------------------------------------------------------------------
+
+
+def alter(path: Path, change: Callable[[h5py.File], object]) -> Path:
+    """Write a whole file in D4RL's layout, and change it."""
+    write(path, d4rl_fields(*made_up()))
+    with h5py.File(path, "a") as file:
+        change(file)
+    return path
+
+
+def put(name: str, link: Any) -> Callable[[h5py.File], None]:
+    """Put a link in a field's place."""
+
+    def change(file: h5py.File) -> None:
+        file.move(name, "elsewhere")
+        file[name] = link
+
+    return change
+
+
+def make(name: str, *args: Any, **settings: Any) -> Callable[[h5py.File], None]:
+    """Put a data set in a field's place, empty but for what the settings say."""
+
+    def change(file: h5py.File) -> None:
+        del file[name]
+        file.create_dataset(name, *args, **settings)
+
+    return change
+
+
+def virtual(file: h5py.File) -> None:
+    layout = h5py.VirtualLayout((13, 11), "f4")
+    layout[:] = h5py.VirtualSource("other.hdf5", "observations", (13, 11))
+    del file["observations"]
+    file.create_virtual_dataset("observations", layout)
+
+
+def plugin(file: h5py.File) -> None:
+    """A filter that is none of HDF5's own, marked as optional, so that a file can be written without it."""
+    del file["rewards"]
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_chunk((13,))
+    properties.set_filter(32001, h5py.h5z.FLAG_OPTIONAL, (2, 0))  # blosc
+    space = h5py.h5s.create_simple((13,))
+    h5py.h5d.create(file.id, b"rewards", h5py.h5t.IEEE_F32LE, space, properties)
+
+
+SECRET = "a private file of this machine, which is nobody's data"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            put("observations", h5py.ExternalLink("other.hdf5", "observations")),
+            r"/observations .* \(ExternalLink\)",
+        ),
+        (put("observations", h5py.SoftLink("/elsewhere")), r"/observations must lie .* \(SoftLink\)"),
+        (put("next_observations", h5py.SoftLink("/nowhere")), r"/next_observations must lie .* \(SoftLink\)"),
+        (
+            make("observations", (13, 2), "u1", external=[("secret.txt", 0, h5py.h5f.UNLIMITED)]),
+            "/observations must lie in the file itself, got numbers of another file",
+        ),
+        (virtual, "/observations must lie in the file itself, got numbers of another file"),
+        (plugin, "/rewards is compressed by filter 32001 .* a plugin of HDF5 that is not here"),
+        (make("rewards", (13,), h5py.ref_dtype), "rewards must be numbers"),
+        (make("rewards", (13,), h5py.regionref_dtype), "rewards must be numbers"),
+        (make("rewards", (13,), h5py.vlen_dtype(np.float32)), "rewards must be numbers"),
+        (make("rewards", (13,), h5py.string_dtype()), "rewards must be numbers"),
+        (make("rewards", (13,), [("a", "f4"), ("b", "f4")]), "rewards must be numbers"),
+        (make("rewards", (13,), ("f4", (2,))), "rewards must be numbers"),
+        (make("rewards", (13,), "c8"), "rewards must be numbers, got complex64"),
+        (make("rewards", data=h5py.Empty("f4")), "rewards must have an axis of steps"),
+        (make("rewards", data=1.0), "rewards must have an axis of steps"),
+        (make("observations", (10**12, 11), "f4", chunks=(1024, 11)), "declares 44,000,000,000,000 bytes"),
+        (
+            make("rewards", (10**9,), "f4", chunks=(1024,), compression="gzip"),
+            "of which the file holds 0: more",
+        ),
+        (make("rewards", (13,), "f4", maxshape=(None,), chunks=(1 << 28,)), "declares 1,073,741,824 bytes"),
+        (lambda file: file.attrs.update(about="{"), "attribute about is no JSON"),
+        (lambda file: file.attrs.update(about="[]"), r"attribute about: it must be a table, got \[\]"),
+        (
+            lambda file: file.attrs.update(about='{"num_actions": "3"}'),
+            "about: num_actions must be int, got '3'",
+        ),
+        (lambda file: file.attrs.update(about=np.zeros(3)), "attribute about must be text, got ndarray"),
+        (lambda file: file.attrs.update(environment=7), "attribute environment must be text, got int64"),
+    ],
+)
+def test_what_leads_out_of_a_file_or_is_more_than_it_holds_is_refused(
+    change: Callable[[h5py.File], object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "other.hdf5", d4rl_fields(*made_up()))
+    (tmp_path / "secret.txt").write_text(SECRET)
+    path = alter(tmp_path / "a.hdf5", change)
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(ValueError, match=rf"^read_episodes: .*a\.hdf5: .*{message}") as refused:
+        read_episodes(path)
+    assert "\n" not in str(refused.value)
+
+
+def test_groups_of_other_files_are_refused_too(tmp_path: Path) -> None:
+    minari_file(tmp_path / "other.hdf5", minari_fields())
+    path = minari_file(tmp_path / "a.hdf5", minari_fields())
+    with h5py.File(path, "a") as file:
+        file["episode_1"] = h5py.ExternalLink("other.hdf5", "episode_0")
+    with pytest.raises(ValueError, match=r"/episode_1 must lie in the file itself, got a link"):
+        read_episodes(path)
+    with h5py.File(path, "a") as file:
+        del file["episode_1"]
+        file["episode_1"] = np.zeros(3)
+    with pytest.raises(ValueError, match="/episode_1 must be a group, got an array"):
+        read_episodes(path)
+
+
+def test_many_names_of_one_array_are_counted_each_time(tmp_path: Path) -> None:
+    """A small file may name a compressed array as often as it likes."""
+    fields = minari_fields(1 << 20)
+    path = tmp_path / "a.hdf5"
+    with h5py.File(path, "w") as file:
+        for name, values in fields.items():
+            file.create_dataset(f"episode_0/{name}", data=values, compression="gzip", compression_opts=9)
+        for number in range(1, 1000):
+            file[f"episode_{number}"] = file["episode_0"]
+    with pytest.raises(ValueError, match="more than compression can explain"):
+        read_episodes(path)
+
+
+def test_what_compresses_well_and_what_was_never_written_is_read(tmp_path: Path) -> None:
+    episodes, following = made_up((1 << 20,), (True,))
+    episodes = replace(episodes, rewards=np.ones_like(episodes.rewards))
+    write_episodes(tmp_path / "a.hdf5", episodes, following)
+    with h5py.File(tmp_path / "a.hdf5", "a") as file:
+        del file["timeouts"]
+        file.create_dataset("timeouts", (1 << 20,), np.bool_, chunks=True)  # all False
+    assert_equal(read_episodes(tmp_path / "a.hdf5"), episodes)
+
+
+def test_a_file_that_is_being_written_is_locked_not_damaged(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.hdf5", d4rl_fields(*made_up()))
+    code = f"import h5py, sys; file = h5py.File({str(path)!r}, 'a'); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        with pytest.raises(BlockingIOError, match=r"a\.hdf5 is locked by a process that writes it; wait"):
+            read_episodes(path)
+        writer.communicate()
+    assert len(read_episodes(path)) == 13
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ("[]", r"metadata.json: it must be a table, got \[\]"),
+        ("{", "metadata.json is no JSON"),
+        ('{"dataset_id": 3}', "metadata.json: dataset_id must be str, got 3"),
+        ('{"env_spec": "["}', "metadata.json: env_spec is no JSON"),
+        ('{"env_spec": {}}', "metadata.json: env_spec must be str"),
+        ('{"env_spec": "{\\"id\\": []}"}', r"metadata.json: env_spec: id must be str, got \[\]"),
+        ('{"action_space": "3"}', "metadata.json: action_space: its text: it must be a table, got 3"),
+        ('{"action_space": "{}"}', "metadata.json: action_space: type must be str, got None"),
+        (
+            '{"action_space": "{\\"type\\": \\"Discrete\\", \\"n\\": 1e9}"}',
+            "metadata.json: action_space: n must be int",
+        ),
+        (
+            '{"action_space": "{\\"type\\": \\"Discrete\\", \\"n\\": 1000000000000}"}',
+            "action_space: there must be at least one action and at most 65536 choices",
+        ),
+        ('{"action_space": "{\\"type\\": \\"Box\\"}"}', "metadata.json: action_space: shape must be a list"),
+    ],
+)
+def test_minaris_metadata_is_read_strictly(metadata: str, message: str, tmp_path: Path) -> None:
+    path = minari_file(tmp_path / "main_data.hdf5", minari_fields())
+    path.with_name("metadata.json").write_text(metadata)
+    with pytest.raises(ValueError, match=message):
+        read_episodes(path)
 
 
 def test_damage_anywhere_is_refused_or_does_no_harm(tmp_path: Path) -> None:

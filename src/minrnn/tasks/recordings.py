@@ -272,9 +272,7 @@ class _Fields:
         if not field.shape:
             raise ValueError(f"{self.name}: {name} must have an axis of steps, got a single value or none")
         if field.external or field.is_virtual:
-            raise ValueError(
-                f"{self._place(name)} must lie in the file itself, but its numbers lie in another"
-            )
+            raise ValueError(f"{self._place(name)} must lie in the file itself, got numbers of another file")
         self._check_filters(name, field)
         self._check_size(name, field)
         return np.asarray(field[()])

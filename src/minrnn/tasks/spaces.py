@@ -142,10 +142,11 @@ def _space(kind: str, described: Mapping[str, Any], shown: str) -> ActionSpace:
     if kind == "Discrete":
         return ActionSpace(True, _integer(described, "n"), _integer(described, "start", 0))
     if kind == "Box":
-        return ActionSpace(False, prod(convert(list(described["shape"]), list[int], "shape")))
-    if kind == "MultiDiscrete" and np.size(described["nvec"]) == 1:
+        shape = described.get("shape")
+        return ActionSpace(False, prod(convert(shape, list[int], "shape")))
+    if kind == "MultiDiscrete" and np.size(described.get("nvec")) == 1:
         return ActionSpace(True, _integer(described, "nvec"), _integer(described, "start", 0))
-    if kind == "MultiBinary" and np.size(described["n"]) == 1 and _integer(described, "n") == 1:
+    if kind == "MultiBinary" and np.size(described.get("n")) == 1 and _integer(described, "n") == 1:
         return ActionSpace(True, 2)
     raise ValueError(f"actions are of the space {shown}; {OTHERS}")
 
