@@ -332,6 +332,14 @@ def _check_lengths(place: str, lengths: Mapping[str, int], expected: int) -> Non
         raise ValueError(f"{place}: the fields must hold {expected} steps each, got {said}")
 
 
+def _check_vectors(place: str, shape: str, observations: NDArray[Any]) -> None:
+    if observations.ndim != 2:
+        raise ValueError(
+            f"{place}: observations must be vectors, {shape}, got {observations.shape}; record what "
+            "gymnasium.wrappers.FlattenObservation makes of images, numbers of states and parts"
+        )
+
+
 # --- D4RL ------------------------------------------------------------------------------------------------
 
 
@@ -339,6 +347,7 @@ def _read_d4rl(file: _Fields, path: Path) -> _Read:
     arrays = file.all(D4RL_FIELDS)
     lengths = {name: len(array) for name, array in zip(D4RL_FIELDS, arrays, strict=True)}
     _check_lengths("/", lengths, lengths["observations"])
+    _check_vectors("/", "(N, S)", arrays[0])
     observations = arrays[0].astype(np.float32, copy=False)
     rewards, terminals, timeouts = map(_as_column, D4RL_FIELDS[2:], arrays[2:])
     terminated = terminals.astype(np.bool_)
@@ -422,8 +431,7 @@ def _read_group(
     lengths["observations less the last"] = len(arrays[0]) - 1
     _check_lengths(str(group.name), lengths, lengths["actions"])
     observations, actions, rewards, terminations, _ = arrays
-    if observations.ndim != 2:
-        raise ValueError(f"{group.name}: observations must be vectors, (T + 1, S), got {observations.shape}")
+    _check_vectors(str(group.name), "(T + 1, S)", observations)
     is_terminated = bool(terminations.size and terminations.reshape(-1)[-1])
     return observations[:-1].astype(np.float32), actions, rewards.astype(np.float32), is_terminated
 

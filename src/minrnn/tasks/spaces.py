@@ -109,7 +109,7 @@ class ActionSpace:
             choice = int(action) + self.start
             return np.full(space.shape, choice, space.dtype) if space.shape else choice
         numbers = np.clip(action.reshape(space.shape), space.low, space.high)
-        return (numbers if space.dtype.kind == "f" else np.rint(numbers)).astype(space.dtype)
+        return np.asarray(numbers if space.dtype.kind == "f" else np.rint(numbers), space.dtype)
 
 
 def recorded_anywhere(actions: NDArray[Any]) -> NDArray[Any]:
