@@ -294,7 +294,7 @@ def test_ids_that_name_a_module_work_in_every_verb(
 
 
 def test_the_module_must_be_there_and_data_have_none_imported(named: str) -> None:
-    with pytest.raises(ImportError, match=r"strangers.none:A-v0 needs .* No module named .*PYTHONPATH=[.]"):
+    with pytest.raises(ImportError, match=r"strangers.none:A-v0 needs .*No module named .*PYTHONPATH=[.]"):
         make_environment("strangers.none:A-v0")
     assert known_actions(named, by_user=False) is None
     assert "strangers.small" not in sys.modules

@@ -48,14 +48,15 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         OSError: the file cannot be read.
         ValueError: the file is damaged or something else, or holds objects.
     """
+    content = path.read_bytes()  # zipfile's own errors of a damaged file are the system's, too
     try:
-        with ZipFile(path) as archive:
+        with ZipFile(BytesIO(content)) as archive:
             return {
                 member.filename.removesuffix(".npy"): _array(_content(archive, member.filename))
                 for member in archive.infolist()
             }
     except (
-        BadZipFile, EOFError, KeyError, NotImplementedError, OverflowError, RuntimeError, StructError,
+        BadZipFile, EOFError, KeyError, NotImplementedError, OSError, OverflowError, RuntimeError, StructError,
         SyntaxError, TypeError, ValueError, zlib.error,
     ) as error:  # fmt: skip  # what zipfile, zlib, struct and numpy say of a damaged file
         said = " ".join(str(error).split())
