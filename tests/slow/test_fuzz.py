@@ -2,8 +2,8 @@
 
 Each target writes a whole file, or a folder of them. A mutant is a function of the target and its number
 alone: bytes are flipped, cut, moved, overwritten, or another file's; values of JSON, TOML, HDF5 and .npz are
-removed, renamed, swapped, nested, or of another type or size. The reader works in a child process with a bound
-on its memory and its time, so that a crash, a hang or a giant allocation is a failure like any other.
+removed, renamed, swapped, nested, or of another type or size. The reader works in a child process with a
+bound on its memory and its time, so that a crash, a hang or a giant allocation is a failure like any other.
 
 `MINRNN_MUTANTS` says how many there are of each target, 1,000 by default.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -455,7 +456,7 @@ def values_of_hdf5(name: str) -> Mutate:
                 case 0:
                     file.attrs[draw.choice(("about", "environment", "x"))] = draw.choice(
                         ("", "{}", "[]", "{", '{"num_actions": -1}', '{"name": 3}', 3, 0.5, np.zeros(3),
-                         b"\xff", h5py.Empty("f4"), json.dumps(mutate_value(draw, {"name": "x", "num_actions": 2})))
+                         b"\xff", h5py.Empty("f4"), json.dumps(mutate_value(draw, {"num_actions": 2})))
                     )  # fmt: skip
                 case 1:
                     del file[place]
@@ -654,11 +655,15 @@ def faults(name: str, folder: Path) -> list[str]:
                 os._exit(1)
         os.close(theirs)
         with open(ours, encoding="utf-8") as pipe:  # noqa: PTH123 - a descriptor
-            for line in pipe:
+            for line in itertools.takewhile(lambda _: len(found) < SHOWN, pipe):
                 number, _, said = line.rstrip("\n").partition(" ")
                 first = int(number) + 1
                 found += [f"mutant {number}: {said}"] if said else []
+        if len(found) >= SHOWN:
+            os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
+        if len(found) >= SHOWN:
+            break
         if os.WIFSIGNALED(status):
             died = signal.Signals(os.WTERMSIG(status)).name
             found.append(f"mutant {first - 1}: the reader died of {died}")

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from minrnn.files import convert, locate, naming, nearest, read_json, write_directory
+from minrnn.files import convert, locate, naming, nearest, read_json, shown, write_directory
 from minrnn.files.writing import CONFIG_FILE
 from minrnn.models.decision import DecisionConfig, DecisionModel
 from minrnn.models.sequence import ModelConfig, SequenceModel
@@ -35,8 +35,8 @@ FORMAT_VERSION = 1
 
 TENSORS_FILE = "model.safetensors"
 
-NAMED = 4
-"""Tensors that a message names."""
+NAMED, LONGEST = 4, 200
+"""Tensors that a message names, and characters that it takes over from the library."""
 
 JSON = None | bool | int | float | str | list[Any] | dict[str, Any]
 
@@ -142,7 +142,9 @@ def load_tensors(path: Path, *, device: torch.device | str = "cpu") -> dict[str,
     try:
         tensors = safetensors.torch.load_file(path, device=str(device))
     except safetensors.SafetensorError as error:
-        raise ValueError(f"load_tensors: {path} is not a whole safetensors file ({error})") from error
+        raise ValueError(
+            f"load_tensors: {path} is not a whole safetensors file ({str(error)[:LONGEST]})"
+        ) from error
     # Copies: the library maps the file, where tensors lie at odd addresses; matrix products may round
     # differently there, and a resumed run must repeat the run that was not interrupted bit for bit.
     return {name: tensor.clone() for name, tensor in tensors.items()}
@@ -178,7 +180,7 @@ def _read_config(path: Path) -> _Config:
         kind = config.setdefault("kind", "sequence")
         if kind not in KINDS:
             raise ValueError(
-                f"{path} must be of a model among {', '.join(KINDS)}, got {kind!r}{nearest(kind, KINDS)}; "
+                f"{path} must be of a model among {', '.join(KINDS)}, got {shown(kind)}{nearest(kind, KINDS)}; "
                 "upgrade minrnn"
             )
     return config

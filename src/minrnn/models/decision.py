@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minrnn.files import convert
+from minrnn.files import convert, shown
 from minrnn.mixers.mixer import check_reset
 from minrnn.models.dropout import Dropout
 from minrnn.models.sequence import (
@@ -110,7 +110,7 @@ class DecisionConfig:
 
     def _require(self, name: str, condition: bool, what: str) -> None:
         if not condition:
-            raise ValueError(f"DecisionConfig: {name} must be {what}, got {getattr(self, name)!r}")
+            raise ValueError(f"DecisionConfig: {name} must be {what}, got {shown(getattr(self, name))}")
 
     @property
     def conditioned(self) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minrnn.files import convert
+from minrnn.files import convert, shown
 from minrnn.mixers import MIXERS
 from minrnn.mixers.convolution import CausalConv
 from minrnn.mixers.mixer import check_reset
@@ -121,7 +121,7 @@ class ModelConfig:
 
     def _require(self, name: str, condition: bool, what: str) -> None:
         if not condition:
-            raise ValueError(f"ModelConfig: {name} must be {what}, got {getattr(self, name)!r}")
+            raise ValueError(f"ModelConfig: {name} must be {what}, got {shown(getattr(self, name))}")
 
     @property
     def d_hidden(self) -> int:
@@ -160,7 +160,7 @@ def check_types(config: Any) -> None:
             allowed.add(int)  # 1 is a good way to write 1.0
         if type(value) not in allowed:
             wanted = getattr(kind, "__name__", kind)
-            raise TypeError(f"{type(config).__name__}: {name} must be {wanted}, got {value!r}")
+            raise TypeError(f"{type(config).__name__}: {name} must be {wanted}, got {shown(value)}")
 
 
 class SequenceModel(nn.Module):

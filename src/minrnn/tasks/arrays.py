@@ -56,8 +56,8 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
                 for member in archive.infolist()
             }
     except (
-        BadZipFile, EOFError, KeyError, NotImplementedError, OSError, OverflowError, RuntimeError, StructError,
-        SyntaxError, TypeError, ValueError, zlib.error,
+        BadZipFile, EOFError, KeyError, NotImplementedError, OSError, OverflowError, RuntimeError,
+        StructError, SyntaxError, TypeError, ValueError, zlib.error,
     ) as error:  # fmt: skip  # what zipfile, zlib, struct and numpy say of a damaged file
         said = " ".join(str(error).split())
         raise ValueError(f"{path} must be an .npz file, got a damaged one ({said}); remove it") from error
