@@ -240,7 +240,7 @@ def test_what_the_configuration_says_goes_before_the_data() -> None:
     ("settings", "message"),
     [
         ({"window": 0}, "window must be at least 1 step, got 0"),
-        ({"timesteps": -1}, r"timesteps must be 0 \(none\) or more, got -1"),
+        ({"timesteps": -1}, r"timesteps must be at least 0 \(none\), got -1"),
         ({"target_return": float("inf")}, "target_return must be finite"),
         ({"tokens": "two"}, "tokens must be one of interleaved, joined, observation, got 'two'"),
     ],

@@ -158,7 +158,7 @@ def test_a_damaged_training_is_refused(tmp_path: Path) -> None:
         ):
             read_history(tmp_path / "a.npz")
     np.savez(tmp_path / "a.npz", steps=np.zeros(3))
-    with pytest.raises(ValueError, match=r"a\.npz must hold 'sizes', got steps; remove it"):
+    with pytest.raises(ValueError, match=r"a\.npz must hold sizes, got steps; remove it"):
         read_history(tmp_path / "a.npz")
 
 
@@ -329,7 +329,7 @@ def test_scores_are_d4rls_where_it_has_references(tmp_path: Path) -> None:
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"steps": 1}, "steps must be at least 2, got 1"),
         ({"training_steps": -5}, "training_steps must be at least 1, got -5"),
-        ({"environment": "Hoper-v5"}, "did you mean Hopper-v5"),
+        ({"environment": "Hoper-v5"}, "did you mean 'Hopper-v5'"),
         ({"environment": "CartPole-v1"}, r"actions must be continuous, got Discrete\(2\)"),
     ],
 )

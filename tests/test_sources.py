@@ -201,6 +201,64 @@ def test_a_folder_is_read_without_hidden_and_empty_files(tmp_path: Path) -> None
     assert len(corpus.val) == 1
 
 
+def names_of(folder: Path) -> list[str]:
+    """Return what a folder is read as, its files' paths in it."""
+    return sorted(file.relative_to(folder.resolve()).as_posix() for file in find_corpus(str(folder)).files)
+
+
+def test_a_folder_of_work_is_read_without_what_is_no_text_of_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs, checkpoints, caches, environments and what is binary: `--task.source .` learnt from them once."""
+    texts = ["a.txt", "notes/b.md", "notes/config.json", "runs/readme.txt", "env/d.txt"]
+    write_tree(tmp_path, texts)
+    others = {
+        "runs/one": ["config.json", "metrics.jsonl", "results.json"],
+        "runs/two": ["config.json", "checkpoints/last/config.json", "loss.txt"],
+        "model": ["config.json", "model.safetensors", "card.md"],
+        "venv": ["pyvenv.cfg", "lib/python3/site.py"],
+        "build": ["CACHEDIR.TAG", "log.txt"],
+        "web": ["node_modules/left-pad/index.js"],
+        "a cache": ["tokens/x/y/tokens.json", "tinyshakespeare.txt"],
+        ".hidden": ["x.txt"],
+        "notes/__pycache__": ["x.txt"],
+        "tensors": ["weights.safetensors"],
+    }
+    for folder, names in others.items():
+        write_tree(tmp_path / folder, names)
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    (tmp_path / "late.bin").write_bytes(b"x" * 8191 + b"\0")
+    monkeypatch.setenv("MINRNN_CACHE", str(tmp_path / "notes" / ".." / "a cache"))
+    assert names_of(tmp_path) == sorted(texts)
+    assert find_corpus(str(tmp_path)).left_out == 2
+
+
+def test_links_out_of_a_folder_are_followed_once(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    write_tree(folder, ["z/real.txt", "one.txt"])
+    write_tree(elsewhere, ["far.txt", "deep/farther.txt", "runs/config.json", "runs/metrics.jsonl"])
+    (tmp_path / "single.txt").write_text("alone")
+    for name, target in {
+        "a": folder / "z",  # what is met at its own place
+        "b": elsewhere,
+        "c": elsewhere,
+        "d": elsewhere / "deep",
+        "e": folder,
+        "f": tmp_path,  # which holds the folder itself
+        "g": tmp_path / "nowhere",
+        "one again.txt": folder / "one.txt",
+        "single.txt": tmp_path / "single.txt",
+        "single again.txt": tmp_path / "single.txt",
+    }.items():
+        (folder / name).symlink_to(target)
+    (elsewhere / "back").symlink_to(folder)
+    (elsewhere / "round").symlink_to(elsewhere)
+    (folder / "loop").symlink_to(folder / "loop")
+    assert names_of(folder) == [
+        "b/deep/farther.txt", "b/far.txt", "one.txt", "single again.txt", "z/real.txt"
+    ]  # fmt: skip
+
+
 def test_a_file_validates_by_its_relative_path_alone(tmp_path: Path) -> None:
     names = [f"chapter{i}.txt" for i in range(40)]
     write_tree(tmp_path / "one", names)

@@ -266,6 +266,14 @@ def test_bits_per_byte_counts_bytes_not_characters(tmp_path: Path) -> None:
 # the text and its parts
 
 
+def test_binary_files_that_are_left_out_are_said(tmp_path: Path) -> None:
+    for name in "ab":
+        write(tmp_path / "texts" / name, name * 50)
+    write(tmp_path / "texts" / "c", b"\0\1")
+    task = TextTask(TextConfig(str(tmp_path / "texts"), window=WINDOW))
+    assert task.describe().endswith("256 symbols; binary files, 1 of them, are left out")
+
+
 def test_the_model_gets_as_many_symbols_as_the_text_has(tmp_path: Path) -> None:
     source = write(tmp_path / "text.txt", "abc" * 100)
     config = ModelConfig(d_model=8, num_layers=1)

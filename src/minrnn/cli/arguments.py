@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import itertools
 from collections.abc import Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import TypeVar, cast
 
 import tyro
 
 C = TypeVar("C")
+V = TypeVar("V")
 
 
 def parse(
@@ -43,7 +46,7 @@ def parse(
     config = (tyro.conf.PositionalMetavarFromFieldName,)
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(
+            read = tyro.cli(
                 kind,
                 prog=f"minrnn {command}",
                 description=description,
@@ -55,6 +58,25 @@ def parse(
         if not box.getvalue():
             raise
         raise ValueError(f"{_one_line(box.getvalue())} (minrnn {command} --help lists the options)") from None
+    return expand_paths(read)
+
+
+def expand_paths(value: V) -> V:
+    """Return options with `~` in their paths as the user's home: no shell expands that of `--run=~/here`.
+
+    Args:
+        value: a path, a dataclass, a list or tuple, or anything else, which is left as it is.
+    """
+    if isinstance(value, Path):
+        return cast(V, value.expanduser())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        new = {name: expand_paths(each) for name, each in old.items()}
+        changed = {name: each for name, each in new.items() if each is not old[name]}
+        return cast(V, dataclasses.replace(value, **changed)) if changed else value
+    if isinstance(value, list | tuple) and any(isinstance(each, Path) for each in value):
+        return cast(V, type(value)(map(expand_paths, value)))
+    return value
 
 
 def _one_line(box: str) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
 from minrnn.demonstrations.behaviour import Behaviour
 from minrnn.demonstrations.trainers import Arrays, Round, Trainer, training_environments
+from minrnn.files import naming
+from minrnn.tasks.arrays import read_arrays, write_arrays
 from minrnn.training.threads import cpu_threads
 
 SMOOTHED_ROUNDS = 3  # a round's mean return is noisy, so its neighbours count as well
@@ -96,24 +98,39 @@ def read_history(path: Path) -> History:
     Raises:
         ValueError: the file is damaged or something else.
     """
-    arrays = read_arrays(path)
-    try:
-        sizes = tuple(map(int, arrays["sizes"]))
-        columns = (arrays[name] for name in ("parameters", "mean", "variance", "action_noise"))
-        return History(
-            [Behaviour(row[0], sizes, *row[1:]) for row in zip(*columns, strict=True)],
-            arrays["steps"].tolist(),
-            arrays["returns"].tolist(),
-            {
-                name.removeprefix("state/"): value
-                for name, value in arrays.items()
-                if name.startswith("state/")
-            },
-        )
-    except KeyError as missing:
+    with naming("make_data"):
+        arrays = read_arrays(path)
+    columns = ("parameters", "mean", "variance", "action_noise")
+    check_arrays(path, arrays, {"sizes": 1, "steps": 1, "returns": 1, **dict.fromkeys(columns, 2)})
+    rounds = {len(arrays[name]) for name in (*columns, "steps", "returns")}
+    sizes = tuple(map(int, arrays["sizes"]))
+    widths = [arrays[name].shape[1] for name in columns]
+    expected = [sum((a + 1) * b for a, b in pairwise(sizes)), sizes[0], sizes[0], sizes[-1]] if sizes else []
+    if len(rounds) != 1 or widths != expected or np.any(np.diff(arrays["steps"], prepend=0) < 1):
         raise ValueError(
-            f"make_data: {path} must hold {missing}, got {', '.join(arrays)}; remove it"
-        ) from missing
+            f"make_data: {path} must hold as much of each round, in order, and policies of {sizes}, got "
+            f"arrays of {', '.join(f'{name} {arrays[name].shape}' for name in columns)}; remove it"
+        )
+    return History(
+        [Behaviour(row[0], sizes, *row[1:]) for row in zip(*(arrays[name] for name in columns), strict=True)],
+        arrays["steps"].tolist(),
+        arrays["returns"].tolist(),
+        {name.removeprefix("state/"): value for name, value in arrays.items() if name.startswith("state/")},
+    )
+
+
+def check_arrays(path: Path, arrays: Arrays, axes: Mapping[str, int]) -> None:
+    """Raise ValueError unless there are arrays of numbers of these names, each with so many axes."""
+    for name, count in axes.items():
+        if name not in arrays:
+            found = ", ".join(arrays) or "nothing"
+            raise ValueError(f"make_data: {path} must hold {name}, got {found}; remove it")
+        array = arrays[name]
+        if array.ndim != count or array.dtype.kind not in "biuf":
+            raise ValueError(
+                f"make_data: {path}: {name} must be numbers with {count} axes, got {array.shape} "
+                f"{array.dtype}; remove it"
+            )
 
 
 def train_behaviour(
@@ -149,36 +166,6 @@ def train_behaviour(
                     history.save(path)
                     saved = time.monotonic()
     return history.until(steps)
-
-
-def write_arrays(path: Path, arrays: Arrays) -> None:
-    """Write arrays into an .npz file, whole or not at all.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]  # its stubs take allow_pickle for one of them
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def read_arrays(path: Path) -> Arrays:
-    """Read what `write_arrays` wrote; nothing is unpickled.
-
-    Raises:
-        ValueError: the file is damaged or something else.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (BadZipFile, EOFError, ValueError) as error:
-        raise ValueError(
-            f"make_data: {path} must be an .npz file, got a damaged one ({error}); remove it"
-        ) from error
 
 
 def _round_seed(seed: int, number: int) -> int:

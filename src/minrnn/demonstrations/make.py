@@ -53,7 +53,8 @@ OTHER_PLAN = Plan("ppo", 300_000)
 
 def plan_for(environment: str) -> Plan:
     """Return how behaviours are trained in an environment, whatever its version."""
-    return PLANS.get(environment.rpartition("-v")[0], OTHER_PLAN)
+    name = environment.rpartition(":")[2]  # an id may begin with the module that registers it
+    return PLANS.get(name.rpartition("-v")[0], OTHER_PLAN)
 
 
 def make_data(
@@ -191,9 +192,11 @@ def _check_spaces(environment: Environment) -> None:
             f"make_data: actions must be continuous, got {done}; these algorithms train no others here"
         )
     bounds = getattr(done, "low", np.array(np.inf)), getattr(done, "high", np.array(np.inf))
-    if len(seen.shape or ()) != 1 or len(done.shape or ()) != 1 or not np.isfinite(bounds).all():
+    vectors = len(seen.shape or ()) == 1 and len(done.shape or ()) == 1 and hasattr(seen, "low")
+    if not vectors or done.dtype is None or done.dtype.kind != "f" or not np.isfinite(bounds).all():
         raise ValueError(
-            f"make_data: observations and actions must be vectors, these bounded, got {seen} and {done}"
+            f"make_data: observations and actions must be vectors, these of floats and bounded, got {seen} "
+            f"and {done}; gymnasium.wrappers has what flattens, scales and bounds them"
         )
 
 

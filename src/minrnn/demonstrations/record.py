@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minrnn.demonstrations.behaviour import Behaviour
-from minrnn.demonstrations.history import History, Report, read_arrays, write_arrays
+from minrnn.demonstrations.history import History, Report, check_arrays
+from minrnn.files import naming
+from minrnn.tasks.arrays import read_arrays, write_arrays
 from minrnn.tasks.environments import make_environment
 from minrnn.tasks.episodes import Episodes
 
@@ -160,14 +162,25 @@ def _parts(
     while done < share.steps:
         path = folder / f"{seed[1]}-{episode}.npz"
         if path.exists():
-            arrays = read_arrays(path)
-            part = Recording(*(arrays[name] for name in Recording._fields))
+            part = _read_part(path)
         else:
             part = _record_part(environment, share.draw, seed, episode, share.steps - done)
             write_arrays(path, part._asdict())
         yield part
         done += len(part.rewards)
         episode += len(part.ends)
+
+
+def _read_part(path: Path) -> Recording:
+    with naming("make_data"):
+        arrays = read_arrays(path)
+    vectors = ("observations", "actions", "next_observations")
+    check_arrays(path, arrays, {name: 2 if name in vectors else 1 for name in Recording._fields})
+    part = Recording(*(arrays[name] for name in Recording._fields))
+    steps = {len(getattr(part, name)) for name in (*vectors, "rewards")}
+    if len(part.ends) == 0 or steps != {int(part.ends[-1])} or len(part.terminated) != len(part.ends):
+        raise ValueError(f"make_data: {path} must hold as much of each step and episode; remove it")
+    return part
 
 
 def _record_part(

@@ -50,6 +50,12 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
+def shown(value: object) -> str:
+    """Return a value as a message shows it: what a file holds may be of any length."""
+    text = repr(value)
+    return f"{text[:LONGEST_SHOWN]}..." if len(text) > LONGEST_SHOWN else text
+
+
 def _dataclass(value: Any, kind: type, key: str) -> Any:
     table, hints = _table(value, key), typing.get_type_hints(kind)
     declared = {field.name: field for field in dataclasses.fields(kind) if field.init}
@@ -132,7 +138,4 @@ def _name(kind: Any) -> str:
 
 
 def _refusal(key: str, expected: str, value: Any) -> ValueError:
-    shown = repr(value)
-    if len(shown) > LONGEST_SHOWN:
-        shown = f"{shown[:LONGEST_SHOWN]}..."
-    return ValueError(f"{key or 'it'} must be {expected}, got {shown}")
+    return ValueError(f"{key or 'it'} must be {expected}, got {shown(value)}")

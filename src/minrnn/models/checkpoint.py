@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from minrnn.files import convert, locate, naming, nearest, read_json, write_directory
+from minrnn.files import convert, locate, naming, nearest, read_json, shown, write_directory
 from minrnn.files.writing import CONFIG_FILE
 from minrnn.models.decision import DecisionConfig, DecisionModel
 from minrnn.models.sequence import ModelConfig, SequenceModel
@@ -35,6 +35,9 @@ FORMAT_VERSION = 1
 
 TENSORS_FILE = "model.safetensors"
 
+NAMED, LONGEST = 4, 200
+"""Tensors that a message names, and characters that it takes over from the library."""
+
 JSON = None | bool | int | float | str | list[Any] | dict[str, Any]
 
 
@@ -50,7 +53,7 @@ def save_checkpoint(directory: Path, model: Model, *, extra: Mapping[str, JSON] 
         OSError: the directory cannot be written, or is no checkpoint; what was there before is untouched.
         TypeError: `extra` does not fit into JSON.
     """
-    with write_directory(directory) as folder:
+    with write_directory(Path(directory).expanduser()) as folder:
         write_model(folder, model, extra=extra)
 
 
@@ -68,6 +71,7 @@ def load_checkpoint(directory: Path, *, device: torch.device | str = "cpu") -> t
         FileNotFoundError: the directory or one of its files is missing.
         ValueError: a file is cut short or altered, written by a newer version, or does not fit its config.
     """
+    directory = Path(directory).expanduser()
     while True:
         before = locate(directory)
         try:
@@ -83,10 +87,11 @@ def load_checkpoint(directory: Path, *, device: torch.device | str = "cpu") -> t
 def _load(folder: Path, device: torch.device | str) -> tuple[Model, dict[str, JSON]]:
     config = _read_config(folder / CONFIG_FILE)
     _check_integrity(folder / TENSORS_FILE, config["files"])
+    tensors = load_tensors(folder / TENSORS_FILE, device=device)
     # On meta: no memory and no random numbers for values that are replaced below.
     with torch.device("meta"), naming(f"load_checkpoint: {folder / CONFIG_FILE}"):
+        _check_layers(config["model"], len(tensors))
         model = KINDS[config["kind"]](config["model"])
-    tensors = load_tensors(folder / TENSORS_FILE, device=device)
     _check_fit(folder / TENSORS_FILE, model, tensors)
     model.load_state_dict(tensors, assign=True)
     return model, config["extra"]
@@ -137,7 +142,9 @@ def load_tensors(path: Path, *, device: torch.device | str = "cpu") -> dict[str,
     try:
         tensors = safetensors.torch.load_file(path, device=str(device))
     except safetensors.SafetensorError as error:
-        raise ValueError(f"load_tensors: {path} is not a whole safetensors file ({error})") from error
+        raise ValueError(
+            f"load_tensors: {path} is not a whole safetensors file ({str(error)[:LONGEST]})"
+        ) from error
     # Copies: the library maps the file, where tensors lie at odd addresses; matrix products may round
     # differently there, and a resumed run must repeat the run that was not interrupted bit for bit.
     return {name: tensor.clone() for name, tensor in tensors.items()}
@@ -173,7 +180,7 @@ def _read_config(path: Path) -> _Config:
         kind = config.setdefault("kind", "sequence")
         if kind not in KINDS:
             raise ValueError(
-                f"{path} must be of a model among {', '.join(KINDS)}, got {kind!r}{nearest(kind, KINDS)}; "
+                f"{path} must be of a model among {', '.join(KINDS)}, got {shown(kind)}{nearest(kind, KINDS)}; "
                 "upgrade minrnn"
             )
     return config
@@ -199,6 +206,20 @@ def _check_fit(path: Path, model: Model, tensors: Mapping[str, Tensor]) -> None:
         if expected[name].shape != tensors[name].shape
     ]
     faults = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
-    found = "; ".join(f"{what}: {', '.join(names)}" for what, names in faults.items() if names)
+    found = "; ".join(f"{what}: {_first(names)}" for what, names in faults.items() if names)
     if found:
         raise ValueError(f"load_checkpoint: the tensors in {path} do not fit its config; {found}")
+
+
+def _check_layers(settings: Mapping[str, Any], count: int) -> None:
+    """Refuse a claim of more layers than there are tensors before so many modules are made."""
+    trunk = settings.get("trunk", settings)
+    layers = trunk.get("num_layers", 0) if isinstance(trunk, Mapping) else 0
+    if isinstance(layers, int) and layers > count:
+        raise ValueError(f"num_layers must be at most the number of tensors, {count}, got {layers}")
+
+
+def _first(names: list[str]) -> str:
+    """Return the names, of many the first ones and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{', '.join(names[:NAMED])}{more}"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minrnn.files import convert
+from minrnn.files import convert, shown
 from minrnn.mixers.mixer import check_reset
 from minrnn.models.dropout import Dropout
 from minrnn.models.sequence import (
@@ -32,6 +32,9 @@ from minrnn.ops.chain import End, Links, Start
 
 TOKENS = {"interleaved": 3, "joined": 1, "observation": 1}
 """What a step is read as, and in how many tokens: see `DecisionConfig.tokens`."""
+
+LARGEST = {"observation_size": 1 << 24, "action_size": 1 << 16, "window": 1 << 24, "max_steps": 1 << 24}
+"""Most of each size of a policy; see `sequence.LARGEST`, which is of its trunk."""
 
 NOTHING_DONE = -1
 """The discrete action before an episode's first step; of continuous actions it is all zeros."""
@@ -94,6 +97,8 @@ class DecisionConfig:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("window", "max_steps"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
+        for name, most in LARGEST.items():
+            self._require(name, getattr(self, name) <= most, f"at most {most}")
         self._require("tokens", self.tokens in TOKENS, f"one of {', '.join(TOKENS)}")
         self._require("return_scale", 0 < self.return_scale < math.inf, "positive and finite")
         finite = self.target_return is None or math.isfinite(self.target_return)
@@ -105,7 +110,7 @@ class DecisionConfig:
 
     def _require(self, name: str, condition: bool, what: str) -> None:
         if not condition:
-            raise ValueError(f"DecisionConfig: {name} must be {what}, got {getattr(self, name)!r}")
+            raise ValueError(f"DecisionConfig: {name} must be {what}, got {shown(getattr(self, name))}")
 
     @property
     def conditioned(self) -> bool:

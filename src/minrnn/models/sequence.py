@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minrnn.files import convert
+from minrnn.files import convert, shown
 from minrnn.mixers import MIXERS
 from minrnn.mixers.arguments import as_python
 from minrnn.mixers.convolution import CausalConv
@@ -27,6 +27,20 @@ MIXER_OPTIONS = ("candidate", "forget_bias", "normalize", "signed", "num_heads",
 """Fields of ModelConfig that belong to some mixers only and are handed on when they are set."""
 
 EMBEDDING_STD = 0.02
+
+LARGEST = {
+    "vocab_size": 1 << 24,
+    "d_model": 1 << 16,
+    "num_layers": 4096,
+    "expansion": 256,
+    "conv_width": 1 << 16,
+    "mlp_ratio": 256,
+    "num_heads": 1 << 16,
+    "window": 1 << 30,
+    "d_state": 1 << 16,
+}
+"""Most of each size of a model: far above what anybody trains. What is beyond is a slip, or a file's false
+claim, and would take memory or minutes before it failed."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +99,8 @@ class ModelConfig:
             self._require(name, 0 < getattr(self, name) < math.inf, "positive")
         for name in ("conv_width", "mlp_ratio"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "0 (none) or positive")
+        for name, most in LARGEST.items():
+            self._require(name, (getattr(self, name) or 0) <= most, f"at most {most}")
         self._require("dropout", 0 <= self.dropout < 1, "a probability in [0, 1)")
         names: dict[str, Collection[str]] = {
             "mixer": MIXERS,
@@ -106,7 +122,7 @@ class ModelConfig:
 
     def _require(self, name: str, condition: bool, what: str) -> None:
         if not condition:
-            raise ValueError(f"ModelConfig: {name} must be {what}, got {getattr(self, name)!r}")
+            raise ValueError(f"ModelConfig: {name} must be {what}, got {shown(getattr(self, name))}")
 
     @property
     def d_hidden(self) -> int:
@@ -149,7 +165,7 @@ def check_types(config: Any) -> None:
             allowed.add(int)  # 1 is a good way to write 1.0
         if type(value) not in allowed:
             wanted = getattr(kind, "__name__", kind)
-            raise TypeError(f"{type(config).__name__}: {name} must be {wanted}, got {value!r}")
+            raise TypeError(f"{type(config).__name__}: {name} must be {wanted}, got {shown(value)}")
 
 
 class SequenceModel(nn.Module):

@@ -29,7 +29,15 @@ from minrnn.models import (
 )
 from minrnn.tasks.draws import Draws
 from minrnn.tasks.episodes import Episodes
-from minrnn.tasks.task import Batch, Task, check_batch, check_max_tokens, device_of, evaluation_mode
+from minrnn.tasks.task import (
+    Batch,
+    Task,
+    check_batch,
+    check_bounds,
+    check_max_tokens,
+    device_of,
+    evaluation_mode,
+)
 
 Tokens = Literal["interleaved", "joined", "observation"]
 
@@ -85,10 +93,9 @@ class DecisionsConfig:
             raise ValueError(
                 f"DecisionsConfig: tokens must be one of {', '.join(TOKENS)}, got {self.tokens!r}"
             )
-        if self.window < 1:
-            raise ValueError(f"DecisionsConfig: window must be at least 1 step, got {self.window}")
-        if self.timesteps is not None and self.timesteps < 0:
-            raise ValueError(f"DecisionsConfig: timesteps must be 0 (none) or more, got {self.timesteps}")
+        check_bounds(self, {"window": (1, 1 << 24)}, " step")
+        if self.timesteps is not None:
+            check_bounds(self, {"timesteps": (0, 1 << 24)}, " (none)" if self.timesteps < 0 else "")
         if self.target_return is not None and not isfinite(self.target_return):
             raise ValueError(f"DecisionsConfig: target_return must be finite, got {self.target_return}")
 
@@ -416,4 +423,4 @@ def _find(config: DecisionsConfig) -> Episodes:
         )
     from minrnn.tasks.locomotion import find_episodes
 
-    return find_episodes(config.data)
+    return find_episodes(config.data, config.environment)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
 import platformdirs
 import pooch  # type: ignore[import-untyped]  # it ships no types
@@ -17,45 +18,41 @@ CHUNK_BYTES = 1 << 20  # pooch's own 1 KiB flushes a file of 200 MB two hundred 
 
 def cache_folder() -> Path:
     """Return the folder for downloads and tokenised text: MINRNN_CACHE, or the user's cache folder."""
-    return Path(os.environ.get("MINRNN_CACHE") or platformdirs.user_cache_dir("minrnn", appauthor=False))
+    return folder_from("MINRNN_CACHE") or Path(platformdirs.user_cache_dir("minrnn", appauthor=False))
+
+
+def folder_from(variable: str) -> Path | None:
+    """Return the folder that a variable of the environment names; None where it names none."""
+    value = os.environ.get(variable)
+    return Path(value).expanduser() if value else None
 
 
 def supplied_file(name: str) -> Path | None:
     """Return the file of that name in the folder that MINRNN_DATA names, or None where there is none."""
-    data = os.environ.get("MINRNN_DATA")
-    path = Path(data, name) if data else None
-    return path.resolve() if path is not None and path.is_file() else None
+    data = folder_from("MINRNN_DATA")
+    return (data / name).resolve() if data is not None and (data / name).is_file() else None
 
 
-def download(
-    function: str,
-    url: str,
-    name: str,
-    *,
-    sha256: str | None = None,
-    check: Callable[[Path], None] | None = None,
-) -> Path:
+def download(function: str, url: str, name: str, *, sha256: str) -> Path:
     """Return the path of a file in the cache folder, downloaded on first use, with its progress on stderr.
 
-    The file gets its name when it is complete: as long as the server said, with the checksum or past the
-    check. An interrupted download leaves nothing under that name, and is started again.
+    The file gets its name when it is complete and has the checksum, which is also looked at when the file is
+    there already. An interrupted download leaves nothing under that name, and is started again.
 
     Args:
         function: whose errors these are.
-        url: where it comes from.
+        url: where it comes from; from https nothing leads back to http.
         name: what it is called in the cache folder, and in the one that MINRNN_DATA names.
-        sha256: its checksum, where that is known: also a file that is there already must have it.
-        check: raises ValueError for a download that is not what it should be; for files without a checksum.
+        sha256: its checksum.
 
     Raises:
-        ValueError: the checksum differs, or `check` refused; nothing is kept.
+        ValueError: the checksum differs; nothing is kept.
         OSError: the download failed; the message says where to put the file by hand.
     """
-    known_hash = None if sha256 is None else f"sha256:{sha256}"
-    pooch.get_logger().setLevel("WARNING")  # it would advise to pin the checksum of what has none
+    pooch.get_logger().setLevel("WARNING")
     try:
-        downloader = _Download(name, check)
-        return Path(pooch.retrieve(url, known_hash, fname=name, path=cache_folder(), downloader=downloader))
+        fetch, known = _Download(name), f"sha256:{sha256}"
+        return Path(pooch.retrieve(url, known, fname=name, path=cache_folder(), downloader=fetch))
     except OSError as error:  # also every network failure: requests derives its exceptions from OSError
         raise OSError(
             f"{function}: cannot download {url} into {cache_folder()}: {error}; put the file, named {name}, "
@@ -63,20 +60,43 @@ def download(
         ) from error
 
 
-class _Download:
-    """Pooch's downloader with a bar, and a check while the file has no name yet."""
+def check_digest(function: str, path: Path, sha256: str, what: str) -> None:
+    """Raise ValueError unless a file that was supplied has this SHA-256; `what` it must be is named."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != sha256:
+        raise ValueError(
+            f"{function}: {path} must be {what}, SHA-256 {sha256}, got {digest}; remove it to have it "
+            "downloaded, or pass its path instead of the name"
+        )
 
-    def __init__(self, name: str, check: Callable[[Path], None] | None) -> None:
+
+class _Download:
+    """Pooch's downloader with a bar."""
+
+    def __init__(self, name: str) -> None:
         self._name = name
-        self._check = check
 
     def __call__(self, url: str, output_file: str, pooch_instance: Any) -> None:
         with _Bar(self._name) as bar:
-            headers = {"Accept-Encoding": "identity"}  # else its length is not the file's
-            fetch = pooch.HTTPDownloader(progressbar=bar, chunk_size=CHUNK_BYTES, headers=headers)
+            fetch = pooch.HTTPDownloader(
+                progressbar=bar,
+                chunk_size=CHUNK_BYTES,
+                headers={"Accept-Encoding": "identity"},  # else its length is not the file's
+                hooks={
+                    "response": _refuse_downgrade
+                },  # called for each answer on the way, redirections included
+            )
             fetch(url, output_file, pooch_instance)
-        if self._check is not None:
-            self._check(Path(output_file))
+
+
+def _refuse_downgrade(response: Any, *_: object, **__: object) -> None:
+    """Raise OSError where an answer that came by https leads to an address without it."""
+    if not response.is_redirect or not response.url.startswith("https:"):
+        return
+    target = urljoin(response.url, response.headers["location"])
+    if not target.startswith("https:"):
+        raise OSError(f"{response.url} leads to {target}, which is not encrypted")
 
 
 class _Bar:
@@ -86,7 +106,7 @@ class _Bar:
         self.total = 0
         columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
         self._progress = Progress(*columns, console=Console(stderr=True))
-        self._task = self._progress.add_task(f"downloading {name}", total=None)
+        self._task = self._progress.add_task(f"downloading {name}, whose SHA-256 is known", total=None)
 
     def __enter__(self) -> _Bar:
         self._progress.start()

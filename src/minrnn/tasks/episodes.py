@@ -30,7 +30,9 @@ class Episodes:
             or the end of the recording cut it off.
         environment: gymnasium's id where it is known.
         about: where the data come from: `source` ("local", "d4rl", "minari" or "file"), `name`, and what else
-            their writer said (for local data the quality, the algorithm and what its policy reached).
+            their writer said (for local data the quality, the algorithm and what its policy reached; of
+            discrete actions `num_actions`, how many there are, and `first_action`, what the environment calls
+            the first of them where that is not 0).
 
     Raises:
         ValueError: arrays whose shapes, dtypes or lengths disagree, numbers that are not finite, no steps.

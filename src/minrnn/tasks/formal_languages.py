@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from minrnn.tasks.draws import Draws, Part
 from minrnn.tasks.labelled import LabelledTask, blocks, pack
-from minrnn.tasks.task import Batch, check_batch
+from minrnn.tasks.task import Batch, check_batch, check_bounds
 
 String = NDArray[np.int64]
 
@@ -117,10 +117,10 @@ class FormalLanguageConfig:
             raise ValueError(
                 f"FormalLanguageConfig: language must be one of {', '.join(LANGUAGES)}, got {self.language!r}"
             )
-        if self.eval_sequences < 1:
-            raise ValueError(
-                f"FormalLanguageConfig: eval_sequences must be at least 1, got {self.eval_sequences}"
-            )
+        longest = (1, 1 << 20)
+        check_bounds(
+            self, {"eval_sequences": (1, 1 << 30), "max_length": longest, "eval_max_length": longest}
+        )
         for low, high in (("min_length", "max_length"), ("eval_min_length", "eval_max_length")):
             if not 1 <= getattr(self, low) <= getattr(self, high):
                 raise ValueError(

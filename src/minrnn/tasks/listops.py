@@ -15,7 +15,6 @@ parentheses, which its own pipeline removes; here there are none.
 import hashlib
 import json
 import random
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +23,11 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from minrnn.tasks.arrays import read_arrays, write_arrays
 from minrnn.tasks.downloads import cache_folder
 from minrnn.tasks.draws import Draws, Part
 from minrnn.tasks.labelled import LabelledTask, blocks, pack
-from minrnn.tasks.task import Batch, check_batch
+from minrnn.tasks.task import Batch, check_batch, check_bounds
 
 FORMAT_VERSION = 1  # part of a cached file's name: one of another version is not found
 
@@ -70,10 +70,17 @@ class ListOpsConfig:
     """The task's name in TASKS."""
 
     def __post_init__(self) -> None:
-        least = {"max_depth": 1, "max_args": 2, "num_train": 1, "num_validation": 1, "num_test": 1}
-        for name, low in {**least, "min_length": 0, "data_seed": 0}.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"ListOpsConfig: {name} must be at least {low}, got {getattr(self, name)}")
+        check_bounds(
+            self,
+            {
+                "max_depth": (1, 100),  # each level is a call within a call
+                "max_args": (2, 1000),
+                "min_length": (0, 1 << 20),
+                "max_length": (0, 1 << 20),
+                "data_seed": (0, (1 << 64) - 1),
+                **dict.fromkeys(("num_train", "num_validation", "num_test"), (1, 1 << 30)),
+            },
+        )
         if self.max_length < self.min_length + 2:
             raise ValueError(
                 f"ListOpsConfig: max_length must be at least min_length + 2 = {self.min_length + 2}, for "
@@ -227,19 +234,35 @@ def _cached(config: ListOpsConfig) -> Expressions:
     described = json.dumps([FORMAT_VERSION, *limits, config.num_expressions])
     shelf = cache_folder() / "listops"
     path = shelf / f"{hashlib.sha256(described.encode()).hexdigest()[:32]}.npz"
-    if path.is_file():
-        with np.load(path) as arrays:
-            return Expressions(*(arrays[name] for name in Expressions._fields))
+    if (found := _read(path, config)) is not None:
+        return found
     expressions = generate_expressions(config)
     try:
         shelf.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=shelf) as folder:
-            partial = Path(folder, path.name)
-            np.savez_compressed(partial, **expressions._asdict())
-            partial.replace(path)
+        write_arrays(path, expressions._asdict(), compress=True)
     except OSError as error:
         raise OSError(
             f"listops: cannot write the expressions to {shelf}: {error} (MINRNN_CACHE can name another "
             "folder)"
         ) from error
     return expressions
+
+
+def _read(path: Path, config: ListOpsConfig) -> Expressions | None:
+    """Return the expressions in a file of the cache; None where it is not there or damaged."""
+    try:
+        arrays = read_arrays(path)
+    except (OSError, ValueError):
+        return None
+    kinds = {name: array.dtype for name, array in arrays.items()}
+    if kinds != {"tokens": np.uint8, "ends": np.int64, "values": np.uint8}:
+        return None
+    found = Expressions(**arrays)
+    ends = found.ends
+    fits = (
+        all(array.ndim == 1 for array in found)
+        and len(ends) == len(found.values) == config.num_expressions
+        and ends[-1] == len(found.tokens)
+        and not np.any(np.diff(ends, prepend=0) < 1)
+    )
+    return found if fits else None

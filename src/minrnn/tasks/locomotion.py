@@ -7,19 +7,19 @@ the environments: their figures do not belong in one column, and neither do thos
 
 from __future__ import annotations
 
-import difflib
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from minrnn.tasks.downloads import cache_folder, download, supplied_file
+from minrnn.files import nearest
+from minrnn.tasks.downloads import cache_folder, check_digest, download, folder_from, supplied_file
 from minrnn.tasks.episodes import Episodes
 from minrnn.tasks.recordings import read_episodes
 
-D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
+D4RL_URL = "https://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
 LOCAL_FOLDER = "local/"  # begins the names of local data
-D4RL_QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert", "full-replay")
 
 
 class Reference(NamedTuple):
@@ -41,7 +41,29 @@ REFERENCES = {
     "walker2d": Reference(1.629008, 4592.3, 17, 6, "Walker2d-v4"),
 }
 
-D4RL_NAMES = tuple(f"{environment}-{quality}-v2" for environment in REFERENCES for quality in D4RL_QUALITIES)
+# D4RL publishes no checksums. These are TensorFlow Datasets' (d4rl_mujoco_*/checksums.tsv), which downloaded
+# the same files from the same host.
+D4RL_SHA256 = {
+    "hopper-expert-v2": "01aa219a5f8eea5e639eccdc636ec2bf40e317159a95cf4bf6e985f16909941b",
+    "hopper-full-replay-v2": "56baf95963c51c1e964049a974566c50ba80f289390565523e60c0ba83e0982e",
+    "hopper-medium-v2": "5bdf1bc4a713c82941de44633df669b36c89850b652a25985166796d25cf71a0",
+    "hopper-medium-expert-v2": "9d51ad87f8c905be3880d84c6140bcdb7fbf39a19e046a237f238ba34fec9e26",
+    "hopper-medium-replay-v2": "e121c5f7c9857a307baa9edc6a2c3b48e85fedb9ac316ecddd0f48ca7ef4e39b",
+    "hopper-random-v2": "63103ef7059db4c0819bd054f4e83ff339030b50bcdb46bdbe50385f234b5054",
+    "halfcheetah-expert-v2": "d9fe53bb994eb1e20a99b4fa3412cd76a1bb7966a7ff55e0fcbdd6081bd2965f",
+    "halfcheetah-full-replay-v2": "27fdf7ea86e5a2cbd24d611ae9e703c86ec2e8e52823abc69dd9af6afb3a36c0",
+    "halfcheetah-medium-v2": "41324e8487a9556d8cfa4538827f8937f4d63dae3030825ebc9f3a726ed08ca0",
+    "halfcheetah-medium-expert-v2": "015db75dae5bbe8e94029b71fa0bafc2073365df0c94744e71031189f3f79c06",
+    "halfcheetah-medium-replay-v2": "48d494a4770c11f48260736dec090b78bdca8375647ed4d24bfa5b6610c7f683",
+    "halfcheetah-random-v2": "25407aef85b5d16c0f36b4149341edb4acc6a9e88c1db529b2de19e7464874ba",
+    "walker2d-expert-v2": "2985dc3d436a8baa10e8f43f946fe1d7c6337a4e4fbc65def70618093b18c59a",
+    "walker2d-full-replay-v2": "f2720f9d27b2acef6ec9a7d9ad3b80b6c2078ad4467cee668a81e3b3c80bcf2a",
+    "walker2d-medium-v2": "cf00f43add04c17fdfc2958dd581dea0851b2e5bedbe6fda073758a8f841aeda",
+    "walker2d-medium-expert-v2": "6b8d7f868c45bbaedf460be797fb7271b46dee6ebe45fe7a64319f2005b59a04",
+    "walker2d-medium-replay-v2": "e75de96a4f77acf7d4e0d6fdf0d7ccb177c26c44bb4388e4fd99f543ccfa18db",
+    "walker2d-random-v2": "4e863bb6090cf4a461548bd470564b32f1ae5b32ef3085f816b2ede7f092e7fa",
+}
+D4RL_NAMES = tuple(D4RL_SHA256)
 
 
 def normalised_score(environment: str, mean_return: float) -> float | None:
@@ -55,7 +77,8 @@ def normalised_score(environment: str, mean_return: float) -> float | None:
         environment: gymnasium's id or D4RL's name: Hopper-v5, hopper-medium-v2.
         mean_return: the mean undiscounted return of some episodes.
     """
-    reference = REFERENCES.get(environment.split("-")[0].lower())
+    name = environment.rpartition(":")[2]  # an id may begin with the module that registers it
+    reference = REFERENCES.get(name.split("-")[0].lower())
     if reference is None:
         return None
     return 100 * (mean_return - reference.random) / (reference.expert - reference.random)
@@ -86,11 +109,10 @@ def find_episodes(source: str, environment: str | None = None) -> Episodes:
         return replace(episodes, about={**episodes.about, "source": "d4rl", "name": source})
     if (folder := minari_folder(source)).is_dir():
         return read_episodes(folder, environment)
-    near = difflib.get_close_matches(source, D4RL_NAMES, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"Minari's data sets are looked for in {minari_folder('')}"
+    hint = f"{nearest(source, D4RL_NAMES)}; Minari's data sets are looked for in {minari_folder('')}"
     raise ValueError(
         f"find_episodes: source must be an existing file or folder, a name of local data, one of D4RL's data "
-        f"sets or the id of one of Minari's that is on this machine, got {source!r}; {hint}"
+        f"sets or the id of one of Minari's that is on this machine, got {source!r}{hint}"
     )
 
 
@@ -98,29 +120,28 @@ def fetch_d4rl(name: str, url: str | None = None) -> Path:
     """Return the path of one of D4RL's locomotion files (version 2), downloaded once.
 
     Looked for under D4RL's own file name (hopper_medium-v2.hdf5) in the folder that MINRNN_DATA names, then
-    in the cache folder; downloaded into the latter otherwise. D4RL publishes no checksums: a download is
-    kept if it is as long as the server says and is an HDF5 file with the right fields, sizes and numbers.
+    in the cache folder; downloaded into the latter otherwise. Wherever it comes from, its SHA-256 must be
+    that of D4RL's file.
 
     Args:
         name: such as hopper-medium-v2.
         url: the folder to download from; by default MINRNN_D4RL_URL where that is set, else the original.
 
     Raises:
-        ValueError: there is no such data set, or the file is not what it should be; a download is not kept.
+        ValueError: there is no such data set, or the file is another; a download is not kept.
         OSError: the download failed; the message says where to put the file by hand.
-        ImportError: h5py is not installed.
     """
-    if name not in D4RL_NAMES:
-        near = difflib.get_close_matches(name, D4RL_NAMES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"they are called {D4RL_NAMES[0]} and so on"
+    if name not in D4RL_SHA256:
+        hint = nearest(name, D4RL_NAMES) or f"; they are called {D4RL_NAMES[0]} and so on"
         raise ValueError(
-            f"fetch_d4rl: name must be that of one of D4RL's locomotion data sets, got {name!r}; {hint}"
+            f"fetch_d4rl: name must be that of one of D4RL's locomotion data sets, got {name!r}{hint}"
         )
-    file_name = _file_name(name)
+    file_name, sha256 = _file_name(name), D4RL_SHA256[name]
     if supplied := supplied_file(file_name):
+        check_digest("fetch_d4rl", supplied, sha256, f"D4RL's {name}")
         return supplied
     url = url or os.environ.get("MINRNN_D4RL_URL") or D4RL_URL
-    return download("fetch_d4rl", f"{url}/{file_name}", file_name, check=lambda path: _check_d4rl(path, name))
+    return download("fetch_d4rl", f"{url}/{file_name}", file_name, sha256=sha256)
 
 
 def local_name(environment: str, quality: str, seed: int = 0) -> str:
@@ -132,7 +153,9 @@ def local_name(environment: str, quality: str, seed: int = 0) -> str:
         seed: of what was trained and recorded.
     """
     which = f"-seed{seed}" if seed else ""
-    return f"{LOCAL_FOLDER}{environment.replace('/', '-')}-{quality}{which}"
+    # An id may name a module and a namespace: rooms.grid:grids/Small-v0.
+    safe = re.sub(r"[^\w.-]", "-", environment)
+    return f"{LOCAL_FOLDER}{safe}-{quality}{which}"
 
 
 def local_path(name: str) -> Path:
@@ -142,8 +165,7 @@ def local_path(name: str) -> Path:
 
 def minari_folder(name: str) -> Path:
     """Return where Minari keeps a data set: below MINARI_DATASETS_PATH, or .minari/datasets at home."""
-    root = os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets"
-    return Path(root, name)
+    return (folder_from("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets") / name
 
 
 def _find_local(name: str) -> Path:
@@ -164,14 +186,3 @@ def _file_name(name: str) -> str:
 
 def _reference(name: str) -> Reference:
     return REFERENCES[name.split("-")[0]]
-
-
-def _check_d4rl(path: Path, name: str) -> None:
-    """Raise ValueError unless the file holds episodes of the environment in the name."""
-    episodes, reference = read_episodes(path), _reference(name)
-    sizes = episodes.observations.shape[1:] + episodes.actions.shape[1:]
-    if sizes != (reference.observation_size, reference.action_size):
-        raise ValueError(
-            f"fetch_d4rl: {name} must have observations of {reference.observation_size} and actions of "
-            f"{reference.action_size} numbers, got a file with {sizes}"
-        )

@@ -5,23 +5,29 @@ D4RL (Fu et al., arXiv 2004.07219) keeps one row for each step in `observations`
 `episode_1` and so on, each with T actions, rewards, terminations and truncations and T + 1 observations, of
 which the last, on which nothing was done, is left out here; `metadata.json` beside the file names the
 environment.
+
+A file may come from anywhere. What it holds is read from it alone: a link or a data set that leads to another
+file is refused, as is one that declares more than a file of its size can hold, before memory is taken for it.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from minrnn.tasks.environments import INSTALL
+from minrnn.files import naming, parse_json, read_json
+from minrnn.tasks.environments import INSTALL, known_actions
 from minrnn.tasks.episodes import Episodes
+from minrnn.tasks.spaces import ActionSpace, recorded_anywhere
 
 if TYPE_CHECKING:
     import h5py
@@ -32,6 +38,12 @@ MINARI_FILE, MINARI_METADATA = "main_data.hdf5", "metadata.json"
 
 COMPARED_STEPS = 1 << 16  # rows that are compared at once, so that no copies of a large file are made
 COMPRESSED_STEPS = 4096  # rows that are compressed together, 176 KiB of Hopper's observations
+
+EXPANSION = 1100
+"""Bytes of a field for each that it takes in the file, at most; deflate, the best of HDF5's, reaches 1032."""
+
+FREE_BYTES = 1 << 24
+"""Bytes of a field that need none in the file: of one that was never written, all are zero."""
 
 
 def read_episodes(path: str | Path, environment: str | None = None) -> Episodes:
@@ -46,26 +58,84 @@ def read_episodes(path: str | Path, environment: str | None = None) -> Episodes:
         path: an HDF5 file in D4RL's or Minari's layout, or the folder of a Minari data set.
         environment: gymnasium's id; by default what the file says, which D4RL's own files do not.
 
+    Actions become those of `Episodes`: numbers in any arrangement are a vector, choices count from 0. What
+    they are, the file says (Minari's metadata, or the attribute `about`), else the environment where it can
+    be made here; else one whole number a step is a choice.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not HDF5 or is cut short, a field is missing, lengths disagree, numbers are not
-            finite, or observations are not vectors.
+        BlockingIOError: another process is writing it.
+        ValueError: it is not HDF5 or is cut short, a field is missing, leads out of the file or declares more
+            than that can hold, lengths disagree, numbers are not finite, observations are not vectors, or
+            actions are of a kind that no policy takes.
         ImportError: h5py is not installed.
     """
     h5py = _import_h5py("read_episodes")
     file_path = _find_file(Path(path).expanduser())
-    try:
+    with _saying_what_is_wrong(file_path):
         # A number too large for float32 becomes infinite, which is an error that names its place.
-        with h5py.File(file_path, "r") as file, np.errstate(over="ignore"):
-            names = [name for name in file if re.fullmatch(r"episode_\d+", name)]
-            episodes = _read_minari(file, file_path, names) if names else _read_d4rl(file, file_path)
+        with h5py.File(file_path, "r") as opened, np.errstate(over="ignore", invalid="ignore"):
+            file = _Fields(opened, EXPANSION * file_path.stat().st_size + FREE_BYTES)
+            names = [name for name in opened if re.fullmatch(r"episode_\d+", name)]
+            read = _read_minari(file, file_path, names) if names else _read_d4rl(file, file_path)
+        about = dict(read.about)
+        space = _action_space(read, environment)
+        if space is not None and space.discrete:
+            about["num_actions"] = space.size
+            if space.start:
+                about["first_action"] = space.start
+        return Episodes(
+            read.observations,
+            recorded_anywhere(read.actions) if space is None else space.recorded(read.actions),
+            read.rewards,
+            read.ends,
+            read.terminated,
+            environment or read.environment,
+            about,
+        )
+
+
+@contextmanager
+def _saying_what_is_wrong(path: Path) -> Iterator[None]:
+    """Make one line that names the file of whatever h5py says."""
+    try:
+        yield
+    except BlockingIOError as error:
+        raise BlockingIOError(
+            f"read_episodes: {path} is locked by a process that writes it; wait until that is done"
+        ) from error
+    except PermissionError:
+        raise
+    except MemoryError as error:
+        raise ValueError(f"read_episodes: {path} holds more than fits into memory") from error
     except (OSError, RuntimeError, KeyError, TypeError) as error:  # what h5py says of a damaged file
+        said = " ".join(str(error).split())
+        if "already open for write" in said:
+            raise ValueError(
+                f"read_episodes: {path} is being written, or was not closed by who wrote it ({said})"
+            ) from error
         raise ValueError(
-            f"read_episodes: {file_path} must be a whole HDF5 file, got none or a damaged one ({error})"
+            f"read_episodes: {path} must be a whole HDF5 file, got none or a damaged one ({said})"
         ) from error
     except ValueError as error:
-        raise ValueError(f"read_episodes: {file_path}: {error}") from error
-    return episodes if environment is None else replace(episodes, environment=environment)
+        raise ValueError(f"read_episodes: {path}: {error}") from error
+
+
+def _action_space(read: _Read, named: str | None) -> ActionSpace | None:
+    """Return what actions are, by what the data say or else by the environment; None where neither is known.
+
+    Raises:
+        ValueError: the environment that the user named takes others than the data say, or none that a policy
+            has.
+    """
+    if named is None and read.space is None and read.environment is not None:
+        return known_actions(read.environment, by_user=False)
+    takes = None if named is None else known_actions(named, by_user=True)
+    if read.space is None or takes is None:
+        return read.space or takes
+    if (takes.discrete, takes.size) != (read.space.discrete, read.space.size):
+        raise ValueError(f"actions are {read.space}, but {named} takes {takes}")
+    return read.space
 
 
 def write_episodes(path: Path, episodes: Episodes, next_observations: NDArray[np.float32]) -> None:
@@ -92,7 +162,8 @@ def write_episodes(path: Path, episodes: Episodes, next_observations: NDArray[np
     h5py = _import_h5py("write_episodes")
     is_last = np.zeros((2, len(episodes)), np.bool_)
     is_last[np.where(episodes.terminated, 0, 1), episodes.ends - 1] = True
-    fields = (episodes.observations, episodes.actions, episodes.rewards, *is_last, next_observations)
+    actions = episodes.actions + (episodes.about.get("first_action", 0) if episodes.is_discrete else 0)
+    fields = (episodes.observations, actions, episodes.rewards, *is_last, next_observations)
     partial = path.with_name(path.name + ".partial")
     try:
         with h5py.File(partial, "w") as file:
@@ -126,26 +197,133 @@ def _find_file(path: Path) -> Path:
     raise FileNotFoundError(f"read_episodes: path must be an HDF5 file or {wanted}, got {path}")
 
 
-def _field(group: h5py.Group, name: str) -> NDArray[Any]:
-    """Return a field's numbers.
+class _Recorded(TypedDict):
+    """What D4RL's files may say of themselves: `about`, as `write_episodes` writes it; more is kept."""
 
-    Raises:
-        ValueError: it is a group of several, or holds no numbers.
+    name: NotRequired[str]
+    source: NotRequired[str]
+    num_actions: NotRequired[int]
+    first_action: NotRequired[int]
+
+
+class _Read(NamedTuple):
+    """A file's arrays, actions as they lie there."""
+
+    observations: NDArray[np.float32]
+    actions: NDArray[Any]
+    rewards: NDArray[np.float32]
+    ends: NDArray[np.int64]
+    terminated: NDArray[np.bool_]
+    environment: str | None
+    space: ActionSpace | None
+    about: Mapping[str, Any]
+
+
+class _Fields:
+    """The data sets of a group, read from this file alone, and no more than it can hold.
+
+    Args:
+        group: of an open file.
+        allowance: bytes that may be read of this file in all; shared with its groups.
     """
-    field = group[name]
-    if not hasattr(field, "dtype"):  # Minari's form of a dict or tuple of observations or actions
-        raise ValueError(f"{group.name}: {name} must be one array, got the parts {', '.join(field)}")
-    if field.dtype.kind not in "biuf":
-        raise ValueError(f"{group.name}: {name} must be numbers, got {field.dtype}")
-    return np.asarray(field[()])
 
+    def __init__(self, group: h5py.Group, allowance: int | list[int]) -> None:
+        self.name = group.name
+        self._group = group
+        self._allowance = allowance if isinstance(allowance, list) else [allowance]
 
-def _fields(group: h5py.Group, names: tuple[str, ...]) -> list[NDArray[Any]]:
-    missing = [name for name in names if name not in group]
-    if missing:
-        found = ", ".join(group) or "nothing"
-        raise ValueError(f"{group.name}: the fields {', '.join(names)} must be there, got {found}")
-    return [_field(group, name) for name in names]
+    def __contains__(self, name: str) -> bool:
+        return name in self._group.keys()  # noqa: SIM118 - without following a link
+
+    def group(self, name: str) -> _Fields:
+        """Return a group's fields.
+
+        Raises:
+            ValueError: it is no group, or lies elsewhere.
+        """
+        group = self._own(name)
+        if not hasattr(group, "keys"):
+            raise ValueError(f"{self._place(name)} must be a group, got an array")
+        return _Fields(group, self._allowance)
+
+    def all(self, names: tuple[str, ...]) -> list[NDArray[Any]]:
+        """Return fields' numbers, an axis of steps first.
+
+        Raises:
+            ValueError: one is not there, or see `one`.
+        """
+        if not all(name in self for name in names):
+            found = ", ".join(self._group) or "nothing"
+            raise ValueError(f"{self.name}: the fields {', '.join(names)} must be there, got {found}")
+        return [self.one(name) for name in names]
+
+    def one(self, name: str) -> NDArray[Any]:
+        """Return a field's numbers.
+
+        Raises:
+            ValueError: it is a group of several, holds no numbers or is a single one, lies in another file,
+                is compressed by what is not here, or declares more than the file can hold.
+        """
+        field = self._own(name)
+        if not hasattr(field, "dtype"):  # Minari's form of a dict or tuple of observations or actions
+            raise ValueError(f"{self.name}: {name} must be one array, got the parts {', '.join(field)}")
+        if field.dtype.kind not in "biuf":
+            raise ValueError(f"{self.name}: {name} must be numbers, got {field.dtype}")
+        if not field.shape:
+            raise ValueError(f"{self.name}: {name} must have an axis of steps, got a single value or none")
+        if field.external or field.is_virtual:
+            raise ValueError(f"{self._place(name)} must lie in the file itself, got numbers of another file")
+        self._check_filters(name, field)
+        self._check_size(name, field)
+        return np.asarray(field[()])
+
+    def text(self, attribute: str) -> str | None:
+        """Return an attribute that is text; None where it is not there.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        if attribute not in self._group.attrs:
+            return None
+        value = self._group.attrs[attribute]
+        if isinstance(value, bytes):
+            value = value.decode()
+        if not isinstance(value, str):
+            raise ValueError(f"attribute {attribute} must be text, got {type(value).__name__}")
+        return str(value)
+
+    def _own(self, name: str) -> Any:
+        """Return what is stored here under a name, and follow no link."""
+        link = type(self._group.get(name, getlink=True)).__name__
+        if link != "HardLink":
+            raise ValueError(f"{self._place(name)} must lie in the file itself, got a link ({link})")
+        return self._group[name]
+
+    def _place(self, name: str) -> str:
+        return f"{(self.name or '').rstrip('/')}/{name}"
+
+    def _check_filters(self, name: str, field: h5py.Dataset) -> None:
+        from h5py import h5z
+
+        pipeline = field.id.get_create_plist()
+        for index in range(pipeline.get_nfilters()):
+            number, _, _, called = pipeline.get_filter(index)
+            if not h5z.filter_avail(number):
+                said = called.decode(errors="replace") if called else "unnamed"
+                raise ValueError(
+                    f"{self._place(name)} is compressed by filter {number} ({said}), a plugin of HDF5 that "
+                    "is not here; write it with gzip"
+                )
+
+    def _check_size(self, name: str, field: h5py.Dataset) -> None:
+        stored, item = field.id.get_storage_size(), field.dtype.itemsize
+        declared = item * max(prod(field.shape), prod(field.chunks or (0,)))
+        self._allowance[0] -= declared
+        if declared > FREE_BYTES + EXPANSION * stored or self._allowance[0] < 0:
+            raise ValueError(
+                f"{self._place(name)} declares {declared:,} bytes, {field.shape} of {field.dtype}, of which "
+                f"the file holds {stored:,}: more than compression can explain"
+            )
 
 
 def _check_lengths(place: str, lengths: Mapping[str, int], expected: int) -> None:
@@ -154,36 +332,43 @@ def _check_lengths(place: str, lengths: Mapping[str, int], expected: int) -> Non
         raise ValueError(f"{place}: the fields must hold {expected} steps each, got {said}")
 
 
-def _as_actions(values: NDArray[Any]) -> NDArray[Any]:
-    """Return discrete actions, a row of integers, as int64, and all others as float32."""
-    is_discrete = values.ndim == 1 and values.dtype.kind in "biu"
-    return values.astype(np.int64 if is_discrete else np.float32)
+def _check_vectors(place: str, shape: str, observations: NDArray[Any]) -> None:
+    if observations.ndim != 2:
+        raise ValueError(
+            f"{place}: observations must be vectors, {shape}, got {observations.shape}; record what "
+            "gymnasium.wrappers.FlattenObservation makes of images, numbers of states and parts"
+        )
 
 
 # --- D4RL ------------------------------------------------------------------------------------------------
 
 
-def _read_d4rl(file: h5py.File, path: Path) -> Episodes:
-    arrays = _fields(file, D4RL_FIELDS)
+def _read_d4rl(file: _Fields, path: Path) -> _Read:
+    arrays = file.all(D4RL_FIELDS)
     lengths = {name: len(array) for name, array in zip(D4RL_FIELDS, arrays, strict=True)}
     _check_lengths("/", lengths, lengths["observations"])
+    _check_vectors("/", "(N, S)", arrays[0])
     observations = arrays[0].astype(np.float32, copy=False)
     rewards, terminals, timeouts = map(_as_column, D4RL_FIELDS[2:], arrays[2:])
     terminated = terminals.astype(np.bool_)
     is_last = terminated | timeouts.astype(np.bool_)
     is_last[-1:] = True
     if "next_observations" in file:
-        is_last |= _joints(observations, _field(file, "next_observations"), is_last)
+        is_last |= _joints(observations, file.one("next_observations"), is_last)
     ends = np.flatnonzero(is_last) + 1
-    about = {"source": "file", "name": path.stem, **json.loads(file.attrs.get("about", "{}"))}
-    return Episodes(
+    said = parse_json(file.text("about") or "{}", _Recorded, "attribute about")
+    space = None
+    if "num_actions" in said:
+        space = ActionSpace(True, said["num_actions"], said.get("first_action", 0))
+    return _Read(
         observations,
-        _as_actions(arrays[1]),
+        arrays[1],
         rewards.astype(np.float32, copy=False),
         ends,
         terminated[ends - 1],
-        str(file.attrs["environment"]) if "environment" in file.attrs else None,
-        about,
+        file.text("environment"),
+        space,
+        {"source": "file", "name": path.stem, **said},
     )
 
 
@@ -217,42 +402,38 @@ def _joints(
 # --- Minari ----------------------------------------------------------------------------------------------
 
 
-def _read_minari(file: h5py.File, path: Path, names: Iterable[str]) -> Episodes:
+def _read_minari(file: _Fields, path: Path, names: Iterable[str]) -> _Read:
     in_order = sorted(names, key=lambda name: int(name.removeprefix("episode_")))
-    parts = [part for name in in_order if len((part := _read_group(file[name]))[2])]  # those with steps
+    read = map(_read_group, map(file.group, in_order))
+    parts = [part for part in read if len(part[2])]  # those with steps
     if not parts:
         raise ValueError("there must be episodes with steps, got none")
     observations, actions, rewards, terminated = zip(*parts, strict=True)
-    metadata = _read_metadata(path.with_name(MINARI_METADATA))
-    return Episodes(
+    environment, space, about = _read_metadata(path.with_name(MINARI_METADATA))
+    return _Read(
         _concatenate("observations", observations),
         _concatenate("actions", actions),
         _concatenate("rewards", rewards),
         np.cumsum([len(part) for part in rewards], dtype=np.int64),
         np.array(terminated, np.bool_),
-        metadata.pop("environment", None),
-        {"source": "minari", "name": path.stem, **metadata},
+        environment,
+        space,
+        {"source": "minari", "name": path.stem, **about},
     )
 
 
 def _read_group(
-    group: h5py.Group,
+    group: _Fields,
 ) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[np.float32], bool]:
     """Return an episode's observations (T, S), actions, rewards (T,), and whether it terminated."""
-    arrays = _fields(group, MINARI_FIELDS)
+    arrays = group.all(MINARI_FIELDS)
     lengths = {name: len(array) for name, array in zip(MINARI_FIELDS[1:], arrays[1:], strict=True)}
     lengths["observations less the last"] = len(arrays[0]) - 1
-    _check_lengths(group.name, lengths, lengths["actions"])
+    _check_lengths(str(group.name), lengths, lengths["actions"])
     observations, actions, rewards, terminations, _ = arrays
-    if observations.ndim != 2:
-        raise ValueError(f"{group.name}: observations must be vectors, (T + 1, S), got {observations.shape}")
+    _check_vectors(str(group.name), "(T + 1, S)", observations)
     is_terminated = bool(terminations.size and terminations.reshape(-1)[-1])
-    return (
-        observations[:-1].astype(np.float32),
-        _as_actions(actions),
-        rewards.astype(np.float32),
-        is_terminated,
-    )
+    return observations[:-1].astype(np.float32), actions, rewards.astype(np.float32), is_terminated
 
 
 def _concatenate(name: str, parts: tuple[NDArray[Any], ...]) -> NDArray[Any]:
@@ -263,19 +444,34 @@ def _concatenate(name: str, parts: tuple[NDArray[Any], ...]) -> NDArray[Any]:
     """
     widths = sorted({part.shape[1:] for part in parts})
     if len(widths) > 1:
-        raise ValueError(f"{name} must be of one size in all episodes, got {', '.join(map(str, widths))}")
+        raise ValueError(f"{name} must be of one size in all episodes, got {', '.join(map(str, widths[:8]))}")
     return np.concatenate(parts)
 
 
-def _read_metadata(path: Path) -> dict[str, Any]:
-    """Return what metadata.json says of the environment and the data; nothing where there is none."""
+class _Metadata(TypedDict):
+    """What Minari says of a data set, as far as it is used; the last two are JSON in JSON."""
+
+    dataset_id: NotRequired[str | None]
+    algorithm_name: NotRequired[str | None]
+    env_spec: NotRequired[str | None]
+    action_space: NotRequired[str | None]
+
+
+class _EnvSpec(TypedDict):
+    """What gymnasium says of an environment, as far as it is used."""
+
+    id: NotRequired[str]
+
+
+def _read_metadata(path: Path) -> tuple[str | None, ActionSpace | None, dict[str, Any]]:
+    """Return what metadata.json says: the environment, its actions, and where the data come from."""
     if not path.is_file():
-        return {}
-    metadata = json.loads(path.read_text(encoding="utf-8"))
+        return None, None, {}
+    metadata = read_json(path, _Metadata)
     said = {"name": metadata.get("dataset_id"), "algorithm": metadata.get("algorithm_name")}
-    if "env_spec" in metadata:
-        said["environment"] = json.loads(metadata["env_spec"]).get("id")
-    space = json.loads(metadata.get("action_space", "{}"))
-    if space.get("type") == "Discrete":
-        said["num_actions"] = space["n"]
-    return {name: value for name, value in said.items() if value is not None}
+    space = None
+    if (described := metadata.get("action_space")) is not None:
+        with naming(f"{path}: action_space"):
+            space = ActionSpace.described(parse_json(described, dict[str, Any], "its text"))
+    spec = parse_json(metadata.get("env_spec") or "{}", _EnvSpec, f"{path}: env_spec")
+    return spec.get("id"), space, {name: value for name, value in said.items() if value is not None}

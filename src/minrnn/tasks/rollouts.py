@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from minrnn.models import DecisionConfig, Policy
 from minrnn.tasks.environments import make_environment
+from minrnn.tasks.spaces import ActionSpace
 
 if TYPE_CHECKING:
     import gymnasium
@@ -78,6 +79,7 @@ def _play(
     policy: Policy, environments: Sequence[Environment], episodes: int, seed: int
 ) -> Iterator[list[Played]]:
     played: list[Played] = []
+    spaces = [action_space(environment) for environment in environments]
     seats: list[Played | None] = [None] * len(environments)
     observations = np.zeros((len(environments), policy.model.config.observation_size))
     rewards = np.zeros(len(environments))
@@ -97,7 +99,8 @@ def _play(
         for seat, (environment, episode) in enumerate(zip(environments, seats, strict=True)):
             if episode is None:
                 continue  # nobody plays here any more; the row starts again and again, and bothers nobody
-            seen, reward, terminated, truncated, _ = environment.step(_action(environment, actions[seat]))
+            action = spaces[seat].acted(actions[seat], environment.action_space)
+            seen, reward, terminated, truncated, _ = environment.step(action)
             observations[seat], rewards[seat], starts[seat] = seen, reward, False
             episode.steps += 1
             episode.total_return += float(reward)
@@ -116,16 +119,13 @@ def check_fit(config: DecisionConfig, environment: Environment) -> None:
             f"act: the environment must have observations of {config.observation_size} numbers, as the "
             f"policy learnt from, got {name} with {seen}"
         )
-    size = getattr(done, "n", None)  # of a discrete space
-    if config.discrete:
-        wanted = f"one of {config.action_size} discrete actions"
-        fits = size == config.action_size
-    else:
-        wanted = f"actions of {config.action_size} numbers"
-        fits = size is None and done.shape == (config.action_size,)
+    takes = action_space(environment)
+    wanted = ActionSpace(config.discrete, config.action_size)
+    fits = (takes.discrete, takes.size) == (wanted.discrete, wanted.size)
     if not fits:
         raise ValueError(
-            f"act: the environment must take {wanted}, as the policy learnt from, got {name} with {done}"
+            f"act: the environment must take {_described(wanted)}, as the policy learnt from, got {name} "
+            f"with {done}"
         )
     limit = None if environment.spec is None else environment.spec.max_episode_steps
     if config.max_steps and limit is not None and limit > config.max_steps:
@@ -133,6 +133,19 @@ def check_fit(config: DecisionConfig, environment: Environment) -> None:
             f"act: an episode must end within {config.max_steps} steps, for as many have an embedding of "
             f"their time, got {name}, which lasts {limit}; train with --task.timesteps {limit}, or 0 for none"
         )
+
+
+def action_space(environment: Environment) -> ActionSpace:
+    """Return what an environment takes for an action.
+
+    Raises:
+        ValueError: no policy here acts in such an environment.
+    """
+    try:
+        return ActionSpace.of(environment.action_space)
+    except ValueError as error:
+        name = environment.spec.id if environment.spec is not None else type(environment).__name__
+        raise ValueError(f"act: {name}: {error}") from error
 
 
 def make_filmed(name: str) -> Environment:
@@ -179,9 +192,5 @@ def _needs_opengl() -> Iterator[None]:
         ) from error
 
 
-def _action(environment: Environment, action: Any) -> Any:
-    """Return an action as its environment takes it."""
-    space = environment.action_space
-    if action.ndim == 0:
-        return int(action) + int(space.start)  # a discrete space has a start
-    return np.clip(action, space.low, space.high).astype(space.dtype)
+def _described(space: ActionSpace) -> str:
+    return f"one of {space.size} discrete actions" if space.discrete else f"actions of {space.size} numbers"

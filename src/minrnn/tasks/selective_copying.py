@@ -18,7 +18,7 @@ import torch
 
 from minrnn.tasks.draws import Draws, Part
 from minrnn.tasks.labelled import LabelledTask, blocks
-from minrnn.tasks.task import IGNORED, Batch, check_batch
+from minrnn.tasks.task import IGNORED, Batch, check_batch, check_bounds
 
 MARKER = 0
 """The token that asks for the next data token; data are 1 .. kinds, and the last token is the blank."""
@@ -43,11 +43,8 @@ class SelectiveCopyingConfig:
     """The task's name in TASKS."""
 
     def __post_init__(self) -> None:
-        for name in ("length", "num_tokens", "kinds", "eval_sequences"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"SelectiveCopyingConfig: {name} must be at least 1, got {getattr(self, name)}"
-                )
+        sizes = {"length": (1, 1 << 24), "num_tokens": (1, 1 << 24), "kinds": (1, 1 << 16)}
+        check_bounds(self, {**sizes, "eval_sequences": (1, 1 << 30)})
         if self.num_tokens > self.length:
             raise ValueError(
                 f"SelectiveCopyingConfig: num_tokens must be at most length = {self.length}, got "

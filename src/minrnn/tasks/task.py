@@ -1,7 +1,7 @@
 """The contract that every task meets: batches that are pure functions, a loss, and an evaluation."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -183,6 +183,19 @@ class TokenTask(Task):
         batch = batch.to(device_of(model))
         logits, state = model(batch.inputs, None if batch.fresh else state)
         return nats(logits, batch.targets, "mean"), state
+
+
+def check_bounds(config: object, bounds: Mapping[str, tuple[int, int]], unit: str = "") -> None:
+    """Raise ValueError unless each of these fields of a configuration lies between its bounds, both allowed.
+
+    The upper ones are far above what anybody trains; what is beyond them is a slip or another's file, and
+    would cost memory or minutes before it failed.
+    """
+    for name, (low, high) in bounds.items():
+        value = getattr(config, name)
+        if not low <= value <= high:
+            limit = f"at least {low}" if value < low else f"at most {high}"
+            raise ValueError(f"{type(config).__name__}: {name} must be {limit}{unit}, got {value}")
 
 
 def check_batch(function: str, step: int, batch_size: int, seed: int = 0, *, seeds: int = 1 << 64) -> None:

@@ -17,6 +17,7 @@ from minrnn.tasks.task import (
     Batch,
     TokenTask,
     check_batch,
+    check_bounds,
     check_max_tokens,
     device_of,
     evaluation_mode,
@@ -56,9 +57,7 @@ class TextConfig:
             raise ValueError(
                 f"TextConfig: vocabulary must be one of {', '.join(VOCABULARIES)}, got {self.vocabulary!r}"
             )
-        for name in ("window", "eval_chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"TextConfig: {name} must be at least 1 token, got {getattr(self, name)}")
+        check_bounds(self, {"window": (1, 1 << 24), "eval_chunk": (1, 1 << 30)}, " token")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"TextConfig: held_out must be a fraction in [0, 1), got {self.held_out}")
 
@@ -79,7 +78,9 @@ class TextTask(TokenTask):
 
     def __init__(self, config: TextConfig, vocabulary: Vocabulary | None = None) -> None:
         self.config = config
-        self._corpus: TokenisedCorpus = tokenise(find_corpus(config.source), vocabulary or config.vocabulary)
+        corpus = find_corpus(config.source)
+        self._left_out = corpus.left_out
+        self._corpus: TokenisedCorpus = tokenise(corpus, vocabulary or config.vocabulary)
         for part, tokens in (("training", self.train_tokens), ("validation", self.val_tokens)):
             if tokens.size <= config.window:
                 raise ValueError(
@@ -126,9 +127,10 @@ class TextTask(TokenTask):
 
     def describe(self) -> str:
         """Return the source and the size of its parts in one line, for a log."""
+        left_out = f"; binary files, {self._left_out:,} of them, are left out" if self._left_out else ""
         return (
             f"{self.config.source}: {self.train_tokens.size:,} {self.vocabulary.kind} to train on, "
-            f"{self.val_tokens.size:,} to validate on, {self.vocabulary.size} symbols"
+            f"{self.val_tokens.size:,} to validate on, {self.vocabulary.size} symbols{left_out}"
         )
 
     def model_config(self, config: ModelConfig) -> ModelConfig:

@@ -1,27 +1,47 @@
 """Text as token ids on disk: tokenised once, in chunks, and memory-mapped; so a corpus may exceed memory.
 
 One entry of the cache is a folder, `tokens/<corpus>/<state>`, with `tokens.bin` (ids, training then
-validation) and `tokens.json`. It appears whole, by renaming, and never changes: a corpus whose files changed
-has another <state>, and its earlier entry is removed.
+validation), `tokens.json` and `checked.json`. It appears whole, by renaming, and never changes: a corpus
+whose files changed has another <state>, and its earlier entry is removed.
+
+An entry is used if its digest is right. Hashing takes a second a GB or several, so it is done once:
+`checked.json` keeps size, inode and times of the two files that were found whole, and only where these differ
+(whoever changes a byte in place changes them, and so does copying) the digest is computed again. Whatever is
+wrong with an entry, be it cut, altered or unreadable, it is made anew.
+
+A folder of the cache is as open as the one that holds it, and its files likewise: where MINRNN_CACHE is a
+folder that several users may write into, what one has made serves all.
 """
 
 import hashlib
 import json
+import os
+import secrets
 import shutil
-import tempfile
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
+from minrnn.files import read_json
 from minrnn.tasks.downloads import cache_folder
 from minrnn.tasks.sources import Corpus
 from minrnn.tasks.vocabulary import VOCABULARIES, Vocabulary
 
+try:
+    import fcntl
+except ImportError:  # Windows, where what a killed process left stays
+    fcntl = None  # type: ignore[assignment]
+
 FORMAT_VERSION = 1  # part of every entry's name: an entry of another version is not found
 _UNFINISHED = ".building-"  # starts the names of folders that are being written
+_IDS, _HEADER, _CHECKED = "tokens.bin", "tokens.json", "checked.json"
+_HASHED_BYTES = 1 << 20  # read at once
 
 
 @dataclass(frozen=True)
@@ -59,11 +79,9 @@ def tokenise(corpus: Corpus, vocabulary: str | Vocabulary) -> TokenisedCorpus:
     wanted = vocabulary if isinstance(vocabulary, str) else vocabulary.to_dict()
     shelf = cache_folder() / "tokens" / _digest([FORMAT_VERSION, str(corpus.origin), corpus.name, wanted])
     entry = shelf / _digest([len(corpus.train), state])
-    if (found := _load(entry)) is None:
+    if (found := _find(entry)) is None:
         learnt = VOCABULARIES[vocabulary].learn(corpus.files) if isinstance(vocabulary, str) else vocabulary
-        _write_entry(entry, corpus, learnt)
-        found = _load(entry)
-        assert found is not None, f"{entry} was just written"
+        found = _make(entry, corpus, learnt)
     return found
 
 
@@ -77,43 +95,173 @@ def _digest(described: object) -> str:
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
 
 
+class _Header(TypedDict):
+    """What tokens.json holds."""
+
+    vocabulary: dict[str, str]
+    num_train: int
+    num_val: int
+    sha256: str
+
+
+def _find(entry: Path) -> TokenisedCorpus | None:
+    """Return the entry, or one that stands beside what another user has left damaged in its place."""
+    for place in (entry, *sorted(entry.parent.glob(f"{entry.name}-*"))):
+        if (found := _load(place)) is not None:
+            return found
+    return None
+
+
 def _load(entry: Path) -> TokenisedCorpus | None:
-    """Map the entry's files; None when it is not there, or was cut by a crash of the machine."""
+    """Map the entry's files; None when it is not there, cannot be read, or is not what was written."""
     try:
-        header = json.loads((entry / "tokens.json").read_text(encoding="utf-8"))
+        header = read_json(entry / _HEADER, _Header)
         vocabulary = Vocabulary.from_dict(header["vocabulary"])
-        ids = np.asarray(np.memmap(entry / "tokens.bin", _stored(vocabulary), mode="r"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: cut JSON, or empty tokens.bin
+        dtype, sizes = _stored(vocabulary), (header["num_train"], header["num_val"])
+        if min(sizes) < 0 or sum(sizes) * dtype.itemsize != (entry / _IDS).stat().st_size:
+            return None
+        files = _state_of(entry)
+        if not _was_checked(entry, files):
+            if header["sha256"] != _hash_entry(entry, header):
+                return None
+            with suppress(OSError):  # another user's, perhaps: then it is hashed the next time too
+                (entry / _CHECKED).write_text(json.dumps(files), encoding="utf-8")
+        ids = np.asarray(np.memmap(entry / _IDS, dtype, mode="r"))
+    except (OSError, ValueError):
         return None
-    num_train, num_val = header["num_train"], header["num_val"]
-    if ids.size != num_train + num_val:
-        return None
-    return TokenisedCorpus(vocabulary, ids[:num_train], ids[num_train:], header["sha256"])
+    return TokenisedCorpus(vocabulary, ids[: sizes[0]], ids[sizes[0] :], header["sha256"])
 
 
-def _write_entry(entry: Path, corpus: Corpus, vocabulary: Vocabulary) -> None:
+def _hash_entry(entry: Path, header: _Header) -> str:
+    """Return the digest that `_write_files` computed, from what is there now."""
+    sha256 = hashlib.sha256()
+    with (entry / _IDS).open("rb") as file:  # not the map: what is cut under a map ends the process
+        while chunk := file.read(_HASHED_BYTES):
+            sha256.update(chunk)
+    sha256.update(_described(header["vocabulary"], header["num_train"], header["num_val"]).encode())
+    return sha256.hexdigest()
+
+
+def _described(vocabulary: dict[str, str], num_train: int, num_val: int) -> str:
+    return json.dumps({"vocabulary": vocabulary, "num_train": num_train, "num_val": num_val})
+
+
+def _was_checked(entry: Path, files: list[list[int]]) -> bool:
+    """Whether the files are those that were found whole before."""
+    try:
+        return read_json(entry / _CHECKED, list[list[int]]) == files
+    except (OSError, ValueError):
+        return False
+
+
+def _state_of(entry: Path) -> list[list[int]]:
+    """Return what changes when one of the entry's files does."""
+    found = [(entry / name).stat() for name in (_IDS, _HEADER)]
+    return [[each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns] for each in found]
+
+
+def _make(entry: Path, corpus: Corpus, vocabulary: Vocabulary) -> TokenisedCorpus:
     """Write the entry beside its final place, rename it, and remove those of the corpus's earlier states."""
     shelf = entry.parent
     try:
-        shelf.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=shelf, prefix=_UNFINISHED) as building:
-            _write_files(Path(building), corpus, vocabulary)
+        _make_folders(shelf)
+        _clear_unfinished(shelf.parent)
+        with _building(shelf) as building:
+            _write_files(building, corpus, vocabulary)
             shutil.rmtree(entry, ignore_errors=True)  # there only when _load refused it
-            Path(building).rename(entry)
+            place = entry
+            if entry.exists():  # another user's, who alone can remove it
+                place = entry.with_name(f"{entry.name}-{secrets.token_hex(4)}")
+            with suppress(FileExistsError):
+                building.rename(place)
     except OSError as error:
-        if _load(entry) is None:  # otherwise another process was faster, and its entry is as good
+        if (found := _find(entry)) is None:  # otherwise another process was faster: its entry is as good
             raise OSError(
                 f"tokenise: cannot write the tokens of {corpus.name!r} to {shelf}: {error} (MINRNN_CACHE "
                 "can name another folder)"
             ) from error
+        return found
+    if (found := _find(entry)) is None:
+        raise OSError(f"tokenise: {entry} was just written, and is not what was written; try once more")
     for earlier in shelf.iterdir():
-        if earlier != entry and not earlier.name.startswith(_UNFINISHED):
+        if not earlier.name.startswith((_UNFINISHED, entry.name)):
             shutil.rmtree(earlier, ignore_errors=True)  # some systems refuse while another run has it open
+    return found
+
+
+def _make_folders(folder: Path) -> None:
+    """Make a folder below the cache folder, each as open as the one that holds it."""
+    if folder.is_dir():
+        return
+    if folder == cache_folder() or folder.parent == folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        return
+    _make_folders(folder.parent)
+    with suppress(FileExistsError):
+        folder.mkdir()
+        _open_like_parent(folder)
+
+
+def _open_like_parent(path: Path) -> None:
+    """Give others what they may do in the folder that holds this path; with a file, at most reading it.
+
+    Whatever the process's umask is: it speaks of a user's own files.
+    """
+    mode = stat.S_IMODE(path.parent.stat().st_mode)
+    if not path.is_dir():
+        mode &= 0o644
+    with suppress(OSError):  # a file system without modes
+        path.chmod(mode | stat.S_IRUSR | stat.S_IWUSR)
+
+
+@contextmanager
+def _building(shelf: Path) -> Iterator[Path]:
+    """Make a folder to write into, which is locked as long as this process lives, and removed in the end."""
+    while True:
+        folder = shelf / f"{_UNFINISHED}{secrets.token_hex(8)}"
+        folder.mkdir()
+        _open_like_parent(folder)
+        handle = _lock(folder, wait=True)
+        if folder.is_dir():  # nobody took it for a dead one's just before it was locked
+            break
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _clear_unfinished(shelves: Path) -> None:
+    """Remove what killed processes have left on all shelves: what nobody holds a lock on."""
+    for folder in shelves.glob(f"*/{_UNFINISHED}*"):
+        try:
+            handle = _lock(folder, wait=False)
+        except OSError:  # locked, or another user's
+            continue
+        if handle is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(handle)
+
+
+def _lock(folder: Path, *, wait: bool) -> int | None:
+    """Return what holds a lock on a folder until it is closed; None where there are no such locks."""
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(handle)
+        if wait:
+            return None  # a network's file system without locks
+        raise
+    return handle
 
 
 def _write_files(folder: Path, corpus: Corpus, vocabulary: Vocabulary) -> None:
     sha256 = hashlib.sha256()
-    with (folder / "tokens.bin").open("wb") as output:
+    with (folder / _IDS).open("wb") as output:
         num_train, num_val = (
             sum(_append(output, sha256, file, vocabulary) for file in files)
             for files in (corpus.train, corpus.val)
@@ -122,10 +270,14 @@ def _write_files(folder: Path, corpus: Corpus, vocabulary: Vocabulary) -> None:
         num_tokens = num_train
         num_train = num_tokens * 9 // 10
         num_val = num_tokens - num_train
-    header = {"vocabulary": vocabulary.to_dict(), "num_train": num_train, "num_val": num_val}
-    sha256.update(json.dumps(header).encode())
-    digest = {"sha256": sha256.hexdigest()}
-    (folder / "tokens.json").write_text(json.dumps(header | digest), encoding="utf-8")
+    described = _described(vocabulary.to_dict(), num_train, num_val)
+    sha256.update(described.encode())
+    header = json.loads(described) | {"sha256": sha256.hexdigest()}
+    (folder / _HEADER).write_text(json.dumps(header), encoding="utf-8")
+    for name in (_IDS, _HEADER):
+        _open_like_parent(folder / name)
+    (folder / _CHECKED).write_text(json.dumps(_state_of(folder)), encoding="utf-8")
+    _open_like_parent(folder / _CHECKED)
 
 
 def _append(output: BinaryIO, sha256: "hashlib._Hash", file: Path, vocabulary: Vocabulary) -> int:

@@ -12,6 +12,8 @@ from typing import ClassVar, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from minrnn.files import shown
+
 CHUNK_BYTES = 1 << 20  # read at once: bounds memory, and a chunk's code points (4 MiB) still fit the cache
 
 
@@ -74,7 +76,7 @@ class Vocabulary(ABC):
                 return CharacterVocabulary(characters)
         raise ValueError(
             "Vocabulary.from_dict: saved must be {'kind': 'bytes'} or {'kind': 'characters', 'characters': "
-            f"'...'}}, got {saved!r}"
+            f"'...'}}, got {shown(saved)}"
         )
 
     def _checked(self, ids: ArrayLike) -> NDArray[np.int64]:
@@ -168,7 +170,7 @@ class CharacterVocabulary(Vocabulary):
         if not self.characters or list(self.characters) != sorted(set(self.characters)):
             raise ValueError(
                 "CharacterVocabulary: characters must be sorted, distinct and at least one, got "
-                f"{self.characters!r}"
+                f"{shown(self.characters)}"
             )
 
     @classmethod

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from minrnn.files import convert, naming, nearest, parse_toml, read_json, read_toml
+from minrnn.files import convert, naming, nearest, parse_toml, read_json, read_toml, shown
 from minrnn.models import ModelConfig
 from minrnn.tasks import DecisionsConfig, TaskConfig, TextConfig
 
@@ -164,7 +164,7 @@ def load_recipe(name: str) -> RunConfig:
         ValueError: the name is unknown (the nearest one is named), the file is not TOML, or a key is unknown.
         OSError: the file cannot be read.
     """
-    path, table = Path(name), dict[str, Any]
+    path, table = Path(name).expanduser(), dict[str, Any]
     if path.suffix == ".toml":
         stem, values = path.stem, read_toml(path, table)
     elif name in recipe_names():
@@ -212,9 +212,9 @@ def _convert_task(value: Any, key: str) -> Any:
     """Return a task's table as the configuration that its name asks for; without one it is the text's."""
     table = convert(value, dict[str, Any], key)
     kinds = {kind.task: kind for kind in typing.get_args(TaskConfig)}
-    name = table.pop("name", TextConfig.task)
+    name = convert(table.pop("name", TextConfig.task), str, f"{key}.name")
     if name not in kinds:
         raise ValueError(
-            f"{key}.name must be one of {', '.join(kinds)}, got {name!r}{nearest(str(name), kinds)}"
+            f"{key}.name must be one of {', '.join(kinds)}, got {shown(name)}{nearest(name, kinds)}"
         )
     return convert(table, kinds[name], key)
