@@ -65,7 +65,9 @@ def write_file(path: Path) -> Iterator[Path]:
         yield partial
         partial.replace(path)
     except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error  # a write leaves it out
+        raise OSError(
+            error.errno, error.strerror or str(error), str(path)
+        ) from error  # a write leaves it out
     finally:
         partial.unlink(missing_ok=True)
 
