@@ -9,10 +9,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, get_args
 
+from minrnn.training.threads import MOST_THREADS
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Scale = Literal["cpu", "paper", "tiny"]
+MOST_CELLS = 10_000
+"""Seeds of each kind of cell."""
+
 SCALES: tuple[Scale, ...] = get_args(Scale)
 """cpu: two cores, about two hours; paper: the paper's own setting; tiny: seconds, to see that it runs."""
 
@@ -59,10 +64,12 @@ class Choice:
     def __post_init__(self) -> None:
         if self.scale not in SCALES:
             raise ValueError(f"reproduce: scale must be one of {', '.join(SCALES)}, got {self.scale!r}")
-        if self.seeds is not None and self.seeds < 1:
-            raise ValueError(f"reproduce: seeds must be at least 1, got {self.seeds}")
-        if self.threads < 0:
-            raise ValueError(f"reproduce: threads must be 0 or more, got {self.threads}")
+        if self.seeds is not None and not 1 <= self.seeds <= MOST_CELLS:
+            raise ValueError(
+                f"reproduce: seeds must be at least 1 and at most {MOST_CELLS}, got {self.seeds}"
+            )
+        if not 0 <= self.threads <= MOST_THREADS:
+            raise ValueError(f"reproduce: threads must be 0 to {MOST_THREADS}, got {self.threads}")
 
     def options(self) -> list[str]:
         """Return the arguments of `minrnn reproduce NAME` that choose the same cells."""

@@ -235,7 +235,5 @@ def _missing(directory: Path) -> list[Path]:
 
 def _remove_empty(directories: Sequence[Path]) -> None:
     for directory in directories:
-        try:
+        with contextlib.suppress(OSError):  # it is not empty, or somebody else has removed it
             directory.rmdir()
-        except OSError:  # it is not empty, or somebody else has removed it
-            return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import platform
@@ -42,10 +43,11 @@ def clear_left_over(path: Path) -> None:
         found = _FORM.fullmatch(name)
         if found is None or found["name"] != path.name or not _is_left_over(folder / name, found):
             continue
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name, ignore_errors=True)
-        else:
-            _unlink(folder / name)
+        with contextlib.suppress(OSError):
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name)
+            else:
+                (folder / name).unlink()
 
 
 def _is_left_over(path: Path, found: re.Match[str]) -> bool:
@@ -69,10 +71,3 @@ def _lives(pid: int) -> bool:
     except PermissionError:  # another user's
         return True
     return True
-
-
-def _unlink(path: Path) -> None:
-    try:
-        path.unlink()
-    except OSError:
-        return

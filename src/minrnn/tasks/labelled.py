@@ -8,7 +8,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from minrnn.tasks.task import IGNORED, Batch, Tell, TokenTask, check_max_tokens, device_of, evaluation_mode, nats
+from minrnn.tasks.task import (
+    IGNORED,
+    Batch,
+    Tell,
+    TokenTask,
+    check_max_tokens,
+    device_of,
+    evaluation_mode,
+    nats,
+)
 
 BLOCK = 64
 """Sequences that are evaluated at once: fixed, so that the sequences do not depend on a machine's memory."""

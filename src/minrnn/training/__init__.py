@@ -1,6 +1,8 @@
 """Training: the one loop, its configuration, and the directory that a run leaves."""
 
 from minrnn.training.config import (
+    MOST_SEEDS,
+    MOST_STEPS,
     Precision,
     RunConfig,
     TrainConfig,
@@ -10,7 +12,7 @@ from minrnn.training.config import (
     recipe_summary,
 )
 from minrnn.training.extras import attempt
-from minrnn.training.log import Output, RunLog, read_metrics
+from minrnn.training.log import Output, Progress, RunLog, read_metrics
 from minrnn.training.loop import NonFiniteLossError, choose_device, train
 from minrnn.training.provenance import provenance
 from minrnn.training.resume import Trained, load_trained
@@ -19,12 +21,15 @@ from minrnn.training.threads import MOST_THREADS
 
 __all__ = [
     "BROKEN_PIPE",
+    "MOST_SEEDS",
+    "MOST_STEPS",
     "MOST_THREADS",
     "Interrupted",
     "Interruption",
     "NonFiniteLossError",
     "Output",
     "Precision",
+    "Progress",
     "RunConfig",
     "RunLog",
     "TrainConfig",

@@ -11,14 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Protocol, TypedDict
 
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 from minrnn.files import read_json_lines, replace_text
 from minrnn.training.extras import attempt, draw, save_picture
@@ -46,6 +40,61 @@ class MetricsLine(TypedDict):
     step: int
 
 
+class Pace:
+    """Says of something long how much is done, and how long the rest takes.
+
+    Args:
+        what: is done.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._first: tuple[float, float] | None = None  # a time, and the fraction that was done by then
+
+    def __call__(self, fraction: float) -> str:
+        """Return a line; the fraction is between 0 and 1."""
+        now = time.monotonic()
+        if self._first is None or fraction < self._first[1]:
+            self._first = now, fraction
+        began, first = self._first
+        if fraction == first:
+            return self.what
+        left = (now - began) / (fraction - first) * (1 - fraction)
+        return f"{self.what}: {fraction:.0%}, about {left:.0f} s left"
+
+
+class Progress:
+    """Shows how far something long is, as a context manager that is called with the fraction that is done.
+
+    Args:
+        console: where people read; a line that changes where it is a terminal, now and then a line elsewhere.
+        what: is done.
+    """
+
+    def __init__(self, console: Console, what: str) -> None:
+        self._console, self._pace = console, Pace(what)
+        self._status = console.status(what) if console.is_terminal else None
+        self._said = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def __call__(self, fraction: float) -> None:
+        """Show how much is done, between 0 and 1."""
+        text = self._pace(fraction)
+        if self._status is not None:
+            self._status.update(text)
+        elif time.monotonic() - self._said > LINE_SECONDS:
+            self._said = time.monotonic()
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 class RunLog:
     """The one place to which a run reports; `train` opens it, writes to it and closes it.
 
@@ -62,7 +111,7 @@ class RunLog:
         self._view: _View = _Silence()
         self._metrics: IO[bytes] | None = None
         self._tensorboard: SummaryWriter | None = None
-        self._busy = ("", 0.0, 0.0)  # what goes on, since when, and from which fraction
+        self._pace = Pace("")
         self.unwritten: list[dict[str, Any]] = []
         """Lines of metrics.jsonl from the first one on that could not be written."""
 
@@ -94,14 +143,9 @@ class RunLog:
 
     def busy(self, text: str, fraction: float = 0.0) -> None:
         """Say what goes on while no steps are taken, and how much of it is done, between 0 and 1."""
-        now = time.monotonic()
-        what, began, first = self._busy
-        if what != text or fraction <= first:
-            self._busy = text, now, fraction
-        elif fraction > first:
-            left = (now - began) / (fraction - first) * (1 - fraction)
-            text = f"{text}: {fraction:.0%}, about {left:.0f} s left"
-        self._view.busy(text, fraction)
+        if text != self._pace.what or fraction == 0:
+            self._pace = Pace(text)
+        self._view.busy(self._pace(fraction), fraction)
 
     def training(self, step: int, metrics: Metrics) -> None:
         """Report the means over the last steps: loss, learning_rate, grad_norm, tokens_per_second."""
@@ -320,12 +364,12 @@ class _ProgressBar:
 
     def __init__(self, console: Console, step: int, steps: int) -> None:
         self._steps = steps
-        self._bar = Progress(
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
+        self._bar = progress.Progress(
+            progress.BarColumn(bar_width=None),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.description}"),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("left"),
             console=console,
             expand=True,
         )
