@@ -64,7 +64,8 @@ class Report:
             "peers": {},
             "results": [],
         }
-        self.write()  # a file without results, rather than an empty one
+        if output is None:
+            self.write()  # a file without results, rather than an empty one
         served = [f"{engine.name} ({engine.detail})" for engine in engines() if engine.device == device.type]
         self.say(f"bench {benchmark} on {device}: {', '.join(served) or 'the reference engine'}")
         load = self.document["load"]

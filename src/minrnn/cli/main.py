@@ -48,7 +48,7 @@ FAILURE, USAGE = 1, 2  # exit statuses; a signal's is 128 + its number, as shell
 BROKEN_PIPE = 128 + 13  # SIGPIPE, which not every system has a name for
 
 ENDING = ("SIGTERM", "SIGHUP")
-"""Signals that end a command as Ctrl-C does, where nothing takes them for a request; Windows has no SIGHUP."""
+"""Signals that end a command as Ctrl-C does where nothing takes them for a request; Windows has no SIGHUP."""
 
 WRONG_USE = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 """What says itself what is wrong with arguments and files."""

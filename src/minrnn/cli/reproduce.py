@@ -186,7 +186,7 @@ def _list_cells(experiment: Experiment, choice: Choice, command: ReproduceComman
 
 
 def _estimate(experiment: Experiment, choice: Choice, command: ReproduceCommand) -> None:
-    """Print the command and about how long it takes here: from finished cells, or a small part of each kind."""
+    """Print the command and about how long it takes here, from finished cells or a part of each kind."""
     from minrnn.experiments.results import ResultsFolder
     from minrnn.experiments.runner import command_of, estimate, pick
     from minrnn.training import Output, choose_device

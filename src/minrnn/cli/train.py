@@ -96,7 +96,7 @@ def _summary(task: TaskConfig, results: Mapping[str, Any], run_dir: Path) -> str
 
 
 def default_run(recipe: str) -> Path:
-    """Name the directory of a run that starts now; another that starts in the same second has a number too."""
+    """Name the directory of a run that starts now; others of the same second get numbers after it."""
     return Path("runs", f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 

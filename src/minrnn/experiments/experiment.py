@@ -9,8 +9,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, get_args
 
-from minrnn.training.threads import MOST_THREADS
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -62,12 +60,12 @@ class Choice:
     """Kind of data, where an experiment has several; empty is its own choice."""
 
     def __post_init__(self) -> None:
+        from minrnn.training.threads import MOST_THREADS  # here, for it takes torch along
+
         if self.scale not in SCALES:
             raise ValueError(f"reproduce: scale must be one of {', '.join(SCALES)}, got {self.scale!r}")
         if self.seeds is not None and not 1 <= self.seeds <= MOST_CELLS:
-            raise ValueError(
-                f"reproduce: seeds must be at least 1 and at most {MOST_CELLS}, got {self.seeds}"
-            )
+            raise ValueError(f"reproduce: seeds must be 1 to {MOST_CELLS}, got {self.seeds}")
         if not 0 <= self.threads <= MOST_THREADS:
             raise ValueError(f"reproduce: threads must be 0 to {MOST_THREADS}, got {self.threads}")
 

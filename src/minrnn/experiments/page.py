@@ -168,7 +168,7 @@ class _Benchmarks:
     def _shakespeare(self) -> dict[str, str]:
         runs: dict[str, list[dict[str, Any]]] = {}
         for path in sorted((self.folder / "shakespeare-cpu").glob("*.json")):
-            result = dict(read_json(path, _ShakespeareRun))
+            result: dict[str, Any] = {**read_json(path, _ShakespeareRun)}
             runs.setdefault(result["mixer"], []).append(result)
         rows = []
         for mixer, results in sorted(runs.items(), key=lambda item: _mean(item[1], "val_loss")):

@@ -22,7 +22,7 @@ from minrnn.training.threads import cpu_threads
 __all__ = ["command_of", "estimate", "forecast", "interleaved", "pick", "reproduce", "write_summary"]
 
 ROUNDS = 5
-"""How often each kind of cell is timed for an estimate, in turns, so that what else runs meets all of them."""
+"""How often each kind of cell is timed for an estimate, in turns: what else runs meets all of them."""
 
 ROUND_SECONDS = 60.0
 """No further round begins after so many seconds."""
@@ -175,7 +175,7 @@ def _computed_on(about: Mapping[str, Any]) -> tuple[object, ...]:
 def interleaved(estimates: Mapping[K, Callable[[], float]], now: Callable[[], float]) -> dict[K, float]:
     """Ask for each estimate several times, in turns, and return the medians.
 
-    One look at a busy machine may see anything; of several, spread over the whole time, half may be disturbed.
+    One look at a busy machine may see anything; of several, spread over the time, half may be disturbed.
 
     Args:
         estimates: what to ask, by name.
@@ -192,7 +192,7 @@ def interleaved(estimates: Mapping[K, Callable[[], float]], now: Callable[[], fl
 
 
 def write_summary(experiment: Experiment, folder: ResultsFolder, watch: Watch) -> None:
-    """Write tables.md and the plots of what is finished, if anything is; what fails is said, and costs nothing."""
+    """Write tables.md and the plots of what is finished, if anything is; what fails is said alone."""
     if not (folder.path / "cells").is_dir():
         return
     no_tables = no_plot = None

@@ -127,9 +127,9 @@ class TrainedExperiment(Experiment, Generic[SizeT]):
 def step_seconds(seconds: Callable[[int], float], whole: int) -> float:
     """Return about how long a step of a whole batch takes.
 
-    The first step, in which memory is taken and code is loaded, does not count, and of others the median does.
-    A step costs something however few sequences it has, so that one of few, taken in proportion, would say
-    too much: where a whole one takes too long to be tried, what each sequence adds is told from two sizes.
+    The first step, in which memory is taken and code is loaded, does not count, and of others the median
+    does. A step costs something however few sequences it has, so that one of few, taken in proportion, would
+    say too much: where a whole one takes too long to be tried, what a sequence adds is told from two sizes.
 
     Args:
         seconds: takes a step of so many sequences, and returns its time.

@@ -36,9 +36,9 @@ class InUseError(OSError):
 def claim(directory: Path, say: Say | None = None) -> Iterator[None]:
     """Own a directory while the block runs: another process that claims it is refused.
 
-    The claim is a lock of the operating system, which ends with this process however that ends; the lock file
-    that a killed process leaves claims nothing. The directory is made where it is not there, and removed again
-    if nothing has been put into it. Reading needs no claim.
+    The claim is a lock of the operating system, which ends with this process however that ends; the lock
+    file that a killed process leaves claims nothing. The directory is made where it is not there, and removed
+    again if nothing has been put into it. Reading needs no claim.
 
     Args:
         directory: what is claimed, as a whole.

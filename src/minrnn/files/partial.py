@@ -15,7 +15,7 @@ import zlib
 from pathlib import Path
 
 OLD = 24 * 3600.0
-"""Seconds; no file takes so long to write, so that an older partial one is left over, wherever its writer was."""
+"""Seconds; no file takes so long to write: an older partial one is left over, wherever its writer was."""
 
 _HOST = f"{zlib.crc32(platform.node().encode()):08x}"
 _TOKEN = secrets.token_hex(4)  # of this process: a number may be given to another one after it
@@ -24,7 +24,7 @@ _FORM = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-(?P<toke
 
 
 def partial_path(path: Path) -> Path:
-    """Return a name beside `path` that nothing else has, for what will be renamed to `path` once it is whole."""
+    """Return a name beside `path` that nothing else has, for what is renamed to `path` once it is whole."""
     path = path.absolute()
     return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{_TOKEN}-{next(_NUMBERS)}.partial")
 

@@ -56,7 +56,7 @@ def write_file(path: Path) -> Iterator[Path]:
         The file to write, beside `path`; its suffix is not that of `path`.
 
     Raises:
-        OSError: it cannot be written; the message names `path`, and a file that was there before is as it was.
+        OSError: it cannot be written; the message names `path`, where what was there before is as it was.
     """
     path = Path(path)
     clear_left_over(path)

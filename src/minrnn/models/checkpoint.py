@@ -31,8 +31,9 @@ KINDS: dict[str, Callable[[Mapping[str, Any]], Model]] = {
 """What makes a model of each kind from a checkpoint's settings; where no kind is named, it is sequence."""
 
 FORMAT_VERSION = 2
-"""Raised when an older minrnn cannot read, or does not check, what a newer one writes. Since 2 config.json lists
-every file of the checkpoint, and has a digest of its own; 1, which listed the model's tensors alone, is read."""
+"""Raised when an older minrnn cannot read, or does not check, what a newer one writes. Since 2 config.json
+lists every file of the checkpoint, and has a digest of its own; 1, which listed the model's tensors alone, is
+read."""
 
 TENSORS_FILE = "model.safetensors"
 

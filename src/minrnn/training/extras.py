@@ -1,4 +1,4 @@
-"""What a result can do without: pictures, copies for other programs. Their failures are said, and cost nothing."""
+"""What a result can do without: pictures, copies for other programs. Where they fail, that is all."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def attempt(extra: Callable[[], object]) -> str | None:
 def draw(picture: Callable[[], object]) -> str | None:
     """Draw with matplotlib; return None, or why there is no picture in one line."""
     try:
-        import_module("matplotlib.figure")
+        for name in ("matplotlib", "matplotlib.figure"):
+            import_module(name)
     except ImportError:
         return NO_MATPLOTLIB
     return attempt(picture)

@@ -27,7 +27,7 @@ LINE_SECONDS = 10.0
 
 
 class Output(Console):
-    """A console whose reader may go away, as `head` does: an error for whoever writes, not the program's end."""
+    """A console whose reader may go away, as `head` does: an error for who writes, not the program's end."""
 
     def on_broken_pipe(self) -> None:
         """Raise BrokenPipeError, which rich makes an exit of the program."""
@@ -98,8 +98,8 @@ class Progress:
 class RunLog:
     """The one place to which a run reports; `train` opens it, writes to it and closes it.
 
-    Reports raise OSError where they cannot be written: the reader has gone, or the disk is full. TensorBoard's
-    files are a copy, whose failure is said in a note.
+    Reports raise OSError where they cannot be written: the reader has gone, or the disk is full.
+    TensorBoard's files are a copy, whose failure is said in a note.
 
     Args:
         console: where people read; a progress bar is drawn where it is a terminal, plain lines elsewhere.
@@ -251,8 +251,8 @@ def check_written(
     )
     if found != step - pending:
         raise ValueError(
-            f"resume: {path} must say what training was like up to step {step - pending}, as the checkpoint of "
-            f"step {step} does, got its last line of step {found}; it is another run's, or was cut"
+            f"resume: {path} must say what training was like up to step {step - pending}, as the checkpoint "
+            f"of step {step} does, got its last line of step {found}; it is another run's, or was cut"
         )
 
 

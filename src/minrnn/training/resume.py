@@ -172,8 +172,8 @@ def check_carry(path: Path, carry: State, examples: Sequence[State]) -> None:
     Args:
         path: the checkpoint, for the message.
         carry: what it holds.
-        examples: what the model carries after one step, and after two: where their sizes differ, a state grows
-            with its past (attention's keys), and may have any size; None where the run carries nothing.
+        examples: what the model carries after one step, and after two: where their sizes differ, a state
+            grows with its past (attention's keys), and may have any size; None where the run carries nothing.
 
     Raises:
         ValueError: it has another structure, shape or dtype.
@@ -181,8 +181,8 @@ def check_carry(path: Path, carry: State, examples: Sequence[State]) -> None:
     forms = [_form(state) for state in (carry, *examples)]
     if not _fits(*forms):
         raise ValueError(
-            f"resume: the state in {path / STATE_FILE} must be {_shown(forms[1])}, as the model carries it, got "
-            f"{_shown(forms[0])}; use another copy"
+            f"resume: the state in {path / STATE_FILE} must be {_shown(forms[1])}, as the model carries it, "
+            f"got {_shown(forms[0])}; use another copy"
         )
 
 

@@ -18,7 +18,7 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 """A key, another program, a terminal that closes; Windows has no SIGHUP."""
 
 BROKEN_PIPE = 13
-"""SIGPIPE, which not every system has a name for: what ends a program whose reader has gone, as `head` does."""
+"""SIGPIPE, which not every system has a name for: it ends a program whose reader has gone, as `head` does."""
 
 _NOTICE = b"\nstopping after this step; once more stops at once, without saving\n"
 
