@@ -52,9 +52,9 @@ def claim(directory: Path, say: Say | None = None) -> Iterator[None]:
     made = _missing(directory)
     try:
         for last in (False, False, True):
-            directory.mkdir(parents=True, exist_ok=True)
             with contextlib.ExitStack() as stack:
                 try:
+                    directory.mkdir(parents=True, exist_ok=True)
                     stack.enter_context(lock(directory / LOCK_FILE, say=say))
                 except FileNotFoundError:  # whoever had it has removed it, empty, since it was made here
                     if last:

@@ -97,9 +97,9 @@ def write_directory(directory: Path) -> Iterator[Path]:
     directory = Path(directory)
     folder = partial_path(directory)
     try:
-        _check_replaceable(directory)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _alone(directory) as aside:
+            _check_replaceable(directory)
             _clear_up(directory, aside)
         folder.mkdir()
         yield folder

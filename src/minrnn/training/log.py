@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,21 @@ LINE_SECONDS = 10.0
 
 
 class Output(Console):
-    """A console whose reader may go away, as `head` does: an error for who writes, not the program's end."""
+    """A console whose reader may go away, as `head` does: an error for who writes, not the program's end.
+
+    A thread that redraws is told nothing: whoever made the console meets the same error, and can act.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._owner = threading.current_thread()
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            super().__exit__(*error)
+        except OSError:
+            if threading.current_thread() is self._owner:
+                raise
 
     def on_broken_pipe(self) -> None:
         """Raise BrokenPipeError, which rich makes an exit of the program."""
