@@ -43,9 +43,11 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def processes() -> Any:
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A place that processes are forked from, with torch already there and one thread each."""
+    # Of this process and of those that it starts; the server keeps what it is started with.
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["MINRNN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [
@@ -65,7 +67,6 @@ def processes() -> Any:
 @pytest.fixture(autouse=True)
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MINRNN_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

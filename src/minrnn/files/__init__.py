@@ -15,6 +15,7 @@ from minrnn.files.schema import convert as convert
 from minrnn.files.schema import nearest as nearest
 from minrnn.files.writing import find_directory as find_directory
 from minrnn.files.writing import locate as locate
+from minrnn.files.writing import recover_directory as recover_directory
 from minrnn.files.writing import replace_text as replace_text
 from minrnn.files.writing import write_directory as write_directory
 from minrnn.files.writing import write_file as write_file

@@ -118,6 +118,17 @@ def write_directory(directory: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def recover_directory(directory: Path) -> None:
+    """Finish what a killed `write_directory` has left, where no next write may come to do that.
+
+    Raises:
+        OSError: it cannot be renamed or removed.
+    """
+    if directory.absolute().parent.is_dir():
+        with _alone(directory) as aside:
+            _clear_up(directory, aside)
+
+
 def find_directory(directory: Path) -> Path:
     """Return where the content of `directory` lies: there, or aside where a killed write has left it.
 

@@ -297,7 +297,8 @@ def _draw_losses(run_dir: Path, unit: str) -> None:
     axes.set(xlabel="step", ylabel=f"loss ({unit})")
     axes.set_title(run_dir.name, parse_math=False)  # a name with $ is no formula
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     save_picture(figure, run_dir / "loss.png", dpi=150)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minrnn.files import claim, find_directory, write_json
+from minrnn.files import claim, find_directory, recover_directory, write_json
 from minrnn.files.claims import LOCK_FILE
 from minrnn.models import map_state, save_checkpoint
 from minrnn.ops import engines
@@ -294,6 +294,8 @@ class Run:
 
     def _restore(self) -> None:
         last = self.run_dir / "checkpoints" / "last"
+        for directory in (last, last.with_name("best")):
+            recover_directory(directory)
         try:
             find_directory(last)
         except FileNotFoundError:
