@@ -235,7 +235,7 @@ def test_a_terminal_shows_a_table_that_moves(run_dir: Path, monkeypatch: pytest.
     from minrnn.cli import act
 
     box = io.StringIO()
-    monkeypatch.setattr(act, "Console", lambda: Console(file=box, force_terminal=True, width=100))
+    monkeypatch.setattr(act, "Output", lambda: Console(file=box, force_terminal=True, width=100))
     assert main(["act", "run", "--episodes", "2"]) == 0
     assert "..." in box.getvalue()  # an episode that goes on
     assert "time limit" in box.getvalue()
@@ -246,8 +246,8 @@ def test_mistakes_are_one_line(run_dir: Path, workplace: Path, capsys: pytest.Ca
     write_run(workplace / "clone", **PENDULUM | {"tokens": "observation", "target_return": None})
     for args, message in (
         ("nowhere", "nowhere is not a run directory"),
-        ("run --episodes 0", "--episodes must be at least 1, got 0"),
-        ("run --env Pendulm-v1", "got 'Pendulm-v1'; did you mean 'Pendulum-v1'"),
+        ("run --episodes 0", "--episodes must be 1 to 2147483648, got 0"),
+        ("run --env Pendulm-v1", "got 'Pendulm-v1'; did you mean Pendulum-v1"),
         ("run --env CartPole-v1", "observations of 3 numbers"),
         ("run --record film.avi", "--record must end in one of .gif, .mp4, .png, got film.avi"),
         ("nameless", "--env must be given"),

@@ -422,7 +422,7 @@ def test_every_gate_can_be_chosen() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("scn", "unknown benchmark 'scn'; did you mean scan?"),
+        ("scn", "unknown benchmark 'scn'; did you mean 'scan'?"),
         ("scan --shapes 8x64", "shapes must be BxTxD such as 8x64..1024x512, got '8x64'"),
         ("scan --shapes 8x0x4", "such as 512 or a range 64..1024, got '0'"),
         ("scan --shapes 8x64..32x4", "got '64..32'"),
@@ -432,7 +432,7 @@ def test_every_gate_can_be_chosen() -> None:
         ("layer --peers loop", "peers must be all, none or among gru, lstm"),
         ("scan --gates gru", "'mingru'"),
         ("scan --dtypes int8", "'bfloat16'"),
-        ("scan --threads -1", "threads must be 0 or more"),
+        ("scan --threads -1", "threads must be 0 to 1024"),
         ("scan --seconds 0", "seconds must be more than 0"),
         ("scan --samples 2", "samples must be 3 or more, got 2"),
         ("scan --device gpu", "device must be one that works here, got 'gpu'"),

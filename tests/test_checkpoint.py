@@ -43,7 +43,7 @@ def edit_config(directory: Path, edit: Callable[[dict[str, Any]], object]) -> No
     path = directory / CONFIG_FILE
     config = json.loads(path.read_text())
     edit(config)
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps(config | {"sha256": checkpoint._digest(config)}))
 
 
 @pytest.fixture
@@ -165,6 +165,34 @@ def test_missing_directory_is_named(tmp_path: Path) -> None:
 def test_config_that_is_none_is_refused(saved: Path, content: bytes) -> None:
     (saved / CONFIG_FILE).write_bytes(content)
     refused(saved, "config.json (is no JSON|names no format_version)")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda config: config["extra"].update(step=3),
+        lambda config: config.pop("sha256"),
+        lambda config: config.update(more=1),
+    ],
+)
+def test_a_config_that_was_altered_is_refused(saved: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    path = saved / CONFIG_FILE
+    config = json.loads(path.read_text())
+    edit(config)
+    path.write_text(json.dumps(config))
+    refused(saved, "config.json was cut short or altered: its SHA-256 is not the recorded one")
+
+
+def test_a_checkpoint_of_format_1_is_read_and_says_what_it_did_not_list(saved: Path) -> None:
+    (saved / "more.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"more\.json was cut short or altered"):
+        checkpoint.check_files(saved, ["more.json"])
+    path = saved / CONFIG_FILE
+    config = json.loads(path.read_text()) | {"format_version": 1}
+    del config["sha256"]
+    path.write_text(json.dumps(config))
+    assert same(load_checkpoint(saved)[0], build())
+    assert checkpoint.check_files(saved, [TENSORS_FILE, "more.json"]) == ["more.json"]
 
 
 def test_newer_format_is_refused(saved: Path) -> None:
@@ -422,10 +450,20 @@ def test_write_directory_puts_nested_files_in_place(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "sub" / "a.txt").read_text() == "a"
 
 
+def left_by_process(path: Path) -> Path:
+    """Return a partial name of `path` as a process of this machine that is gone has left it."""
+    program = (
+        "import sys; from pathlib import Path; from minrnn.files.partial import partial_path;"
+        "print(partial_path(Path(sys.argv[1])))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True)
+    return Path(done.stdout.strip())
+
+
 def test_what_a_killed_write_left_is_found_and_cleared(saved: Path) -> None:
     aside = saved.with_name(".last.previous")
     saved.rename(aside)
-    saved.with_name(".last.partial").mkdir()
+    left_by_process(saved).mkdir()
     assert find_directory(saved) == aside
     assert load_checkpoint(saved)[1] == {"step": 1}
     save_checkpoint(saved, build(1), extra={"step": 2})

@@ -144,7 +144,7 @@ def test_help_of_train_lists_recipes_and_shows_their_values(capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("trian", "unknown command 'trian'; did you mean train?"),
+        ("trian", "unknown command 'trian'; did you mean 'train'?"),
         ("train shakespear", "did you mean 'shakespeare'?"),
         ("train demo --train.stepz 5", "did you mean --train.steps?"),
         ("train demo --model.d_modle 5", "did you mean --model.d-model?"),

@@ -360,6 +360,24 @@ def test_stopped_and_resumed_is_uninterrupted(mixer: str, tmp_path: Path) -> Non
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("tokens", ["interleaved", "joined", "observation"])
+@pytest.mark.parametrize("discrete", [False, True])
+@pytest.mark.parametrize("mixer", ["mingru", "attention"])
+def test_every_kind_of_policy_goes_on_after_a_step(
+    mixer: str, discrete: bool, tokens: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gradient reaches every parameter, so that there are moments of each, which resuming asks for."""
+    monkeypatch.setattr(decisions, "_find", lambda config: make_episodes((40,) * 12, discrete=discrete))
+    config = run_config(mixer, tokens=tokens)
+    for steps in (1, 3):
+        train(
+            dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps)),
+            tmp_path / "run",
+            resume=steps > 1,
+            log=RunLog(),
+        )
+
+
 @pytest.mark.usefixtures("made")
 def test_settings_of_policies_are_read_strictly() -> None:
     config = run_config("mingru", tokens="interleaved", carry=False)

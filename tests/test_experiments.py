@@ -220,8 +220,8 @@ def test_signed_gates_are_shown_on_formal_languages() -> None:
     ("choice", "message"),
     [
         ({"scale": "huge"}, "scale must be one of cpu, paper, tiny, got 'huge'"),
-        ({"seeds": 0}, "seeds must be at least 1, got 0"),
-        ({"threads": -1}, "threads must be 0 or more"),
+        ({"seeds": 0}, "seeds must be 1 to 10000, got 0"),
+        ({"threads": -1}, "threads must be 0 to 1024, got"),
     ],
 )
 def test_choices_out_of_range_are_refused(choice: dict[str, Any], message: str) -> None:
@@ -599,7 +599,7 @@ def test_every_option_is_explained(name: str, capsys: pytest.CaptureFixture[str]
 
 
 def test_mistakes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "unknown experiment 'runtme'; did you mean runtime?" in error_of(capsys, "runtme")
+    assert "unknown experiment 'runtme'; did you mean 'runtime'?" in error_of(capsys, "runtme")
     assert "did you mean 'gru-loop'" in error_of(capsys, "runtime", "--mixers", "gru-lop")
     assert "'cpu', 'paper', 'tiny'" in error_of(capsys, "runtime", "--scale", "big")
     assert "--seeds" in error_of(capsys, "runtime", "--seed", "3")
@@ -658,7 +658,7 @@ def test_an_interrupted_command_says_so_and_goes_on(
     command = ["reproduce", "stability", "--scale", "tiny", "--seeds", "1", "--mixers", "mingru"]
 
     def stop(*arguments: Any) -> None:
-        raise Interrupted(signal.SIGTERM, 1)
+        raise Interrupted(signal.SIGTERM, "step 1")
 
     with monkeypatch.context() as patch:
         patch.setattr(stability.Stability, "measure", stop)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minrnn.benchmarks.check import errors, scan_reference
 from minrnn.benchmarks.measure import OURS
-from minrnn.benchmarks.options import DTYPES, Dtype, lengths, require, select
+from minrnn.benchmarks.options import DTYPES, Dtype, lengths, require, require_seed, select
 from minrnn.benchmarks.peers import SCAN_PEERS, Scan
 from minrnn.benchmarks.plots import plot_errors
 from minrnn.benchmarks.report import Report
@@ -55,6 +55,7 @@ class AccuracyBench:
         require("gates", bool(self.gates), "at least one", self.gates)
         require("dtypes", bool(self.dtypes), "at least one", self.dtypes)
         require("channels", self.channels >= 1, "1 or more", self.channels)
+        require_seed(self.seed)
 
 
 def bench_accuracy(options: AccuracyBench, command: Sequence[str], console: Console) -> Report:

@@ -11,6 +11,7 @@ import torch
 
 from minrnn.benchmarks.check import TOLERANCE
 from minrnn.benchmarks.timing import Phases, Task, interleave, old_objects_set_aside, peak_bytes, summary
+from minrnn.training.extras import FOREIGN_ERRORS
 
 __all__ = ["OURS", "Record", "System", "measure"]
 
@@ -18,19 +19,6 @@ OURS = "minrnn"
 
 Record = dict[str, Any]
 """What is known of one system, as JSON: see `measure`."""
-
-# What foreign code may raise where it cannot do what it is asked; the reason is shown in its row.
-PEER_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 @dataclass(frozen=True)
@@ -112,7 +100,7 @@ def _check(system: System, tolerance: float) -> Record:
         return {"status": "other function", "error": {}, "detail": ""}
     try:
         found = system.errors()
-    except PEER_ERRORS as error:
+    except FOREIGN_ERRORS as error:  # the reason is shown in its row
         message = (str(error).splitlines() or [""])[0]
         return {"status": "failed", "error": {}, "detail": f"{type(error).__name__}: {message}"}
     finite = {name: error if math.isfinite(error) else None for name, error in found.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -13,8 +12,10 @@ from typing import Literal, TypeVar
 import torch
 
 from minrnn.benchmarks.timing import MIN_ROUNDS
+from minrnn.files import nearest
+from minrnn.training import MOST_SEEDS, MOST_THREADS
 
-__all__ = ["DTYPES", "Dtype", "TimedBench", "lengths", "parse_shapes", "require", "select"]
+__all__ = ["DTYPES", "Dtype", "TimedBench", "lengths", "parse_shapes", "require", "require_seed", "select"]
 
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
 DTYPES: dict[str, torch.dtype] = {
@@ -53,7 +54,9 @@ class TimedBench:
     def __post_init__(self) -> None:
         require("shapes", bool(self.shapes), "at least one", self.shapes)
         require("dtypes", bool(self.dtypes), "at least one", self.dtypes)
-        require("threads", bool(self.threads) and min(self.threads) >= 0, "0 or more", self.threads)
+        inside = bool(self.threads) and min(self.threads) >= 0 and max(self.threads) <= MOST_THREADS
+        require("threads", inside, f"0 to {MOST_THREADS}", self.threads)
+        require_seed(self.seed)
         require("seconds", 0 < self.seconds < float("inf"), "more than 0, and finite", self.seconds)
         require("samples", self.samples >= MIN_ROUNDS, f"{MIN_ROUNDS} or more", self.samples)
 
@@ -66,6 +69,11 @@ def require(name: str, holds: bool, expected: str, got: object) -> None:
     """
     if not holds:
         raise ValueError(f"bench: {name} must be {expected}, got {got!r}")
+
+
+def require_seed(seed: int) -> None:
+    """Refuse a seed that is negative or has more than 64 bits."""
+    require("seed", 0 <= seed < MOST_SEEDS, f"0 to {MOST_SEEDS - 1}", seed)
 
 
 def lengths(text: str) -> list[int]:
@@ -122,9 +130,8 @@ def select(names: Sequence[str], table: dict[str, V]) -> dict[str, V]:
     """
     for name in names:
         if name not in table and name not in ("all", "none"):
-            near = get_close_matches(name, table, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"bench: peers must be all, none or among {', '.join(table)}; got {name!r}{hint}"
+                f"bench: peers must be all, none or among {', '.join(table)}; got {name!r}"
+                f"{nearest(name, table)}"
             )
     return {name: peer for name, peer in table.items() if name in names or "all" in names}

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minrnn.benchmarks.measure import OURS, Record
+from minrnn.training.extras import draw, save_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["NO_MATPLOTLIB", "name_ends", "plot_errors", "plot_timings"]
+__all__ = ["name_ends", "plot_errors", "plot_timings"]
 
 Line = list[tuple[float, float]]
 
 BLUE, BLACK = "#0b5fd6", "#222222"
 OTHERS = ("#d1495b", "#e08e2b", "#6a994e", "#8d5a97", "#7a6a53", "#3b8ea5", "#9a9a9a", "#b5838d")
-NO_MATPLOTLIB = "matplotlib is not installed (pip install 'minrnn[plots]')"
 
 
 def plot_timings(document: Mapping[str, Any], path: Path, axis: str) -> str | None:
@@ -35,10 +35,12 @@ def plot_timings(document: Mapping[str, Any], path: Path, axis: str) -> str | No
     Returns:
         None, or, where the picture cannot be drawn, the reason.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return NO_MATPLOTLIB
+    return draw(lambda: _plot_timings(document, path, axis))
+
+
+def _plot_timings(document: Mapping[str, Any], path: Path, axis: str) -> None:
+    from matplotlib.figure import Figure
+
     results = sorted(document["results"], key=lambda result: (_setting(result, axis), result["shape"][axis]))
     rows = [list(group) for _, group in groupby(results, lambda result: _setting(result, axis))]
     panels = 3 if any(_megabytes(record) for _, _, record in _records(results)) else 2
@@ -53,8 +55,7 @@ def plot_timings(document: Mapping[str, Any], path: Path, axis: str) -> str | No
         row[0].set_title(_setting(group[0], axis), loc="left", fontsize=10)
         for axes in row:
             name_ends(axes)
-    figure.savefig(path, dpi=130)
-    return None
+    save_picture(figure, path, dpi=130)
 
 
 def plot_errors(document: Mapping[str, Any], path: Path) -> str | None:
@@ -67,10 +68,12 @@ def plot_errors(document: Mapping[str, Any], path: Path) -> str | None:
     Returns:
         None, or, where the picture cannot be drawn, the reason.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return NO_MATPLOTLIB
+    return draw(lambda: _plot_errors(document, path))
+
+
+def _plot_errors(document: Mapping[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure
+
     results = document["results"]
     panels = list(dict.fromkeys((result["gate"], result["forgetting"]) for result in results))
     figure = Figure(figsize=(4.2 * len(panels) + 1, 4.4), layout="constrained")
@@ -87,8 +90,7 @@ def plot_errors(document: Mapping[str, Any], path: Path) -> str | None:
         axes.set_title(f"{gate}, {forgetting} forgetting (half-life {half_life:g} steps)", fontsize=10)
     for axes in all_axes:  # once their common scale is known
         name_ends(axes)
-    figure.savefig(path, dpi=150)
-    return None
+    save_picture(figure, path, dpi=150)
 
 
 def _setting(result: Mapping[str, Any], axis: str) -> str:

@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 
 from minrnn.benchmarks.measure import OURS, Record
-from minrnn.files import write_json
+from minrnn.files import fresh_file, write_json
 from minrnn.ops import engines
 from minrnn.training import provenance
 
@@ -47,9 +47,10 @@ class Report:
         device: torch.device,
         console: Console,
     ) -> None:
-        self.path = output or Path("runs", f"bench-{benchmark}-{time.strftime('%Y%m%d-%H%M%S')}.json")
-        if self.path.suffix != ".json":
-            raise ValueError(f"bench: output must end in .json, got {str(self.path)!r}")
+        if output is not None and output.suffix != ".json":
+            raise ValueError(f"bench: output must end in .json, got {str(output)!r}")
+        default = Path("runs", f"bench-{benchmark}-{time.strftime('%Y%m%d-%H%M%S')}.json")
+        self.path = fresh_file(default) if output is None else output
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.console = console
         self.document: dict[str, Any] = {
@@ -63,6 +64,8 @@ class Report:
             "peers": {},
             "results": [],
         }
+        if output is None:
+            self.write()  # a file without results, rather than an empty one
         served = [f"{engine.name} ({engine.detail})" for engine in engines() if engine.device == device.type]
         self.say(f"bench {benchmark} on {device}: {', '.join(served) or 'the reference engine'}")
         load = self.document["load"]

@@ -129,16 +129,16 @@ def _measure_case(
             samples=options.samples,
             show=view.show,
         )
-    report.add(
-        {
-            "gate": case.gate,
-            "shape": case.shape,
-            "dtype": case.dtype,
-            "threads": case.threads,
-            "limit": kind.limit,
-            "systems": records,
-        }
-    )
+        report.add(  # before the table is printed, which fails where nobody reads it
+            {
+                "gate": case.gate,
+                "shape": case.shape,
+                "dtype": case.dtype,
+                "threads": case.threads,
+                "limit": kind.limit,
+                "systems": records,
+            }
+        )
 
 
 def _device(name: str) -> torch.device:

@@ -10,21 +10,22 @@ from statistics import mean, stdev
 from typing import Any, Literal
 
 import tyro
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from minrnn.cli.arguments import parse
+from minrnn.cli.arguments import check_range, parse
 from minrnn.files import write_json
 from minrnn.models import DecisionModel, Policy
 from minrnn.tasks.environments import make_environment
 from minrnn.tasks.film import Film
 from minrnn.tasks.locomotion import normalised_score
 from minrnn.tasks.rollouts import Played, make_filmed, picture, play
-from minrnn.training import choose_device, load_trained, provenance
+from minrnn.training import MOST_SEEDS, Output, attempt, choose_device, load_trained, provenance
 
 TOGETHER = 10
 """Episodes that are played at a time."""
+
+MOST_EPISODES = 1 << 31
 
 SHOWN = 20
 """Rows of the table while it moves: as many as fit on a screen."""
@@ -57,10 +58,10 @@ class ActCommand:
 def run(args: Sequence[str]) -> int:
     """Run `minrnn act`."""
     command = parse(ActCommand, "act", args)
-    if command.episodes < 1:
-        raise ValueError(f"act: --episodes must be at least 1, got {command.episodes}")
+    check_range("act", "episodes", command.episodes, 1, MOST_EPISODES)
+    check_range("act", "seed", command.seed, 0, MOST_SEEDS - 1 - command.episodes)
     device = choose_device(command.device)
-    model, _, step = load_trained(command.run, command.checkpoint, device)
+    model, _, step, _ = load_trained(command.run, command.checkpoint, device)
     if not isinstance(model, DecisionModel):
         raise ValueError(
             f"act: {command.run} must be a run of decisions; what this one learnt takes no actions"
@@ -69,7 +70,8 @@ def run(args: Sequence[str]) -> int:
     if name is None:
         raise ValueError("act: --env must be given, as the data that the policy learnt from name none")
     policy = Policy(model, target_return=command.target_return)
-    played = _play(policy, name, command)
+    console = Output()
+    played, film = _play(policy, name, command, console)
     results = {
         "checkpoint": command.checkpoint,
         "step": step,
@@ -79,14 +81,22 @@ def run(args: Sequence[str]) -> int:
         "seed": command.seed,
         **provenance(device),
     }
-    write_json(command.run / "acting.json", results)
+    try:
+        write_json(command.run / "acting.json", results)
+    finally:  # of a run that is read-only, say: what was played can be seen all the same
+        console.print(_table(f"{name}, {command.run}", played))
+        if film is not None:
+            why_not = attempt(film.write)
+            said = f"film: {film.path}" if why_not is None else f"no film: {why_not}"
+            console.print(said, markup=False, highlight=False, soft_wrap=True)
     print(_conclusion(results))
     return 0
 
 
-def _play(policy: Policy, name: str, command: ActCommand) -> list[Played]:
+def _play(
+    policy: Policy, name: str, command: ActCommand, console: Output
+) -> tuple[list[Played], Film | None]:
     """Play all episodes under a table that moves, where there is a terminal, and film the first."""
-    console = Console()
     first = make_environment(name) if command.record is None else make_filmed(name)
     rate = float(first.metadata.get("render_fps") or 25)
     film = None if command.record is None else Film(command.record, rate)
@@ -106,13 +116,9 @@ def _play(policy: Policy, name: str, command: ActCommand) -> list[Played]:
                 film.add(picture(first))
             if live is not None and step == 0:
                 live.refresh()
-    console.print(_table(title, played))
-    if film is not None:
-        film.write()
-        console.print(f"film: {film.path}", markup=False, highlight=False, soft_wrap=True)
     for environment in (first, *others):
         environment.close()
-    return played
+    return played, film
 
 
 def _table(title: str, played: Sequence[Played]) -> Table:

@@ -79,6 +79,13 @@ def expand_paths(value: V) -> V:
     return value
 
 
+def check_range(command: str, name: str, value: int, least: int, most: int) -> None:
+    """Raise ValueError unless an option lies between two bounds, which may be its values."""
+    if not least <= value <= most:
+        option = name.replace("_", "-")
+        raise ValueError(f"{command}: --{option} must be {least} to {most}, got {value}")
+
+
 def _one_line(box: str) -> str:
     """Return what tyro says in a box: its first part, and the first option that it suggests.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +18,8 @@ from minrnn.benchmarks import (
     bench_scan,
 )
 from minrnn.cli.arguments import parse
+from minrnn.files import nearest
+from minrnn.training import Output
 
 
 class Bench(NamedTuple):
@@ -46,13 +47,11 @@ def run(args: Sequence[str]) -> int:
         raise SystemExit(0)
     name, *rest = args
     if name not in BENCHES:
-        matches = difflib.get_close_matches(name, BENCHES, n=1, cutoff=0.5)
-        nearest = f"; did you mean {matches[0]}?" if matches else ""
-        raise ValueError(f"bench: unknown benchmark {name!r}{nearest} ({', '.join(BENCHES)})")
+        raise ValueError(f"bench: unknown benchmark {name!r}{nearest(name, BENCHES)} ({', '.join(BENCHES)})")
     bench = BENCHES[name]
     options = parse(bench.options, f"bench {name}", rest)
-    console = Console()
-    bench.run(options, rest, console if console.is_terminal else Console(width=WIDTH))
+    console = Output()
+    bench.run(options, rest, console if console.is_terminal else Output(width=WIDTH))
     return 0
 
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from minrnn.cli import sample, train
 from minrnn.cli.arguments import parse
+from minrnn.files import fresh_directory, read_json
 from minrnn.tasks import TextConfig, TextTask
 from minrnn.tasks.ngram import ngram_baseline
-from minrnn.training import load_recipe
+from minrnn.training import Output, load_recipe
 
 BASELINE_ORDER = 3
+
+PROMPTS = ("def ", *sample.PROMPTS)
+"""The first that the vocabulary has is gone on from; the demo's own text is Python's."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,8 @@ class DemoCommand:
 
     recipe: tyro.conf.Positional[str] = train.DEFAULT_RECIPE
     """Name of a recipe, or a path that ends in .toml."""
-    prompt: str = "def "
-    """Text that the trained model goes on from."""
+    prompt: str = ""
+    """Text that the trained model goes on from (empty: "def ", where the vocabulary has it)."""
     tokens: int = 400
     """Tokens that it writes."""
 
@@ -39,23 +42,33 @@ def run(args: Sequence[str]) -> int:
     config = load_recipe(command.recipe)
     if not isinstance(config.task, TextConfig):
         raise ValueError(f"demo: the recipe must be one of text, got {command.recipe}, of {config.task.task}")
-    run_dir = train.new_run_dir(config.recipe)
-    status = train.run([command.recipe, "--run", str(run_dir)])
+    with fresh_directory(train.default_run(config.recipe)) as run_dir:
+        status = train.run([command.recipe, "--run", str(run_dir)])
     if status:
         return status
-    Console().print(_comparison(run_dir, TextTask(config.task)))
-    again = [str(run_dir), *f"--tokens {command.tokens} --temperature 0.8 --prompt".split(), command.prompt]
+    task = TextTask(config.task)
+    Output().print(_comparison(run_dir, task))
+    prompt = command.prompt or sample.default_prompt(task.vocabulary, PROMPTS)
+    again = [str(run_dir), *f"--tokens {command.tokens} --temperature 0.8 --prompt".split(), prompt]
     print(f"$ minrnn sample {shlex.join(again)}")
     sample.run(again)
     print(f"\nrun:  {run_dir}")
-    if (run_dir / "loss.png").exists():  # without matplotlib there is none, and training has said so
+    if (run_dir / "loss.png").exists():  # otherwise training has said why there is none
         print(f"plot: {run_dir / 'loss.png'}")
     return 0
 
 
+class _Results(TypedDict):
+    """What is shown of results.json."""
+
+    mixer: str
+    parameters: int
+    bits_per_byte: float
+
+
 def _comparison(run_dir: Path, task: TextTask) -> Table:
     """Put the run's result beside that of an n-gram model on the same text, in bits per byte."""
-    results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
+    results = read_json(run_dir / "results.json", _Results)
     baseline = ngram_baseline(task, BASELINE_ORDER)
     bits_per_byte = {
         f"order-{BASELINE_ORDER} n-gram of {task.vocabulary.kind}": baseline["bits_per_byte"],

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.table import Table
 
 from minrnn.cli.arguments import parse
 from minrnn.ops import engines
+from minrnn.training import Output
 
 
 @dataclass(frozen=True)
@@ -23,5 +23,5 @@ def run(args: Sequence[str]) -> int:
     table = Table("engine", "device", "serves it", "detail")
     for engine in engines():
         table.add_row(engine.name, engine.device, "yes" if engine.serves else "no", engine.detail)
-    Console().print(table)
+    Output().print(table)
     return 0

@@ -8,13 +8,20 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
-from minrnn.cli.arguments import parse
+from minrnn.cli.arguments import check_range, parse
 from minrnn.files import write_json
 from minrnn.tasks import TASKS, Task, TextConfig, TextTask
-from minrnn.training import choose_device, load_trained, provenance, read_config
+from minrnn.training import (
+    MOST_STEPS,
+    Output,
+    Progress,
+    choose_device,
+    load_trained,
+    provenance,
+    read_config,
+)
 
 
 @dataclass(frozen=True)
@@ -36,9 +43,10 @@ class EvaluateCommand:
 def run(args: Sequence[str]) -> int:
     """Run `minrnn evaluate`."""
     command = parse(EvaluateCommand, "evaluate", args)
+    check_range("evaluate", "max_tokens", command.max_tokens, 0, MOST_STEPS)
     config = read_config(command.run)
     device = choose_device(command.device)
-    model, vocabulary, step = load_trained(command.run, command.checkpoint, device)
+    model, vocabulary, step, corpus = load_trained(command.run, command.checkpoint, device)
     settings: dict[str, object] = {"checkpoint": command.checkpoint, "step": step}
     if isinstance(config.task, TextConfig):
         window = config.task.window if command.window is None else command.window
@@ -48,11 +56,20 @@ def run(args: Sequence[str]) -> int:
         task = TASKS[config.task.task](config.task)
     else:
         raise ValueError(f"evaluate: window must be left out for {config.task.task}, got {command.window}")
-    metrics = task.evaluate(model, max_tokens=command.max_tokens)
+    if task.sha256 != corpus:
+        raise ValueError(
+            f"evaluate: the text or data has changed since {command.run} was trained on it; it is now "
+            f"{task.describe()}"
+        )
+    console = Output()
+    with Progress(console, "evaluating") as progress:
+        metrics = task.evaluate(model, max_tokens=command.max_tokens, tell=progress)
     results = {**settings, **metrics}
     table = Table("metric", "value", title=str(command.run))
     for name, value in results.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
-    Console().print(table)
-    write_json(command.run / "evaluation.json", {**results, **provenance(device)})
+    try:
+        write_json(command.run / "evaluation.json", {**results, **provenance(device)})
+    finally:  # a run that is read-only can be measured all the same
+        console.print(table)
     return 0

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import importlib
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
-from typing import NamedTuple
+from types import FrameType
+from typing import IO, NamedTuple
+
+from minrnn.files import nearest
 
 
 class Command(NamedTuple):
@@ -39,6 +45,31 @@ ENVIRONMENT = {
 }
 
 FAILURE, USAGE = 1, 2  # exit statuses; a signal's is 128 + its number, as shells have it
+BROKEN_PIPE = 128 + 13  # SIGPIPE, which not every system has a name for
+
+ENDING = ("SIGTERM", "SIGHUP")
+"""Signals that end a command as Ctrl-C does where nothing takes them for a request; Windows has no SIGHUP."""
+
+WRONG_USE = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+"""What says itself what is wrong with arguments and files."""
+
+FAILED = (RuntimeError, OSError, ImportError, subprocess.SubprocessError, EOFError, BufferError)
+"""What says itself what has failed; torch's lack of memory is a RuntimeError."""
+
+UNSAID = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError)
+"""Errors whose kind says more than their text."""
+
+
+class Ended(KeyboardInterrupt):
+    """A signal ends the command; locks, partial files and the terminal are put right on the way.
+
+    Args:
+        signum: the signal.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__()
+        self.signum = signum
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,18 +81,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1 for a failure, 2 for bad usage or input, 128 + n for signal n.
     """
-    args = list(sys.argv[1:] if argv is None else argv)
-    if not args or args[0] in ("-h", "--help"):
-        print(help_text())
-        return 0
-    if args[0] in ("-V", "--version"):
-        print(f"minrnn {version()}")
-        return 0
-    if args[0] not in COMMANDS:
-        matches = difflib.get_close_matches(args[0], COMMANDS, n=1, cutoff=0.5)
-        nearest = f"; did you mean {matches[0]}?" if matches else ""
-        return _complain(f"unknown command {args[0]!r}{nearest} (minrnn --help lists them)", USAGE)
-    return _run(COMMANDS[args[0]], args[1:])
+    _open_descriptors()
+    with _ended_by_signals():
+        try:
+            status = _main(list(sys.argv[1:] if argv is None else argv))
+        except SystemExit:  # help was asked for
+            if lost := _flush():
+                return lost
+            raise
+        return _flush() or status
+
+
+def _main(args: list[str]) -> int:
+    try:
+        if not args or args[0] in ("-h", "--help"):
+            print(help_text())
+            return 0
+        if args[0] in ("-V", "--version"):
+            print(f"minrnn {version()}")
+            return 0
+        if args[0] not in COMMANDS:
+            hint = nearest(args[0], COMMANDS)
+            raise ValueError(f"unknown command {args[0]!r}{hint} (minrnn --help lists them)")
+        return int(importlib.import_module(COMMANDS[args[0]].module).run(args[1:]))
+    except Ended as end:
+        return 128 + end.signum
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader has gone, as `head` does: nobody is left to tell
+        return BROKEN_PIPE
+    except WRONG_USE as error:
+        return _complain(error, USAGE)
+    except (*FAILED, *UNSAID) as error:
+        return _complain(error, FAILURE)
 
 
 def help_text() -> str:
@@ -96,35 +148,97 @@ def _columns(rows: dict[str, str]) -> list[str]:
     return [f"  {name:{width}}  {text}" for name, text in rows.items()]
 
 
-def _run(command: Command, args: list[str]) -> int:
-    """Run a verb; its errors become one line on stderr unless MINRNN_DEBUG asks for the traceback."""
+def _open_descriptors() -> None:
+    """Open those of the descriptors 0 to 2 that are closed, or the next file would get their numbers.
+
+    What is written to its stdout and stderr then goes nowhere, and what they cannot encode is escaped.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # which gets the lowest number that is free
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", closefd=False))
+        with contextlib.suppress(AttributeError):  # a test's or a notebook's
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let the signals that would end the process raise Ended; one that is ignored, as under nohup, stays so.
+
+    What goes wrong with the output in another thread, such as one that redraws a bar, the main thread meets
+    itself, and says.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise Ended(signum)
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not isinstance(args.exc_value, OSError) or _debugging():
+            old_hook(args)
+
+    known = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
+    ours = [signum for signum in known if signal.getsignal(signum) is signal.SIG_DFL]
+    old_hook, threading.excepthook = threading.excepthook, hook
+    for signum in ours:
+        signal.signal(signum, end)
     try:
-        return int(importlib.import_module(command.module).run(args))
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader has gone, as `head` does: nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit succeeds
-        return 128 + 13  # SIGPIPE, which not every system has a name for
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
-        _raise_in_debug(error)
-        return _complain(_describe(error), USAGE)
-    except (RuntimeError, OSError, ImportError) as error:
-        _raise_in_debug(error)
-        return _complain(_describe(error), FAILURE)
+        yield
+    finally:
+        for signum in ours:
+            signal.signal(signum, signal.SIG_DFL)
+        threading.excepthook = old_hook
 
 
-def _raise_in_debug(error: Exception) -> None:
-    if os.environ.get("MINRNN_DEBUG") == "1":
+def _complain(error: Exception, status: int) -> int:
+    """Say an error in one line on stderr, unless MINRNN_DEBUG asks for its traceback."""
+    if _debugging():
         raise error
+    with contextlib.suppress(OSError):  # nobody reads it; the status says it too
+        print(f"minrnn: error: {_describe(error)}", file=sys.stderr, flush=True)
+    return status
+
+
+def _debugging() -> bool:
+    return os.environ.get("MINRNN_DEBUG") == "1"
 
 
 def _describe(error: Exception) -> str:
     """Return an error as one line; the system's own begin with the file that they are about."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    text, kind = " ".join(str(error).split()), type(error).__name__
+    if isinstance(error, MemoryError):
+        return f"out of memory: {text}" if text else "out of memory"
+    if isinstance(error, UNSAID):
+        return f"{kind}: {text} (MINRNN_DEBUG=1 shows where)"
+    return text or kind
 
 
-def _complain(message: str, status: int) -> int:
-    print(f"minrnn: error: {message}", file=sys.stderr)
+def _flush() -> int:
+    """Write out what is buffered; return the status where that fails, and let the exit of Python succeed."""
+    status = 0
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            status = status or BROKEN_PIPE
+            _discard(stream)
+        except (OSError, ValueError) as error:  # a full disk; a stream that is closed
+            _discard(stream)
+            status = status or _complain(error, FAILURE)
     return status
+
+
+def _discard(stream: IO[str]) -> None:
+    """Let what a stream holds, and whatever else is written to it, go nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)

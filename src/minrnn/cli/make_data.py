@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from minrnn.cli.arguments import parse
+from minrnn.cli.arguments import check_range, parse
 from minrnn.demonstrations import make_data
 from minrnn.tasks.recordings import read_episodes
+from minrnn.training import MOST_SEEDS, MOST_STEPS, Interrupted, Output
 
 LINE_SECONDS = 10.0  # between lines, where there is no terminal to draw on
 
@@ -48,7 +50,10 @@ class MakeDataCommand:
 def run(args: Sequence[str]) -> int:
     """Run `minrnn make-data`."""
     command = parse(MakeDataCommand, "make-data", args)
-    console = Console()
+    check_range("make-data", "seed", command.seed, 0, MOST_SEEDS - 1)
+    for name in ("steps", "training_steps"):
+        check_range("make-data", name, getattr(command, name), 0, MOST_STEPS)
+    console = Output()
     view = _Bars(console) if console.is_terminal else _Lines(console)
     try:
         with view:
@@ -62,8 +67,13 @@ def run(args: Sequence[str]) -> int:
                 training_steps=command.training_steps,
                 algorithm=command.algorithm,
             )
-    except KeyboardInterrupt:
-        _say(console, "stopped; the same command goes on from here")
+    except Interrupted as stop:
+        with contextlib.suppress(OSError):  # whoever has asked by leaving does not read it
+            _say(console, f"{stop}; the same command goes on")
+        return 128 + stop.signum
+    except KeyboardInterrupt:  # a second signal, or one between what is kept
+        with contextlib.suppress(OSError):
+            _say(console, "stopped; the same command goes on from here")
         raise
     episodes = read_episodes(path)
     _say(console, episodes.describe())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from minrnn.cli.arguments import parse
 from minrnn.experiments import EXPERIMENTS
+from minrnn.files import nearest
 
 if TYPE_CHECKING:
-    from minrnn.experiments.experiment import Cell, Choice, Experiment, Watch
+    from minrnn.experiments.experiment import Choice, Experiment, Watch
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,10 @@ def run(args: Sequence[str]) -> int:
     if name == REPORT:
         return _report(rest)
     if name not in EXPERIMENTS:
-        matches = difflib.get_close_matches(name, [*EXPERIMENTS, REPORT], n=1, cutoff=0.5)
-        nearest = f"; did you mean {matches[0]}?" if matches else ""
-        raise ValueError(f"reproduce: unknown experiment {name!r}{nearest} ({', '.join(EXPERIMENTS)})")
+        raise ValueError(
+            f"reproduce: unknown experiment {name!r}{nearest(name, [*EXPERIMENTS, REPORT])} "
+            f"({', '.join(EXPERIMENTS)})"
+        )
     return _reproduce(name, rest)
 
 
@@ -141,7 +143,7 @@ def _reproduce(name: str, args: Sequence[str]) -> int:
     command = parse(ReproduceCommand, f"reproduce {name}", args, description=about)
     from minrnn.experiments.experiment import Choice
     from minrnn.experiments.runner import reproduce
-    from minrnn.training import Interrupted, choose_device
+    from minrnn.training import Interrupted, Output, choose_device
 
     choice = Choice(
         command.scale,
@@ -161,12 +163,12 @@ def _reproduce(name: str, args: Sequence[str]) -> int:
         _estimate(experiment, choice, command)
     if command.estimate:
         return 0
-    console = Console()
-    with _watch(console) as watch:
+    with _watch(Output()) as watch:
         try:
             reproduce(experiment, choice, command.output, watch, only=command.cell)
         except Interrupted as stop:
-            watch.note(f"{stop}; the same command goes on")
+            with contextlib.suppress(OSError):  # whoever has asked by leaving does not read it
+                watch.note(f"{stop}; the same command goes on")
             return 128 + stop.signum
     return 0
 
@@ -184,23 +186,18 @@ def _list_cells(experiment: Experiment, choice: Choice, command: ReproduceComman
 
 
 def _estimate(experiment: Experiment, choice: Choice, command: ReproduceCommand) -> None:
-    """Print the command and about how long it takes here, from a small part of each kind of cell."""
-    from minrnn.experiments.runner import command_of, pick
-    from minrnn.training import choose_device
+    """Print the command and about how long it takes here, from finished cells or a part of each kind."""
+    from minrnn.experiments.results import ResultsFolder
+    from minrnn.experiments.runner import command_of, estimate, pick
+    from minrnn.training import Output, choose_device
 
-    kinds: dict[object, list[Cell]] = {}
-    for cell in pick(experiment.cells(choice), command.cell):
-        kinds.setdefault(cell.kind, []).append(cell)
+    cells = pick(experiment.cells(choice), command.cell)
+    records = ResultsFolder(command.output, experiment.name, choice.scale).records()
     device = choose_device(choice.device)
-    console = Console()
-    total = 0.0
-    with console.status("timing") as status:
-        for cells in kinds.values():
-            status.update(f"timing {cells[0].name}")
-            total += len(cells) * experiment.estimate(cells[0], choice)
-    count = sum(map(len, kinds.values()))
+    with Output().status("timing") as status:
+        total = estimate(experiment, cells, choice, records, status.update)
     print(command_of(experiment.name, choice, command.output))
-    print(f"about {_duration(total)} on this machine ({device}): {count} cells, {experiment.uncounted}")
+    print(f"about {_duration(total)} on this machine ({device}): {len(cells)} cells, {experiment.uncounted}")
 
 
 def _duration(seconds: float) -> str:

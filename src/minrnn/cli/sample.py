@@ -11,9 +11,13 @@ from typing import Literal
 import torch
 import tyro
 
-from minrnn.cli.arguments import parse
+from minrnn.cli.arguments import check_range, parse
 from minrnn.models import SequenceModel, generate
-from minrnn.training import choose_device, load_trained
+from minrnn.tasks import Vocabulary
+from minrnn.training import MOST_SEEDS, MOST_STEPS, choose_device, load_trained
+
+PROMPTS = ("\n", " ")
+"""What a text goes on from when nothing is said: the first that the vocabulary has."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class SampleCommand:
     run: tyro.conf.Positional[Path]
     """Directory of the run whose model writes."""
     prompt: str = ""
-    """Text to go on from (empty: a new line)."""
+    """Text to go on from (empty: a new line, or what else the vocabulary has)."""
     tokens: int = 500
     """Tokens to write after the prompt."""
     temperature: float = 1.0
@@ -43,11 +47,14 @@ class SampleCommand:
 def run(args: Sequence[str]) -> int:
     """Run `minrnn sample`."""
     command = parse(SampleCommand, "sample", args)
+    check_range("sample", "tokens", command.tokens, 0, MOST_STEPS)
+    check_range("sample", "seed", command.seed, 0, MOST_SEEDS - 1)
     device = choose_device(command.device)
-    model, vocabulary, _ = load_trained(command.run, command.checkpoint, device)
+    model, vocabulary, *_ = load_trained(command.run, command.checkpoint, device)
     if vocabulary is None or not isinstance(model, SequenceModel):
         raise ValueError(f"sample: {command.run} must be a run that learnt text; what this one says is none")
-    prompt = torch.from_numpy(vocabulary.encode(command.prompt or "\n"))[None].to(device)  # (1, T)
+    given = command.prompt or default_prompt(vocabulary, PROMPTS)
+    prompt = torch.from_numpy(vocabulary.encode(given))[None].to(device)  # (1, T)
     tokens = generate(
         model,
         prompt,
@@ -62,6 +69,17 @@ def run(args: Sequence[str]) -> int:
         _write(text)
     _write("\n")
     return 0
+
+
+def default_prompt(vocabulary: Vocabulary, prompts: Sequence[str]) -> str:
+    """Return the first of some prompts that a vocabulary can encode, or else its first symbol."""
+    for prompt in prompts:
+        try:
+            vocabulary.encode(prompt)
+        except ValueError:
+            continue
+        return prompt
+    return vocabulary.decode([0])
 
 
 def _write(text: str) -> None:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import tyro
-from rich.console import Console
 
 from minrnn.cli.arguments import parse
+from minrnn.files import fresh_directory
 from minrnn.models import ModelConfig
 from minrnn.tasks import DecisionsConfig, TaskConfig
 from minrnn.training import (
     Interrupted,
+    Output,
     RunConfig,
     RunLog,
     TrainConfig,
@@ -57,16 +60,25 @@ def run(args: Sequence[str]) -> int:
     config = load_recipe(_named_recipe(args)) if resumed is None else read_config(resumed)
     command = _parse(args, config, config.recipe if resumed else _named_recipe(args))
     config = dataclasses.replace(config, model=command.model, task=command.task, train=command.train)
-    run_dir = command.run or new_run_dir(config.recipe)
-    log = RunLog(Console())
+    place = fresh_directory(default_run(config.recipe)) if command.run is None else nullcontext(command.run)
+    with place as run_dir:
+        return _train(config, run_dir, command.resume)
+
+
+def _train(config: RunConfig, run_dir: Path, resume: bool) -> int:
+    log = RunLog(Output())
     try:
-        results = train(config, run_dir, resume=command.resume, log=log)
+        results = train(config, run_dir, resume=resume, log=log)
     except Interrupted as stop:
-        log.note(f"{stop}; go on with: minrnn train --run {run_dir} --resume")
+        with contextlib.suppress(OSError):  # whoever has asked by leaving does not read it
+            log.note(f"{stop}; go on with: minrnn train --run {run_dir} --resume")
         return 128 + stop.signum
-    except KeyboardInterrupt:  # a second one, or one outside the loop
+    except KeyboardInterrupt:  # a second signal, or one outside the loop
         if (run_dir / "checkpoints" / "last").exists():
-            log.note(f"stopped; go on from the last checkpoint with: minrnn train --run {run_dir} --resume")
+            with contextlib.suppress(OSError):
+                log.note(
+                    f"stopped; go on from the last checkpoint with: minrnn train --run {run_dir} --resume"
+                )
         raise
     log.note(_summary(config.task, results, run_dir))
     return 0
@@ -83,8 +95,8 @@ def _summary(task: TaskConfig, results: Mapping[str, Any], run_dir: Path) -> str
     return f"{', '.join(parts)}; next: minrnn {verb} {run_dir}"
 
 
-def new_run_dir(recipe: str) -> Path:
-    """Name the directory of a run that starts now."""
+def default_run(recipe: str) -> Path:
+    """Name the directory of a run that starts now; others of the same second get numbers after it."""
     return Path("runs", f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 

@@ -13,8 +13,9 @@ import numpy as np
 
 from minrnn.demonstrations.behaviour import Behaviour
 from minrnn.demonstrations.trainers import Arrays, Round, Trainer, training_environments
-from minrnn.files import naming
+from minrnn.files import lock, naming
 from minrnn.tasks.arrays import read_arrays, write_arrays
+from minrnn.training import interruptible
 from minrnn.training.threads import cpu_threads
 
 SMOOTHED_ROUNDS = 3  # a round's mean return is noisy, so its neighbours count as well
@@ -150,22 +151,40 @@ def train_behaviour(
         report: is told of the progress.
 
     Raises:
+        InUseError: another process is at it.
+        Interrupted: a signal asked for a stop, or nobody reads the reports, and all whole rounds are saved.
         ValueError: the file is damaged, or there is no such environment.
         ImportError: a library is not installed; the extra is named.
     """
-    history = read_history(path) if path.exists() else History()
-    if history.total_steps < steps:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # One thread: networks this small are slower on more.
-        with training_environments(environment, trainer) as environments, cpu_threads(1):
-            saved = time.monotonic()
-            while history.total_steps < steps:
-                history.add(trainer.train(environments, history.state, _round_seed(seed, len(history.steps))))
-                report("training", history.total_steps, steps, f"return {history.returns[-1]:,.0f}")
-                if history.total_steps >= steps or time.monotonic() - saved > SAVE_EVERY:
-                    history.save(path)
-                    saved = time.monotonic()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lock(path.with_name(f"{path.name}.lock")):
+        history = read_history(path) if path.exists() else History()
+        if history.total_steps < steps:
+            _train(history, environment, trainer, steps, seed, path, report)
     return history.until(steps)
+
+
+def _train(
+    history: History, environment: str, trainer: Trainer, steps: int, seed: int, path: Path, report: Report
+) -> None:
+    """Add rounds to a history, and save it now and then."""
+    # One thread: networks this small are slower on more.
+    with (
+        training_environments(environment, trainer) as environments,
+        cpu_threads(1),
+        interruptible() as interruption,
+    ):
+        saved = time.monotonic()
+        while history.total_steps < steps:
+            history.add(trainer.train(environments, history.state, _round_seed(seed, len(history.steps))))
+            with interruption.telling():
+                report("training", history.total_steps, steps, f"return {history.returns[-1]:,.0f}")
+            is_last = history.total_steps >= steps or interruption.asked
+            if is_last or time.monotonic() - saved > SAVE_EVERY:
+                history.save(path)
+                saved = time.monotonic()
+            if interruption.asked:
+                raise interruption.met(f"{history.total_steps:,} of {steps:,} steps of training")
 
 
 def _round_seed(seed: int, number: int) -> int:

@@ -17,6 +17,7 @@ from minrnn.demonstrations.behaviour import Behaviour
 from minrnn.demonstrations.history import Report, train_behaviour
 from minrnn.demonstrations.record import Share, always, play, record, replayed, uniform
 from minrnn.demonstrations.trainers import TRAINERS, Trainer, library_versions
+from minrnn.files import lock
 from minrnn.tasks.downloads import cache_folder
 from minrnn.tasks.environments import make_environment
 from minrnn.tasks.locomotion import local_name, local_path, normalised_score
@@ -90,6 +91,8 @@ def make_data(
         algorithm: a name in TRAINERS; empty for `plan_for(environment)`.
 
     Raises:
+        InUseError: another process is making the same.
+        Interrupted: a signal asked for a stop, and what is done is saved.
         ValueError: an argument is out of range, there is no such environment, or its spaces are others.
         FileExistsError: the output is there and was made otherwise.
         ImportError: a library is not installed; the extra is named.
@@ -104,25 +107,26 @@ def make_data(
     made = {"environment": environment, "quality": quality, "seed": seed, "steps": steps}
     if quality != "random":
         made |= {"training_steps": training_steps, **training}
-    if path.exists():
-        _check_made(path, made)
-        return path
-    shares, said = _shares(environment, quality, trainer, training, training_steps, steps, report)
-    parts = _work_folder() / f"recording-{_digest(made)}"
-    recording = record(environment, shares, seed, parts, report)
-    episodes = recording.episodes(environment, {"source": "local", "name": name, **said})
-    mean_return = float(episodes.returns.mean())
-    about = {
-        **episodes.about,
-        "mean_return": mean_return,
-        "score": normalised_score(environment, mean_return),
-        "made": made,
-        "versions": library_versions(trainer),
-        "label": LABEL,
-    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_episodes(path, replace(episodes, about=about), recording.next_observations)
-    shutil.rmtree(parts)
+    with lock(path.with_name(f"{path.name}.lock")):
+        if path.exists():
+            _check_made(path, made)
+            return path
+        shares, said = _shares(environment, quality, trainer, training, training_steps, steps, report)
+        parts = _work_folder() / f"recording-{_digest(made)}"
+        recording = record(environment, shares, seed, parts, report)
+        episodes = recording.episodes(environment, {"source": "local", "name": name, **said})
+        mean_return = float(episodes.returns.mean())
+        about = {
+            **episodes.about,
+            "mean_return": mean_return,
+            "score": normalised_score(environment, mean_return),
+            "made": made,
+            "versions": library_versions(trainer),
+            "label": LABEL,
+        }
+        write_episodes(path, replace(episodes, about=about), recording.next_observations)
+        shutil.rmtree(parts, ignore_errors=True)  # the file is there, and nothing goes on from these
     return path
 
 

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from minrnn.demonstrations.behaviour import Behaviour
 from minrnn.demonstrations.history import History, Report, check_arrays
-from minrnn.files import naming
+from minrnn.files import claim, naming
 from minrnn.tasks.arrays import read_arrays, write_arrays
 from minrnn.tasks.environments import make_environment
 from minrnn.tasks.episodes import Episodes
+from minrnn.training import interruptible
 
 if TYPE_CHECKING:
     from minrnn.tasks.environments import Environment
@@ -139,18 +140,26 @@ def record(environment: str, shares: list[Share], seed: int, folder: Path, repor
         report: is told of the progress.
 
     Raises:
+        InUseError: another process is at it.
+        Interrupted: a signal asked for a stop, or nobody reads the reports, and all whole parts are kept.
         ValueError: a part is damaged, or there is no such environment.
         ImportError: the environment is not installed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     parts: list[Recording] = []
     steps = sum(share.steps for share in shares)
-    with closing(make_environment(environment)) as made:
+    with (
+        claim(folder),
+        closing(make_environment(environment)) as made,
+        interruptible() as interruption,
+    ):
         for number, share in enumerate(shares):
             for part in _parts(made, share, (seed, number), folder):
                 parts.append(part)
                 done = sum(len(part.rewards) for part in parts)
-                report("recording", done, steps, f"return {part.rewards.sum() / len(part.ends):,.0f}")
+                with interruption.telling():
+                    report("recording", done, steps, f"return {part.rewards.sum() / len(part.ends):,.0f}")
+                if interruption.asked:
+                    raise interruption.met(f"{done:,} of {steps:,} recorded steps")
     return _join(parts)
 
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Scale = Literal["cpu", "paper", "tiny"]
+MOST_CELLS = 10_000
+"""Seeds of each kind of cell."""
+
 SCALES: tuple[Scale, ...] = get_args(Scale)
 """cpu: two cores, about two hours; paper: the paper's own setting; tiny: seconds, to see that it runs."""
 
@@ -57,12 +60,14 @@ class Choice:
     """Kind of data, where an experiment has several; empty is its own choice."""
 
     def __post_init__(self) -> None:
+        from minrnn.training.threads import MOST_THREADS  # here, for it takes torch along
+
         if self.scale not in SCALES:
             raise ValueError(f"reproduce: scale must be one of {', '.join(SCALES)}, got {self.scale!r}")
-        if self.seeds is not None and self.seeds < 1:
-            raise ValueError(f"reproduce: seeds must be at least 1, got {self.seeds}")
-        if self.threads < 0:
-            raise ValueError(f"reproduce: threads must be 0 or more, got {self.threads}")
+        if self.seeds is not None and not 1 <= self.seeds <= MOST_CELLS:
+            raise ValueError(f"reproduce: seeds must be 1 to {MOST_CELLS}, got {self.seeds}")
+        if not 0 <= self.threads <= MOST_THREADS:
+            raise ValueError(f"reproduce: threads must be 0 to {MOST_THREADS}, got {self.threads}")
 
     def options(self) -> list[str]:
         """Return the arguments of `minrnn reproduce NAME` that choose the same cells."""

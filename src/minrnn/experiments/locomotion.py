@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +15,7 @@ from minrnn.experiments.experiment import Cell, Choice, Record, Table
 from minrnn.experiments.scores import BC, BEST_TENTH, ENVIRONMENTS, HIGHEST, MEAN, QUALITIES, score
 from minrnn.experiments.trained import Plan, TrainedExperiment
 from minrnn.experiments.variants import every_mixer, model_of
+from minrnn.files import nearest
 from minrnn.models import DecisionModel, Policy
 from minrnn.tasks import DecisionsConfig, DecisionsTask
 from minrnn.tasks.decisions import Tokens
@@ -118,10 +118,9 @@ class Locomotion(TrainedExperiment[Size]):
         for name, wanted in (("envs", choice.envs), ("data", (choice.data,) if choice.data else ())):
             for one in wanted:
                 if one not in known[name]:
-                    near = get_close_matches(one, known[name], n=1, cutoff=0.5)
-                    hint = f"; did you mean {near[0]!r}?" if near else ""
                     raise ValueError(
-                        f"reproduce: {name} must be among {', '.join(known[name])}, got {one!r}{hint}"
+                        f"reproduce: {name} must be among {', '.join(known[name])}, got {one!r}"
+                        f"{nearest(one, known[name])}"
                     )
 
     def cells(self, choice: Choice) -> list[Cell]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from minrnn.experiments import EXPERIMENTS
 from minrnn.experiments.experiment import Choice, Experiment, Record, Table
 from minrnn.experiments.parameters import parameter_table
 from minrnn.experiments.results import ResultsFolder
 from minrnn.experiments.runner import command_of
+from minrnn.files import read_json, replace_text
 
 __all__ = ["write_page"]
 
@@ -45,7 +45,7 @@ def write_page(page: Path, benchmarks: Path, results: Path, target: Path) -> Non
         raise ValueError(
             f"report: {page} must name tables among {', '.join(figures)}, got {error}"
         ) from error
-    target.write_text(written, encoding="utf-8")
+    replace_text(target, written)
 
 
 def experiments(results: Path, beside: Path) -> str:
@@ -142,6 +142,17 @@ def _machine(record: Record) -> str:
     return f"{record['device']}, torch {torch}"
 
 
+class _ShakespeareRun(TypedDict):
+    """What is read of a run's file."""
+
+    mixer: str
+    parameters: int
+    val_loss: float
+    val_loss_windowed: float
+    val_loss_windowed_64: float
+    seconds: float
+
+
 class _Benchmarks:
     """The tables of what was measured by `minrnn bench` and by the scripts in benchmarks/."""
 
@@ -152,13 +163,12 @@ class _Benchmarks:
         return self._shakespeare() | self._speed() | self._model_step() | self._accuracy()
 
     def _read(self, name: str) -> dict[str, Any]:
-        report: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
-        return report
+        return read_json(self.folder / f"{name}.json", dict[str, Any])
 
     def _shakespeare(self) -> dict[str, str]:
         runs: dict[str, list[dict[str, Any]]] = {}
         for path in sorted((self.folder / "shakespeare-cpu").glob("*.json")):
-            result = json.loads(path.read_text(encoding="utf-8"))
+            result: dict[str, Any] = {**read_json(path, _ShakespeareRun)}
             runs.setdefault(result["mixer"], []).append(result)
         rows = []
         for mixer, results in sorted(runs.items(), key=lambda item: _mean(item[1], "val_loss")):

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minrnn.benchmarks.plots import NO_MATPLOTLIB, name_ends
+from minrnn.benchmarks.plots import name_ends
+from minrnn.training.extras import draw as attempt_to_draw
+from minrnn.training.extras import save_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,13 +128,14 @@ def save_figure(draw: Callable[[], Figure], folder: Path) -> str | None:
     Returns:
         None, or, where there can be no plot, the reason.
     """
-    try:
+
+    def save() -> None:
         import matplotlib
-    except ImportError:
-        return NO_MATPLOTLIB
-    figure = draw()
-    figure.savefig(folder / "plot.png", dpi=130)
-    # The same results give the same file: no date, and names of parts that do not depend on the process.
-    with matplotlib.rc_context({"svg.hashsalt": "minrnn"}):
-        figure.savefig(folder / "plot.svg", metadata={"Date": None})
-    return None
+
+        figure = draw()
+        save_picture(figure, folder / "plot.png", dpi=130)
+        # The same results give the same file: no date, and names of parts that do not depend on the process.
+        with matplotlib.rc_context({"svg.hashsalt": "minrnn"}):
+            save_picture(figure, folder / "plot.svg", metadata={"Date": None})
+
+    return attempt_to_draw(save)

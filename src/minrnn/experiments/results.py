@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from minrnn.experiments.experiment import Cell, Experiment, Record
-from minrnn.files import write_json
+from minrnn.files import lock, read_json, write_json
 
 FORMAT = 1
+
+LONGEST_SUMMARY = 120.0
+"""Seconds to wait for another process that writes what is shared: config.json, tables and plots."""
 
 __all__ = ["ResultsFolder"]
 
@@ -36,13 +39,20 @@ class ResultsFolder:
         self.path = root / f"{name}-{scale}"
         self.name, self.scale = name, scale
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes from writing what is shared while the block does."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with lock(self.path / ".lock", wait=LONGEST_SUMMARY):
+            yield
+
     def begin(self, experiment: Experiment, cells: Sequence[Cell]) -> None:
         """Write or add to config.json."""
         path = self.path / "config.json"
-        known = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else {}
-        self.path.mkdir(parents=True, exist_ok=True)
-        configs = known | {cell.name: dict(cell.config) for cell in cells}
-        write_json(path, {"experiment": self.name, "scale": self.scale, "cells": configs}, indent=None)
+        with self.alone():
+            known = read_json(path, _Configs)["cells"] if path.is_file() else {}
+            configs = known | {cell.name: dict(cell.config) for cell in cells}
+            write_json(path, {"experiment": self.name, "scale": self.scale, "cells": configs}, indent=None)
 
     def record(self, cell: Cell, experiment: Experiment) -> Record | None:
         """Return the record of an experiment's cell, or None where it is not finished.
@@ -74,8 +84,11 @@ class ResultsFolder:
         whole = {**about, "setting": dict(cell.setting), "config": dict(cell.config), **record}
         write_json(path, whole, indent=None)
         shutil.rmtree(self.unfinished(cell), ignore_errors=True)
+
+    def tidy(self) -> None:
+        """Remove the folder of unfinished cells where there are none."""
         with contextlib.suppress(OSError):  # others are at work
-            self.unfinished(cell).parent.rmdir()
+            (self.path / "unfinished").rmdir()
 
     def unfinished(self, cell: Cell) -> Path:
         """Return the folder that a cell works in."""
@@ -85,15 +98,39 @@ class ResultsFolder:
         return self.path / "cells" / f"{name}.json"
 
 
+class _Configs(TypedDict):
+    """What is read of config.json."""
+
+    cells: dict[str, dict[str, Any]]
+
+
+class _Record(TypedDict):
+    """What every record holds; see `ResultsFolder`."""
+
+    format: int
+    experiment: str
+    cell: str
+    setting: dict[str, Any]
+    config: dict[str, Any]
+    result: dict[str, Any] | None
+    failed: str | None
+    seconds: float
+    device: str
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    commit: str | None
+
+
 def _read(path: Path) -> Record:
+    remove = "remove it to have it made again"
     try:
-        record: Record = json.loads(path.read_text(encoding="utf-8"))
+        record: Record = {**read_json(path, _Record)}
     except ValueError as error:
-        raise ValueError(
-            f"reproduce: {path} is no JSON ({error}); remove it to have it made again"
-        ) from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise ValueError(f"reproduce: {path} is no record of this version; remove it to have it made again")
+        raise ValueError(f"reproduce: {error}; {remove}") from error
+    if record["format"] != FORMAT:
+        raise ValueError(f"reproduce: {path} is no record of this version; {remove}")
+    if (record["result"] is None) == (record["failed"] is None):
+        raise ValueError(f"reproduce: {path} must hold either a result or why it failed; {remove}")
     return record
 
 

@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
+from typing import Any, TypeVar
 
 import torch
 
 from minrnn.experiments.experiment import Cell, Choice, Experiment, Record, Watch, Workplace
 from minrnn.experiments.plots import save_figure
 from minrnn.experiments.results import ResultsFolder
-from minrnn.training import NonFiniteLossError, choose_device, provenance
+from minrnn.files import InUseError, claim, nearest, replace_text
+from minrnn.training import NonFiniteLossError, attempt, choose_device, provenance
+from minrnn.training.threads import cpu_threads
 
-__all__ = ["command_of", "forecast", "pick", "reproduce", "write_summary"]
+__all__ = ["command_of", "estimate", "forecast", "interleaved", "pick", "reproduce", "write_summary"]
+
+ROUNDS = 5
+"""How often each kind of cell is timed for an estimate, in turns: what else runs meets all of them."""
+
+ROUND_SECONDS = 60.0
+"""No further round begins after so many seconds."""
+
+K = TypeVar("K")
 
 
 def reproduce(
     experiment: Experiment, choice: Choice, root: Path, watch: Watch, *, only: Sequence[str] = ()
 ) -> ResultsFolder:
     """Run the cells of an experiment that are not finished yet, one by one, and show what they found.
+
+    Several processes may do so in one folder: each cell is claimed by who computes it, and left to it.
 
     Args:
         experiment: what is made again.
@@ -47,11 +60,24 @@ def reproduce(
     if choice.threads:
         torch.set_num_threads(choice.threads)
     watch.note(f"{experiment.name}: {len(cells) - len(pending)} of {len(cells)} cells are finished")
+    number = len(cells) - len(pending)
+    left: list[Cell] = []  # to other processes
     try:
-        for index, cell in enumerate(pending):
-            watch.begin(cell.name, len(cells) - len(pending) + index + 1, len(cells))
-            _run(experiment, cell, pending[index + 1 :], choice, root, folder, watch)
+        for again in (False, True):  # one of those may have ended since
+            for index, cell in enumerate(pending):
+                number += not again
+                try:
+                    with claim(folder.unfinished(cell), watch.note):
+                        if folder.record(cell, experiment) is None:  # nobody has finished it since
+                            watch.begin(cell.name, number, len(cells))
+                            _run(experiment, cell, pending[index + 1 :], choice, root, folder, watch)
+                except InUseError as error:
+                    left.append(cell)
+                    if again:
+                        watch.note(f"{cell.name}: left to others ({error.strerror})")
+            pending, left = left, []
     finally:  # an interrupted run shows what there is
+        folder.tidy()
         write_summary(experiment, folder, watch)
     return folder
 
@@ -65,10 +91,9 @@ def pick(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
     names = [cell.name for cell in cells]
     for name in only:
         if name not in names:
-            near = get_close_matches(name, names, n=1, cutoff=0.3)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"reproduce: cell must be one that --list-cells names with these options, got {name!r}{hint}"
+                f"reproduce: cell must be one that --list-cells names with these options, got {name!r}"
+                f"{nearest(name, names)}"
             )
     return [cell for cell in cells if not only or cell.name in only]
 
@@ -86,10 +111,10 @@ def forecast(cell: Cell, records: Sequence[Record]) -> float | None:
     Those of the same kind first (all but the seed the same), then of the same mixer, then all; None where
     nothing is finished.
     """
-    kind = dict(cell.kind)
+    mixer = dict(cell.kind).get("mixer")
     tests = (
-        lambda record: all(record["setting"].get(name) == value for name, value in kind.items()),
-        lambda record: record["setting"].get("mixer") == kind.get("mixer"),
+        lambda record: _is_of_kind(record, cell),
+        lambda record: record["setting"].get("mixer") == mixer,
         lambda record: True,
     )
     for test in tests:
@@ -98,16 +123,98 @@ def forecast(cell: Cell, records: Sequence[Record]) -> float | None:
     return None
 
 
+def _is_of_kind(record: Record, cell: Cell) -> bool:
+    return all(record["setting"].get(name) == value for name, value in cell.kind)
+
+
+def estimate(
+    experiment: Experiment,
+    cells: Sequence[Cell],
+    choice: Choice,
+    records: Sequence[Record],
+    tell: Callable[[str], object],
+    now: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Return about how many seconds cells take here.
+
+    Args:
+        experiment: theirs.
+        cells: all that are meant.
+        choice: where they are computed.
+        records: of finished cells; those of a kind that this machine has finished say it best.
+        tell: told which kind of cell is timed.
+        now: the time in seconds.
+    """
+    with cpu_threads(choice.threads):
+        here = provenance(choose_device(choice.device))
+        ours = [record for record in records if _computed_on(record) == _computed_on(here)]
+        kinds: dict[object, list[Cell]] = {}
+        for cell in cells:
+            kinds.setdefault(cell.kind, []).append(cell)
+        known: dict[object, float] = {}
+        asked: dict[object, Callable[[], float]] = {}
+        for kind, (cell, *_) in kinds.items():
+            if seconds := [record["seconds"] for record in ours if _is_of_kind(record, cell)]:
+                known[kind] = median(seconds)
+            else:
+                asked[kind] = partial(_time, experiment, cell, choice, tell)
+        known |= interleaved(asked, now)
+    return sum(len(kinds[kind]) * seconds for kind, seconds in known.items())
+
+
+def _time(experiment: Experiment, cell: Cell, choice: Choice, tell: Callable[[str], object]) -> float:
+    tell(f"timing {cell.name}")
+    return experiment.estimate(cell, choice)
+
+
+def _computed_on(about: Mapping[str, Any]) -> tuple[object, ...]:
+    machine = about["machine"]
+    return about["device"], machine.get("processor"), machine.get("cores"), machine.get("threads")
+
+
+def interleaved(estimates: Mapping[K, Callable[[], float]], now: Callable[[], float]) -> dict[K, float]:
+    """Ask for each estimate several times, in turns, and return the medians.
+
+    One look at a busy machine may see anything; of several, spread over the time, half may be disturbed.
+
+    Args:
+        estimates: what to ask, by name.
+        now: the time in seconds, which bounds the rounds after the first.
+    """
+    began = now()
+    found: dict[K, list[float]] = {name: [] for name in estimates}
+    for number in range(ROUNDS):
+        if number and now() - began > ROUND_SECONDS:
+            break
+        for name, estimate in estimates.items():
+            found[name].append(estimate())
+    return {name: median(values) for name, values in found.items()}
+
+
 def write_summary(experiment: Experiment, folder: ResultsFolder, watch: Watch) -> None:
-    """Write tables.md and the plots of what is finished, if anything is."""
-    records = folder.records()
-    if not records:
+    """Write tables.md and the plots of what is finished, if anything is; what fails is said alone."""
+    if not (folder.path / "cells").is_dir():
         return
-    texts = [table.markdown() for table in experiment.tables(records)]
-    (folder.path / "tables.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
-    why_not = save_figure(lambda: experiment.draw(records), folder.path)
+    no_tables = no_plot = None
+
+    def write() -> None:
+        nonlocal no_tables, no_plot
+        with folder.alone():
+            records = folder.records()
+            no_tables = attempt(lambda: _write_tables(experiment, records, folder.path))
+            no_plot = save_figure(lambda: experiment.draw(records), folder.path)
+
+    no_summary = attempt(write)
     watch.note(f"results: {folder.path}")
+    if why_not := no_summary or no_tables:
+        watch.note(f"no tables: {why_not}")
+    why_not = no_summary or no_plot
     watch.note(f"no plot: {why_not}" if why_not else f"plot: {folder.path / 'plot.png'}")
+
+
+def _write_tables(experiment: Experiment, records: Sequence[Record], path: Path) -> None:
+    texts = [table.markdown() for table in experiment.tables(records)]
+    replace_text(path / "tables.md", "\n\n".join(texts) + "\n")
 
 
 class _Clock:
@@ -149,7 +256,6 @@ def _run(
     tell = _Clock(cell, later, folder.records(), watch)
     tell(0.0, "")
     place = folder.unfinished(cell)
-    place.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     result, failed = None, None
     try:

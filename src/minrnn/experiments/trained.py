@@ -5,16 +5,18 @@ from __future__ import annotations
 import shutil
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from math import isfinite
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any, ClassVar, Generic, TypeVar
 
 from minrnn.experiments.experiment import Cell, Choice, Experiment, Record, Scale, Tell, Workplace
 from minrnn.experiments.variants import choose, every_mixer
 from minrnn.tasks import TASKS
 from minrnn.training import RunConfig, RunLog, TrainConfig, choose_device, load_trained, read_metrics, train
+from minrnn.training.threads import cpu_threads
 
 __all__ = ["Plan", "TrainedExperiment", "bests", "by_kind", "points", "spread", "training_seconds"]
 
@@ -24,8 +26,11 @@ CURVE_POINTS = 80
 FEW = 4
 """Sequences of the step that is timed first for an estimate."""
 
+PROBES = 3
+"""Steps that are timed of each size."""
+
 PATIENCE = 10.0
-"""Seconds; where a whole batch would take longer, the estimate is that of a few sequences in proportion."""
+"""Seconds; where a whole batch would take longer, the estimate is a line through smaller ones."""
 
 SizeT = TypeVar("SizeT")
 
@@ -105,18 +110,42 @@ class TrainedExperiment(Experiment, Generic[SizeT]):
         model = task.make_model(task.model_config(config.model)).to(device)
         whole = config.train.batch_size
 
-        def seconds(sequences: int, index: int) -> float:
+        numbers = count()
+
+        def seconds(sequences: int) -> float:
             began = time.perf_counter()
-            loss, _ = task.loss(model, task.batch(index, sequences, 0))
+            loss, _ = task.loss(model, task.batch(next(numbers), sequences, 0))
             loss.backward()
             loss.item()  # waits for the device
             return time.perf_counter() - began
 
-        few = min(whole, FEW)
-        step = min(seconds(few, 0), seconds(few, 1)) * whole / few
-        if step < PATIENCE:
-            step = min(seconds(whole, 2), seconds(whole, 3))
+        with cpu_threads(choice.threads):
+            step = step_seconds(seconds, whole)
         return step * config.train.accumulate * config.train.steps
+
+
+def step_seconds(seconds: Callable[[int], float], whole: int) -> float:
+    """Return about how long a step of a whole batch takes.
+
+    The first step, in which memory is taken and code is loaded, does not count, and of others the median
+    does. A step costs something however few sequences it has, so that one of few, taken in proportion, would
+    say too much: where a whole one takes too long to be tried, what a sequence adds is told from two sizes.
+
+    Args:
+        seconds: takes a step of so many sequences, and returns its time.
+        whole: sequences in a batch.
+    """
+    few = min(whole, FEW)
+    seconds(few)
+    first = median(seconds(few) for _ in range(PROBES))
+    step = first
+    if few < whole:
+        more = min(whole, 2 * few)
+        second = median(seconds(more) for _ in range(PROBES))
+        step = first + max(0.0, second - first) / (more - few) * (whole - few)
+    if step < PATIENCE:
+        step = median(seconds(whole) for _ in range(PROBES))
+    return step
 
 
 class _CellLog(RunLog):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any
 
+from minrnn.files import nearest
 from minrnn.mixers import MIXERS
 from minrnn.models import ModelConfig
 from minrnn.training import Precision
@@ -61,7 +61,7 @@ def choose(wanted: Sequence[str], names: Sequence[str]) -> list[str]:
     """
     for name in wanted:
         if name not in names:
-            near = get_close_matches(name, names, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"reproduce: mixers must be among {', '.join(names)}, got {name!r}{hint}")
+            raise ValueError(
+                f"reproduce: mixers must be among {', '.join(names)}, got {name!r}{nearest(name, names)}"
+            )
     return [name for name in names if not wanted or name in wanted]

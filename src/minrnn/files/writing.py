@@ -11,8 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from minrnn.files.claims import lock
+from minrnn.files.partial import clear_left_over, partial_path
+
 CONFIG_FILE = "config.json"
 """Tells a directory that may be replaced from one of other things."""
+
+LONGEST_SWAP = 60.0
+"""Seconds to wait for another process that puts a directory in the same place."""
 
 
 def write_json(path: Path, values: Mapping[str, Any], *, indent: int | None = 2) -> None:
@@ -35,14 +41,35 @@ def replace_text(path: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written; the message names it, and a file that was there before is as it was.
     """
-    # Of a name of its own: several processes may write one file, as the cells of an experiment do.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
+    with write_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def write_file(path: Path) -> Iterator[Path]:
+    """Fill a new file and put it in place of `path` at once, if and only if the body succeeds.
+
+    Several processes may write one file: each writes one of its own, and the last to be done is read. What a
+    killed one leaves, the next clears up.
+
+    Yields:
+        The file to write, beside `path`; its suffix is not that of `path`.
+
+    Raises:
+        OSError: it cannot be written; the message names `path`, where what was there before is as it was.
+    """
+    path = Path(path)
+    clear_left_over(path)
+    partial = partial_path(path)
+    try:
+        yield partial
         partial.replace(path)
     except OSError as error:
+        raise OSError(
+            error.errno, error.strerror or str(error), str(path)
+        ) from error  # a write leaves it out
+    finally:
         partial.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write leaves the name out
 
 
 @contextmanager
@@ -54,7 +81,8 @@ def write_directory(directory: Path) -> Iterator[Path]:
 
     The files are written to disk before the names change. If the body fails, the folder is removed and what
     was there before stays. A process killed at any point leaves `directory` whole, or, between two renames,
-    the old one under the name that `find_directory` looks for; the next write clears up.
+    the old one under the name that `find_directory` looks for; the next write clears up. Of several processes
+    that write at once, each puts its own there, one after the other.
 
     Args:
         directory: the final name; its parents are made.
@@ -67,15 +95,19 @@ def write_directory(directory: Path) -> Iterator[Path]:
             not a directory, or one that is not empty and has no config.json.
     """
     directory = Path(directory)
-    folder, aside = _sibling(directory, "partial"), _sibling(directory, "previous")
+    folder = partial_path(directory)
     try:
-        _check_replaceable(directory)
-        _clear_up(directory, folder, aside)
-        folder.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(directory) as aside:
+            _check_replaceable(directory)
+            _clear_up(directory, aside)
+        folder.mkdir()
         yield folder
         for path in [*folder.rglob("*"), folder]:
             _flush(path)
-        _swap(directory, folder, aside)
+        with _alone(directory) as aside:
+            _clear_up(directory, aside)  # another process, killed since
+            _swap(directory, folder, aside)
     except OSError as error:
         reason = error.strerror or str(error)
         raise OSError(
@@ -84,6 +116,17 @@ def write_directory(directory: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def recover_directory(directory: Path) -> None:
+    """Finish what a killed `write_directory` has left, where no next write may come to do that.
+
+    Raises:
+        OSError: it cannot be renamed or removed.
+    """
+    if directory.absolute().parent.is_dir():
+        with _alone(directory) as aside:
+            _clear_up(directory, aside)
 
 
 def find_directory(directory: Path) -> Path:
@@ -101,7 +144,7 @@ def find_directory(directory: Path) -> Path:
 
 
 def _sibling(directory: Path, role: str) -> Path:
-    # A fixed name, so that the next write finds what a killed one has left.
+    # A fixed name, so that readers and the next write find what a killed one has left.
     return directory.absolute().with_name(f".{directory.absolute().name}.{role}")
 
 
@@ -127,10 +170,16 @@ def _check_replaceable(directory: Path) -> None:
         raise FileExistsError(errno.EEXIST, "there is something else than a checkpoint", str(directory))
 
 
-def _clear_up(directory: Path, folder: Path, aside: Path) -> None:
+@contextmanager
+def _alone(directory: Path) -> Iterator[Path]:
+    """Keep other processes from moving directories to and from this place; yield where the old one steps."""
+    with lock(_sibling(directory, "lock"), wait=LONGEST_SWAP):
+        yield _sibling(directory, "previous")
+
+
+def _clear_up(directory: Path, aside: Path) -> None:
     """Finish what a killed write has left."""
-    if folder.exists():
-        shutil.rmtree(folder)
+    clear_left_over(directory)
     if aside.exists() and directory.exists():
         shutil.rmtree(aside)
     elif aside.exists():

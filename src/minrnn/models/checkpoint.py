@@ -8,7 +8,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -30,8 +30,10 @@ KINDS: dict[str, Callable[[Mapping[str, Any]], Model]] = {
 }
 """What makes a model of each kind from a checkpoint's settings; where no kind is named, it is sequence."""
 
-FORMAT_VERSION = 1
-"""Raised when a checkpoint of an older version of the package could not be read as it is."""
+FORMAT_VERSION = 2
+"""Raised when an older minrnn cannot read, or does not check, what a newer one writes. Since 2 config.json
+lists every file of the checkpoint, and has a digest of its own; 1, which listed the model's tensors alone, is
+read."""
 
 TENSORS_FILE = "model.safetensors"
 
@@ -98,7 +100,10 @@ def _load(folder: Path, device: torch.device | str) -> tuple[Model, dict[str, JS
 
 
 def write_model(folder: Path, model: Model, *, extra: Mapping[str, JSON] | None = None) -> None:
-    """Write a checkpoint's files into a folder that is there; in `write_directory`, beside other files."""
+    """Write a checkpoint's files into a folder that is there, in `write_directory`.
+
+    Files that lie there already are part of the checkpoint: they are listed with their sizes and digests.
+    """
     config: dict[str, JSON] = {
         "format_version": FORMAT_VERSION,
         "kind": "decision" if isinstance(model, DecisionModel) else "sequence",
@@ -106,9 +111,9 @@ def write_model(folder: Path, model: Model, *, extra: Mapping[str, JSON] | None 
         "extra": dict(extra or {}),
     }
     json.dumps(config)  # before the work, so that an `extra` that is no JSON is reported first
-    path = folder / TENSORS_FILE
-    save_tensors(path, model.state_dict())
-    config["files"] = {TENSORS_FILE: {"bytes": path.stat().st_size, "sha256": _sha256(path)}}
+    save_tensors(folder / TENSORS_FILE, model.state_dict())
+    config["files"] = {path.name: dict(_measured(path)) for path in sorted(folder.iterdir())}
+    config["sha256"] = _digest(config)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -150,18 +155,59 @@ def load_tensors(path: Path, *, device: torch.device | str = "cpu") -> dict[str,
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
+def check_files(folder: Path, names: Iterable[str]) -> list[str]:
+    """Check files of a checkpoint, beside the model's own, against the sizes and digests that it lists.
+
+    Args:
+        folder: the checkpoint.
+        names: of the files.
+
+    Returns:
+        Those that could not be checked, as the checkpoint is of format 1, which did not list them.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is not listed, or was cut short or altered.
+    """
+    config = _read_config(folder / CONFIG_FILE)
+    if config["format_version"] == 1:
+        return [name for name in names if name not in config["files"]]
+    for name in names:
+        _check_integrity(folder / name, config["files"])
+    return []
+
+
+class _File(TypedDict):
+    """What is recorded of a file."""
+
+    bytes: int
+    sha256: str
+
+
+def _measured(path: Path) -> _File:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class _Config(TypedDict):
-    """What config.json holds beside its format_version."""
+def _digest(config: Mapping[str, Any]) -> str:
+    """Return the digest of what config.json holds beside it."""
+    rest = {name: value for name, value in config.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
+
+class _Config(TypedDict):
+    """What config.json holds."""
+
+    format_version: int
     kind: NotRequired[str]
     model: dict[str, Any]
-    files: dict[str, Any]
+    files: dict[str, _File]
     extra: dict[str, Any]
+    sha256: NotRequired[str]
 
 
 def _read_config(path: Path) -> _Config:
@@ -177,20 +223,23 @@ def _read_config(path: Path) -> _Config:
             )
         with naming(path):
             config = convert(values, _Config)
+        if version > 1 and config.get("sha256") != _digest(values):
+            raise ValueError(
+                f"{path} was cut short or altered: its SHA-256 is not the recorded one; use another copy"
+            )
         kind = config.setdefault("kind", "sequence")
         if kind not in KINDS:
             raise ValueError(
-                f"{path} must be of a model among {', '.join(KINDS)}, got {shown(kind)}{nearest(kind, KINDS)}; "
-                "upgrade minrnn"
+                f"{path} must be of a model among {', '.join(KINDS)}, got {shown(kind)}"
+                f"{nearest(kind, KINDS)}; upgrade minrnn"
             )
     return config
 
 
-def _check_integrity(path: Path, files: Mapping[str, Any]) -> None:
+def _check_integrity(path: Path, files: Mapping[str, _File]) -> None:
     if not path.is_file():
-        raise FileNotFoundError(errno.ENOENT, "the checkpoint lacks its tensors", str(path))
-    recorded = files.get(TENSORS_FILE)
-    if recorded != {"bytes": path.stat().st_size, "sha256": _sha256(path)}:
+        raise FileNotFoundError(errno.ENOENT, "the checkpoint lacks this file", str(path))
+    if files.get(path.name) != _measured(path):
         raise ValueError(
             f"load_checkpoint: {path} was cut short or altered: its size or SHA-256 is not the recorded one; "
             "use another copy"

@@ -7,7 +7,6 @@ them; nothing is unpickled.
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Mapping
 from io import BytesIO
@@ -20,6 +19,8 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from minrnn.files import write_file
+
 EXPANSION = 1100
 """Bytes of a member for each that it takes in the file, at most; deflate reaches 1032."""
 
@@ -30,15 +31,9 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], *, compress: bo
     Raises:
         OSError: it cannot be written.
     """
-    # Of a name of its own: several processes may write one file.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     save = np.savez_compressed if compress else np.savez
-    try:
-        with partial.open("wb") as file:
-            save(file, **arrays)  # type: ignore[arg-type]  # its stubs take allow_pickle for one of them
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with write_file(path) as partial, partial.open("wb") as file:
+        save(file, **arrays)  # type: ignore[arg-type]  # its stubs take allow_pickle for one of them
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:

@@ -32,6 +32,7 @@ from minrnn.tasks.episodes import Episodes
 from minrnn.tasks.task import (
     Batch,
     Task,
+    Tell,
     check_batch,
     check_bounds,
     check_max_tokens,
@@ -298,12 +299,15 @@ class DecisionsTask(Task):
         predicted, state = model(batch.inputs, None if batch.fresh else state, reset=batch.reset)
         return self._errors(predicted, batch.targets).mean(), state
 
-    def evaluate(self, model: nn.Module, *, max_tokens: int = 0) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, *, max_tokens: int = 0, tell: Tell | None = None
+    ) -> dict[str, float]:
         """Measure `model` on the held-out episodes, read as in training, less the streams' odd last steps.
 
         Args:
             model: what `make_model` made.
             max_tokens: stop after the block of steps that holds this one; 0 for all.
+            tell: told how much is done.
 
         Returns:
             val_loss: squared error of an action's numbers, or nats an action.
@@ -324,10 +328,17 @@ class DecisionsTask(Task):
                 if self.episodes.is_discrete:
                     right += int((predicted.argmax(dim=-1) == batch.targets).sum())
                 count += batch.num_targets
+                if tell is not None:
+                    tell(min(1.0, count / (max_tokens or self._num_evaluated)))
                 if max_tokens and count >= max_tokens:
                     break
         accuracy = {"accuracy": right / count} if self.episodes.is_discrete else {}
         return {"val_loss": total / count, **accuracy, "val_tokens": count}
+
+    @property
+    def _num_evaluated(self) -> int:
+        """Steps of the held-out episodes."""
+        return int(self.episodes.lengths[self.val_episodes].sum())
 
     def evaluation_batches(self) -> Iterator[Batch]:
         """Yield the held-out episodes' steps, in streams or in windows side by side; always the same."""

@@ -8,7 +8,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from minrnn.tasks.task import IGNORED, Batch, TokenTask, check_max_tokens, device_of, evaluation_mode, nats
+from minrnn.tasks.task import (
+    IGNORED,
+    Batch,
+    Tell,
+    TokenTask,
+    check_max_tokens,
+    device_of,
+    evaluation_mode,
+    nats,
+)
 
 BLOCK = 64
 """Sequences that are evaluated at once: fixed, so that the sequences do not depend on a machine's memory."""
@@ -21,12 +30,15 @@ class LabelledTask(TokenTask):
     def evaluation_batches(self) -> Iterator[Batch]:
         """Yield the part that is measured, up to BLOCK sequences at a time; always the same."""
 
-    def evaluate(self, model: nn.Module, *, max_tokens: int = 0) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, *, max_tokens: int = 0, tell: Tell | None = None
+    ) -> dict[str, float]:
         """Measure `model` on the part that the configuration names.
 
         Args:
             model: maps tokens and state to logits and state.
             max_tokens: stop after the block of sequences that holds this answer; 0 for all.
+            tell: not asked: these sequences are few.
 
         Returns:
             val_loss: nats per answer.

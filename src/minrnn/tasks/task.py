@@ -1,7 +1,7 @@
 """The contract that every task meets: batches that are pure functions, a loss, and an evaluation."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -14,6 +14,9 @@ from minrnn.models import Model, ModelConfig, ModelState, SequenceModel, Steps
 
 IGNORED = -100
 """The target where nothing is to be predicted; torch's cross_entropy leaves it out by itself."""
+
+Tell = Callable[[float], object]
+"""Told how much of something long is done, between 0 and 1."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,13 @@ class Batch:
         """Return the batch on `device`."""
         reset = None if self.reset is None else self.reset.to(device)
         return Batch(self.inputs.to(device), self.targets.to(device), self.fresh, reset)
+
+    def first(self, steps: int) -> "Batch":
+        """Return the first steps of the same sequences, as a batch that continues nothing."""
+        inputs = self.inputs
+        if isinstance(inputs, Steps):
+            return Batch(Steps(*(part[:, :steps] for part in inputs)), self.targets[:, :steps])
+        return Batch(inputs[:, :steps], self.targets[:, :steps])
 
 
 class Task(ABC):
@@ -125,7 +135,9 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def evaluate(self, model: nn.Module, *, max_tokens: int = 0) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, *, max_tokens: int = 0, tell: Tell | None = None
+    ) -> dict[str, float]:
         """Measure `model` on what it was not trained on.
 
         Runs in eval mode without gradients, draws no random numbers, and restores the model's modes.
@@ -133,6 +145,7 @@ class Task(ABC):
         Args:
             model: what `make_model` made.
             max_tokens: predict about so many targets only; 0 for all.
+            tell: told now and then how much is done, where that may take long.
 
         Returns:
             val_loss: the loss of a target.

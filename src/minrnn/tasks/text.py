@@ -15,6 +15,7 @@ from minrnn.models import ModelConfig
 from minrnn.tasks.sources import find_corpus
 from minrnn.tasks.task import (
     Batch,
+    Tell,
     TokenTask,
     check_batch,
     check_bounds,
@@ -189,7 +190,9 @@ class TextTask(TokenTask):
     def chosen_by(self) -> str:
         return "val_loss_windowed" if self.config.best_in_windows else "val_loss"
 
-    def evaluate(self, model: nn.Module, *, max_tokens: int = 0) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, *, max_tokens: int = 0, tell: Tell | None = None
+    ) -> dict[str, float]:
         """Measure `model` on the validation part in two protocols; both predict every token but the first.
 
         Runs in eval mode without gradients, draws no random numbers, and restores the model's modes.
@@ -197,6 +200,7 @@ class TextTask(TokenTask):
         Args:
             model: maps tokens and state to logits and state.
             max_tokens: predict only the first `max_tokens` of them; 0 for all.
+            tell: told how much is done.
 
         Returns:
             val_loss: nats per token; the text is one stream, whose state is carried from chunk to chunk.
@@ -212,8 +216,8 @@ class TextTask(TokenTask):
         tokens = self.val_tokens[: max_tokens + 1] if max_tokens else self.val_tokens
         num_predicted = tokens.size - 1
         with evaluation_mode(model), torch.inference_mode():
-            stream_nats = self._stream_nats(model, tokens)
-            windowed_nats = self._windowed_nats(model, tokens)
+            stream_nats = self._stream_nats(model, tokens, lambda done: tell and tell(done / 2))
+            windowed_nats = self._windowed_nats(model, tokens, lambda done: tell and tell((1 + done) / 2))
         return {
             "val_loss": stream_nats / num_predicted,
             "val_loss_windowed": windowed_nats / num_predicted,
@@ -233,21 +237,24 @@ class TextTask(TokenTask):
         tokens = torch.from_numpy(self._windows[starts].astype(np.int64))  # (B, T + 1)
         return Batch(tokens[:, :-1], tokens[:, 1:], fresh)
 
-    def _stream_nats(self, model: nn.Module, tokens: NDArray[np.integer]) -> float:
+    def _stream_nats(self, model: nn.Module, tokens: NDArray[np.integer], tell: Tell) -> float:
         """Return the total loss with the tokens as one stream, in chunks that carry the state."""
         device, total, state = device_of(model), 0.0, None
         for start in range(0, tokens.size - 1, self.config.eval_chunk):
             chunk = _to_tensor(tokens[None, start : start + self.config.eval_chunk + 1], device)
             logits, state = model(chunk[:, :-1], state)
             total += nats(logits, chunk[:, 1:], "sum").item()
+            tell(min(1.0, (start + self.config.eval_chunk) / (tokens.size - 1)))
         return total
 
-    def _windowed_nats(self, model: nn.Module, tokens: NDArray[np.integer]) -> float:
+    def _windowed_nats(self, model: nn.Module, tokens: NDArray[np.integer], tell: Tell) -> float:
         """Return the total loss with every window on its own, from the empty state."""
-        return sum(
-            nats(model(inputs, None)[0], targets, "sum").item()
-            for inputs, targets in self._evaluation_windows(tokens, device_of(model))
-        )
+        total, done = 0.0, 0
+        for inputs, targets in self._evaluation_windows(tokens, device_of(model)):
+            total += nats(model(inputs, None)[0], targets, "sum").item()
+            done += targets.numel()
+            tell(done / (tokens.size - 1))
+        return total
 
     def _evaluation_windows(
         self, tokens: NDArray[np.integer], device: torch.device

@@ -1,6 +1,8 @@
 """Training: the one loop, its configuration, and the directory that a run leaves."""
 
 from minrnn.training.config import (
+    MOST_SEEDS,
+    MOST_STEPS,
     Precision,
     RunConfig,
     TrainConfig,
@@ -9,20 +11,32 @@ from minrnn.training.config import (
     recipe_names,
     recipe_summary,
 )
-from minrnn.training.log import RunLog, read_metrics
+from minrnn.training.extras import attempt
+from minrnn.training.log import Output, Progress, RunLog, read_metrics
 from minrnn.training.loop import NonFiniteLossError, choose_device, train
 from minrnn.training.provenance import provenance
-from minrnn.training.resume import Interrupted, Trained, load_trained
+from minrnn.training.resume import Trained, load_trained
+from minrnn.training.stopping import BROKEN_PIPE, Interrupted, Interruption, interruptible
+from minrnn.training.threads import MOST_THREADS
 
 __all__ = [
+    "BROKEN_PIPE",
+    "MOST_SEEDS",
+    "MOST_STEPS",
+    "MOST_THREADS",
     "Interrupted",
+    "Interruption",
     "NonFiniteLossError",
+    "Output",
     "Precision",
+    "Progress",
     "RunConfig",
     "RunLog",
     "TrainConfig",
     "Trained",
+    "attempt",
     "choose_device",
+    "interruptible",
     "load_recipe",
     "load_trained",
     "provenance",

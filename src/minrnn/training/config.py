@@ -13,12 +13,34 @@ from typing import Any, Literal
 from minrnn.files import convert, naming, nearest, parse_toml, read_json, read_toml, shown
 from minrnn.models import ModelConfig
 from minrnn.tasks import DecisionsConfig, TaskConfig, TextConfig
+from minrnn.training.threads import MOST_THREADS
 
 Precision = Literal["float32", "bfloat16-products", "bfloat16"]
 PRECISIONS: tuple[Precision, ...] = typing.get_args(Precision)
 
 OptimizerName = Literal["adamw", "muon"]
 OPTIMIZERS: tuple[OptimizerName, ...] = typing.get_args(OptimizerName)
+
+MOST_SEEDS = 1 << 64
+"""Seeds are below this: torch's and the tasks' generators take no more bits."""
+
+MOST_STEPS = 1 << 40
+"""Of whatever is counted in steps or tokens: more than any machine will do, and exact in every format."""
+
+MOST_SEQUENCES = 1 << 24
+"""In one batch."""
+
+BOUNDS = {
+    **dict.fromkeys(("steps", "log_every"), (1, MOST_STEPS)),
+    **dict.fromkeys(
+        ("warmup_steps", "eval_every", "eval_tokens", "final_eval_tokens", "checkpoint_every"),
+        (0, MOST_STEPS),
+    ),
+    **dict.fromkeys(("batch_size", "accumulate"), (1, MOST_SEQUENCES)),
+    "seed": (0, MOST_SEEDS - 1),
+    "threads": (0, MOST_THREADS),
+}
+"""The least and the most of each of TrainConfig's integers."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +84,9 @@ class TrainConfig:
     eval_every: int = 250
     """Steps between evaluations (0: only at the end)."""
     eval_tokens: int = 0
-    """Validation tokens in an evaluation during training (0: all of them; the final one always uses all)."""
+    """Validation tokens in an evaluation during training (0: all of them)."""
+    final_eval_tokens: int = 0
+    """Validation tokens in the evaluation at the end, which results.json reports (0: all of them)."""
     checkpoint_every: int = 250
     """Steps between checkpoints (0: only at the end and when interrupted)."""
     log_every: int = 10
@@ -75,10 +99,10 @@ class TrainConfig:
     """CPU threads (0: as many as torch chooses)."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "log_every"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup_steps", "eval_every", "eval_tokens", "checkpoint_every", "seed", "threads"):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
+        for name, (least, most) in BOUNDS.items():
+            value = getattr(self, name)
+            self._require(name, value >= least, f"at least {least}" if least else "0 or more")
+            self._require(name, value <= most, f"at most {most}")
         for name in ("weight_decay", "grad_clip"):
             self._require(name, 0 <= getattr(self, name) < float("inf"), "0 or more, and finite")
         for name in ("beta1", "beta2"):

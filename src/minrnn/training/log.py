@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Protocol, TypedDict
 
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 from minrnn.files import read_json_lines, replace_text
+from minrnn.training.extras import attempt, draw, save_picture
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 Metrics = Mapping[str, float]
+
+LINE_SECONDS = 10.0
+"""Between two lines about something that takes long, where there is no terminal to draw a bar on."""
+
+
+class Output(Console):
+    """A console whose reader may go away, as `head` does: an error for who writes, not the program's end.
+
+    A thread that redraws is told nothing: whoever made the console meets the same error, and can act.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._owner = threading.current_thread()
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            super().__exit__(*error)
+        except OSError:
+            if threading.current_thread() is self._owner:
+                raise
+
+    def on_broken_pipe(self) -> None:
+        """Raise BrokenPipeError, which rich makes an exit of the program."""
+        raise  # called while it is handled
 
 
 class MetricsLine(TypedDict):
@@ -31,8 +55,66 @@ class MetricsLine(TypedDict):
     step: int
 
 
+class Pace:
+    """Says of something long how much is done, and how long the rest takes.
+
+    Args:
+        what: is done.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._first: tuple[float, float] | None = None  # a time, and the fraction that was done by then
+
+    def __call__(self, fraction: float) -> str:
+        """Return a line; the fraction is between 0 and 1."""
+        now = time.monotonic()
+        if self._first is None or fraction < self._first[1]:
+            self._first = now, fraction
+        began, first = self._first
+        if fraction == first:
+            return self.what
+        left = (now - began) / (fraction - first) * (1 - fraction)
+        return f"{self.what}: {fraction:.0%}, about {left:.0f} s left"
+
+
+class Progress:
+    """Shows how far something long is, as a context manager that is called with the fraction that is done.
+
+    Args:
+        console: where people read; a line that changes where it is a terminal, now and then a line elsewhere.
+        what: is done.
+    """
+
+    def __init__(self, console: Console, what: str) -> None:
+        self._console, self._pace = console, Pace(what)
+        self._status = console.status(what) if console.is_terminal else None
+        self._said = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def __call__(self, fraction: float) -> None:
+        """Show how much is done, between 0 and 1."""
+        text = self._pace(fraction)
+        if self._status is not None:
+            self._status.update(text)
+        elif time.monotonic() - self._said > LINE_SECONDS:
+            self._said = time.monotonic()
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 class RunLog:
     """The one place to which a run reports; `train` opens it, writes to it and closes it.
+
+    Reports raise OSError where they cannot be written: the reader has gone, or the disk is full.
+    TensorBoard's files are a copy, whose failure is said in a note.
 
     Args:
         console: where people read; a progress bar is drawn where it is a terminal, plain lines elsewhere.
@@ -44,35 +126,41 @@ class RunLog:
         self._view: _View = _Silence()
         self._metrics: IO[bytes] | None = None
         self._tensorboard: SummaryWriter | None = None
+        self._pace = Pace("")
+        self.unwritten: list[dict[str, Any]] = []
+        """Lines of metrics.jsonl from the first one on that could not be written."""
 
     def note(self, text: str) -> None:
         """Say one line."""
         if self._console is not None:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def open(self, run_dir: Path, step: int, steps: int) -> RunLog:
+    def open(
+        self, run_dir: Path, step: int, steps: int, unwritten: Sequence[Mapping[str, Any]] = ()
+    ) -> RunLog:
         """Open the run's files at a step; what they say of later steps is dropped, to be said again.
 
         Args:
             run_dir: the run's directory.
             step: steps that are done; 0 at the start, more when the run is resumed.
             steps: steps in the whole run.
+            unwritten: lines up to this step that an earlier sitting could not write.
 
         Returns:
             This log, to be used as a context manager that closes the files.
         """
-        self._metrics = _open_metrics(run_dir / "metrics.jsonl", step)
-        self._tensorboard = _open_tensorboard(run_dir / "tensorboard", step)
-        if self._tensorboard is None:
-            self.note("tensorboard is not installed: metrics go to metrics.jsonl only")
+        self._metrics = _open_metrics(run_dir / "metrics.jsonl", step, unwritten)
+        self._on_tensorboard(lambda: self._open_tensorboard(run_dir / "tensorboard", step))
         if self._console is not None:
             view = _ProgressBar if self._console.is_terminal else _Lines
             self._view = view(self._console, step, steps)
         return self
 
-    def busy(self, text: str) -> None:
-        """Say what goes on while no steps are taken, where there is a bar that would seem to be stuck."""
-        self._view.busy(text)
+    def busy(self, text: str, fraction: float = 0.0) -> None:
+        """Say what goes on while no steps are taken, and how much of it is done, between 0 and 1."""
+        if text != self._pace.what or fraction == 0:
+            self._pace = Pace(text)
+        self._view.busy(self._pace(fraction), fraction)
 
     def training(self, step: int, metrics: Metrics) -> None:
         """Report the means over the last steps: loss, learning_rate, grad_norm, tokens_per_second."""
@@ -90,20 +178,51 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._view.close()
+        with contextlib.suppress(OSError):  # that nobody reads it, the run was told before
+            self._view.close()
+        with contextlib.suppress(OSError):
+            self._on_tensorboard(self._close_tensorboard)
         self._view = _Silence()
         if self._metrics is not None:
             self._metrics.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+
+    def flush(self) -> None:
+        """Have the system write metrics.jsonl to disk, so that no checkpoint is ahead of it."""
+        if self._metrics is not None and not self.unwritten:
+            os.fsync(self._metrics.fileno())
 
     def _write(self, step: int, metrics: Metrics) -> None:
-        line = json.dumps({"step": step, **metrics}) + "\n"
+        record = {"step": step, **metrics}
+        self._on_tensorboard(lambda: self._add_scalars(step, metrics))
         if self._metrics is not None:
-            _write_line(self._metrics, line.encode())
+            self.unwritten.append(record)
+            if len(self.unwritten) == 1:  # after a line that was cut short there can be no other
+                _write_line(self._metrics, (json.dumps(record) + "\n").encode())
+                self.unwritten.clear()
+
+    def _add_scalars(self, step: int, metrics: Metrics) -> None:
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
+
+    def _on_tensorboard(self, act: Callable[[], object]) -> None:
+        """Do something with TensorBoard's files; when that fails, say so, and do without from there on."""
+        if why_not := attempt(act):
+            self._tensorboard = None
+            self.note(f"note: TensorBoard's files end here ({why_not}); metrics.jsonl goes on")
+
+    def _open_tensorboard(self, folder: Path, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.note("tensorboard is not installed: metrics go to metrics.jsonl only")
+            return
+        self._tensorboard = SummaryWriter(folder, purge_step=step + 1)
+
+    def _close_tensorboard(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -122,6 +241,36 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [dict(record) for record in read_json_lines(path, MetricsLine)]
 
 
+def check_written(
+    path: Path, step: int, pending: int, unwritten: Sequence[object], note: Callable[[str], None]
+) -> None:
+    """Refuse a metrics.jsonl that is not that of a checkpoint.
+
+    Args:
+        path: the file.
+        step: of the checkpoint.
+        pending: steps since the last line on training.
+        unwritten: lines that the checkpoint holds itself.
+        note: told where the file is missing, which loses no weights.
+
+    Raises:
+        ValueError: its last line on training up to that step is of another step; the message names the file.
+    """
+    if unwritten:
+        return
+    if not path.exists():
+        note(f"note: {path} is missing: it starts again after step {step}")
+        return
+    found = max(
+        (line["step"] for line in read_metrics(path) if "loss" in line and line["step"] <= step), default=0
+    )
+    if found != step - pending:
+        raise ValueError(
+            f"resume: {path} must say what training was like up to step {step - pending}, as the checkpoint "
+            f"of step {step} does, got its last line of step {found}; it is another run's, or was cut"
+        )
+
+
 def plot_losses(run_dir: Path, unit: str) -> str | None:
     """Draw loss.png from metrics.jsonl: training and validation loss over the steps.
 
@@ -132,10 +281,12 @@ def plot_losses(run_dir: Path, unit: str) -> str | None:
     Returns:
         None, or, where the picture cannot be drawn, the reason.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return "matplotlib is not installed: no loss.png (pip install 'minrnn[plots]')"
+    return draw(lambda: _draw_losses(run_dir, unit))
+
+
+def _draw_losses(run_dir: Path, unit: str) -> None:
+    from matplotlib.figure import Figure
+
     records = read_metrics(run_dir / "metrics.jsonl")
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -143,26 +294,19 @@ def plot_losses(run_dir: Path, unit: str) -> str | None:
         points = [(record["step"], record[name]) for record in records if name in record]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
-    axes.set(xlabel="step", ylabel=f"loss ({unit})", title=run_dir.name)
+    axes.set(xlabel="step", ylabel=f"loss ({unit})")
+    axes.set_title(run_dir.name, parse_math=False)  # a name with $ is no formula
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(run_dir / "loss.png", dpi=150)
-    return None
+    if axes.lines:
+        axes.legend()
+    save_picture(figure, run_dir / "loss.png", dpi=150)
 
 
-def _open_metrics(path: Path, step: int) -> IO[bytes]:
+def _open_metrics(path: Path, step: int, unwritten: Sequence[Mapping[str, Any]]) -> IO[bytes]:
     """Open metrics.jsonl for appending, unbuffered, holding nothing of the steps after `step`."""
     kept = [record for record in read_metrics(path) if record["step"] <= step] if path.exists() else []
-    replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    replace_text(path, "".join(json.dumps(record) + "\n" for record in [*kept, *unwritten]))
     return path.open("ab", buffering=0)  # every line is on disk when it is reported, whatever ends the run
-
-
-def _open_tensorboard(folder: Path, step: int) -> SummaryWriter | None:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(folder, purge_step=step + 1)
 
 
 def _write_line(file: IO[bytes], line: bytes) -> None:
@@ -177,7 +321,7 @@ def _write_line(file: IO[bytes], line: bytes) -> None:
 class _View(Protocol):
     """How a person follows a run."""
 
-    def busy(self, text: str) -> None: ...
+    def busy(self, text: str, fraction: float) -> None: ...
 
     def training(self, step: int, metrics: Metrics) -> None: ...
 
@@ -189,7 +333,7 @@ class _View(Protocol):
 class _Silence:
     """Says nothing."""
 
-    def busy(self, text: str) -> None:
+    def busy(self, text: str, fraction: float) -> None:
         pass
 
     def training(self, step: int, metrics: Metrics) -> None:
@@ -208,9 +352,13 @@ class _Lines:
     def __init__(self, console: Console, step: int, steps: int) -> None:
         self._console = console
         self._steps = steps
+        self._said = 0.0
 
-    def busy(self, text: str) -> None:
-        pass
+    def busy(self, text: str, fraction: float) -> None:
+        if fraction == 0 or time.monotonic() - self._said > LINE_SECONDS:
+            self._said = time.monotonic()
+            if fraction:
+                self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def training(self, step: int, metrics: Metrics) -> None:
         rate = _compact(metrics["tokens_per_second"])
@@ -232,12 +380,12 @@ class _ProgressBar:
 
     def __init__(self, console: Console, step: int, steps: int) -> None:
         self._steps = steps
-        self._bar = Progress(
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
+        self._bar = progress.Progress(
+            progress.BarColumn(bar_width=None),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.description}"),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("left"),
             console=console,
             expand=True,
         )
@@ -246,7 +394,7 @@ class _ProgressBar:
         self._task = self._bar.add_task("", total=steps, completed=step)
         self._bar.start()
 
-    def busy(self, text: str) -> None:
+    def busy(self, text: str, fraction: float) -> None:
         self._bar.update(self._task, description=text)
 
     def training(self, step: int, metrics: Metrics) -> None:

@@ -13,23 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minrnn.files import find_directory, write_json
+from minrnn.files import claim, find_directory, recover_directory, write_json
+from minrnn.files.claims import LOCK_FILE
 from minrnn.models import map_state, save_checkpoint
 from minrnn.ops import engines
 from minrnn.tasks import TASKS, Batch
+from minrnn.tasks.task import evaluation_mode
 from minrnn.training.config import Precision, RunConfig, read_config
-from minrnn.training.log import RunLog, plot_losses
+from minrnn.training.log import RunLog, check_written, plot_losses
 from minrnn.training.memory import keep_freed_memory
 from minrnn.training.optim import clip_gradients, learning_rate_at, make_optimizers, set_learning_rate
 from minrnn.training.provenance import provenance
 from minrnn.training.resume import (
-    Interrupted,
+    State,
     TrainState,
+    check_carry,
     check_unchanged,
-    interruptible,
     load_last,
     save_last,
 )
+from minrnn.training.stopping import Interruption, interruptible
 
 
 class NonFiniteLossError(RuntimeError):
@@ -42,7 +45,8 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False, log: RunLog
     The directory holds config.json, metrics.jsonl, checkpoints/best and checkpoints/last, and at the end
     results.json; loss.png and tensorboard/ too, where matplotlib and tensorboard are installed. A run that
     was stopped, in whatever way, and is resumed ends with the weights of one that was not: to the last bit
-    on a CPU with the same number of threads.
+    on a CPU with the same number of threads. While it lasts the directory is claimed: another run in it is
+    refused; reading is free.
 
     Args:
         config: the whole run.
@@ -56,32 +60,43 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False, log: RunLog
         mixer, device, machine, versions and commit.
 
     Raises:
+        InUseError: another run is at work in `run_dir`.
         FileExistsError: `run_dir` holds something and `resume` is False.
         FileNotFoundError: it holds no run and `resume` is True.
         ValueError: the configuration cannot be run, or is not that of the run to resume.
         NonFiniteLossError: training diverged; the checkpoints are from before it.
-        Interrupted: SIGINT or SIGTERM asked for a stop, and the state is saved.
-        OSError: a file cannot be written; the checkpoints before it are whole.
+        Interrupted: SIGINT, SIGTERM or SIGHUP asked for a stop, or nobody reads any more what is reported,
+            and the state is saved.
+        OSError: a file cannot be written; the checkpoints before it are whole, and where it was a file of the
+            log, the state is saved.
     """
+    with claim(run_dir, log.note):
+        return _train(config, run_dir, resume, log)
+
+
+def _train(config: RunConfig, run_dir: Path, resume: bool, log: RunLog) -> dict[str, Any]:
     if not resume:
         _check_new(run_dir)
     keep_freed_memory()
     run = Run(config, run_dir, log)
     run.begin(resume)
-    settings = config.train
-    with log.open(run_dir, run.state.step, settings.steps), products_of(settings.precision):
-        with interruptible() as interruption:
-            while run.state.step < settings.steps:
+    settings, stop = config.train, run.interruption
+    with (
+        log.open(run_dir, run.state.step, settings.steps, run.state.unwritten),
+        products_of(settings.precision),
+    ):
+        with interruptible(stop):
+            while run.state.step < settings.steps and not stop.asked:
                 run.step()
                 if run.due(settings.log_every):
                     run.report()
                 if run.due(settings.eval_every):
                     run.evaluate()
-                if run.due(settings.checkpoint_every):
+                if run.due(settings.checkpoint_every) or stop.asked:
                     run.save()
-                if interruption.signum:
-                    run.save()
-                    raise Interrupted(interruption.signum, run.state.step)
+        if stop.asked:
+            run.save()  # asked since it was saved last, perhaps
+            raise stop.met(f"step {run.state.step}")
         return run.finish()
 
 
@@ -141,12 +156,12 @@ class Run:
         self.carries_state = self.settings.carry_state or self.task.carries_state
         self.optimizers = make_optimizers(self.model, self.settings)
         self.state = TrainState()
+        self.interruption = Interruption()
         self._pending: list[Tensor] = []  # (loss, norm) of steps that are still on the device
         self._seconds_before = 0.0  # spent by the sessions before this one
         self._window_tokens = 0  # since the last report
-        self._whole: tuple[int, dict[str, float]] | None = (
-            None  # last evaluation of all the split, and its step
-        )
+        # The last evaluation that was as long as the final one, and its step.
+        self._whole: tuple[int, dict[str, float]] | None = None
         self._session_started = self._window_started = time.perf_counter()
 
     @property
@@ -206,26 +221,27 @@ class Run:
             "seconds": self._seconds(),
             "tokens_per_second": self._window_tokens / (time.perf_counter() - self._window_started),
         }
-        self.log.training(state.step, metrics)
+        with self.interruption.telling():
+            self.log.training(state.step, metrics)
         state.losses, state.grad_norms = [], []
         self._window_tokens, self._window_started = 0, time.perf_counter()
 
     def evaluate(self) -> None:
         """Measure the model on the validation split, and keep its weights if they are the best so far."""
         self._collect()
-        self.log.busy("evaluating")
         began = time.perf_counter()
-        metrics = self.task.evaluate(self.model, max_tokens=self.settings.eval_tokens)
+        metrics = self._measure("evaluating", self.settings.eval_tokens)
         if not math.isfinite(metrics["val_loss"]):
             raise NonFiniteLossError(self._advice(f"its val_loss is {metrics['val_loss']}"))
-        if self.settings.eval_tokens == 0:
+        if self.settings.eval_tokens == self.settings.final_eval_tokens:
             self._whole = self.state.step, metrics
         chosen_by = self.task.chosen_by
         is_best = metrics[chosen_by] < self.state.best.get(chosen_by, math.inf)
         if is_best:
-            self.state.best = {"step": self.state.step, **metrics}
             save_checkpoint(self.run_dir / "checkpoints" / "best", self.model, extra=self._extra())
-        self.log.evaluation(self.state.step, metrics, is_best)
+            self.state.best = {"step": self.state.step, **metrics}
+        with self.interruption.telling():
+            self.log.evaluation(self.state.step, metrics, is_best)
         self._window_started += time.perf_counter() - began  # tokens_per_second is training's alone
 
     def save(self) -> None:
@@ -235,15 +251,18 @@ class Run:
             raise NonFiniteLossError(self._advice("its weights are not finite"))
         began = time.perf_counter()
         self.state.seconds = self._seconds()
+        self.state.unwritten = self.log.unwritten
+        self.log.flush()
         last = self.run_dir / "checkpoints" / "last"
-        save_last(last, self.model, self.optimizers, self.state, self._extra())
+        save_last(last, self.model, self.optimizers, self.state, self.config, self._extra())
         self._window_started += time.perf_counter() - began
 
     def finish(self) -> dict[str, Any]:
         """Measure the last weights on the whole validation split; write results.json and loss.png."""
         if self._whole is None or self._whole[0] != self.state.step:
-            self.log.busy("evaluating on the whole validation split")
-            self._whole = self.state.step, self.task.evaluate(self.model)
+            most = self.settings.final_eval_tokens
+            what = "evaluating on the whole validation split" if most == 0 else "evaluating"
+            self._whole = self.state.step, self._measure(what, most)
         step, metrics = self._whole
         results = {
             "recipe": self.config.recipe,
@@ -260,22 +279,39 @@ class Run:
         write_json(self.run_dir / "results.json", results)
         problem = plot_losses(self.run_dir, self.task.unit)
         if problem:
-            self.log.note(problem)
+            self.log.note(f"no loss.png: {problem}")
         return results
+
+    def _measure(self, what: str, max_tokens: int) -> dict[str, float]:
+        """Evaluate the model, and tell how far it is."""
+
+        def tell(fraction: float) -> None:
+            with self.interruption.telling():
+                self.log.busy(what, fraction)
+
+        tell(0.0)
+        return self.task.evaluate(self.model, max_tokens=max_tokens, tell=tell)
 
     def _restore(self) -> None:
         last = self.run_dir / "checkpoints" / "last"
+        for directory in (last, last.with_name("best")):
+            recover_directory(directory)
         try:
             find_directory(last)
         except FileNotFoundError:
             self.log.note("no checkpoint yet: starting from the first step")
             return
-        self.state, extra = load_last(last, self.model, self.optimizers)
-        if extra["corpus"] != self.task.sha256:
+        self.state, extra = load_last(last, self.model, self.optimizers, self.config, self.log.note)
+        if extra.get("corpus") != self.task.sha256:
             raise ValueError(
                 f"resume: the text or data has changed since this run was trained on it; it is now "
                 f"{self.task.describe()}; start a new run"
             )
+        check_carry(last, self.state.carry, [self._carried(steps) for steps in (1, 2)])
+        state = self.state
+        check_written(
+            self.run_dir / "metrics.jsonl", state.step, len(state.losses), state.unwritten, self.log.note
+        )
         if self.state.step > self.settings.steps:
             raise ValueError(
                 f"resume: train.steps must be at least the {self.state.step} that are done, got "
@@ -289,8 +325,7 @@ class Run:
         settings, state = self.settings, self.state
         batches = self._batches(state.step * settings.accumulate + part)
         targets = sum(batch.num_targets for batch in batches)
-        half = settings.precision == "bfloat16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
+        with self._autocast():
             parts = [self.task.loss(self.model, batch, state.carry) for batch in batches]
         weights = (batch.num_targets / targets for batch in batches)
         loss = torch.stack([weight * each for weight, (each, _) in zip(weights, parts, strict=True)]).sum()
@@ -299,6 +334,19 @@ class Run:
         state.tokens += targets
         self._window_tokens += targets
         return loss.detach()
+
+    @torch.no_grad()
+    def _carried(self, steps: int) -> State:
+        """Return what the model carries after so many steps, or None where the run carries nothing."""
+        if not self.carries_state:
+            return None
+        batch = self._batches(0)[0].first(steps)
+        with evaluation_mode(self.model), self._autocast():  # which draws no random numbers
+            return self.task.loss(self.model, batch)[1]
+
+    def _autocast(self) -> torch.autocast:
+        half = self.settings.precision == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
 
     def _batches(self, index: int) -> list[Batch]:
         """Return the sequences of one backward pass: first those that carry the state, if any do."""
@@ -352,6 +400,6 @@ def _count(number: int, thing: str) -> str:
 
 
 def _check_new(run_dir: Path) -> None:
-    """Refuse to write into a directory that holds something."""
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    """Refuse to write into a directory, which is claimed, that holds something."""
+    if any(path.name != LOCK_FILE for path in run_dir.iterdir()):
         raise FileExistsError(f"{run_dir} already exists; go on with --resume, or choose another --run")

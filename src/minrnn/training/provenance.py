@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +21,7 @@ def provenance(device: torch.device) -> dict[str, object]:
 
     Returns:
         JSON values: `device`, `machine` (processor, CPU threads, system), `versions` (minrnn, torch, python),
-        and `commit`, which is None for an installed package.
+        and `commit`, which is None for an installed package, and where git cannot tell.
     """
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
@@ -59,12 +60,16 @@ def _commit() -> str | None:
     folder = Path(__file__).parent
     if _git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None  # installed: a repository around the environment is not ours
-    return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    said = _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return said if said is not None and re.fullmatch(r"[0-9a-f]{40,64}(-dirty)?", said) else None
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
+    """Return what git says in one line; None where there is no git, or one that does not work."""
     try:
-        done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=10)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
+        done = subprocess.run(
+            ["git", "-C", folder, *arguments], stdin=subprocess.DEVNULL, capture_output=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return done.stdout.decode(errors="replace").strip() if done.returncode == 0 else None

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from minrnn.files import find_directory, write_directory
+from minrnn.files import convert, find_directory, naming, read_json, write_directory
 from minrnn.models import Model, load_checkpoint
-from minrnn.models.checkpoint import load_tensors, save_tensors, write_model
+from minrnn.models.checkpoint import check_files, load_tensors, save_tensors, write_model
 from minrnn.tasks import Vocabulary
 from minrnn.training.config import RunConfig, read_config
 
@@ -26,8 +21,31 @@ State = Any  # nested tuples of tensors, as a model's state is
 
 # Settings that a resumed run may change: none alters the steps that are done, nor the shape of what is saved.
 CHANGEABLE = frozenset(
-    {"steps", "eval_every", "eval_tokens", "checkpoint_every", "log_every", "device", "threads"}
+    {
+        "steps",
+        "eval_every",
+        "eval_tokens",
+        "final_eval_tokens",
+        "checkpoint_every",
+        "log_every",
+        "device",
+        "threads",
+    }
 )
+
+TENSORS_FILE, STATE_FILE = "trainer.safetensors", "trainer.json"
+
+NEW_IN_FORMAT_2 = frozenset({"unwritten", "run"})
+"""What trainer.json has held since checkpoints are of format 2."""
+
+MOST_COUNTED = 1 << 24
+"""AdamW counts its steps in float32, which stays at this one."""
+
+MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    torch.optim.Muon: ("momentum_buffer",),
+}
+"""What each optimiser keeps of a parameter, like it in shape and dtype; AdamW counts its steps beside."""
 
 
 @dataclass
@@ -40,12 +58,14 @@ class TrainState:
     """Tokens trained on."""
     seconds: float = 0.0
     """Wall-clock time spent, over all the sessions of the run."""
-    best: dict[str, float] = field(default_factory=dict)
+    best: dict[str, int | float] = field(default_factory=dict)
     """`step` and metrics of the evaluation with the lowest val_loss; empty before the first."""
     losses: list[float] = field(default_factory=list)
     """Losses of the steps since the last line of metrics.jsonl."""
     grad_norms: list[float] = field(default_factory=list)
     """Norms of the gradients of the same steps."""
+    unwritten: list[dict[str, Any]] = field(default_factory=list)
+    """Lines of metrics.jsonl that could not be written (the disk was full), to be written when it goes on."""
     carry: State = None
     """The model's state at the end of the last window, where the run carries it."""
 
@@ -55,19 +75,22 @@ def save_last(
     model: Model,
     optimizers: Sequence[torch.optim.Optimizer],
     state: TrainState,
+    config: RunConfig,
     extra: Mapping[str, Any],
 ) -> None:
     """Write the checkpoint that a run resumes from, whole or not at all.
 
     The directory is a model's checkpoint with two files more: trainer.safetensors (the optimisers' moments,
-    the random generators, the carried state) and trainer.json (the rest of `TrainState`).
+    the random generators, the carried state) and trainer.json (the rest of `TrainState`, and the run's
+    settings but for those that may change).
 
     Args:
         directory: where to write; a checkpoint that is already there stays until the new one is complete.
         model: the model.
         optimizers: its optimisers, each of its own parameters.
         state: where the run is.
-        extra: JSON values saved with the model.
+        config: the run's settings.
+        extra: JSON values saved with the model; `step` is among them.
 
     Raises:
         OSError: it cannot be written (a full disk, say); the previous checkpoint is still there.
@@ -75,6 +98,7 @@ def save_last(
     carry: list[Tensor] = []
     scalars = {entry.name: getattr(state, entry.name) for entry in fields(state) if entry.name != "carry"}
     scalars["carry"] = _flatten(state.carry, carry)
+    scalars["run"] = _lasting(config)
     device = next(model.parameters()).device
     tensors = {
         **{f"optimizer.{name}": value for name, value in _optimizer_tensors(model, optimizers).items()},
@@ -83,42 +107,83 @@ def save_last(
         **{f"carry.{index}": tensor.clone() for index, tensor in enumerate(carry)},
     }
     with write_directory(directory) as folder:
-        write_model(folder, model, extra=extra)
-        save_tensors(folder / "trainer.safetensors", tensors)
-        (folder / "trainer.json").write_text(json.dumps(scalars, indent=1), encoding="utf-8")
+        save_tensors(folder / TENSORS_FILE, tensors)
+        (folder / STATE_FILE).write_text(json.dumps(scalars, indent=1), encoding="utf-8")
+        write_model(folder, model, extra=extra)  # last: it lists all files
 
 
 def load_last(
-    directory: Path, model: Model, optimizers: Sequence[torch.optim.Optimizer]
+    directory: Path,
+    model: Model,
+    optimizers: Sequence[torch.optim.Optimizer],
+    config: RunConfig,
+    say: Callable[[str], object],
 ) -> tuple[TrainState, dict[str, Any]]:
     """Put weights, optimisers and random generators back as `save_last` found them.
+
+    Nothing is changed before every file has been checked: its size and digest; that its tensors are exactly
+    those that the run has, in name, shape and dtype; that its steps agree, and that it is of the same run.
+    What the carried state must look like, `check_carry` knows.
 
     Args:
         directory: what `save_last` wrote.
         model: a model of the same configuration, on its device; changed in place.
         optimizers: its optimisers; changed in place.
+        config: the run's settings.
+        say: told in one line what could not be checked, in a checkpoint of an earlier format.
 
     Returns:
         Where the run was, and the JSON values that were saved with the model.
 
     Raises:
         FileNotFoundError: there is no checkpoint, or it lacks a file.
-        ValueError: the checkpoint is damaged, or is of another model.
+        ValueError: the checkpoint is damaged, or is of another run or model; the message names the file.
     """
     device = next(model.parameters()).device
     folder = find_directory(directory)
     saved, extra = load_checkpoint(folder)
+    if unchecked := check_files(folder, [TENSORS_FILE, STATE_FILE]):
+        say(f"{directory} was written when checkpoints did not list {' and '.join(unchecked)}: not checked")
+    state, nesting = _read_state(folder / STATE_FILE, config, is_old=bool(unchecked))
+    if extra.get("step") != state.step:
+        raise ValueError(
+            f"resume: {folder / STATE_FILE} is of step {state.step}, and the weights beside it are of step "
+            f"{extra.get('step')}; use another copy"
+        )
+    tensors = load_tensors(folder / TENSORS_FILE)
+    with naming(f"resume: {folder / TENSORS_FILE}"):
+        carried = _places(nesting)
+        _check_tensors(tensors, _expected_tensors(model, optimizers, device, len(carried)))
+        _check_counts(tensors, state.step)
+    with naming(f"resume: {folder / STATE_FILE}"):
+        if sorted(carried) != list(range(len(carried))):
+            raise ValueError(f"carry must name each of its tensors once, got {carried}")
     model.load_state_dict(saved.state_dict())
-    tensors = load_tensors(folder / "trainer.safetensors")
     _restore_optimizers(model, optimizers, _under("optimizer.", tensors))
     _restore_random_states(_under("random.", tensors), device)
-    scalars = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-    if scalars.keys() != {entry.name for entry in fields(TrainState)}:
-        raise ValueError(
-            f"resume: {folder / 'trainer.json'} was written by another version of minrnn; use that"
-        )
     carry = {int(index): tensor.to(device) for index, tensor in _under("carry.", tensors).items()}
-    return TrainState(**scalars | {"carry": _unflatten(scalars["carry"], carry)}), extra
+    state.carry = _unflatten(nesting, carry)
+    return state, extra
+
+
+def check_carry(path: Path, carry: State, examples: Sequence[State]) -> None:
+    """Refuse a carried state that the run's model cannot have.
+
+    Args:
+        path: the checkpoint, for the message.
+        carry: what it holds.
+        examples: what the model carries after one step, and after two: where their sizes differ, a state
+            grows with its past (attention's keys), and may have any size; None where the run carries nothing.
+
+    Raises:
+        ValueError: it has another structure, shape or dtype.
+    """
+    forms = [_form(state) for state in (carry, *examples)]
+    if not _fits(*forms):
+        raise ValueError(
+            f"resume: the state in {path / STATE_FILE} must be {_shown(forms[1])}, as the model carries it, "
+            f"got {_shown(forms[0])}; use another copy"
+        )
 
 
 class Trained(NamedTuple):
@@ -129,6 +194,8 @@ class Trained(NamedTuple):
     """Of a model of text; None where its tokens are no text."""
     step: int
     """That the weights are of."""
+    corpus: str
+    """Digest of what they learnt from, as `Task.sha256` gives it."""
 
 
 def load_trained(run_dir: Path, which: str, device: torch.device) -> Trained:
@@ -140,7 +207,8 @@ def load_trained(run_dir: Path, which: str, device: torch.device) -> Trained:
         device: where the model goes.
 
     Returns:
-        The model, the vocabulary of its tokens (None where they are no text) and its weights' step.
+        The model, the vocabulary of its tokens (None where they are no text), its weights' step, and the
+        digest of what they learnt from.
 
     Raises:
         FileNotFoundError: there is no such run, or it has no such checkpoint yet.
@@ -154,11 +222,12 @@ def load_trained(run_dir: Path, which: str, device: torch.device) -> Trained:
         raise FileNotFoundError(f"{run_dir} has no checkpoint {which!r} yet") from error
     model, extra = load_checkpoint(folder, device=device)
     match extra:
-        case {"vocabulary": dict(vocabulary), "step": int(step)}:
-            return Trained(model, Vocabulary.from_dict(vocabulary), step)
-        case {"vocabulary": None, "step": int(step)}:
-            return Trained(model, None, step)
-    raise ValueError(f"{directory} names no vocabulary and step: no run wrote it")
+        case {"vocabulary": dict(vocabulary), "step": int(step), "corpus": str(corpus)}:
+            with naming(directory):
+                return Trained(model, Vocabulary.from_dict(vocabulary), step, corpus)
+        case {"vocabulary": None, "step": int(step), "corpus": str(corpus)}:
+            return Trained(model, None, step, corpus)
+    raise ValueError(f"{directory} names no vocabulary, step and corpus: no run wrote it")
 
 
 def check_unchanged(saved: RunConfig, config: RunConfig) -> None:
@@ -181,49 +250,82 @@ def check_unchanged(saved: RunConfig, config: RunConfig) -> None:
                 )
 
 
-class Interrupted(Exception):  # noqa: N818 - a request that was met, not an error
-    """A signal ended the run after its state was saved."""
-
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(f"{signal.Signals(signum).name}: stopped and saved after step {step}")
-        self.signum = signum
+def _lasting(config: RunConfig) -> dict[str, Any]:
+    """Return a run's settings as JSON, but for those that may change."""
+    values = config.to_dict()
+    return values | {"train": {name: v for name, v in values["train"].items() if name not in CHANGEABLE}}
 
 
-@dataclass
-class Interruption:
-    """Whether a signal has asked the run to stop."""
+def _read_state(path: Path, config: RunConfig, is_old: bool) -> tuple[TrainState, Any]:
+    """Return what trainer.json holds: the state without what it carries, and the nesting of that."""
+    values = read_json(path, dict[str, Any])
+    names = {entry.name for entry in fields(TrainState)} | NEW_IN_FORMAT_2
+    if is_old:
+        names -= NEW_IN_FORMAT_2
+    if values.keys() != names:
+        raise ValueError(
+            f"resume: {path} must hold {', '.join(sorted(names))}, got {', '.join(sorted(values))}; it was "
+            "written by another version of minrnn: use that"
+        )
+    nesting, run = values.pop("carry"), values.pop("run", None)
+    with naming(f"resume: {path}"):
+        state = convert(values, TrainState)
+        if min(state.step, state.tokens, state.seconds) < 0 or len(state.losses) != len(state.grad_norms):
+            raise ValueError("its counts must be 0 or more, and its losses as many as its norms")
+        if run is not None:
+            check_unchanged(RunConfig.from_dict(convert(run, dict[str, Any], "run")), config)
+    return state, nesting
 
-    signum: int = 0
-    """The signal's number; 0 while there was none."""
+
+class _Form(NamedTuple):
+    """What a tensor looks like."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Form:
+        return cls(tuple(tensor.shape), tensor.dtype)
 
 
-@contextmanager
-def interruptible() -> Iterator[Interruption]:
-    """Let SIGINT and SIGTERM ask for a stop at the end of the step; a second one stops at once.
-
-    Outside the main thread, where Python delivers no signals, nothing is changed.
-    """
-    interruption = Interruption()
-    if threading.current_thread() is not threading.main_thread():
-        yield interruption
-        return
-
-    def ask(signum: int, frame: FrameType | None) -> None:
-        interruption.signum = signum
-        signal.signal(signum, previous[signum])
-        # The plain system call: print could be interrupted in the middle of another print.
-        os.write(2, b"\nstopping after this step; once more stops at once, without saving\n")
-
-    previous: dict[int, Any] = {
-        signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)
+def _expected_tensors(
+    model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], device: torch.device, carried: int
+) -> dict[str, _Form | None]:
+    """Return the tensors of a run that has taken a step; None is any form, which others check."""
+    expected: dict[str, _Form | None] = {
+        f"random.{name}": _Form.of(value) for name, value in _random_states(device).items()
     }
-    try:
-        for signum in previous:
-            signal.signal(signum, ask)
-        yield interruption
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+    expected |= {f"carry.{index}": None for index in range(carried)}
+    for optimizer in optimizers:
+        for name, parameter in _names_of(model, optimizer):
+            expected |= {f"optimizer.{name}/{key}": _Form.of(parameter) for key in MOMENTS[type(optimizer)]}
+            if isinstance(optimizer, torch.optim.AdamW):
+                expected[f"optimizer.{name}/step"] = _Form((), torch.float32)
+    return expected
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, _Form | None]) -> None:
+    # A run that moves to a GPU or from one has the other's generators, or lacks these.
+    optional = {"random.cuda"}
+    missing = sorted(expected.keys() - tensors.keys() - optional)
+    unexpected = sorted(tensors.keys() - expected.keys() - optional)
+    other = [
+        f"{name} ({_shown(form)} expected, got {_shown(_Form.of(tensors[name]))})"
+        for name, form in sorted(expected.items())
+        if form is not None and name in tensors and _Form.of(tensors[name]) != form
+    ]
+    faults = {"missing": missing, "unexpected": unexpected, "of another form": other}
+    found = "; ".join(f"{what}: {', '.join(names)}" for what, names in faults.items() if names)
+    if found:
+        raise ValueError(f"its tensors are not those of this run; {found}; use another copy")
+
+
+def _check_counts(tensors: Mapping[str, Tensor], step: int) -> None:
+    for name, value in tensors.items():
+        if name.endswith("/step") and value.item() != min(step, MOST_COUNTED):
+            raise ValueError(
+                f"{name} is {value.item():g}, and the run has taken {step} steps; use another copy"
+            )
 
 
 def _optimizer_tensors(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -279,6 +381,51 @@ def _flatten(state: State, tensors: list[Tensor]) -> Any:
         tensors.append(state)
         return len(tensors) - 1
     return [_flatten(part, tensors) for part in state]
+
+
+def _places(nesting: Any) -> list[int]:
+    """Return the places that a nesting names, or raise ValueError where it is none."""
+    if nesting is None:
+        return []
+    if type(nesting) is int:
+        return [nesting]
+    if not isinstance(nesting, list):
+        raise ValueError(f"carry must be lists of places, got {nesting!r}")
+    return [place for part in nesting for place in _places(part)]
+
+
+def _form(state: State) -> Any:
+    """Return a nested state with each tensor's form in its place."""
+    if state is None or isinstance(state, Tensor):
+        return None if state is None else _Form.of(state)
+    return tuple(_form(part) for part in state)
+
+
+def _fits(form: Any, one: Any, two: Any) -> bool:
+    """Whether a form is that of two others, but for sizes in which those differ."""
+    if form is None or one is None:
+        return form is None and one is None
+    if isinstance(one, _Form):
+        if not isinstance(form, _Form) or form.dtype != one.dtype or len(form.shape) != len(one.shape):
+            return False
+        sizes = zip(form.shape, one.shape, two.shape, strict=True)
+        return all(size == first or first != second for size, first, second in sizes)
+    if isinstance(form, _Form) or len(form) != len(one):
+        return False
+    return all(map(_fits, form, one, two))
+
+
+def _shown(form: Any) -> str:
+    """Write a form in a message.
+
+    >>> _shown((_Form((2, 3), torch.float32), None))
+    '(float32 (2, 3), nothing)'
+    """
+    if form is None:
+        return "nothing"
+    if isinstance(form, _Form):
+        return f"{str(form.dtype).removeprefix('torch.')} {form.shape}"
+    return f"({', '.join(map(_shown, form))})"
 
 
 def _unflatten(nesting: Any, tensors: Mapping[int, Tensor]) -> State:

@@ -5,6 +5,9 @@ from contextlib import contextmanager
 
 import torch
 
+MOST_THREADS = 1024
+"""More than these torch does not survive (a million is a segmentation fault), and no machine has use for."""
+
 
 @contextmanager
 def cpu_threads(count: int) -> Iterator[int]:
