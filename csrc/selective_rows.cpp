@@ -176,6 +176,12 @@ MINRNN_INLINE Lanes<Real> with_skip(const Real *y, const Real *skip, const Real 
     return skip ? load(y + k * L) + load(skip + k * L) * load(u + k * L) : load(y + k * L);
 }
 
+// delta_pre + bias
+template <class Real, int K> MINRNN_INLINE Lanes<Real> with_bias(const Real *pre, const Real *bias, int k) {
+    constexpr int L = Tile<Real, K>::L;
+    return bias ? load(pre + k * L) + load(bias + k * L) : load(pre + k * L);
+}
+
 // ---------------------------------------------------------------------------------------------------------
 // Forward
 
@@ -192,8 +198,9 @@ template <class Real, int K> struct ForwardTile : Tile<Real, K> {
         const int64_t size = in.N * W;
         Real *const rate = workspace;
         const Pair<Real> state{rate + size, rate + 2 * size};
-        alignas(64) Real delta[W], drive[W], y[W], skip_buffer[W], buffers[4][W];
+        alignas(64) Real delta[W], drive[W], y[W], skip_buffer[W], bias_buffer[W], buffers[4][W];
         const Real *skip = in.skip ? this->whole(in.skip + d, skip_buffer) : nullptr;
+        const Real *bias = in.bias ? this->whole(in.bias + d, bias_buffer) : nullptr;
         gather(n, in.N, in.A + d * in.N, Real(kLog2E), rate, W);
         clear(state.hi, 2 * size);
         if (in.h0) gather(n, in.N, in.h0 + (b * in.D + d) * in.N, Real(1), state.hi, W);
@@ -202,7 +209,7 @@ template <class Real, int K> struct ForwardTile : Tile<Real, K> {
             if (in.resets(b, t)) clear(state.hi, 2 * size);
             const Real *u = this->row(in.u, t, buffers[0]), *pre = this->row(in.delta_pre, t, buffers[1]);
             for (int k = 0; k < K; ++k) {
-                const V step = Softplus<V>(load(pre + k * L)).value;
+                const V step = Softplus<V>(with_bias<Real, K>(pre, bias, k)).value;
                 store(step, delta + k * L);
                 store(step * load(u + k * L), drive + k * L);
             }
@@ -264,7 +271,7 @@ template <class Real, int K> struct BackwardTile : Tile<Real, K> {
     Group<Real> group;   // from the tile's first channel on
     int64_t stride;      // channels of a row of the group
     Chunk<Real> chunk;
-    const Real *skip;
+    const Real *skip, *bias;
 
     BackwardTile(const BackwardCall<Real> &call, int64_t b, int64_t d, int64_t n, int64_t begin, int64_t end,
                  Group<Real> group, int64_t stride, Chunk<Real> chunk)
@@ -272,8 +279,9 @@ template <class Real, int K> struct BackwardTile : Tile<Real, K> {
           chunk(chunk) {}
 
     void run() {
-        alignas(64) Real skip_buffer[W], dskip[W] = {};
+        alignas(64) Real skip_buffer[W], bias_buffer[W], dskip[W] = {};
         skip = in.skip ? this->whole(in.skip + d, skip_buffer) : nullptr;
+        bias = in.bias ? this->whole(in.bias + d, bias_buffer) : nullptr;
         start();
         for (int64_t t = begin; t < end; ++t) recompute(t);
         for (int64_t t = end - 1; t >= begin; --t) adjoin(t, dskip);
@@ -295,7 +303,7 @@ template <class Real, int K> struct BackwardTile : Tile<Real, K> {
         const Real *u = this->row(in.u, t, buffers[0]), *pre = this->row(in.delta_pre, t, buffers[1]);
         Real *delta = chunk.delta + s * W, *slope = chunk.slope + s * W, *drive = chunk.drive + s * W;
         for (int k = 0; k < K; ++k) {
-            const Softplus<V> step(load(pre + k * L));
+            const Softplus<V> step(with_bias<Real, K>(pre, bias, k));
             store(step.value, delta + k * L);
             store(step.slope, slope + k * L);
             store(step.value * load(u + k * L), drive + k * L);

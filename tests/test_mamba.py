@@ -13,7 +13,7 @@ def test_starts_as_the_source_does() -> None:
     torch.manual_seed(0)
     mixer = MambaMixer(40, 64)
     assert mixer.dt_rank == math.ceil(40 / 16)
-    delta = functional.softplus(mixer.dt_proj.bias)
+    delta = functional.softplus(mixer.dt_bias)
     assert (delta > 0.999 * DT_MIN).all()
     assert (delta < 1.001 * DT_MAX).all()
     assert delta.min() < 3 * DT_MIN
@@ -45,7 +45,8 @@ def test_is_mambapys_block() -> None:
     torch.manual_seed(0)
     theirs = package.MambaBlock(package.MambaConfig(d_model=12, n_layers=1, d_state=4)).double()
     ours = MambaMixer(12, 24, d_state=4).double()
-    state = {name: value for name, value in theirs.state_dict().items() if name in ours.state_dict()}
+    known = {*ours.state_dict(), "dt_proj.bias"}
+    state = {name: value for name, value in theirs.state_dict().items() if name in known}
     ours.load_state_dict(
         state
         | {
@@ -57,11 +58,11 @@ def test_is_mambapys_block() -> None:
     y, expected = functional.linear(ours(x)[0], theirs.out_proj.weight), theirs(x)
     torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-9)
     dy = torch.randn_like(y)
-    names = [name for name, _ in ours.named_parameters() if name in state]
-    assert set(names) == {"A_log", "D", "in_proj.weight", "x_proj.weight", "dt_proj.weight", "dt_proj.bias"}
+    names = {name: name for name, _ in ours.named_parameters() if name in state} | {"dt_bias": "dt_proj.bias"}
+    assert set(names) == {"A_log", "D", "in_proj.weight", "x_proj.weight", "dt_proj.weight", "dt_bias"}
     gradients = (
-        torch.autograd.grad(out, [x, *map(module.get_parameter, names)], dy)
-        for out, module in ((y, ours), (expected, theirs))
+        torch.autograd.grad(out, [x, *map(module.get_parameter, of)], dy)
+        for out, module, of in ((y, ours, names), (expected, theirs, names.values()))
     )
     for ours_, theirs_ in zip(*gradients, strict=True):
         torch.testing.assert_close(ours_, theirs_, rtol=1e-5, atol=1e-7)

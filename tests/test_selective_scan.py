@@ -36,8 +36,8 @@ def leaves(x: Inputs) -> Inputs:
 
 
 def scan(x: Inputs) -> tuple[Tensor, Tensor]:
-    u, delta_pre, A, B, C, D, z, h0, reset = x
-    return selective_scan(u, delta_pre, A, B, C, D, z=z, h0=h0, reset=reset)
+    u, delta_pre, A, B, C, D, z, delta_bias, h0, reset = x
+    return selective_scan(u, delta_pre, A, B, C, D, z=z, delta_bias=delta_bias, h0=h0, reset=reset)
 
 
 def differentiate(x: Inputs, dy: Tensor, dlast: Tensor) -> list[Tensor]:
@@ -49,9 +49,9 @@ def differentiate(x: Inputs, dy: Tensor, dlast: Tensor) -> list[Tensor]:
 
 
 def part(x: Inputs, steps: slice, h0: Tensor | None) -> Inputs:
-    u, delta_pre, A, B, C, D, z, _, reset = x
-    cut = [None if s is None else s[:, steps] for s in (u, delta_pre, B, C, z, reset)]
-    return Inputs(cut[0], cut[1], A, cut[2], cut[3], D, cut[4], h0, cut[5])
+    names = ("u", "delta_pre", "B", "C", "z", "reset")
+    cut = {name: None if (s := getattr(x, name)) is None else s[:, steps] for name in names}
+    return x._replace(**cut, h0=h0)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def oracle(x: Inputs) -> tuple[Tensor, Tensor]:
             for t in range(T):
                 if x.reset[b, t]:
                     h = [torch.zeros((), dtype=x.u.dtype)] * N
-                delta = torch.log(1 + torch.exp(x.delta_pre[b, t, d]))
+                delta = torch.log(1 + torch.exp(x.delta_pre[b, t, d] + x.delta_bias[d]))
                 h = [
                     torch.exp(delta * x.A[d, n]) * h[n] + delta * x.B[b, t, n] * x.u[b, t, d]
                     for n in range(N)
@@ -165,12 +165,13 @@ def test_keeps_where_nothing_decays_or_enters() -> None:
     assert torch.equal(scan(x)[1], x.h0)
 
 
-@pytest.mark.parametrize("absent", [("D",), ("z",), ("h0",), ("reset",), ("D", "z", "h0", "reset")], ids=str)
+@pytest.mark.parametrize("absent", [("D",), ("z",), ("delta_bias",), ("h0",), ("reset",), ("D", "z", "delta_bias", "h0", "reset")], ids=str)
 def test_absent_inputs(absent: tuple[str, ...]) -> None:
     """What may be left out is zero, or one where it would be multiplied with."""
     x = draw(2, 20, 5, 3)
     neutral = {
         "D": torch.zeros_like(x.D),
+        "delta_bias": torch.zeros_like(x.delta_bias),
         "h0": torch.zeros_like(x.h0),
         "reset": torch.zeros_like(x.reset),
         "z": None,
@@ -240,8 +241,7 @@ def test_layouts() -> None:
     expected = scan(x)
 
     def lay_out(change: Callable[[Tensor], Tensor]) -> Inputs:
-        changed = [change(s) for s in (x.u, x.delta_pre, x.B, x.C, x.z)]
-        return Inputs(changed[0], changed[1], x.A, changed[2], changed[3], x.D, changed[4], x.h0, x.reset)
+        return x._replace(**{name: change(getattr(x, name)) for name in ("u", "delta_pre", "B", "C", "z")})
 
     def inside(s: Tensor) -> Tensor:
         wide = torch.full((6, 15, s.shape[2] + 2), torch.nan, dtype=s.dtype)
@@ -277,6 +277,7 @@ def test_extremes(dtype: torch.dtype) -> None:
     channels, N = len(pre), len(rates)
     x = draw(1, 3, channels, N, dtype)
     x = x._replace(delta_pre=pre.expand(1, 3, -1), A=rates.expand(channels, -1), z=None, reset=None)
+    x = x._replace(delta_bias=None)
     y, last, borders = reference.forward(cast(x, torch.float64), True)
     dy, dlast = gradients_like(x)
     gradients = reference.backward(dy.double(), dlast.double(), borders, cast(x, torch.float64))
@@ -402,7 +403,7 @@ def test_vmap_and_jacobians() -> None:
     f = function(x)
     for index, tensor in enumerate(x[:-1]):
         batched = torch.stack([tensor, 2 * tensor, tensor / 3], 1)
-        dims = tuple(1 if i == index else None for i in range(8))
+        dims = tuple(1 if i == index else None for i in range(len(NAMES)))
         mapped = torch.func.vmap(f, in_dims=dims)(*x[:index], batched, *x[index + 1 : -1])
         for n in range(3):
             one = f(*x[:index], batched[:, n], *x[index + 1 : -1])
@@ -420,7 +421,7 @@ def test_forward_mode_without_gradients() -> None:
     with torch.no_grad():
         _, actual = torch.func.jvp(function(x), x[:-1], tangents)
         torch.testing.assert_close(actual, expected)
-        batched = torch.func.vmap(function(x), in_dims=(0, *[None] * 7))(x.u[None], *x[1:-1])
+        batched = torch.func.vmap(function(x), in_dims=(0, *[None] * (len(NAMES) - 1)))(x.u[None], *x[1:-1])
     torch.testing.assert_close(batched[0][0], scan(x)[0])
 
 
@@ -441,7 +442,7 @@ def test_batched_gradients() -> None:
 def test_opcheck() -> None:
     """Schema, autograd registration, fake tensors and ahead-of-time dispatch with dynamic shapes."""
     x = draw(2, 5, 3, 2, torch.float32)
-    some = x._replace(D=None, z=None, h0=None, reset=None)
+    some = x._replace(D=None, z=None, delta_bias=None, h0=None, reset=None)
     for inputs in (x, some):
         torch.library.opcheck(torch.ops.minrnn.selective_scan.default, (*leaves(inputs), True))
         torch.library.opcheck(torch.ops.minrnn.selective_scan.default, (*inputs, False))
