@@ -39,6 +39,7 @@ void serve(Isa isa) {
 }
 
 using Tensors = std::vector<nb::handle>;
+using Start = std::array<nb::handle, 2>;  // h0 and reset, either None
 
 template <class IO> Sequence<IO> sequence(const char *what, nb::handle x, const Sizes<3> &shape) {
     const View<IO, 3> v = view<IO>(what, x, shape);
@@ -166,14 +167,14 @@ NB_MODULE(_cpu, m) {
     as_torch_does();
     m.def("prefer_huge_pages", &prefer_huge_pages);
     m.def("forward", [](int dtype, int gate, int candidate, int num_pre, int threads, bool reverse, Sizes<3> shape,
-                        const Tensors &pre, nb::handle h0, nb::handle reset, nb::handle h) {
-        const Call call{dtype, gate, candidate, num_pre, threads, reverse, shape, pre, h0, reset};
+                        const Tensors &pre, const Start &start, nb::handle h) {
+        const Call call{dtype, gate, candidate, num_pre, threads, reverse, shape, pre, start[0], start[1]};
         for_dtype(dtype, [&](auto io) { forward<decltype(io)>(call, h); });
     });
     m.def("backward", [](int dtype, int gate, int candidate, int num_pre, int threads, bool reverse, Sizes<3> shape,
-                         const Tensors &pre, nb::handle h0, nb::handle reset, nb::handle dh, nb::handle h,
+                         const Tensors &pre, const Start &start, nb::handle dh, nb::handle h,
                          const Tensors &dpre, nb::handle dh0) {
-        const Call call{dtype, gate, candidate, num_pre, threads, reverse, shape, pre, h0, reset};
+        const Call call{dtype, gate, candidate, num_pre, threads, reverse, shape, pre, start[0], start[1]};
         for_dtype(dtype, [&](auto io) { backward<decltype(io)>(call, dh, h, dpre, dh0); });
     });
     nb::class_<Chain>(m, "Chain")

@@ -62,8 +62,9 @@ template <class Real> Inputs<Real> inputs(const Call &c) {
             {resets.data, resets.strides[0], resets.strides[1]}};
 }
 
-template <class Real>
-void run_forward(const Call &c, int threads, nb::handle y, nb::handle last, nb::handle borders) {
+// outputs: y, the final state, borders or None.
+template <class Real> void run_forward(const Call &c, int threads, const Tensors<3> &outputs) {
+    const auto &[y, last, borders] = outputs;
     const ForwardCall<Real> call{inputs<Real>(c), rows<Real>("y", y, c, c.channels()),
                                  reach<Real>("h", last, c.states()), reach<Real>("borders", borders, c.borders())};
     nb::gil_scoped_release release;
@@ -97,9 +98,9 @@ NB_MODULE(_selective, m) {
     minrnn::as_torch_does();
     m.def("num_groups", &num_groups);
     m.def("forward", [](bool full, int threads, minrnn::Sizes<5> shape, Tensors<6> sequences, Tensors<4> constants,
-                        nb::handle y, nb::handle last, nb::handle borders) {
+                        Tensors<3> outputs) {
         const Call call{shape, sequences, constants};
-        (full ? run_forward<double> : run_forward<float>)(call, threads, y, last, borders);
+        (full ? run_forward<double> : run_forward<float>)(call, threads, outputs);
     });
     m.def("backward", [](bool full, int threads, minrnn::Sizes<5> shape, Tensors<6> sequences, Tensors<4> constants,
                          Tensors<3> saved, Tensors<3> dsequences, Tensors<5> dsums) {

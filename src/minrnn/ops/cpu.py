@@ -101,8 +101,7 @@ def _call(
         reverse,
         (B, T, D),
         pre,
-        h0,
-        reset,
+        (h0, reset),
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minrnn.ops.cpu import new_output
-from minrnn.ops.reference import contiguous_channels, state_dtype
+from minrnn.ops.reference import contiguous, contiguous_channels, measured, state_dtype
 from minrnn.ops.selective.reference import CHUNK, Inputs, empty_borders
 
 try:
@@ -29,7 +29,7 @@ def forward(given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     y = new_output(x.u, x.u.shape[2])
     last = x.u.new_empty(len(x.u), *x.A.shape)
     borders = empty_borders(x, save)
-    _selective.forward(*_call(x), y, last, borders if save else None)
+    _selective.forward(*_call(x), (y, last, borders if save else None))
     return y.to(given.u.dtype), last, borders
 
 
@@ -41,7 +41,7 @@ def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[
     """
     x = _readable(given)
     (batch, T, channels), N = x.u.shape, x.A.shape[1]
-    dy, dlast = contiguous_channels(dy.to(x.u.dtype)), dlast.resolve_neg().contiguous()
+    dy, dlast = contiguous_channels(_as(dy, x.u.dtype)), contiguous(dlast)
     du, ddelta_pre = new_output(x.u, x.u.shape[2]), new_output(x.u, x.u.shape[2])
     dz = x.u.new_empty(0) if x.z is None else new_output(x.u, x.u.shape[2])
     groups = _selective.num_groups(batch, channels)
@@ -72,11 +72,16 @@ def _readable(x: Inputs) -> Inputs:
     """The inputs as the extension reads them."""
     wide = state_dtype(x.u.dtype)
     if x.u.dtype != wide:
-        x = x.widened(wide)
+        *tensors, reset = x
+        x = Inputs(*(None if s is None else _as(s, wide) for s in tensors), reset)  # type: ignore[arg-type]
     rows = [None if s is None else contiguous_channels(s) for s in (x.u, x.delta_pre, x.B, x.C, x.z)]
-    whole = [None if s is None else s.resolve_neg().contiguous() for s in (x.A, x.D, x.delta_bias, x.h0)]
+    whole = [None if s is None else contiguous(s) for s in (x.A, x.D, x.delta_bias, x.h0)]
     (u, delta_pre, B, C, z), (A, D, delta_bias, h0) = rows, whole
     return Inputs(u, delta_pre, A, B, C, D, z, delta_bias, h0, x.reset)  # type: ignore[arg-type]
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else measured(x).to(dtype)
 
 
 def _call(x: Inputs) -> tuple[object, ...]:

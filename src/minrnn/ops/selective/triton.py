@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minrnn.ops.reference import contiguous_channels, output_like, state_dtype
+from minrnn.ops.reference import contiguous, contiguous_channels, output_like, state_dtype
 from minrnn.ops.selective.reference import CHUNK, Inputs, empty_borders
 
 try:
@@ -434,7 +434,7 @@ def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[
 def _readable(x: Inputs) -> Inputs:
     """The inputs as the kernels read them."""
     rows = [None if s is None else contiguous_channels(s) for s in (x.u, x.delta_pre, x.B, x.C, x.z)]
-    whole = [None if s is None else s.resolve_neg().contiguous() for s in (x.A, x.D, x.delta_bias, x.h0)]
+    whole = [None if s is None else contiguous(s) for s in (x.A, x.D, x.delta_bias, x.h0)]
     (u, delta_pre, B, C, z), (A, D, delta_bias, h0) = rows, whole
     reset = None if x.reset is None else x.reset.resolve_neg()
     return Inputs(u, delta_pre, A, B, C, D, z, delta_bias, h0, reset)  # type: ignore[arg-type]
