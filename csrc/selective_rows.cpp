@@ -577,7 +577,7 @@ class FlushingSubnormals {
 #endif
 };
 
-template <class Real> int64_t forward_workspace(int64_t N) { return 3 * N * BackwardGroup<Real>::W; }
+template <class Real> int64_t forward_workspace(int64_t N) { return 5 * N * BackwardGroup<Real>::W; }
 
 template <class Real> void forward(const ForwardCall<Real> &call, int64_t b, int64_t d, int64_t n, Real *workspace) {
     constexpr int64_t L = kLanes<Lanes<Real>>;

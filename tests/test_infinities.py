@@ -8,9 +8,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from engine_laws import CELLS, TOLERANCE, inputs
+from engine_laws import CELLS, INFINITIES, TOLERANCE, inputs, same, spoiled
 from selective_laws import NAMES, draw, gradients_like
-from torch import Tensor
 
 from minrnn.ops import GATES, reference
 from minrnn.ops.engines import load
@@ -20,42 +19,7 @@ LOADED = load("cpp")
 compiled = pytest.mark.skipif(
     not isinstance(LOADED, ModuleType), reason=f"no compiled engine to compare: {LOADED}"
 )
-INFINITIES = (torch.inf, -torch.inf)
 directions = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-
-
-def kinds(x: Tensor) -> Tensor:
-    """0 where a number is finite, 1 and -1 for infinities, 2 for NaN."""
-    return torch.where(x.isnan(), 2, torch.where(x.isinf(), x.sign(), 0)).to(torch.int8)
-
-
-def same(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Hold what is not finite to stand in the same places, and the rest to be the same numbers."""
-    assert torch.equal(kinds(actual), kinds(expected))
-    finite = expected.isfinite()
-    error = (actual.double() - expected.double())[finite].abs()
-    largest = expected[finite].double().abs().max() if finite.any() else torch.ones(())
-    assert not finite.any() or error.max() <= tolerance * largest.clamp(min=1)
-
-
-def spoiled(gate: str, dtype: torch.dtype, T: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Inputs whose channels meet an infinity in h0, in the drive, in both, in several steps; one meets none."""
-    pre, h0, reset, dh = inputs(gate, 2, T, 21, dtype)
-    reset[:] = False
-    reset[1, T // 2] = True
-    if gate == "identity":
-        pre[0][:, ::3, 16:18] = 1  # the state is kept
-        pre[0][:, :, 18] = 0.5
-    for d, bad in enumerate(INFINITIES):
-        h0[:, d] = bad
-        pre[-1][:, T // 3, 2 + d] = bad
-        pre[-1][0, T - 1, 4 + d] = bad
-        h0[:, 6 + d] = bad
-        pre[-1][:, T // 3, 6 + d] = -bad  # which may cancel
-        pre[-1][:, ::4, 8 + d] = bad
-        h0[1, 16 + d] = bad
-    h0[0, 18] = torch.nan
-    return pre, h0, reset, dh
 
 
 @compiled
@@ -187,11 +151,11 @@ def test_selective_scan(dtype: torch.dtype, channels: int) -> None:
             same(actual, expected, TOLERANCE[dtype])
         expected = selective_reference.backward(dy, dlast, borders, x)
         for name, one, other in zip(NAMES, engine.backward(dy, dlast, borders, x), expected, strict=True):
-            assert torch.equal(one.isfinite(), other.isfinite()), name
+            assert torch.equal(one.isfinite(), other.isfinite()), (name, T, given)
         x = draw(2, T, channels, 3, dtype)._replace(D=None, z=None)
         dy[:, T // 2, 0], dlast[:, 1] = torch.inf, -torch.inf
         _, _, borders = selective_reference.forward(x, True)
         expected = selective_reference.backward(dy, dlast, borders, x)
         for name, one, other in zip(NAMES, engine.backward(dy, dlast, borders, x), expected, strict=True):
-            assert torch.equal(one.isfinite(), other.isfinite()), name
+            assert torch.equal(one.isfinite(), other.isfinite()), (name, T, given)
         same(engine.backward(dy, dlast, borders, x)[-1], expected[-1], 5 * TOLERANCE[dtype])

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from selective_laws import TOLERANCE, cast, compare, draw, gradients_like
+from engine_laws import same
+from selective_laws import NAMES, TOLERANCE, cast, compare, draw, gradients_like
 from torch import Tensor
 
 from minrnn.ops.engines import serving
@@ -76,6 +77,25 @@ def test_interpreted_nan(interpreted: ModuleType) -> None:
     expected[0, 2:6, 1] = True
     expected[0, :6, 2] = True
     assert torch.equal(interpreted.forward(x, False)[0].isnan(), expected)
+
+
+def test_interpreted_infinities(interpreted: ModuleType) -> None:
+    """They stand where the reference has them, and so does NaN."""
+    x = draw(1, 7, 3, 2, torch.float32)._replace(D=None, z=None)
+    x.reset[:] = False
+    x.reset[0, 5] = True
+    x.h0[0, 0], x.u[0, 2, 1] = torch.inf, -torch.inf
+    for ours, theirs in zip(interpreted.forward(x, True), reference.forward(x, True), strict=True):
+        same(ours, theirs, TOLERANCE[torch.float32])
+    x = draw(1, 7, 3, 2, torch.float32)._replace(D=None, z=None, reset=None)
+    dy, dlast = gradients_like(x)
+    dy[0, 3, 0], dlast[0, 1] = torch.inf, -torch.inf
+    borders = reference.forward(x, True)[2]
+    expected = reference.backward(dy, dlast, borders, x)
+    actual = interpreted.backward(dy, dlast, borders, x)
+    same(actual[-1], expected[-1], 5 * TOLERANCE[torch.float32])
+    for name, ours, theirs in zip(NAMES, actual, expected, strict=True):
+        assert torch.equal(ours.isfinite(), theirs.isfinite()), name
 
 
 def test_interpreted_extremes(interpreted: ModuleType) -> None:

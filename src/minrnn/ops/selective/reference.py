@@ -158,9 +158,9 @@ class _Gradients:
         delta = softplus(delta_pre)
         a = (delta.unsqueeze(-1) * x.A).exp()
         g = dy.unsqueeze(-1) * x.C[:, t].unsqueeze(1) + carried
-        if x.reset is not None:
-            forget = x.reset[:, t, None, None]
-            a, h_prev = a.masked_fill(forget, 0), h_prev.masked_fill(forget, 0)
+        forget = None if x.reset is None else x.reset[:, t, None, None]
+        if forget is not None:
+            h_prev = h_prev.masked_fill(forget, 0)
         to_exponent = g * a * h_prev
         to_drive = torch.einsum("bdn,bn->bd", g, x.B[:, t])
         self.C[:, t] = torch.einsum("bd,bdn->bn", dy, h)
@@ -171,7 +171,7 @@ class _Gradients:
             self.D += (dy * u).sum(0)
         to_delta = torch.einsum("bdn,dn->bd", to_exponent, x.A) + to_drive * u
         self.delta_pre[:, t] = to_delta * torch.sigmoid(delta_pre)
-        return a * g
+        return a * g if forget is None else (a * g).masked_fill(forget, 0)
 
 
 def _border(borders: Tensor, chunk: int, N: int) -> Tensor:

@@ -93,7 +93,9 @@ def _advance(state, e, scale, drive):
     kept = scale * state[0]
     change = (e * kept + drive) + scale * state[1]
     h = kept + change
-    return h, change - (h - kept)
+    finite = tl.abs(h) < float("inf")  # of an infinite state, these terms may cancel
+    plain = (e * scale + scale) * state[0] + drive
+    return tl.where(finite, h, plain), tl.where(finite, change - (h - kept), 0.0)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -323,9 +325,12 @@ def backward_kernel(
                     adjoint = g + change
                     rounded = change - (adjoint - g)
                     kept = scales[i] * adjoint
-                    to_exponent = (es[i] * kept + kept) * before[i]
-                    g = kept
-                    g_low = es[i] * kept + scales[i] * rounded
+                    next_g = es[i] * kept + kept
+                    finite = tl.abs(adjoint) < float("inf")
+                    next_g = tl.where(finite, next_g, (es[i] * scales[i] + scales[i]) * adjoint)
+                    to_exponent = next_g * before[i]
+                    g = tl.where(finite, kept, next_g)
+                    g_low = tl.where(finite, es[i] * kept + scales[i] * rounded, 0.0)
                     if reset is not None:
                         g = tl.where(resets[i], 0.0, g)
                         g_low = tl.where(resets[i], 0.0, g_low)
