@@ -1,12 +1,19 @@
 """The Mamba mixer: how it starts, what it refuses, and that it is the block that others have."""
 
+import hashlib
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
+from minrnn import ModelConfig, SequenceModel, load_checkpoint, save_checkpoint
 from minrnn.mixers.mamba import DT_MAX, DT_MIN, MambaMixer
+from minrnn.ops import selective_scan
 
 
 def test_starts_as_the_source_does() -> None:
@@ -31,6 +38,45 @@ def test_state_is_a_window_and_float32_at_least() -> None:
     assert (window.shape, h.shape) == ((2, 2, 8), (2, 8, 5))
     y, (window, h) = mixer.bfloat16()(torch.randn(2, 7, 6, dtype=torch.bfloat16))
     assert (y.dtype, h.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_the_bias_of_the_step_is_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast it reaches the scan in float32, though all else is in bfloat16."""
+    mixer, given = MambaMixer(6, 8), {}
+
+    def spy(u: torch.Tensor, delta_pre: torch.Tensor, *others: torch.Tensor, **named: torch.Tensor) -> Any:
+        given.update(named, u=u, delta_pre=delta_pre)
+        return selective_scan(u, delta_pre, *others, **named)
+
+    monkeypatch.setattr("minrnn.mixers.mamba.selective_scan", spy)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, _ = mixer(torch.randn(2, 7, 6))
+    assert {given[name].dtype for name in ("u", "delta_pre", "z")} == {torch.bfloat16}
+    assert given["delta_bias"].dtype == torch.float32
+    (gradient,) = torch.autograd.grad(y.float().square().sum(), mixer.dt_bias)
+    assert gradient.any()
+
+
+def test_weights_of_earlier_versions(tmp_path: Path) -> None:
+    """There the bias belonged to the projection; layers and checkpoints with it are read."""
+    mixer, other = MambaMixer(6, 8), MambaMixer(6, 8)
+    state = mixer.state_dict()
+    state["dt_proj.bias"] = state.pop("dt_bias")
+    other.load_state_dict(state)
+    assert torch.equal(other.dt_bias, mixer.dt_bias)
+    model = SequenceModel(ModelConfig(vocab_size=5, d_model=8, mixer="mamba", num_layers=1))
+    save_checkpoint(tmp_path / "checkpoint", model)
+    path = tmp_path / "checkpoint" / "model.safetensors"
+    tensors = {name.replace("dt_bias", "dt_proj.bias"): x for name, x in load_file(path).items()}
+    save_file(tensors, path)
+    config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
+    config["files"] = {
+        path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    }
+    (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(config))
+    loaded, _ = load_checkpoint(tmp_path / "checkpoint")
+    for ours, theirs in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("option", ["d_state", "d_conv", "dt_rank"])

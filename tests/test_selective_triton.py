@@ -23,6 +23,8 @@ from minrnn.ops.selective.reference import CHUNK, Inputs
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install 'minrnn[gpu]'")
 import minrnn.ops.selective.triton as compiled  # noqa: E402  # needs Triton
 
+# NumPy warns of what becomes of infinities, and of the terms whose place others take then.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 
 

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -87,9 +88,15 @@ def _load(folder: Path, device: torch.device | str) -> tuple[Model, dict[str, JS
     with torch.device("meta"):  # no memory and no random numbers for values that are replaced below
         model = KINDS[config["kind"]](config["model"])
     tensors = load_tensors(folder / TENSORS_FILE, device=device)
+    tensors = {_today(name): tensor for name, tensor in tensors.items()}
     _check_fit(folder / TENSORS_FILE, model, tensors)
     model.load_state_dict(tensors, assign=True)
     return model, config["extra"]
+
+
+def _today(name: str) -> str:
+    """The name of a tensor, which may have had another in an earlier version."""
+    return re.sub(r"\bdt_proj\.bias$", "dt_bias", name)
 
 
 def write_model(folder: Path, model: Model, *, extra: Mapping[str, JSON] | None = None) -> None:
