@@ -94,7 +94,7 @@ def same(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def spoiled(gate: str, dtype: torch.dtype, T: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Inputs whose channels meet an infinity in h0, in the drive, in both, in several steps; one meets none."""
+    """Inputs whose channels meet infinities in h0, in the drive, in both, in many steps; some meet none."""
     pre, h0, reset, dh = inputs(gate, 2, T, 21, dtype)
     reset[:] = False
     reset[1, T // 2] = True

@@ -165,7 +165,11 @@ def test_keeps_where_nothing_decays_or_enters() -> None:
     assert torch.equal(scan(x)[1], x.h0)
 
 
-@pytest.mark.parametrize("absent", [("D",), ("z",), ("delta_bias",), ("h0",), ("reset",), ("D", "z", "delta_bias", "h0", "reset")], ids=str)
+@pytest.mark.parametrize(
+    "absent",
+    [("D",), ("z",), ("delta_bias",), ("h0",), ("reset",), ("D", "z", "delta_bias", "h0", "reset")],
+    ids=str,
+)
 def test_absent_inputs(absent: tuple[str, ...]) -> None:
     """What may be left out is zero, or one where it would be multiplied with."""
     x = draw(2, 20, 5, 3)
@@ -293,13 +297,15 @@ def test_extremes(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_bias_of_the_step_is_not_rounded(name: str, dtype: torch.dtype) -> None:
-    """A step size near 1e-3 keeps float32's digits beside 16-bit inputs, of which delta_pre would leave two."""
+    """A step size near 1e-3 keeps its digits beside 16-bit inputs; in delta_pre it would keep two."""
     if name == "triton":
         pytest.skip("runs on a GPU")
     module = pytest.importorskip(MODULES[name])
     x = draw(1, 40, 5, 3, dtype)
     bias = torch.linspace(1e-3, 2e-3, 5).expm1().log()
-    x = x._replace(delta_pre=torch.zeros_like(x.delta_pre), delta_bias=bias, A=-torch.ones(5, 3), D=None, z=None)
+    x = x._replace(
+        delta_pre=torch.zeros_like(x.delta_pre), delta_bias=bias, A=-torch.ones(5, 3), D=None, z=None
+    )
     x = x._replace(h0=torch.ones(1, 5, 3), u=torch.zeros_like(x.u), reset=None)
     expected = torch.exp(-40 * torch.nn.functional.softplus(bias.double()))[:, None].expand(5, 3)
     last = module.forward(x, False)[1][0]
@@ -527,7 +533,11 @@ BAD = {
     "A has other channels": ({"A": torch.ones(4, 2)}, ValueError, r"A must be of shape \(3, 2\)"),
     "B has channels": ({"B": torch.ones(2, 5, 3, 2)}, ValueError, r"B must be of shape \(2, 5, 2\)"),
     "delta is double": ({"delta_pre": torch.ones(2, 5, 3).double()}, TypeError, "must be torch.float32"),
-    "bias is of one row": ({"delta_bias": torch.ones(2, 3)}, ValueError, r"delta_bias must be of shape \(3,\)"),
+    "bias is of one row": (
+        {"delta_bias": torch.ones(2, 3)},
+        ValueError,
+        r"delta_bias must be of shape \(3,\)",
+    ),
     "bias is double": ({"delta_bias": torch.ones(3).double()}, TypeError, "delta_bias must be torch.float32"),
     "state transposed": ({"h0": torch.ones(2, 2, 3)}, ValueError, r"h0 must be of shape \(2, 3, 2\)"),
     "reset is float": ({"reset": torch.ones(2, 5)}, TypeError, "reset must be torch.bool"),

@@ -57,7 +57,9 @@ def test_interpreted(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch, p
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_interpreted_dtypes(interpreted: ModuleType, dtype: torch.dtype) -> None:
     """Every dtype, without what may be left out."""
-    compare(interpreted, draw(1, 6, 3, 2, dtype)._replace(D=None, z=None, delta_bias=None, h0=None, reset=None))
+    compare(
+        interpreted, draw(1, 6, 3, 2, dtype)._replace(D=None, z=None, delta_bias=None, h0=None, reset=None)
+    )
 
 
 def test_interpreted_layouts(interpreted: ModuleType) -> None:
@@ -105,7 +107,9 @@ def test_interpreted_extremes(interpreted: ModuleType) -> None:
     pre = torch.tensor([-1e4, -90.0, -20.0, -1e-3, 0.0, 3.0, 30.0, 1e4])
     rates = -torch.tensor([0.0, 1e-30, 1.0, 80.0, 1e4, 1e9])
     x = draw(1, 2, len(pre), len(rates), torch.float32)
-    x = x._replace(delta_pre=pre.expand(1, 2, -1), A=rates.expand(len(pre), -1), z=None, delta_bias=None, reset=None)
+    x = x._replace(
+        delta_pre=pre.expand(1, 2, -1), A=rates.expand(len(pre), -1), z=None, delta_bias=None, reset=None
+    )
     _, last, _ = reference.forward(cast(x, torch.float64), False)
     found = interpreted.forward(x, False)[1]
     torch.testing.assert_close(found.double(), last, rtol=3e-6, atol=1e-30)

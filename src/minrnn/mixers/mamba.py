@@ -27,7 +27,8 @@ class MambaMixer(Mixer):
 
     d_hidden is the block's inner width, in the source twice d_model (expansion 2); the projection back to
     d_model is the block's. A = -exp(A_log) starts at -1 .. -d_state in every channel (S4D-Real), D at 1, and
-    b_dt such that delta starts between DT_MIN and DT_MAX. b_dt is added in float32 at least, also under autocast.
+    b_dt such that delta starts between DT_MIN and DT_MAX. b_dt is added in float32 at least, also under
+    autocast.
 
     The state is the window of the convolution's last inputs, `(B, d_conv - 1, d_hidden)`, and h, `(B,
     d_hidden, d_state)`, float32 at least.

@@ -1,7 +1,8 @@
 """The compiled engine for the CPU: csrc/ behind a wrapper that hands it tensors as it reads them.
 
-What the extension relies on is made sure of here: dtype, device, shape (checked by scan.py), contiguous channels,
-no lazily negated views, and outputs that live until it returns. Addresses are its own concern (csrc/tensor.h).
+What the extension relies on is made sure of here: dtype, device, shape (checked by scan.py), contiguous
+channels, no lazily negated views, and outputs that live until it returns. That tensors have memory of their
+extent it sees to itself (csrc/tensor.h).
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
 """Memory for large outputs, kept for the next one.
 
-A system allocator hands large blocks back to the operating system when they are freed, so that every training step gets
-fresh pages and waits while the kernel clears them: for an output of 64 MiB as long as for the scan itself. Here the
-storage of an output that is gone serves the next output of about its size, as in torch's allocator for CUDA.
+A system allocator hands large blocks back to the operating system when they are freed, so that every training
+step gets fresh pages and waits while the kernel clears them: for an output of 64 MiB as long as for the scan
+itself. Here the storage of an output that is gone serves the next output of about its size, as in torch's
+allocator for CUDA.
 
-Storages are torch's own, so that outputs are as any tensor: they can be resized, shared and saved. One that is held by
-nobody but this file is free. What is kept is bounded: `LIMIT` bytes in all, outputs that are still in use among them,
-so that a process which computes nothing more holds no more than that; what stays free for IDLE seconds is given back
-when the next large output is made, and all that is free when there is no memory for it.
+Storages are torch's own, so that outputs are as any tensor: they can be resized, shared and saved. One that
+is held by nobody but this file is free. What is kept is bounded: LIMIT bytes in all, outputs that are still
+in use among them, so that a process which computes nothing more holds no more than that. What stays free for
+IDLE seconds is given back when the next large output is made, and all that is free when there is no memory
+for it.
 """
 
 from __future__ import annotations
@@ -99,7 +101,9 @@ def _is_as_made(storage: torch.UntypedStorage) -> bool:
 
 
 _POOL = _Pool()
-if hasattr(os, "register_at_fork"):  # a child process has its parent's storages, and no thread that holds the lock
+if hasattr(
+    os, "register_at_fork"
+):  # a child process has its parent's storages, and no thread that holds the lock
     os.register_at_fork(
         before=_POOL.lock.acquire, after_in_parent=_POOL.lock.release, after_in_child=_POOL.lock.release
     )
@@ -113,8 +117,8 @@ def take(nbytes: int, prepare: Callable[[int, int], None]) -> torch.UntypedStora
         prepare: called with the address and the size of a new one.
 
     Returns:
-        The storage. None if it would not be kept, or there was no memory for it: then all that was free has been
-        given back, and it is torch's turn.
+        The storage. None if it would not be kept, or there was no memory for it: then all that was free has
+        been given back, and it is torch's turn.
     """
     if nbytes > LIMIT:
         return None

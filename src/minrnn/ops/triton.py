@@ -13,8 +13,8 @@ is negative; near -1 their b is no small share, and rounding it costs what round
 between programs are pairs of floats, and where h is float32, so is the state between steps: only a step's
 change is rounded, and what is lost where the change meets the state goes into the next change (Kahan's
 compensation). No doubles: they run at half of float32's rate where they are fast, and at a 64th elsewhere.
-Pairs cannot hold infinities: where one would, a plain product and sum take its place. Outputs of 16 bits need neither the pairs
-between steps nor exponentials to the last bit.
+Pairs cannot hold infinities: where one would, a plain product and sum take its place. Outputs of 16 bits need
+neither the pairs between steps nor exponentials to the last bit.
 
 *Carries.* Programs take chunks from a counter, in the order of time, so that whom a program waits for has
 started already; what has started goes on while others wait (CUDA promises this from sm_70), so the first

@@ -1,4 +1,4 @@
-"""The compiled engine of the selective scan: csrc/selective*.cpp behind a wrapper that hands it tensors as it reads them.
+"""The compiled engine of the selective scan: csrc/selective*.cpp behind a wrapper that hands it tensors.
 
 float32 and float64 are read where they lie; 16-bit inputs are computed with as float32.
 """
@@ -72,8 +72,7 @@ def _readable(x: Inputs) -> Inputs:
     """The inputs as the extension reads them."""
     wide = state_dtype(x.u.dtype)
     if x.u.dtype != wide:
-        *tensors, reset = x
-        x = Inputs(*(None if s is None else _as(s, wide) for s in tensors), reset)  # type: ignore[arg-type]
+        x = Inputs(*(None if s is None else _as(s, wide) for s in x[:-1]), x.reset)  # type: ignore
     rows = [None if s is None else contiguous_channels(s) for s in (x.u, x.delta_pre, x.B, x.C, x.z)]
     whole = [None if s is None else contiguous(s) for s in (x.A, x.D, x.delta_bias, x.h0)]
     (u, delta_pre, B, C, z), (A, D, delta_bias, h0) = rows, whole

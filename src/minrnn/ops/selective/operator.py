@@ -212,8 +212,8 @@ def _silu_slope(z: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Batching. torch.func.vmap's dimension is merged with the batch, except where A, D or delta_bias have it, or a sum over
-# the batch would add up what it should keep apart: there, one call follows another.
+# Batching. torch.func.vmap's dimension is merged with the batch, except where A, D or delta_bias have it,
+# or a sum over the batch would add up what it should keep apart: there, one call follows another.
 
 
 def _each(

@@ -52,7 +52,9 @@ class Inputs(NamedTuple):
     def biased(self, dtype: torch.dtype) -> Inputs:
         """`widened`, with delta_bias added to delta_pre."""
         x = self.widened(dtype)
-        return x if x.delta_bias is None else x._replace(delta_pre=x.delta_pre + x.delta_bias, delta_bias=None)
+        return (
+            x if x.delta_bias is None else x._replace(delta_pre=x.delta_pre + x.delta_bias, delta_bias=None)
+        )
 
 
 def num_chunks(T: int) -> int:
@@ -72,7 +74,7 @@ def empty_borders(x: Inputs, save: bool) -> Tensor:
 
 
 def discretise(x: Inputs) -> tuple[Tensor, Tensor]:
-    """Of `biased` inputs, decay exp(delta A), 0 where a reset forgets, and drive delta B u of every step, (B, T, D, N)."""
+    """Decay exp(delta A), 0 where a reset forgets, and drive delta B u of each step of `biased` inputs."""
     delta = softplus(x.delta_pre).unsqueeze(-1)
     a = (delta * x.A).exp()
     if x.reset is not None:

@@ -190,7 +190,8 @@ _SIZES = ["T", "D", "N", "tiles", "tiles_each"]
 
 @triton.jit(do_not_specialize=_SIZES)
 def forward_kernel(
-    y, last_ptr, borders_ptr, u, delta_pre, into, source, z, A_ptr, skip_ptr, bias_ptr, h0_ptr, reset, T, D, N, tiles,
+    y, last_ptr, borders_ptr, u, delta_pre, into, source, z, A_ptr, skip_ptr, bias_ptr, h0_ptr, reset, T, D,
+    N, tiles,
     REAL: tl.constexpr, SAVE: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -241,8 +242,8 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def backward_kernel(
-    du, ddelta_pre, dz, dinto_ptr, dsource_ptr, dA_ptr, dskip_ptr, dbias_ptr, carry_ptr, scratch_ptr, dy, borders_ptr,
-    u, delta_pre, into, source, z, A_ptr, skip_ptr, bias_ptr, reset, T, D, N, tiles, tiles_each,
+    du, ddelta_pre, dz, dinto_ptr, dsource_ptr, dA_ptr, dskip_ptr, dbias_ptr, carry_ptr, scratch_ptr, dy,
+    borders_ptr, u, delta_pre, into, source, z, A_ptr, skip_ptr, bias_ptr, reset, T, D, N, tiles, tiles_each,
     REAL: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -419,8 +420,8 @@ def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[
     with torch.cuda.device_of(du):
         backward_kernel[(batch * groups,)](
             _strided(du), _strided(ddelta_pre), None if dz is None else _strided(dz), dB, dC, dA, dD, dbias,
-            carry, scratch, _strided(contiguous_channels(dy)), borders, *_arguments(x), _flags(x.reset), T, channels,
-            N, tiles, tiles_each, **settings,
+            carry, scratch, _strided(contiguous_channels(dy)), borders, *_arguments(x), _flags(x.reset), T,
+            channels, N, tiles, tiles_each, **settings,
         )  # fmt: skip
     narrow = x.u.dtype
     return [
