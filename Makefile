@@ -4,6 +4,7 @@
 #   make demo PYTHON=python3.12     with another interpreter
 #   make test ARGS="-k scan -x"     with arguments for pytest
 #   make test VENV=/tmp/venv        in another environment
+#   make sanitize                   the compiled engine's tests, under AddressSanitizer and UBSan
 
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -13,7 +14,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 BUILD_TOOLS := scikit-build-core nanobind cmake ninja
 
-.PHONY: demo test slow lint clean
+# Whatever calls the compiled engine itself.
+ENGINE_TESTS := $(addprefix tests/test_,scan.py selective_scan.py stepping.py infinities.py border.py accuracy.py)
+
+.PHONY: demo test slow sanitize lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -26,6 +30,23 @@ test: $(VENV)/.installed
 # What takes minutes: kills, pairs of processes, mutants of every file that is read.
 slow: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(ARGS) tests/slow
+
+# The extension is built anew, with checks, into an environment of its own, which borrows all else from $(VENV). The
+# sanitizer's library has to be loaded first, and the C++ library with it, so that it finds what it replaces there;
+# what Python and torch never free is no finding. Where a check fails, the process ends.
+sanitize: $(VENV)/.sanitized
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
+	  $(VENV)/sanitize/bin/python -m pytest --numprocesses 0 $(ENGINE_TESTS) $(ARGS)
+
+$(VENV)/.sanitized: $(VENV)/.installed $(shell find src -name '*.py')
+	@$(BIN)/python -m venv --without-pip $(VENV)/sanitize
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$($(VENV)/sanitize/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
+	@$(VENV)/sanitize/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+	  --ignore-installed --config-settings=build-dir=$(abspath $(VENV))/sanitize/build \
+	  --config-settings=cmake.define.MINRNN_SANITIZE=ON --config-settings=install.strip=false .
+	@touch $@
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -124,7 +124,7 @@ def make_mambapy() -> Scan:
 
 
 def differentiate_exactly(inputs: list[Tensor], dy: Tensor) -> list[Tensor]:
-    x = Inputs(*(tensor.double() for tensor in inputs), z=None, h0=None, reset=None)  # type: ignore[misc]
+    x = Inputs(*(tensor.double() for tensor in inputs), z=None, delta_bias=None, h0=None, reset=None)  # type: ignore[misc]
     y, last, borders = reference.forward(x, True)
     du, ddelta_pre, dA, dB, dC, dD, _, _ = reference.backward(dy.double(), torch.zeros_like(last), borders, x)
     return [y, du, ddelta_pre, dA, dB, dC, dD]

@@ -1,6 +1,7 @@
-// The Python module minrnn.ops._cpu: raw pointers in, nothing out. The only file here that knows Python.
+// The Python module minrnn.ops._cpu: tensors in, nothing out.
 //
-// Nothing is checked: src/minrnn/ops/cpu.py passes what scan.py has checked, and ops/chain.py what it has itself.
+// Shapes and dtypes are trusted: src/minrnn/ops/cpu.py passes what scan.py has checked, and ops/chain.py what it has
+// itself. That a tensor has memory of that extent is made sure of here (tensor.h).
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/pair.h>
@@ -8,7 +9,6 @@
 #include <nanobind/stl/vector.h>
 
 #include <array>
-#include <cstddef>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -18,8 +18,7 @@
 #include "chain.h"
 #include "memory.h"
 #include "scan.h"
-
-namespace nb = nanobind;
+#include "tensor.h"
 
 namespace minrnn {
 namespace {
@@ -39,81 +38,111 @@ void serve(Isa isa) {
     }
 }
 
-using Address = std::uintptr_t;
-using Strided = std::array<int64_t, 3>;  // address, batch stride, time stride (in elements)
+using Tensors = std::vector<nb::handle>;
+using Start = std::array<nb::handle, 2>;  // h0 and reset, either None
 
-template <class IO> Sequence<IO> sequence(const Strided &s) {
-    return {reinterpret_cast<IO *>(s[0]), s[1], s[2]};
+template <class IO> Sequence<IO> sequence(const char *what, nb::handle x, const Sizes<3> &shape) {
+    const View<IO, 3> v = view<IO>(what, x, shape);
+    return {v.data, v.strides[0], v.strides[1]};
+}
+
+template <class Real> States<Real> states(const char *what, nb::handle x, const Sizes<3> &shape) {
+    const View<Real, 2> v = view<Real>(what, x, Sizes<2>{shape[0], shape[2]});
+    return {v.data, v.strides[0]};
 }
 
 struct Call {
     int dtype, gate, candidate, num_pre, threads;
     bool reverse;
-    std::array<int64_t, 3> shape;
-    std::array<Strided, 3> pre;
-    Strided h0, reset;
+    Sizes<3> shape;  // B, T, D
+    Tensors pre;     // each (B, T, D), or one that holds num_pre of them side by side
+    nb::handle h0, reset;
 };
+
+template <class IO> using Parts = std::array<Sequence<IO>, 3>;
+
+template <class IO> Parts<IO> parts(const char *what, const Tensors &x, const Call &call) {
+    Parts<IO> found{};
+    const auto [B, T, D] = call.shape;
+    if (x.size() != 1) {
+        for (std::size_t j = 0; j < x.size(); ++j) found.at(j) = sequence<IO>(what, x[j], call.shape);
+        return found;
+    }
+    const Sequence<IO> whole = sequence<IO>(what, x[0], {B, T, call.num_pre * D});
+    for (int j = 0; j < call.num_pre; ++j) found.at(j) = {whole.data + j * D, whole.stride_b, whole.stride_t};
+    return found;
+}
 
 template <class IO> Problem<IO> problem(const Call &call) {
     using Real = typename Problem<IO>::Real;
-    Problem<IO> p{call.shape[0], call.shape[1], call.shape[2], call.gate,
-                  call.candidate, call.num_pre, call.threads, call.reverse,
-                  {sequence<const IO>(call.pre[0]), sequence<const IO>(call.pre[1]), sequence<const IO>(call.pre[2])},
-                  {reinterpret_cast<const Real *>(call.h0[0]), call.h0[1]},
-                  {reinterpret_cast<const uint8_t *>(call.reset[0]), call.reset[1], call.reset[2]}};
-    return p;
+    const Parts<const IO> pre = parts<const IO>("a pre-activation", call.pre, call);
+    const View<const uint8_t, 2> reset =
+        view<const uint8_t>("reset", call.reset, Sizes<2>{call.shape[0], call.shape[1]});
+    return {call.shape[0], call.shape[1], call.shape[2], call.gate, call.candidate, call.num_pre, call.threads,
+            call.reverse, {pre[0], pre[1], pre[2]}, states<const Real>("h0", call.h0, call.shape),
+            {reset.data, reset.strides[0], reset.strides[1]}};
 }
 
-template <class IO> void forward(const Call &call, const Strided &h) {
+template <class IO> void forward(const Call &call, nb::handle h) {
     const Problem<IO> p = problem<IO>(call);
-    run(Forward<IO>(p, *rows, sequence<IO>(h)), p.B, p.T, p.D, p.threads);
+    const Forward<IO> pass(p, *rows, sequence<IO>("h", h, call.shape));
+    nb::gil_scoped_release release;
+    run(pass, p.B, p.T, p.D, p.threads);
 }
 
 template <class IO>
-void backward(const Call &call, const Strided &dh, const Strided &h, const std::array<Strided, 3> &dpre,
-              const Strided &dh0) {
+void backward(const Call &call, nb::handle dh, nb::handle h, const Tensors &dpre, nb::handle dh0) {
     using Real = typename Problem<IO>::Real;
     const Problem<IO> p = problem<IO>(call);
-    const Sequence<IO> outputs[3] = {sequence<IO>(dpre[0]), sequence<IO>(dpre[1]), sequence<IO>(dpre[2])};
-    const States<Real> initial{reinterpret_cast<Real *>(dh0[0]), dh0[1]};
-    run(Backward<IO>(p, *rows, sequence<const IO>(dh), sequence<const IO>(h), outputs, initial), p.B, p.T, p.D,
-        p.threads);
+    const Parts<IO> outputs = parts<IO>("a gradient", dpre, call);
+    const Backward<IO> pass(p, *rows, sequence<const IO>("dh", dh, call.shape),
+                            sequence<const IO>("h", h, call.shape), {outputs[0], outputs[1], outputs[2]},
+                            states<Real>("dh0", dh0, call.shape));
+    nb::gil_scoped_release release;
+    run(pass, p.B, p.T, p.D, p.threads);
 }
 
-template <class X = const float> X *address(Address at) { return reinterpret_cast<X *>(at); }
+using Pair = std::pair<nb::handle, nb::handle>;  // weight and bias, either None
 
-using Pair = std::array<Address, 2>;  // weight and bias
+const float *read(const char *what, nb::handle x, int64_t count) { return reach<const float>(what, x, count); }
 
-Affine affine(const Pair &of) { return {address(of[0]), address(of[1])}; }
+Affine affine(const Pair &of, int64_t weights, int64_t biases) {
+    return {read("a weight", of.first, weights), read("a bias", of.second, biases)};
+}
 
-Projection projection(int64_t in, int64_t out, const Pair &of) { return {in, out, address(of[0]), address(of[1])}; }
+Projection projection(int64_t in, int64_t out, const Pair &of) {
+    const Affine found = affine(of, in * out, out);
+    return {in, out, found.weight, found.bias};
+}
 
 using NormOf = std::tuple<int, float, Pair>;
 
-Norm norm(const NormOf &of) {
-    return {static_cast<NormKind>(std::get<0>(of)), std::get<1>(of), affine(std::get<2>(of))};
+Norm norm(const NormOf &of, int64_t n) {
+    return {static_cast<NormKind>(std::get<0>(of)), std::get<1>(of), affine(std::get<2>(of), n, n)};
 }
 
-Recycler &recycler() {  // never destroyed: tensors may outlive every static object
-    static Recycler &instance = *new Recycler;
-    return instance;
+// Of a branch: its window before and after the step, and its h before and after it.
+using Carried = std::tuple<nb::handle, nb::handle, nb::handle, nb::handle>;
+
+BranchStates carried(const Branch &b, int64_t num_rows, const Carried &of) {
+    const auto &[window, next_window, h, next_h] = of;
+    const int64_t past = num_rows * std::max<int64_t>(b.conv.width - 1, 0) * b.up.in, states = num_rows * b.down.in;
+    return {read("a window", window, past), reach<float>("a window", next_window, past), read("h", h, states),
+            reach<float>("h", next_h, states)};
 }
 
-// An object with Python's buffer protocol: a tensor made of it holds it, and gives the memory back when it dies.
-struct Block {
-    Span span;
-    std::size_t bytes;
-    explicit Block(std::size_t bytes) : span(recycler().take(bytes)), bytes(bytes) {}
-    Block(const Block &) = delete;
-    ~Block() { recycler().give(span); }
-};
-
-int get_buffer(PyObject *self, Py_buffer *view, int flags) {
-    const Block *block = nb::inst_ptr<Block>(self);
-    return PyBuffer_FillInfo(view, self, block->span.data, static_cast<Py_ssize_t>(block->bytes), 0, flags);
+void step(const Chain &chain, int64_t num_rows, int threads, const Tensors &inputs, const std::vector<Carried> &states,
+          nb::handle y) {
+    std::vector<const float *> in;
+    std::vector<BranchStates> of;
+    for (std::size_t k = 0; k < inputs.size(); ++k)
+        in.push_back(read("an input", inputs[k],
+                          num_rows * (chain.start.empty() ? chain.d_model : chain.start.at(k).in)));
+    for (std::size_t i = 0; i < states.size(); ++i) of.push_back(carried(chain.branches.at(i), num_rows, states[i]));
+    float *out = reach<float>("y", y, num_rows * (chain.end.weight ? chain.end.out : chain.d_model));
+    nb::gil_scoped_release release;
+    run(chain, *rows, *chain_kernels, num_rows, threads, in, of, out);
 }
-
-PyType_Slot block_slots[] = {{Py_bf_getbuffer, reinterpret_cast<void *>(get_buffer)}, {0, nullptr}};
 
 // dtypes are numbered as in cpu.py: float32, float64, bfloat16, float16.
 template <class F> void for_dtype(int dtype, F &&f) {
@@ -134,51 +163,38 @@ NB_MODULE(_cpu, m) {
     const Isa isa = choose_isa();
     serve(isa);
     m.attr("isa") = kIsaNames[static_cast<int>(isa)];
-    nb::set_leak_warnings(false);  // a tensor that lives until the interpreter ends is no leak
-    nb::class_<Block>(m, "Block", nb::type_slots(block_slots)).def(nb::init<std::size_t>());
-    m.def("release_memory", [] { return recycler().release(); });
-    m.def("forward",
-          [](int dtype, int gate, int candidate, int num_pre, int threads, bool reverse,
-             std::array<int64_t, 3> shape, std::array<Strided, 3> pre, Strided h0, Strided reset, Strided h) {
-              const Call call{dtype, gate, candidate, num_pre, threads, reverse, shape, pre, h0, reset};
-              nb::gil_scoped_release release;
-              for_dtype(dtype, [&](auto io) { forward<decltype(io)>(call, h); });
-          });
-    m.def("backward",
-          [](int dtype, int gate, int candidate, int num_pre, int threads, bool reverse,
-             std::array<int64_t, 3> shape, std::array<Strided, 3> pre, Strided h0, Strided reset, Strided dh,
-             Strided h, std::array<Strided, 3> dpre, Strided dh0) {
-              const Call call{dtype, gate, candidate, num_pre, threads, reverse, shape, pre, h0, reset};
-              nb::gil_scoped_release release;
-              for_dtype(dtype, [&](auto io) { backward<decltype(io)>(call, dh, h, dpre, dh0); });
-          });
+    nb::set_leak_warnings(false);  // a model that lives until the interpreter ends is no leak
+    as_torch_does();
+    m.def("prefer_huge_pages", &prefer_huge_pages);
+    m.def("forward", [](int dtype, int gate, int candidate, int num_pre, int threads, bool reverse, Sizes<3> shape,
+                        const Tensors &pre, const Start &start, nb::handle h) {
+        const Call call{dtype, gate, candidate, num_pre, threads, reverse, shape, pre, start[0], start[1]};
+        for_dtype(dtype, [&](auto io) { forward<decltype(io)>(call, h); });
+    });
+    m.def("backward", [](int dtype, int gate, int candidate, int num_pre, int threads, bool reverse, Sizes<3> shape,
+                         const Tensors &pre, const Start &start, nb::handle dh, nb::handle h,
+                         const Tensors &dpre, nb::handle dh0) {
+        const Call call{dtype, gate, candidate, num_pre, threads, reverse, shape, pre, start[0], start[1]};
+        for_dtype(dtype, [&](auto io) { backward<decltype(io)>(call, dh, h, dpre, dh0); });
+    });
     nb::class_<Chain>(m, "Chain")
         .def("__init__", [](Chain *chain, int64_t d_model) { new (chain) Chain{d_model, {}, {}, {}, {}, {}}; })
         .def("start", [](Chain &chain, const std::vector<std::pair<int64_t, Pair>> &parts,
                          const NormOf &of) {
             for (const auto &[in, part] : parts) chain.start.push_back(projection(in, chain.d_model, part));
-            chain.start_norm = norm(of);
+            chain.start_norm = norm(of, chain.d_model);
         })
         // wide: what W_in gives; D: what W_out takes
         .def("branch", [](Chain &chain, const NormOf &of, int64_t conv_width, Pair conv, int64_t wide, int64_t D,
                           Pair up, Pair down, int gate, int candidate, int num_pre, int activation, bool residual) {
-            chain.branches.push_back({norm(of), {conv_width, affine(conv)}, projection(chain.d_model, wide, up),
-                                      projection(D, chain.d_model, down), gate, candidate, num_pre,
-                                      static_cast<Activation>(activation), residual});
+            chain.branches.push_back({norm(of, chain.d_model),
+                                      {conv_width, affine(conv, conv_width * chain.d_model, chain.d_model)},
+                                      projection(chain.d_model, wide, up), projection(D, chain.d_model, down), gate,
+                                      candidate, num_pre, static_cast<Activation>(activation), residual});
         })
         .def("end", [](Chain &chain, const NormOf &of, int64_t out, Pair part) {
-            chain.end_norm = norm(of);
+            chain.end_norm = norm(of, chain.d_model);
             chain.end = projection(chain.d_model, out, part);
         })
-        // states: of each branch its window and its h, each before and after the step
-        .def("step", [](const Chain &chain, int64_t num_rows, int threads, const std::vector<Address> &inputs,
-                        const std::vector<std::array<Address, 4>> &states, Address y) {
-            std::vector<const float *> in;
-            for (Address x : inputs) in.push_back(address(x));
-            std::vector<BranchStates> of;
-            for (const auto &s : states)
-                of.push_back({address(s[0]), address<float>(s[1]), address(s[2]), address<float>(s[3])});
-            nb::gil_scoped_release release;
-            run(chain, *rows, *chain_kernels, num_rows, threads, in, of, address<float>(y));
-        });
+        .def("step", &step);
 }

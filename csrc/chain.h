@@ -69,7 +69,7 @@ struct Branch {
     bool residual;
     bool recurrent() const { return gate >= 0; }
     // Floats that a step needs for each row.
-    int64_t room() const { return 2 * up.in + up.out + 3 * down.in; }
+    int64_t room() const { return 2 * up.in + up.out + 5 * down.in; }
 };
 
 constexpr int64_t kBranchSerialBelow = 1 << 18;  // products: starting threads costs more than this much work
@@ -95,17 +95,21 @@ inline void project(const ChainKernels &kernels, const Projection &p, int64_t ro
 
 // next_h = gate(pre, h), row by row, by the kernels of every other length.
 inline void advance(const RowTable &table, const Branch &b, int64_t rows, const float *pre, const BranchStates &states,
-                    CarryRow<float> carry) {
+                    CarryRow<float> start, CarryRow<float> carry) {
     const RowKernels<float> &kernels = table.of(b.gate, b.candidate, float());
     const int64_t D = b.down.in;
+    fill(start, D, 0.0f);
     for (int64_t r = 0; r < rows; ++r, pre += b.up.out) {
-        if (states.h)
-            std::copy_n(states.h + r * D, D, carry.hi);
-        else
-            std::fill_n(carry.hi, D, 0.0f);
-        std::fill_n(carry.lo, D, 0.0f);
+        if (states.h) std::copy_n(states.h + r * D, D, start.hi);
+        copy(start, D, carry);
+        float *next = states.next_h + r * D;
         const Rows<const float> of[3] = {{pre, 0}, {pre + D, 0}, {b.num_pre > 2 ? pre + 2 * D : nullptr, 0}};
-        kernels.forward(D, 1, of, carry, {states.next_h + r * D, 0});
+        kernels.forward(D, 1, of, carry, {next, 0});
+        for (int64_t d = 0; d < D && !all_finite(carry.hi, D); d += kMaxTile) {
+            const int64_t n = std::min(kMaxTile, D - d);
+            const Rows<const float> part[3] = {{pre + d, 0}, {pre + D + d, 0}, {of[2].first ? of[2].first + d : nullptr, 0}};
+            Again<float>(kernels, n, {start.hi + d, start.lo + d}, {carry.hi + d, carry.lo + d}).forward(part, next + d);
+        }
     }
 }
 
@@ -138,7 +142,7 @@ inline void run(const Branch &b, const RowTable &table, const ChainKernels &kern
     }
     project(kernels, b.up, rows, threads, input, nullptr, pre);
     if (b.recurrent()) {
-        advance(table, b, rows, pre, states, {carry, carry + D});
+        advance(table, b, rows, pre, states, {carry + 2 * D, carry + 3 * D}, {carry, carry + D});
         hidden = states.next_h;
     } else {
         for (int64_t r = 0; r < rows; ++r) kernels.activate(b.activation, D, pre + r * b.up.out, hidden + r * D);

@@ -16,6 +16,15 @@ enum Candidate : int { kPositive, kLinear, kTanh, kNumCandidates };
 enum class bfloat16 : uint16_t {};
 enum class float16 : uint16_t {};
 
+inline float widened(float x) { return x; }
+inline double widened(double x) { return x; }
+inline float widened(bfloat16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x) << 16); }
+inline float widened(float16 x) {  // the exponent is rebased by a multiplication, exact for subnormal numbers too
+    const uint32_t magnitude = (static_cast<uint32_t>(x) & 0x7fffu) << 13, sign = (static_cast<uint32_t>(x) >> 15) << 31;
+    const uint32_t finite = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, magnitude) * 0x1p112f);
+    return __builtin_bit_cast(float, sign | (magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite));
+}
+
 // The type in which an input type's gates and states are computed.
 template <class IO> struct Computed {
     using Real = float;

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "rows.h"
@@ -81,6 +83,93 @@ template <class Real> void fill(CarryRow<Real> row, int64_t n, Real value) {
     std::fill_n(row.lo, n, Real(0));
 }
 
+template <class Real> void copy(CarryRow<Real> from, int64_t n, CarryRow<Real> to) {
+    std::copy_n(from.hi, n, to.hi);
+    std::copy_n(from.lo, n, to.lo);
+}
+
+template <class Real> bool all_finite(const Real *x, int64_t n) {
+    using Bits = std::conditional_t<sizeof(Real) == sizeof(float), int32_t, int64_t>;
+    constexpr Bits infinity = __builtin_bit_cast(Bits, std::numeric_limits<Real>::infinity());
+    Bits found = 0;  // an early end would keep the compiler from taking many at once
+    for (int64_t d = 0; d < n; ++d) found |= (__builtin_bit_cast(Bits, x[d]) & infinity) == infinity;
+    return !found;
+}
+
+// A run of steps again, in those channels in which a carry did not stay finite: one step after another, in double. The
+// kernels take a step of a pair of floats apart into terms that cancel, so of an infinity they make NaN; they are asked
+// for a step's decay and drive alone here. Only what is not finite is written again: no number depends on later ones.
+template <class IO> class Again {
+    using Real = typename Computed<IO>::Real;
+    const RowKernels<IO> &kernels;
+    const int64_t n;
+    int64_t channels[kMaxTile], count = 0;
+    double state[kMaxTile];
+    TileCarry<Real> decay, drive, from;
+    alignas(64) IO to[3][kMaxTile], zeros[kMaxTile] = {};
+
+    void write(IO *row, const IO *values) const {
+        for (int64_t i = 0; i < count; ++i)
+            if (!std::isfinite(widened(row[channels[i]]))) row[channels[i]] = values[channels[i]];
+    }
+
+    static void put(CarryRow<Real> row, int64_t d, double x) {
+        row.hi[d] = static_cast<Real>(x);
+        row.lo[d] = std::isfinite(row.hi[d]) ? static_cast<Real>(x - double(row.hi[d])) : Real(0);
+    }
+
+    double a(int64_t d) const { return double(decay.hi[d]) + (std::isfinite(decay.lo[d]) ? double(decay.lo[d]) : 0); }
+
+  public:
+    // start, end: the carry before and after the run.
+    Again(const RowKernels<IO> &kernels, int64_t n, CarryRow<Real> start, CarryRow<Real> end) : kernels(kernels), n(n) {
+        fill(from.row(), n, Real(0));
+        for (int64_t d = 0; d < n; ++d) {
+            if (std::isfinite(end.hi[d])) continue;
+            channels[count++] = d;
+            state[d] = double(start.hi[d]) + (std::isfinite(start.hi[d]) ? double(start.lo[d]) : 0);
+        }
+    }
+
+    void forward(const typename RowKernels<IO>::Pre &pre, IO *h) {
+        recurrence(pre);
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t d = channels[i];
+            const double kept = a(d) * state[d];
+            state[d] = std::isinf(a(d)) ? kept : kept + double(drive.hi[d]);  // its drive is not told beside it
+            put(from.row(), d, state[d]);
+        }
+        kernels.round(n, from.hi, to[0]);
+        write(h, to[0]);
+    }
+
+    void backward(const typename RowKernels<IO>::Pre &pre, Rows<const IO> h_prev, const IO *dh,
+                  const typename RowKernels<IO>::Gradients &dpre) {
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t d = channels[i];
+            state[d] += double(widened(dh[d]));
+            put(from.row(), d, state[d]);
+        }
+        const Rows<IO> into[3] = {{to[0], 0}, {to[1], 0}, {to[2], 0}};
+        kernels.backward(n, 1, pre, h_prev, {zeros, 0}, from.row(), into);
+        for (int j = 0; j < 3; ++j)
+            if (dpre[j].first) write(dpre[j].first, to[j]);
+        recurrence(pre);
+        for (int64_t i = 0; i < count; ++i) state[channels[i]] *= a(channels[i]);
+    }
+
+    void finish(CarryRow<Real> end) const {
+        for (int64_t i = 0; i < count; ++i) put(end, channels[i], state[channels[i]]);
+    }
+
+  private:
+    void recurrence(const typename RowKernels<IO>::Pre &pre) {
+        fill(drive.row(), n, Real(0));
+        fill(decay.row(), n, Real(1));
+        kernels.forward_prefix(n, 1, pre, drive.row(), decay.row());
+    }
+};
+
 // A pass over time: its direction, and the rows of a tile from step k of the pass on.
 template <class IO> class Pass {
   public:
@@ -137,10 +226,16 @@ template <class IO> class Forward : public Pass<IO> {
     }
 
     void run(const Tile &tile, Carry carry) const {
+        TileCarry<Real> start;
+        copy(carry, tile.n, start.row());
         for (int64_t k = tile.begin, end; k < tile.end; k = end) {
             end = this->run_end(tile, k);
-            if (this->reset(tile, k)) fill(carry, tile.n, Real(0));
+            const bool fresh = this->reset(tile, k);
+            if (fresh) fill(carry, tile.n, Real(0));
             kernels.forward(tile.n, end - k, this->three(p.pre, tile, k).of, carry, this->rows(h, tile, k));
+            if (all_finite(carry.hi, tile.n)) continue;
+            if (fresh) fill(start.row(), tile.n, Real(0));
+            run_again(tile, k, end, start.row(), carry);
         }
     }
 
@@ -157,6 +252,12 @@ template <class IO> class Forward : public Pass<IO> {
 
     void finish(const Tile &, Carry) const {}
 
+  private:
+    void run_again(const Tile &tile, int64_t k, int64_t end, Carry start, Carry carry) const {
+        Again<IO> again(kernels, tile.n, start, carry);
+        for (; k < end; ++k) again.forward(this->three(p.pre, tile, k).of, this->rows(h, tile, k).first);
+        again.finish(carry);
+    }
 };
 
 // Steps run from the recurrence's last to its first. On entry to a step the carry is a * adjoint of the step after it.
@@ -177,14 +278,20 @@ template <class IO> class Backward : public Pass<IO> {
     void initial(const Tile &tile, Carry carry) const { fill(carry, tile.n, Real(0)); }
 
     void run(const Tile &tile, Carry carry) const {
-        alignas(64) IO start[kMaxTile];
-        for (int64_t k = tile.begin, end; k < tile.end; k = end) {
+        alignas(64) IO buffer[kMaxTile];
+        TileCarry<Real> start;
+        copy(carry, tile.n, start.row());
+        for (int64_t k = tile.begin, since = k, end; k < tile.end; k = end) {
             end = starts(tile, k) ? k + 1 : before_start(tile, k);
-            const Rows<const IO> h_prev = starts(tile, k) ? Rows<const IO>{initial_state(tile, k, start), 0}
-                                                          : this->rows(h, tile, k + 1);
-            kernels.backward(tile.n, end - k, this->three(p.pre, tile, k).of, h_prev, this->rows(dh, tile, k), carry,
-                             this->three(dpre, tile, k).of);
-            if (this->reset(tile, k)) fill(carry, tile.n, Real(0));
+            kernels.backward(tile.n, end - k, this->three(p.pre, tile, k).of, before(tile, k, buffer),
+                             this->rows(dh, tile, k), carry, this->three(dpre, tile, k).of);
+            const bool forgets = this->reset(tile, k);
+            if ((forgets || end == tile.end) && !all_finite(carry.hi, tile.n))
+                run_again(tile, since, end, start.row(), carry);
+            if (!forgets) continue;
+            fill(carry, tile.n, Real(0));
+            fill(start.row(), tile.n, Real(0));
+            since = end;
         }
     }
 
@@ -209,6 +316,20 @@ template <class IO> class Backward : public Pass<IO> {
     bool starts(const Tile &tile, int64_t k) const { return k == p.T - 1 || this->reset(tile, k); }
     int64_t before_start(const Tile &tile, int64_t k) const {
         return std::min(this->run_end(tile, k), std::max(k + 1, p.T - 1));
+    }
+
+    // The states before the steps from the k-th on.
+    Rows<const IO> before(const Tile &tile, int64_t k, IO *buffer) const {
+        return starts(tile, k) ? Rows<const IO>{initial_state(tile, k, buffer), 0} : this->rows(h, tile, k + 1);
+    }
+
+    void run_again(const Tile &tile, int64_t k, int64_t end, Carry start, Carry carry) const {
+        alignas(64) IO buffer[kMaxTile];
+        Again<IO> again(kernels, tile.n, start, carry);
+        for (; k < end; ++k)
+            again.backward(this->three(p.pre, tile, k).of, before(tile, k, buffer), this->rows(dh, tile, k).first,
+                           this->three(dpre, tile, k).of);
+        again.finish(carry);
     }
 
     const IO *initial_state(const Tile &tile, int64_t k, IO *buffer) const {
@@ -249,10 +370,6 @@ template <class Real> bool all_forgotten(CarryRow<Real> decay, int64_t n) {
     return std::all_of(decay.hi, decay.hi + n, [](Real a) { return std::abs(a) < kForgotten; });
 }
 
-template <class Real> bool all_finite(CarryRow<Real> row, int64_t n) {
-    return std::all_of(row.hi, row.hi + n, [](Real x) { return std::isfinite(x); });
-}
-
 // A chunk's end from the zero state and its product of decays, from as few of its last steps as decide them: most
 // gates forget so fast that a few hundred do. Where they do not, all are read.
 template <class P>
@@ -285,6 +402,7 @@ template <class P> void run_in_chunks(const P &pass, int64_t B, int64_t T, int64
     for (int64_t job = 0; job < jobs; ++job)
         if (job % cut.chunks + 1 < cut.chunks)  // nobody needs the last one's
             find_prefix(pass, tile(job), row(ends, job), row(decays, job));
+    std::vector<char> unsure(jobs);  // whether what a chunk starts from may have been found by the kernels to be no number
     for (int64_t unit = 0; unit < units; ++unit) {
         const int64_t first = unit * cut.chunks;
         TileCarry<Real> initial;
@@ -294,6 +412,7 @@ template <class P> void run_in_chunks(const P &pass, int64_t B, int64_t T, int64
             const Border start = border;
             border.pass(row(ends, job), row(decays, job));
             start.write(row(ends, job));
+            unsure[job] = !all_finite(row(ends, job).hi, tile(job).n);
         }
     }
 #pragma omp parallel for num_threads(cut.threads) schedule(dynamic, 1)
@@ -301,9 +420,8 @@ template <class P> void run_in_chunks(const P &pass, int64_t B, int64_t T, int64
     for (int64_t job = 0; job < jobs; ++job) {
         const int64_t chunk = job % cut.chunks, n = tile(job).n;
         // An infinity or a NaN is never forgotten, but a prefix that was read in part has not seen it.
-        if (chunk > 0 && !all_finite(row(ends, job - 1), n)) {
-            std::copy_n(row(ends, job - 1).hi, n, row(ends, job).hi);
-            std::copy_n(row(ends, job - 1).lo, n, row(ends, job).lo);
+        if (chunk > 0 && (unsure[job] || !all_finite(row(ends, job - 1).hi, n))) {
+            copy(row(ends, job - 1), n, row(ends, job));
             pass.run(tile(job), row(ends, job));
         }
         if (chunk + 1 == cut.chunks) pass.finish(tile(job), row(ends, job));

@@ -1,6 +1,6 @@
 // The selective scan of Mamba: what its kernels are told, and how batch and channels are shared out among threads.
 //
-//     delta = softplus(delta_pre);  h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t]
+//     delta = softplus(delta_pre + bias);  h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t]
 //     y[t] = (sum_n C[t] h[t] + D u[t]) silu(z[t])
 //
 // The state has N numbers a channel and never exists for all steps: forward keeps it at the first step of every chunk,
@@ -36,6 +36,7 @@ template <class Real> struct Inputs {
     Rows<const Real> into, from;       // (B, T, N): the paper's B and C
     const Real *A;                     // (D, N)
     const Real *skip;                  // (D), the paper's D, or null
+    const Real *bias;                  // (D), added to delta_pre, or null
     const Real *h0;                    // (B, D, N), or null
     Rows<const uint8_t> reset;         // (B, T), or null
     bool resets(int64_t b, int64_t t) const { return reset && *reset.at(b, t); }

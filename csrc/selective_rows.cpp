@@ -76,6 +76,8 @@ template <class V> struct Softplus {  // log(1 + exp(x)), of full relative accur
     }
 };
 
+template <class V> MINRNN_INLINE BitsOf<V> is_finite(V x) { return x - x == 0; }
+
 template <class V> struct Silu {  // x sigmoid(x), and its slope
     V value, slope;
     explicit MINRNN_INLINE Silu(V x) {
@@ -121,6 +123,15 @@ template <class Real> void clear(Real *to, int64_t size) {
     for (int64_t i = 0; i < size; ++i) to[i] = 0;
 }
 
+template <class Real> bool all_finite(const Real *x, int64_t size) {  // size: a multiple of the lanes
+    using V = Lanes<Real>;
+    BitsOf<V> found = is_finite(load(x));
+    for (int64_t i = kLanes<V>; i < size; i += kLanes<V>) found &= is_finite(load(x + i));
+    for (int l = 0; l < kLanes<V>; ++l)
+        if (!found[l]) return false;
+    return true;
+}
+
 // to[j][i] = scale * from[i][j]: A and the states of the caller have their channels first, ours have them last.
 template <class Real>
 void gather(int64_t n, int64_t N, const Real *from, Real scale, Real *to, int64_t width) {
@@ -141,8 +152,9 @@ template <class Real> struct Pair {
 //     2^x h = s h + s e h, with s a power of two and e = 2^r - 1 small
 //
 // The first product is exact and the second is small, so that decays near 1, of which x has all digits, keep them, and
-// strong ones leave nothing of a large state behind, not even its rounding errors.
-template <class Real, int K, bool kKeep>
+// strong ones leave nothing of a large state behind, not even its rounding errors. But of an infinite state they may
+// cancel: where one has been found, kCareful has the plain product and sum take their place.
+template <class Real, int K, bool kKeep, bool kCareful>
 MINRNN_INLINE void advance(int64_t N, const Real *rate, int64_t stride, const Real *delta, const Real *drive,
                            const Real *into, const Real *from, Pair<Real> state, Real *states, Real *rests, Real *y) {
     using V = Lanes<Real>;
@@ -156,9 +168,14 @@ MINRNN_INLINE void advance(int64_t N, const Real *rate, int64_t stride, const Re
             const V e = power_less_one(power.rest), kept = power.scale * load(state.hi + at);
             V change = e * kept + drive_k * into[j];
             if constexpr (sizeof(Real) == sizeof(float)) change += power.scale * load(state.lo + at);
-            const V h = kept + change;
+            V h = kept + change, low = change - (h - kept);
+            if constexpr (kCareful) {
+                const V plain = (e * power.scale + power.scale) * load(state.hi + at) + drive_k * into[j];
+                low = is_finite(h) ? low : V{};
+                h = is_finite(h) ? h : plain;
+            }
             store(h, state.hi + at);
-            if constexpr (sizeof(Real) == sizeof(float)) store(change - (h - kept), state.lo + at);
+            if constexpr (sizeof(Real) == sizeof(float)) store(low, state.lo + at);
             if constexpr (kKeep) {
                 store(h, states + at);
                 store(e, rests + at);
@@ -174,6 +191,12 @@ template <class Real, int K>
 MINRNN_INLINE Lanes<Real> with_skip(const Real *y, const Real *skip, const Real *u, int k) {
     constexpr int L = Tile<Real, K>::L;
     return skip ? load(y + k * L) + load(skip + k * L) * load(u + k * L) : load(y + k * L);
+}
+
+// delta_pre + bias
+template <class Real, int K> MINRNN_INLINE Lanes<Real> with_bias(const Real *pre, const Real *bias, int k) {
+    constexpr int L = Tile<Real, K>::L;
+    return bias ? load(pre + k * L) + load(bias + k * L) : load(pre + k * L);
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -192,22 +215,45 @@ template <class Real, int K> struct ForwardTile : Tile<Real, K> {
         const int64_t size = in.N * W;
         Real *const rate = workspace;
         const Pair<Real> state{rate + size, rate + 2 * size};
-        alignas(64) Real delta[W], drive[W], y[W], skip_buffer[W], buffers[4][W];
+        alignas(64) Real skip_buffer[W], bias_buffer[W];
         const Real *skip = in.skip ? this->whole(in.skip + d, skip_buffer) : nullptr;
+        const Real *bias = in.bias ? this->whole(in.bias + d, bias_buffer) : nullptr;
         gather(n, in.N, in.A + d * in.N, Real(kLog2E), rate, W);
         clear(state.hi, 2 * size);
         if (in.h0) gather(n, in.N, in.h0 + (b * in.D + d) * in.N, Real(1), state.hi, W);
-        for (int64_t t = 0; t < in.T; ++t) {
+        Real *const start = state.lo + size;  // of a run of steps that holds no reset after its first one
+        for (int64_t i = 0; i < 2 * size; ++i) start[i] = state.hi[i];
+        for (int64_t t = 0, end; t < in.T; t = end) {
+            const bool fresh = in.resets(b, t);
+            for (end = t + 1; end < in.T && !in.resets(b, end); ++end) {}
             if (call.borders && t % in.chunk == 0) save(t / in.chunk, state.hi);
-            if (in.resets(b, t)) clear(state.hi, 2 * size);
+            if (fresh) clear(state.hi, 2 * size);
+            steps<false>(t, end, rate, skip, bias, state);
+            if (all_finite(state.hi, size)) continue;
+            for (int64_t i = 0; i < 2 * size; ++i) state.hi[i] = fresh ? Real(0) : start[i];
+            steps<true>(t, end, rate, skip, bias, state);
+        }
+        Real *last = call.last + (b * in.D + d) * in.N;
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t j = 0; j < in.N; ++j) last[i * in.N + j] = state.hi[j * W + i];
+    }
+
+  private:
+    // Steps [first, end), of which only the first may forget, which has been done.
+    template <bool kCareful>
+    void steps(int64_t first, int64_t end, const Real *rate, const Real *skip, const Real *bias,
+               Pair<Real> state) const {
+        alignas(64) Real delta[W], drive[W], y[W], buffers[4][W];
+        for (int64_t t = first; t < end; ++t) {
+            if (call.borders && t > first && t % in.chunk == 0) save(t / in.chunk, state.hi);
             const Real *u = this->row(in.u, t, buffers[0]), *pre = this->row(in.delta_pre, t, buffers[1]);
             for (int k = 0; k < K; ++k) {
-                const V step = Softplus<V>(load(pre + k * L)).value;
+                const V step = Softplus<V>(with_bias<Real, K>(pre, bias, k)).value;
                 store(step, delta + k * L);
                 store(step * load(u + k * L), drive + k * L);
             }
-            advance<Real, K, false>(in.N, rate, W, delta, drive, in.into.at(b, t), in.from.at(b, t), state, nullptr,
-                                    nullptr, y);
+            advance<Real, K, false, kCareful>(in.N, rate, W, delta, drive, in.into.at(b, t), in.from.at(b, t), state,
+                                              nullptr, nullptr, y);
             Real *out = this->target(call.y, t, buffers[2]);
             const Real *z = in.z ? this->row(in.z, t, buffers[3]) : nullptr;
             for (int k = 0; k < K; ++k) {
@@ -216,12 +262,8 @@ template <class Real, int K> struct ForwardTile : Tile<Real, K> {
             }
             this->put(call.y, t, out);
         }
-        Real *last = call.last + (b * in.D + d) * in.N;
-        for (int64_t i = 0; i < n; ++i)
-            for (int64_t j = 0; j < in.N; ++j) last[i * in.N + j] = state.hi[j * W + i];
     }
 
-  private:
     void save(int64_t chunk, const Real *hi) const {
         Real *to = call.borders + (b * in.num_chunks() + chunk) * in.N * in.D + d;
         for (int64_t j = 0; j < in.N; ++j)
@@ -264,7 +306,7 @@ template <class Real, int K> struct BackwardTile : Tile<Real, K> {
     Group<Real> group;   // from the tile's first channel on
     int64_t stride;      // channels of a row of the group
     Chunk<Real> chunk;
-    const Real *skip;
+    const Real *skip, *bias;
 
     BackwardTile(const BackwardCall<Real> &call, int64_t b, int64_t d, int64_t n, int64_t begin, int64_t end,
                  Group<Real> group, int64_t stride, Chunk<Real> chunk)
@@ -272,11 +314,14 @@ template <class Real, int K> struct BackwardTile : Tile<Real, K> {
           chunk(chunk) {}
 
     void run() {
-        alignas(64) Real skip_buffer[W], dskip[W] = {};
+        alignas(64) Real skip_buffer[W], bias_buffer[W], dskip[W] = {};
         skip = in.skip ? this->whole(in.skip + d, skip_buffer) : nullptr;
-        start();
-        for (int64_t t = begin; t < end; ++t) recompute(t);
-        for (int64_t t = end - 1; t >= begin; --t) adjoin(t, dskip);
+        bias = in.bias ? this->whole(in.bias + d, bias_buffer) : nullptr;
+        if (!recompute<false>()) recompute<true>();
+        if (finite_adjoints())
+            for (int64_t t = end - 1; t >= begin; --t) adjoin<false>(t, dskip);
+        else
+            for (int64_t t = end - 1; t >= begin; --t) adjoin<true>(t, dskip);
         for (int64_t i = 0; i < n; ++i) call.dskip[b * in.D + d + i] += static_cast<double>(dskip[i]);
     }
 
@@ -289,23 +334,34 @@ template <class Real, int K> struct BackwardTile : Tile<Real, K> {
                 chunk.state.hi[j * W + i] = chunk.states[j * W + i] = i < n ? border[j * in.D + i] : Real(0);
     }
 
-    void recompute(int64_t t) const {
+    // Whether all states were finite.
+    template <bool kCareful> bool recompute() const {
+        start();
+        bool finite = true;
+        for (int64_t t = begin; t < end; ++t) {
+            if (in.resets(b, t)) {
+                finite &= all_finite(chunk.state.hi, in.N * W);
+                clear(chunk.state.hi, in.N * W);
+                clear(chunk.state.lo, in.N * W);
+            }
+            recompute<kCareful>(t);
+        }
+        return finite & all_finite(chunk.state.hi, in.N * W);
+    }
+
+    template <bool kCareful> void recompute(int64_t t) const {
         const int64_t s = t - begin, size = in.N * W;
         alignas(64) Real y[W], buffers[3][W];
         const Real *u = this->row(in.u, t, buffers[0]), *pre = this->row(in.delta_pre, t, buffers[1]);
         Real *delta = chunk.delta + s * W, *slope = chunk.slope + s * W, *drive = chunk.drive + s * W;
         for (int k = 0; k < K; ++k) {
-            const Softplus<V> step(load(pre + k * L));
+            const Softplus<V> step(with_bias<Real, K>(pre, bias, k));
             store(step.value, delta + k * L);
             store(step.slope, slope + k * L);
             store(step.value * load(u + k * L), drive + k * L);
         }
-        if (in.resets(b, t)) {
-            clear(chunk.state.hi, size);
-            clear(chunk.state.lo, size);
-        }
-        advance<Real, K, true>(in.N, group.rate, stride, delta, drive, in.into.at(b, t), in.from.at(b, t), chunk.state,
-                               chunk.states + (s + 1) * size, chunk.rests + s * size, y);
+        advance<Real, K, true, kCareful>(in.N, group.rate, stride, delta, drive, in.into.at(b, t), in.from.at(b, t),
+                                         chunk.state, chunk.states + (s + 1) * size, chunk.rests + s * size, y);
         const Real *dy = this->row(call.dy, t, buffers[2]);
         if (in.z) return ungate(t, u, y, dy);
         for (int k = 0; k < K; ++k) store(load(dy + k * L), chunk.dy + s * W + k * L);
@@ -325,11 +381,21 @@ template <class Real, int K> struct BackwardTile : Tile<Real, K> {
         this->put(call.dz, t, dz);
     }
 
-    void adjoin(int64_t t, Real *dskip) const {
+    // Whether what adjoints are made of is finite.
+    bool finite_adjoints() const {
+        Real sum = 0;  // NaN, once something is not
+        for (int64_t t = begin; t < end; ++t)
+            for (int64_t j = 0; j < in.N; ++j) sum += in.from.at(b, t)[j] * 0;
+        bool finite = sum == 0 && all_finite(chunk.dy, (end - begin) * W);
+        for (int64_t j = 0; j < in.N; ++j) finite &= all_finite(group.carry.hi + j * stride, W);
+        return finite;
+    }
+
+    template <bool kCareful> void adjoin(int64_t t, Real *dskip) const {
         const int64_t s = t - begin, size = in.N * W;
         const bool resets = in.resets(b, t);
         alignas(64) Real by_rate[W], by_drive[W], buffers[3][W];
-        sweep(s, in.into.at(b, t), in.from.at(b, t), resets ? chunk.zeros : chunk.states + s * size, by_rate, by_drive);
+        sweep<kCareful>(s, in.into.at(b, t), in.from.at(b, t), resets ? chunk.zeros : chunk.states + s * size, by_rate, by_drive);
         if (resets) forget();
         const Real *u = this->row(in.u, t, buffers[0]), *dy = chunk.dy + s * W;
         Real *du = this->target(call.du, t, buffers[1]), *ddelta_pre = this->target(call.ddelta_pre, t, buffers[2]);
@@ -348,6 +414,7 @@ template <class Real, int K> struct BackwardTile : Tile<Real, K> {
         this->put(call.ddelta_pre, t, ddelta_pre);
     }
 
+    template <bool kCareful>
     MINRNN_INLINE void sweep(int64_t s, const Real *into, const Real *from, const Real *before, Real *by_rate,
                              Real *by_drive) const {
         const Real *after = chunk.states + (s + 1) * in.N * W, *rests = chunk.rests + s * in.N * W;
@@ -373,12 +440,19 @@ template <class Real, int K> struct BackwardTile : Tile<Real, K> {
                     g = dy[k] * from[j] + carried;
                 }
                 const V scale = Split<V>(delta[k] * rate).scale, e = load(rests + at), kept = scale * g;
-                const V of_exponent = (e * kept + kept) * load(before + at);
+                V next = e * kept + kept, next_hi = kept, next_lo = e * kept + scale * low;
+                if constexpr (kCareful) {
+                    const BitsOf<V> finite = is_finite(g);
+                    next = finite ? next : (e * scale + scale) * g;
+                    next_hi = finite ? kept : next;
+                    next_lo = finite ? next_lo : V{};
+                }
+                const V of_exponent = next * load(before + at);
                 if constexpr (sizeof(Real) == sizeof(float)) {
-                    store(kept, group.carry.hi + there);
-                    store(e * kept + scale * low, group.carry.lo + there);
+                    store(next_hi, group.carry.hi + there);
+                    store(next_lo, group.carry.lo + there);
                 } else {
-                    store(e * kept + kept, group.carry.hi + there);
+                    store(next, group.carry.hi + there);
                 }
                 of_from += dy[k] * load(after + at);
                 of_into += g * drive[k];
@@ -503,7 +577,7 @@ class FlushingSubnormals {
 #endif
 };
 
-template <class Real> int64_t forward_workspace(int64_t N) { return 3 * N * BackwardGroup<Real>::W; }
+template <class Real> int64_t forward_workspace(int64_t N) { return 5 * N * BackwardGroup<Real>::W; }
 
 template <class Real> void forward(const ForwardCall<Real> &call, int64_t b, int64_t d, int64_t n, Real *workspace) {
     constexpr int64_t L = kLanes<Lanes<Real>>;

@@ -11,13 +11,23 @@ from torch import Tensor
 
 from minrnn.ops import CANDIDATES, GATES, reference
 
-__all__ = ["CELLS", "TOLERANCE", "compare", "inputs", "relative_error"]
+__all__ = [
+    "CELLS",
+    "INFINITIES",
+    "TOLERANCE",
+    "compare",
+    "inputs",
+    "relative_error",
+    "same",
+    "spoiled",
+]
 
 CELLS = [
     (gate, candidate)
     for gate, candidate in itertools.product(GATES, CANDIDATES)
     if GATES[gate].has_candidate or candidate == "positive"
 ]
+INFINITIES = (torch.inf, -torch.inf)
 # As in test_scan.py: largest error relative to the largest value.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -67,3 +77,37 @@ def compare(
     assert [x.dtype for x in actual] == [*(x.dtype for x in pre), reference.state_dtype(dtype)]
     for x, y in zip(actual, gradients, strict=True):
         assert relative_error(x, y) < 2.5 * TOLERANCE[dtype]
+
+
+def kinds(x: Tensor) -> Tensor:
+    """0 where a number is finite, 1 and -1 for infinities, 2 for NaN."""
+    return torch.where(x.isnan(), 2, torch.where(x.isinf(), x.sign(), 0)).to(torch.int8)
+
+
+def same(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Hold what is not finite to stand in the same places, and the rest to be the same numbers."""
+    assert torch.equal(kinds(actual), kinds(expected))
+    finite = expected.isfinite()
+    error = (actual.double() - expected.double())[finite].abs()
+    largest = expected[finite].double().abs().max() if finite.any() else torch.ones(())
+    assert not finite.any() or error.max() <= tolerance * largest.clamp(min=1)
+
+
+def spoiled(gate: str, dtype: torch.dtype, T: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Inputs whose channels meet infinities in h0, in the drive, in both, in many steps; some meet none."""
+    pre, h0, reset, dh = inputs(gate, 2, T, 21, dtype)
+    reset[:] = False
+    reset[1, T // 2] = True
+    if gate == "identity":
+        pre[0][:, ::3, 16:18] = 1  # the state is kept
+        pre[0][:, :, 18] = 0.5
+    for d, bad in enumerate(INFINITIES):
+        h0[:, d] = bad
+        pre[-1][:, T // 3, 2 + d] = bad
+        pre[-1][0, T - 1, 4 + d] = bad
+        h0[:, 6 + d] = bad
+        pre[-1][:, T // 3, 6 + d] = -bad  # which may cancel
+        pre[-1][:, ::4, 8 + d] = bad
+        h0[1, 16 + d] = bad
+    h0[0, 18] = torch.nan
+    return pre, h0, reset, dh

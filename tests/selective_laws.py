@@ -16,7 +16,7 @@ __all__ = ["NAMES", "TOLERANCE", "cast", "compare", "draw", "gradients_like", "r
 
 # Largest error relative to the largest value, of values; of gradients 2.5 times as much.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-NAMES = ("u", "delta_pre", "A", "B", "C", "D", "z", "h0")
+NAMES = ("u", "delta_pre", "A", "B", "C", "D", "z", "delta_bias", "h0")
 
 
 def draw(
@@ -36,6 +36,7 @@ def draw(
         C=normal(batch, T, N),
         D=normal(channels),
         z=normal(batch, T, channels),
+        delta_bias=normal(channels),
         h0=normal(batch, channels, N),
         reset=torch.rand(batch, T, generator=generator) < 0.1,
     )

@@ -187,7 +187,7 @@ def mamba(w: Weights, x: Tensor, *, d_state: int = 16, dt_rank: int = 1, **_: An
         u = w["conv.bias"] + sum(w["conv.weight"][j] * inside[-1 - j] for j in range(width))
         u = u * sigmoid(u)
         dt, B, C = affine(w, "x_proj.*", u)[0].split((dt_rank, d_state, d_state))
-        delta = torch.log(1 + torch.exp(affine(w, "dt_proj.*", dt)[0])).unsqueeze(1)
+        delta = torch.log(1 + torch.exp(affine(w, "dt_proj.*", dt)[0] + w["dt_bias"])).unsqueeze(1)
         h = torch.exp(delta * A) * h + delta * B * u.unsqueeze(1)
         outputs.append(((C * h).sum(1) + w["D"] * u) * z * sigmoid(z))
     return torch.stack(outputs)

@@ -36,8 +36,8 @@ def leaves(x: Inputs) -> Inputs:
 
 
 def scan(x: Inputs) -> tuple[Tensor, Tensor]:
-    u, delta_pre, A, B, C, D, z, h0, reset = x
-    return selective_scan(u, delta_pre, A, B, C, D, z=z, h0=h0, reset=reset)
+    u, delta_pre, A, B, C, D, z, delta_bias, h0, reset = x
+    return selective_scan(u, delta_pre, A, B, C, D, z=z, delta_bias=delta_bias, h0=h0, reset=reset)
 
 
 def differentiate(x: Inputs, dy: Tensor, dlast: Tensor) -> list[Tensor]:
@@ -49,9 +49,9 @@ def differentiate(x: Inputs, dy: Tensor, dlast: Tensor) -> list[Tensor]:
 
 
 def part(x: Inputs, steps: slice, h0: Tensor | None) -> Inputs:
-    u, delta_pre, A, B, C, D, z, _, reset = x
-    cut = [None if s is None else s[:, steps] for s in (u, delta_pre, B, C, z, reset)]
-    return Inputs(cut[0], cut[1], A, cut[2], cut[3], D, cut[4], h0, cut[5])
+    names = ("u", "delta_pre", "B", "C", "z", "reset")
+    cut = {name: None if (s := getattr(x, name)) is None else s[:, steps] for name in names}
+    return x._replace(**cut, h0=h0)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def oracle(x: Inputs) -> tuple[Tensor, Tensor]:
             for t in range(T):
                 if x.reset[b, t]:
                     h = [torch.zeros((), dtype=x.u.dtype)] * N
-                delta = torch.log(1 + torch.exp(x.delta_pre[b, t, d]))
+                delta = torch.log(1 + torch.exp(x.delta_pre[b, t, d] + x.delta_bias[d]))
                 h = [
                     torch.exp(delta * x.A[d, n]) * h[n] + delta * x.B[b, t, n] * x.u[b, t, d]
                     for n in range(N)
@@ -165,12 +165,17 @@ def test_keeps_where_nothing_decays_or_enters() -> None:
     assert torch.equal(scan(x)[1], x.h0)
 
 
-@pytest.mark.parametrize("absent", [("D",), ("z",), ("h0",), ("reset",), ("D", "z", "h0", "reset")], ids=str)
+@pytest.mark.parametrize(
+    "absent",
+    [("D",), ("z",), ("delta_bias",), ("h0",), ("reset",), ("D", "z", "delta_bias", "h0", "reset")],
+    ids=str,
+)
 def test_absent_inputs(absent: tuple[str, ...]) -> None:
     """What may be left out is zero, or one where it would be multiplied with."""
     x = draw(2, 20, 5, 3)
     neutral = {
         "D": torch.zeros_like(x.D),
+        "delta_bias": torch.zeros_like(x.delta_bias),
         "h0": torch.zeros_like(x.h0),
         "reset": torch.zeros_like(x.reset),
         "z": None,
@@ -240,8 +245,7 @@ def test_layouts() -> None:
     expected = scan(x)
 
     def lay_out(change: Callable[[Tensor], Tensor]) -> Inputs:
-        changed = [change(s) for s in (x.u, x.delta_pre, x.B, x.C, x.z)]
-        return Inputs(changed[0], changed[1], x.A, changed[2], changed[3], x.D, changed[4], x.h0, x.reset)
+        return x._replace(**{name: change(getattr(x, name)) for name in ("u", "delta_pre", "B", "C", "z")})
 
     def inside(s: Tensor) -> Tensor:
         wide = torch.full((6, 15, s.shape[2] + 2), torch.nan, dtype=s.dtype)
@@ -277,6 +281,7 @@ def test_extremes(dtype: torch.dtype) -> None:
     channels, N = len(pre), len(rates)
     x = draw(1, 3, channels, N, dtype)
     x = x._replace(delta_pre=pre.expand(1, 3, -1), A=rates.expand(channels, -1), z=None, reset=None)
+    x = x._replace(delta_bias=None)
     y, last, borders = reference.forward(cast(x, torch.float64), True)
     dy, dlast = gradients_like(x)
     gradients = reference.backward(dy.double(), dlast.double(), borders, cast(x, torch.float64))
@@ -287,6 +292,26 @@ def test_extremes(dtype: torch.dtype) -> None:
         torch.testing.assert_close(found_last.double(), last, rtol=3e-6, atol=1e-30)
         for name, ours, theirs in zip(NAMES, module.backward(dy, dlast, saved, x), gradients, strict=True):
             assert relative_error(ours, theirs) < 5e-6, name
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_bias_of_the_step_is_not_rounded(name: str, dtype: torch.dtype) -> None:
+    """A step size near 1e-3 keeps its digits beside 16-bit inputs; in delta_pre it would keep two."""
+    if name == "triton":
+        pytest.skip("runs on a GPU")
+    module = pytest.importorskip(MODULES[name])
+    x = draw(1, 40, 5, 3, dtype)
+    bias = torch.linspace(1e-3, 2e-3, 5).expm1().log()
+    x = x._replace(
+        delta_pre=torch.zeros_like(x.delta_pre), delta_bias=bias, A=-torch.ones(5, 3), D=None, z=None
+    )
+    x = x._replace(h0=torch.ones(1, 5, 3), u=torch.zeros_like(x.u), reset=None)
+    expected = torch.exp(-40 * torch.nn.functional.softplus(bias.double()))[:, None].expand(5, 3)
+    last = module.forward(x, False)[1][0]
+    torch.testing.assert_close(last.double(), expected, rtol=1e-6, atol=0)
+    in_delta = x._replace(delta_pre=x.delta_pre + bias.to(dtype), delta_bias=None)
+    assert (module.forward(in_delta, False)[1][0] - expected).abs().max() > 1e-5
 
 
 def test_a_strong_decay_leaves_nothing_of_a_large_state() -> None:
@@ -402,7 +427,7 @@ def test_vmap_and_jacobians() -> None:
     f = function(x)
     for index, tensor in enumerate(x[:-1]):
         batched = torch.stack([tensor, 2 * tensor, tensor / 3], 1)
-        dims = tuple(1 if i == index else None for i in range(8))
+        dims = tuple(1 if i == index else None for i in range(len(NAMES)))
         mapped = torch.func.vmap(f, in_dims=dims)(*x[:index], batched, *x[index + 1 : -1])
         for n in range(3):
             one = f(*x[:index], batched[:, n], *x[index + 1 : -1])
@@ -420,7 +445,7 @@ def test_forward_mode_without_gradients() -> None:
     with torch.no_grad():
         _, actual = torch.func.jvp(function(x), x[:-1], tangents)
         torch.testing.assert_close(actual, expected)
-        batched = torch.func.vmap(function(x), in_dims=(0, *[None] * 7))(x.u[None], *x[1:-1])
+        batched = torch.func.vmap(function(x), in_dims=(0, *[None] * (len(NAMES) - 1)))(x.u[None], *x[1:-1])
     torch.testing.assert_close(batched[0][0], scan(x)[0])
 
 
@@ -441,7 +466,7 @@ def test_batched_gradients() -> None:
 def test_opcheck() -> None:
     """Schema, autograd registration, fake tensors and ahead-of-time dispatch with dynamic shapes."""
     x = draw(2, 5, 3, 2, torch.float32)
-    some = x._replace(D=None, z=None, h0=None, reset=None)
+    some = x._replace(D=None, z=None, delta_bias=None, h0=None, reset=None)
     for inputs in (x, some):
         torch.library.opcheck(torch.ops.minrnn.selective_scan.default, (*leaves(inputs), True))
         torch.library.opcheck(torch.ops.minrnn.selective_scan.default, (*inputs, False))
@@ -508,6 +533,12 @@ BAD = {
     "A has other channels": ({"A": torch.ones(4, 2)}, ValueError, r"A must be of shape \(3, 2\)"),
     "B has channels": ({"B": torch.ones(2, 5, 3, 2)}, ValueError, r"B must be of shape \(2, 5, 2\)"),
     "delta is double": ({"delta_pre": torch.ones(2, 5, 3).double()}, TypeError, "must be torch.float32"),
+    "bias is of one row": (
+        {"delta_bias": torch.ones(2, 3)},
+        ValueError,
+        r"delta_bias must be of shape \(3,\)",
+    ),
+    "bias is double": ({"delta_bias": torch.ones(3).double()}, TypeError, "delta_bias must be torch.float32"),
     "state transposed": ({"h0": torch.ones(2, 2, 3)}, ValueError, r"h0 must be of shape \(2, 3, 2\)"),
     "reset is float": ({"reset": torch.ones(2, 5)}, TypeError, "reset must be torch.bool"),
     "elsewhere": ({"C": torch.ones(2, 5, 2, device="meta")}, ValueError, "C must be on cpu"),

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from selective_laws import TOLERANCE, cast, compare, draw, gradients_like
+from engine_laws import same
+from selective_laws import NAMES, TOLERANCE, cast, compare, draw, gradients_like
 from torch import Tensor
 
 from minrnn.ops.engines import serving
@@ -22,6 +23,8 @@ from minrnn.ops.selective.reference import CHUNK, Inputs
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install 'minrnn[gpu]'")
 import minrnn.ops.selective.triton as compiled  # noqa: E402  # needs Triton
 
+# NumPy warns of what becomes of infinities, and of the terms whose place others take then.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 
 
@@ -54,7 +57,9 @@ def test_interpreted(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch, p
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_interpreted_dtypes(interpreted: ModuleType, dtype: torch.dtype) -> None:
     """Every dtype, without what may be left out."""
-    compare(interpreted, draw(1, 6, 3, 2, dtype)._replace(D=None, z=None, h0=None, reset=None))
+    compare(
+        interpreted, draw(1, 6, 3, 2, dtype)._replace(D=None, z=None, delta_bias=None, h0=None, reset=None)
+    )
 
 
 def test_interpreted_layouts(interpreted: ModuleType) -> None:
@@ -78,12 +83,33 @@ def test_interpreted_nan(interpreted: ModuleType) -> None:
     assert torch.equal(interpreted.forward(x, False)[0].isnan(), expected)
 
 
+def test_interpreted_infinities(interpreted: ModuleType) -> None:
+    """They stand where the reference has them, and so does NaN."""
+    x = draw(1, 7, 3, 2, torch.float32)._replace(D=None, z=None)
+    x.reset[:] = False
+    x.reset[0, 5] = True
+    x.h0[0, 0], x.u[0, 2, 1] = torch.inf, -torch.inf
+    for ours, theirs in zip(interpreted.forward(x, True), reference.forward(x, True), strict=True):
+        same(ours, theirs, TOLERANCE[torch.float32])
+    x = draw(1, 7, 3, 2, torch.float32)._replace(D=None, z=None, reset=None)
+    dy, dlast = gradients_like(x)
+    dy[0, 3, 0], dlast[0, 1] = torch.inf, -torch.inf
+    borders = reference.forward(x, True)[2]
+    expected = reference.backward(dy, dlast, borders, x)
+    actual = interpreted.backward(dy, dlast, borders, x)
+    same(actual[-1], expected[-1], 5 * TOLERANCE[torch.float32])
+    for name, ours, theirs in zip(NAMES, actual, expected, strict=True):
+        assert torch.equal(ours.isfinite(), theirs.isfinite()), name
+
+
 def test_interpreted_extremes(interpreted: ModuleType) -> None:
     """Step sizes and rates of every size."""
     pre = torch.tensor([-1e4, -90.0, -20.0, -1e-3, 0.0, 3.0, 30.0, 1e4])
     rates = -torch.tensor([0.0, 1e-30, 1.0, 80.0, 1e4, 1e9])
     x = draw(1, 2, len(pre), len(rates), torch.float32)
-    x = x._replace(delta_pre=pre.expand(1, 2, -1), A=rates.expand(len(pre), -1), z=None, reset=None)
+    x = x._replace(
+        delta_pre=pre.expand(1, 2, -1), A=rates.expand(len(pre), -1), z=None, delta_bias=None, reset=None
+    )
     _, last, _ = reference.forward(cast(x, torch.float64), False)
     found = interpreted.forward(x, False)[1]
     torch.testing.assert_close(found.double(), last, rtol=3e-6, atol=1e-30)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from minrnn.ops import GATES as GATES
     from minrnn.ops import engines as engines
     from minrnn.ops import gated_scan as gated_scan
+    from minrnn.ops import release_memory as release_memory
     from minrnn.ops import scan as scan
     from minrnn.tasks import TASKS as TASKS
     from minrnn.tasks import TextConfig as TextConfig
@@ -56,7 +57,7 @@ else:
             "convert_rnns",
         ),
         "models": ("ModelConfig", "SequenceModel", "generate", "load_checkpoint", "save_checkpoint"),
-        "ops": ("CANDIDATES", "GATES", "engines", "gated_scan", "scan"),
+        "ops": ("CANDIDATES", "GATES", "engines", "gated_scan", "release_memory", "scan"),
         "tasks": ("TASKS", "TextConfig", "TextTask"),
         "training": ("RunConfig", "RunLog", "TrainConfig", "train"),
     }

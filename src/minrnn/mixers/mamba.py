@@ -1,6 +1,7 @@
 """Mamba: a selective state space, whose step size, input and read-out depend on what it reads."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ class MambaMixer(Mixer):
 
     d_hidden is the block's inner width, in the source twice d_model (expansion 2); the projection back to
     d_model is the block's. A = -exp(A_log) starts at -1 .. -d_state in every channel (S4D-Real), D at 1, and
-    b_dt such that delta starts between DT_MIN and DT_MAX.
+    b_dt such that delta starts between DT_MIN and DT_MAX. b_dt is added in float32 at least, also under
+    autocast.
 
     The state is the window of the convolution's last inputs, `(B, d_conv - 1, d_hidden)`, and h, `(B,
     d_hidden, d_state)`, float32 at least.
@@ -66,7 +68,8 @@ class MambaMixer(Mixer):
         self.in_proj = nn.Linear(d_model, 2 * d_hidden, bias=False)
         self.conv = CausalConv(d_hidden, d_conv)
         self.x_proj = nn.Linear(d_hidden, self.dt_rank + 2 * d_state, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, d_hidden)
+        self.dt_proj = nn.Linear(self.dt_rank, d_hidden, bias=False)
+        self.dt_bias = nn.Parameter(torch.empty(d_hidden))
         self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(d_hidden, 1))
         self.D = nn.Parameter(torch.ones(d_hidden))
         self._initialize()
@@ -75,9 +78,16 @@ class MambaMixer(Mixer):
         for parameter in self.conv.parameters():  # as torch.nn.Conv1d with a group for each channel
             nn.init.uniform_(parameter, -(self.conv.width**-0.5), self.conv.width**-0.5)
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        delta = torch.empty_like(self.dt_proj.bias).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp()
+        delta = torch.empty_like(self.dt_bias).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp()
         with torch.no_grad():
-            self.dt_proj.bias.copy_(delta.expm1().log())  # softplus of it is delta
+            self.dt_bias.copy_(delta.expm1().log())  # softplus of it is delta
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        # In weights of earlier versions, and in Mamba's own, the bias is a part of its projection.
+        earlier = prefix + "dt_proj.bias"
+        if earlier in state_dict and prefix + "dt_bias" not in state_dict:
+            state_dict[prefix + "dt_bias"] = state_dict.pop(earlier)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         window, h0 = (None, None) if state is None else state
@@ -86,7 +96,9 @@ class MambaMixer(Mixer):
         u = functional.silu(u).to(z.dtype)  # under autocast the convolution is float32
         dt, B, C = self.x_proj(u).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         A = -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
-        y, h = selective_scan(u, self.dt_proj(dt), A, B, C, self.D, z=z, h0=h0, reset=reset)
+        y, h = selective_scan(
+            u, self.dt_proj(dt), A, B, C, self.D, z=z, delta_bias=self.dt_bias, h0=h0, reset=reset
+        )
         return y, (window, h)
 
     def extra_repr(self) -> str:

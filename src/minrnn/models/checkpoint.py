@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -90,6 +91,7 @@ def _load(folder: Path, device: torch.device | str) -> tuple[Model, dict[str, JS
     config = _read_config(folder / CONFIG_FILE)
     _check_integrity(folder / TENSORS_FILE, config["files"])
     tensors = load_tensors(folder / TENSORS_FILE, device=device)
+    tensors = {_today(name): tensor for name, tensor in tensors.items()}
     # On meta: no memory and no random numbers for values that are replaced below.
     with torch.device("meta"), naming(f"load_checkpoint: {folder / CONFIG_FILE}"):
         _check_layers(config["model"], len(tensors))
@@ -97,6 +99,11 @@ def _load(folder: Path, device: torch.device | str) -> tuple[Model, dict[str, JS
     _check_fit(folder / TENSORS_FILE, model, tensors)
     model.load_state_dict(tensors, assign=True)
     return model, config["extra"]
+
+
+def _today(name: str) -> str:
+    """The name of a tensor, which may have had another in an earlier version."""
+    return re.sub(r"\bdt_proj\.bias$", "dt_bias", name)
 
 
 def write_model(folder: Path, model: Model, *, extra: Mapping[str, JSON] | None = None) -> None:

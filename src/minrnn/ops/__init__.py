@@ -4,6 +4,7 @@ from minrnn.ops.engines import Engine as Engine
 from minrnn.ops.engines import engines as engines
 from minrnn.ops.gates import CANDIDATES as CANDIDATES
 from minrnn.ops.gates import GATES as GATES
+from minrnn.ops.memory import release_memory as release_memory
 from minrnn.ops.scan import gated_scan as gated_scan
 from minrnn.ops.scan import scan as scan
 from minrnn.ops.selective import selective_scan as selective_scan

@@ -230,8 +230,8 @@ class Chain:
             next_window = None if past is None else first.new_empty(rows, past, self._width)
             next_h = first.new_empty(rows, D) if D else None
             after.append(BranchState(next_window, next_h))
-            places.append((_place(window), _place(next_window), _place(h), _place(next_h)))
-        self._chain.step(rows, torch.get_num_threads(), [x.data_ptr() for x in inputs], places, y.data_ptr())
+            places.append((window, next_window, h, next_h))
+        self._chain.step(rows, torch.get_num_threads(), inputs, places, y)
         return y, after
 
     def _add(self, branch: Branch) -> _Carried:
@@ -243,7 +243,7 @@ class Chain:
             raise NoChainError(
                 f"Chain: {branch.function} must have {branch.inputs} inputs each, got {wide}, {D}"
             )
-        conv, past = (0, 0), None
+        conv, past = Affine(), None
         if branch.conv is not None:
             past = len(_matrix(branch.conv)) - 1
             conv = self._read(branch.conv, (1 + past) * self._width, self._width)
@@ -263,20 +263,20 @@ class Chain:
         )
         return _Carried(past, D if gated else 0)
 
-    def _norm(self, norm: Norm) -> tuple[int, float, tuple[int, int]]:
+    def _norm(self, norm: Norm) -> tuple[int, float, Affine]:
         return _NORMS[norm.kind], norm.eps, self._read(norm.scale, self._width, self._width)
 
-    def _projection(self, part: Affine, inputs: int, outputs: int) -> tuple[int, int]:
+    def _projection(self, part: Affine, inputs: int, outputs: int) -> Affine:
         return self._read(part, inputs * outputs, outputs)
 
-    def _read(self, part: Affine, weights: int, biases: int) -> tuple[int, int]:
-        """Check and keep a weight and a bias; return where they are."""
+    def _read(self, part: Affine, weights: int, biases: int) -> Affine:
+        """Check and keep a weight and a bias, which are read where they lie."""
         for x, size in zip(part, (weights, biases), strict=True):
             if x is not None:
                 if not _is_readable(x, size):
                     raise NoChainError(f"Chain: {size} float32 numbers are needed on the CPU, got {x.shape}")
                 self._tensors.append(x)
-        return _place(part.weight), _place(part.bias)
+        return part
 
     def _where(self) -> list[Any]:
         return [*map(Tensor.data_ptr, self._tensors), *map(_dtype, self._tensors)]
@@ -296,8 +296,5 @@ def _is_readable(x: Tensor, size: int) -> bool:
         and x.is_cpu
         and x.is_contiguous()
         and x.numel() == size
+        and not x.is_neg()
     )
-
-
-def _place(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()

@@ -1,7 +1,8 @@
-"""The compiled engine for the CPU: csrc/ behind a wrapper that hands it pointers, sizes and strides.
+"""The compiled engine for the CPU: csrc/ behind a wrapper that hands it tensors as it reads them.
 
-The extension reads raw pointers, so everything it relies on is made sure of here: dtype, device, shape
-(checked by scan.py), contiguous channels, no lazily negated views, and outputs that live until it returns.
+What the extension relies on is made sure of here: dtype, device, shape (checked by scan.py), contiguous
+channels, no lazily negated views, and outputs that live until it returns. That tensors have memory of their
+extent it sees to itself (csrc/tensor.h).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minrnn.ops.gates import CANDIDATES, GATES
+from minrnn.ops.memory import take
 from minrnn.ops.reference import contiguous_channels, initial_state, output_like, output_strides, state_dtype
 
 try:
@@ -37,11 +39,9 @@ assert GATE_CODES.keys() == GATES.keys(), "csrc/rows.h and gates.py must hold th
 assert CANDIDATE_CODES.keys() == CANDIDATES.keys(), "csrc/rows.h and gates.py must hold the same candidates"
 
 Chain = _cpu.Chain
-"""Residual branches, from addresses: see chain.py, which makes sure of what they point to."""
+"""Residual branches: see chain.py, which makes sure of their tensors."""
 
 _LARGE = 4 << 20  # bytes: below this the system's allocator keeps what is freed
-_Strided = tuple[int, int, int]
-_ABSENT: _Strided = (0, 0, 0)
 
 
 def forward(
@@ -53,7 +53,7 @@ def forward(
     h = new_output(pre[0], D)
     h0 = initial_state(h0, h.dtype)
     reset = None if reset is None else reset.resolve_neg()
-    _cpu.forward(*_call(pre, h0, reset, gate, candidate, reverse, D), _strided(h))
+    _cpu.forward(*_call(pre, h0, reset, gate, candidate, reverse, D), h)
     return h
 
 
@@ -75,10 +75,10 @@ def backward(
     dh0 = h.new_empty(B, D, dtype=state_dtype(h.dtype))
     _cpu.backward(
         *_call(pre, h0, reset, gate, candidate, reverse, D),
-        _strided(dh),
-        _strided(h),
-        _parts(dpre, gate, D),
-        (dh0.data_ptr(), D, 0),
+        dh,
+        h,
+        dpre,
+        dh0,
     )
     return [*dpre, dh0]
 
@@ -101,9 +101,8 @@ def _call(
         torch.get_num_threads(),
         reverse,
         (B, T, D),
-        _parts(pre, gate, D),
-        _ABSENT if h0 is None else (h0.data_ptr(), h0.stride(0), 0),
-        _ABSENT if reset is None else (reset.data_ptr(), *reset.stride()),
+        pre,
+        (h0, reset),
     )
 
 
@@ -111,27 +110,11 @@ def new_output(like: Tensor, D: int) -> Tensor:
     """As `reference.output_like`, from memory that is kept for the next output where it is large."""
     B, T = like.shape[:2]
     nbytes = B * T * D * like.element_size()
-    if nbytes < _LARGE:
+    storage = take(nbytes, _cpu.prefer_huge_pages) if nbytes >= _LARGE else None
+    if storage is None:
         return output_like(like, D)
-    storage = torch.frombuffer(_cpu.Block(nbytes), dtype=like.dtype).untyped_storage()
     return like.new_empty(0).set_(storage, 0, (B, T, D), output_strides(like, D))
 
 
 def _channels(pre: list[Tensor], gate: str) -> int:
     return pre[0].shape[2] // GATES[gate].num_pre if len(pre) == 1 else pre[0].shape[2]
-
-
-def _parts(pre: list[Tensor], gate: str, D: int) -> tuple[_Strided, _Strided, _Strided]:
-    """Address and strides of each pre-activation; the parts of a packed tensor lie D elements apart."""
-    if len(pre) == 1:
-        x = pre[0]
-        base, size, strides = x.data_ptr(), x.element_size(), (x.stride(0), x.stride(1))
-        parts = [(base + j * D * size, *strides) for j in range(GATES[gate].num_pre)]
-    else:
-        parts = [_strided(x) for x in pre]
-    first, second, *rest = parts
-    return first, second, rest[0] if rest else _ABSENT
-
-
-def _strided(x: Tensor) -> _Strided:
-    return x.data_ptr(), x.stride(0), x.stride(1)

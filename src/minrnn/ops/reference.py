@@ -14,9 +14,11 @@ from minrnn.ops.gates import CANDIDATES, GATES
 __all__ = [
     "backward",
     "carry_dtype",
+    "contiguous",
     "contiguous_channels",
     "forward",
     "initial_state",
+    "measured",
     "output_like",
     "output_strides",
     "split",
@@ -54,13 +56,31 @@ def output_like(pre: Tensor, D: int) -> Tensor:
 
 def contiguous_channels(x: Tensor) -> Tensor:
     """x itself where its channels are contiguous and its values are stored as they read; else a copy."""
-    x = x.resolve_neg()
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    if x.is_neg():
+        x = measured(x).resolve_neg()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else measured(x).contiguous()
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """x itself where it is contiguous and its values are stored as they read; else a copy."""
+    return x if x.is_contiguous() and not x.is_neg() else measured(x).resolve_neg().contiguous()
+
+
+def measured(x: Tensor) -> Tensor:
+    """x, to be copied. torch reads it without looking how long its storage is, which may have been freed.
+
+    Raises:
+        RuntimeError: its storage is shorter than it is.
+    """
+    return x.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def initial_state(h0: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """h0 as an engine for inputs of `dtype` reads it: see `state_dtype` and `contiguous_channels`."""
-    return None if h0 is None else contiguous_channels(h0.to(state_dtype(dtype)))
+    if h0 is None:
+        return None
+    wide = state_dtype(dtype)
+    return contiguous_channels(h0 if h0.dtype == wide else measured(h0).to(wide))
 
 
 def forward(

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from minrnn.files import naming, parse_json, read_json
+from minrnn.files import naming, parse_json, read_json, write_file
 from minrnn.tasks.environments import INSTALL, known_actions
 from minrnn.tasks.episodes import Episodes
 from minrnn.tasks.spaces import ActionSpace, recorded_anywhere
@@ -164,18 +164,13 @@ def write_episodes(path: Path, episodes: Episodes, next_observations: NDArray[np
     is_last[np.where(episodes.terminated, 0, 1), episodes.ends - 1] = True
     actions = episodes.actions + (episodes.about.get("first_action", 0) if episodes.is_discrete else 0)
     fields = (episodes.observations, actions, episodes.rewards, *is_last, next_observations)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with h5py.File(partial, "w") as file:
-            for name, values in zip((*D4RL_FIELDS, "next_observations"), fields, strict=True):
-                chunks = (min(COMPRESSED_STEPS, len(values)), *values.shape[1:])
-                file.create_dataset(name, data=values, chunks=chunks, compression="gzip", shuffle=True)
-            file.attrs["about"] = json.dumps(dict(episodes.about))
-            if episodes.environment is not None:
-                file.attrs["environment"] = episodes.environment
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with write_file(path) as partial, h5py.File(partial, "w") as file:
+        for name, values in zip((*D4RL_FIELDS, "next_observations"), fields, strict=True):
+            chunks = (min(COMPRESSED_STEPS, len(values)), *values.shape[1:])
+            file.create_dataset(name, data=values, chunks=chunks, compression="gzip", shuffle=True)
+        file.attrs["about"] = json.dumps(dict(episodes.about))
+        if episodes.environment is not None:
+            file.attrs["environment"] = episodes.environment
 
 
 def _import_h5py(function: str) -> ModuleType:

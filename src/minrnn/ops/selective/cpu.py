@@ -1,4 +1,4 @@
-"""The compiled engine of the selective scan: csrc/selective*.cpp behind a wrapper that hands it pointers.
+"""The compiled engine of the selective scan: csrc/selective*.cpp behind a wrapper that hands it tensors.
 
 float32 and float64 are read where they lie; 16-bit inputs are computed with as float32.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minrnn.ops.cpu import new_output
-from minrnn.ops.reference import contiguous_channels, state_dtype
+from minrnn.ops.reference import contiguous, contiguous_channels, measured, state_dtype
 from minrnn.ops.selective.reference import CHUNK, Inputs, empty_borders
 
 try:
@@ -22,8 +22,6 @@ except ModuleNotFoundError as error:
 
 __all__ = ["backward", "forward"]
 
-_Strided = tuple[int, int, int]
-
 
 def forward(given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.forward`, fused: reads each sequence once, writes y and the borders once."""
@@ -31,7 +29,7 @@ def forward(given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     y = new_output(x.u, x.u.shape[2])
     last = x.u.new_empty(len(x.u), *x.A.shape)
     borders = empty_borders(x, save)
-    _selective.forward(*_call(x), _strided(y), last.data_ptr(), borders.data_ptr() if save else 0)
+    _selective.forward(*_call(x), (y, last, borders if save else None))
     return y.to(given.u.dtype), last, borders
 
 
@@ -43,7 +41,7 @@ def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[
     """
     x = _readable(given)
     (batch, T, channels), N = x.u.shape, x.A.shape[1]
-    dy, dlast = contiguous_channels(dy.to(x.u.dtype)), dlast.resolve_neg().contiguous()
+    dy, dlast = contiguous_channels(_as(dy, x.u.dtype)), contiguous(dlast)
     du, ddelta_pre = new_output(x.u, x.u.shape[2]), new_output(x.u, x.u.shape[2])
     dz = x.u.new_empty(0) if x.z is None else new_output(x.u, x.u.shape[2])
     groups = _selective.num_groups(batch, channels)
@@ -52,10 +50,9 @@ def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[
     dh0 = x.u.new_empty(batch, channels, N)
     _selective.backward(
         *_call(x),
-        _strided(dy),
-        (dlast.data_ptr(), borders.data_ptr()),
-        (_strided(du), _strided(ddelta_pre), _strided(dz)),
-        tuple(part.data_ptr() for part in (dB, dC, dA, dD, dh0)),
+        (dy, dlast, borders),
+        (du, ddelta_pre, None if x.z is None else dz),
+        (dB, dC, dA, dD, dh0),
     )
     narrow, wide = given.u.dtype, x.u.dtype
     return [
@@ -66,6 +63,7 @@ def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[
         _sum(dC).to(narrow),
         x.u.new_empty(0) if x.D is None else dD.sum((0, 1)).to(wide),
         dz.to(narrow),
+        x.u.new_empty(0) if x.delta_bias is None else ddelta_pre.sum((0, 1)),
         dh0,
     ]
 
@@ -74,27 +72,26 @@ def _readable(x: Inputs) -> Inputs:
     """The inputs as the extension reads them."""
     wide = state_dtype(x.u.dtype)
     if x.u.dtype != wide:
-        x = x.widened(wide)
+        x = Inputs(*(None if s is None else _as(s, wide) for s in x[:-1]), x.reset)  # type: ignore
     rows = [None if s is None else contiguous_channels(s) for s in (x.u, x.delta_pre, x.B, x.C, x.z)]
-    A, D, h0 = (None if s is None else s.resolve_neg().contiguous() for s in (x.A, x.D, x.h0))
-    u, delta_pre, B, C, z = rows
-    return Inputs(u, delta_pre, A, B, C, D, z, h0, x.reset)  # type: ignore[arg-type]
+    whole = [None if s is None else contiguous(s) for s in (x.A, x.D, x.delta_bias, x.h0)]
+    (u, delta_pre, B, C, z), (A, D, delta_bias, h0) = rows, whole
+    return Inputs(u, delta_pre, A, B, C, D, z, delta_bias, h0, x.reset)  # type: ignore[arg-type]
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else measured(x).to(dtype)
 
 
 def _call(x: Inputs) -> tuple[object, ...]:
-    sequences = (x.u, x.delta_pre, x.z, x.B, x.C, x.reset)
     return (
         x.u.dtype == torch.float64,
         torch.get_num_threads(),
         (*x.u.shape, x.A.shape[1], CHUNK),
-        tuple(map(_strided, sequences)),
-        tuple(0 if s is None else s.data_ptr() for s in (x.A, x.D, x.h0)),
+        (x.u, x.delta_pre, x.z, x.B, x.C, x.reset),
+        (x.A, x.D, x.delta_bias, x.h0),
     )
 
 
 def _sum(parts: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else parts.sum(0)
-
-
-def _strided(x: Tensor | None) -> _Strided:
-    return (0, 0, 0) if x is None or not x.numel() else (x.data_ptr(), x.stride(0), x.stride(1))

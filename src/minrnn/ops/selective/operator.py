@@ -62,7 +62,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 # ----------------------------------------------------------------------------------------------------------
 # The operators, and who serves them
 
-_OPTIONAL = ("D", "z", "h0", "reset")
+_OPTIONAL = ("D", "z", "delta_bias", "h0", "reset")
 _INPUTS = ", ".join(f"Tensor{'?' * (name in _OPTIONAL)} {name}" for name in Inputs._fields)
 
 
@@ -122,6 +122,7 @@ def _backward_fake(dy: Tensor, dlast: Tensor, borders: Tensor, *inputs: Any) -> 
         x.C.new_empty(x.C.shape),
         x.A.new_empty(0 if x.D is None else channels, dtype=wide),
         x.u.new_empty(0) if x.z is None else output_like(x.u, channels),
+        x.A.new_empty(0 if x.delta_bias is None else channels, dtype=wide),
         dlast.new_empty(dlast.shape, dtype=wide),
     ]
 
@@ -143,7 +144,8 @@ def _backward(dy: Tensor, dlast: Tensor, borders: Tensor, x: Inputs) -> Derivati
 
 def _differentiable_backward(dy: Tensor, dlast: Tensor, x: Inputs) -> list[Tensor]:
     """As `reference.backward`, for all steps at once."""
-    x = x.widened(torch.promote_types(x.u.dtype, torch.float32))
+    has_bias = x.delta_bias is not None
+    x = x.biased(torch.promote_types(x.u.dtype, torch.float32))
     dy, dlast = dy.to(x.u.dtype), dlast.to(x.u.dtype)
     a, h, h_prev = _linearise(x)
     dz = x.u.new_zeros(0)
@@ -158,14 +160,16 @@ def _differentiable_backward(dy: Tensor, dlast: Tensor, x: Inputs) -> list[Tenso
     to_exponent = g * a * h_prev
     to_drive = torch.einsum("btdn,btn->btd", g, x.B)
     to_delta = torch.einsum("btdn,dn->btd", to_exponent, x.A) + to_drive * x.u
+    ddelta_pre = to_delta * torch.sigmoid(x.delta_pre)
     return [
         to_drive * delta if x.D is None else to_drive * delta + dy * x.D,
-        to_delta * torch.sigmoid(x.delta_pre),
+        ddelta_pre,
         torch.einsum("btdn,btd->dn", to_exponent, delta),
         torch.einsum("btdn,btd->btn", g, delta * x.u),
         torch.einsum("btd,btdn->btn", dy, h),
         x.u.new_zeros(0) if x.D is None else (dy * x.u).sum((0, 1)),
         dz,
+        ddelta_pre.sum((0, 1)) if has_bias else x.u.new_zeros(0),
         a[:, 0] * g[:, 0],
     ]
 
@@ -175,9 +179,9 @@ def _tangents(d: Derivatives, x: Inputs) -> tuple[Tensor, Tensor]:
     narrow, wide = x.u.dtype, torch.promote_types(x.u.dtype, torch.float32)
     pairs = zip(d[:-1], x[:-1], strict=True)
     filled = (None if v is None else torch.zeros_like(v) if t is None else t for t, v in pairs)
-    dx = Inputs(*filled, None).widened(wide)  # type: ignore
+    dx = Inputs(*filled, None).biased(wide)  # type: ignore
     last = state_dtype(narrow)
-    x = x.widened(wide)
+    x = x.biased(wide)
     a, h, h_prev = _linearise(x)
     delta, ddelta = softplus(x.delta_pre), dx.delta_pre * torch.sigmoid(x.delta_pre)
     exponent = ddelta.unsqueeze(-1) * x.A + delta.unsqueeze(-1) * dx.A
@@ -220,8 +224,8 @@ def _silu_slope(z: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Batching. torch.func.vmap's dimension is merged with the batch, except where A or D have it, or a sum over
-# the batch would add up what it should keep apart: there, one call follows another.
+# Batching. torch.func.vmap's dimension is merged with the batch, except where A, D or delta_bias have it,
+# or a sum over the batch would add up what it should keep apart: there, one call follows another.
 
 
 def _each(
@@ -241,12 +245,13 @@ def _forward_each(
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """`function` of (*Inputs), whose last argument may be `save`, over a mapped dimension."""
     mapped = dict(zip(Inputs._fields, dims, strict=False))
-    if mapped["A"] is not None or mapped["D"] is not None:
+    shared = ("A", "D", "delta_bias")  # by all rows of a batch
+    if any(mapped[name] is not None for name in shared):
         outputs, out_dims = _each(info, dims, tensors, function)
         return tuple(outputs), tuple(out_dims)
     count = len(Inputs._fields)
     x = Inputs(*tensors[:count])
-    folded = Inputs(*fold(info, x, dims[:count]))._replace(A=x.A, D=x.D)
+    folded = Inputs(*fold(info, x, dims[:count]))._replace(**{name: getattr(x, name) for name in shared})
     outputs = [unfold(info, out) for out in function(*folded, *tensors[count:])]
     return tuple(outputs), (0,) * len(outputs)
 

@@ -37,6 +37,8 @@ class Inputs(NamedTuple):
     """(D,)."""
     z: Tensor | None
     """(B, T, D)."""
+    delta_bias: Tensor | None
+    """(D,)."""
     h0: Tensor | None
     """(B, D, N)."""
     reset: Tensor | None
@@ -46,6 +48,13 @@ class Inputs(NamedTuple):
         """All floating tensors in this dtype."""
         *tensors, reset = self
         return Inputs(*[None if x is None else x.to(dtype) for x in tensors], reset)  # type: ignore
+
+    def biased(self, dtype: torch.dtype) -> Inputs:
+        """`widened`, with delta_bias added to delta_pre."""
+        x = self.widened(dtype)
+        return (
+            x if x.delta_bias is None else x._replace(delta_pre=x.delta_pre + x.delta_bias, delta_bias=None)
+        )
 
 
 def num_chunks(T: int) -> int:
@@ -65,7 +74,7 @@ def empty_borders(x: Inputs, save: bool) -> Tensor:
 
 
 def discretise(x: Inputs) -> tuple[Tensor, Tensor]:
-    """Decay exp(delta A), 0 where a reset forgets, and drive delta B u of every step, (B, T, D, N)."""
+    """Decay exp(delta A), 0 where a reset forgets, and drive delta B u of each step of `biased` inputs."""
     delta = softplus(x.delta_pre).unsqueeze(-1)
     a = (delta * x.A).exp()
     if x.reset is not None:
@@ -83,7 +92,7 @@ def forward(given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         y in u's dtype; the final state and the borders (see `empty_borders`) in float32 at least.
     """
-    x = given.widened(carry_dtype(given.u.device))
+    x = given.biased(carry_dtype(given.u.device))
     h = _initial(x)
     borders = empty_borders(given, save)
     y = torch.empty_like(x.u)
@@ -96,10 +105,11 @@ def forward(given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[Tensor]:
-    """Gradients of u, delta_pre, A, B, C, D, z and h0, the absent ones without elements.
+    """Gradients of u, delta_pre, A, B, C, D, z, delta_bias and h0, the absent ones without elements.
 
         g[t] = dy[t] C[t] + a[t+1] g[t+1];  dC[t] = sum_d dy h;  dB[t] = sum_d g delta u
         d(delta u)[t] = sum_n g B;  d(delta A)[t] = g a h[t-1];  dh0 = a[0] g[0]
+        d(delta_bias) = sum_t d(delta_pre)[t]
 
     where dy has passed the gate. Each chunk's states are computed again from its border.
 
@@ -110,9 +120,9 @@ def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[
         given: the inputs.
 
     Returns:
-        The gradients: of sequences in u's dtype, of A, D and h0 in float32 at least.
+        The gradients: of sequences in u's dtype, of A, D, delta_bias and h0 in float32 at least.
     """
-    x = given.widened(carry_dtype(given.u.device))
+    x = given.biased(carry_dtype(given.u.device))
     d = _Gradients(x)
     g = dlast.to(x.u.dtype)
     for chunk in reversed(range(num_chunks(x.u.shape[1]))):
@@ -125,7 +135,8 @@ def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[
     narrow, wide = given.u.dtype, state_dtype(given.u.dtype)
     sequences = [d.u, d.delta_pre, d.B, d.C, d.z]
     du, ddelta_pre, dB, dC, dz = (s.to(narrow) for s in sequences)
-    return [du, ddelta_pre, d.A.to(wide), dB, dC, d.D.to(wide), dz, g.to(wide)]
+    dbias = d.u.new_empty(0) if given.delta_bias is None else d.delta_pre.sum((0, 1))
+    return [du, ddelta_pre, d.A.to(wide), dB, dC, d.D.to(wide), dz, dbias.to(wide), g.to(wide)]
 
 
 class _Gradients:
@@ -149,9 +160,9 @@ class _Gradients:
         delta = softplus(delta_pre)
         a = (delta.unsqueeze(-1) * x.A).exp()
         g = dy.unsqueeze(-1) * x.C[:, t].unsqueeze(1) + carried
-        if x.reset is not None:
-            forget = x.reset[:, t, None, None]
-            a, h_prev = a.masked_fill(forget, 0), h_prev.masked_fill(forget, 0)
+        forget = None if x.reset is None else x.reset[:, t, None, None]
+        if forget is not None:
+            h_prev = h_prev.masked_fill(forget, 0)
         to_exponent = g * a * h_prev
         to_drive = torch.einsum("bdn,bn->bd", g, x.B[:, t])
         self.C[:, t] = torch.einsum("bd,bdn->bn", dy, h)
@@ -162,7 +173,7 @@ class _Gradients:
             self.D += (dy * u).sum(0)
         to_delta = torch.einsum("bdn,dn->bd", to_exponent, x.A) + to_drive * u
         self.delta_pre[:, t] = to_delta * torch.sigmoid(delta_pre)
-        return a * g
+        return a * g if forget is None else (a * g).masked_fill(forget, 0)
 
 
 def _border(borders: Tensor, chunk: int, N: int) -> Tensor:

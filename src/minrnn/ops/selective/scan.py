@@ -21,12 +21,13 @@ def selective_scan(
     D: Tensor | None = None,
     *,
     z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
     h0: Tensor | None = None,
     reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mamba's recurrence, whose decay, drive and read-out all depend on the input.
 
-        delta[t] = softplus(delta_pre[t])
+        delta[t] = softplus(delta_pre[t] + delta_bias)
         h[t, d, n] = exp(delta[t, d] A[d, n]) h[t-1, d, n] + delta[t, d] B[t, n] u[t, d],    h[-1] = h0
         y[t, d] = (sum_n C[t, n] h[t, d, n] + D[d] u[t, d]) silu(z[t, d])
 
@@ -40,12 +41,14 @@ def selective_scan(
     Args:
         u: input, (batch, T, channels), float32, float64, bfloat16 or float16. Any batch and time strides,
             as for all sequences here.
-        delta_pre: step size before the softplus, its bias included, as u.
+        delta_pre: step size before its bias and the softplus, as u.
         A: rates, (channels, N), zero or negative, in u's dtype or float32.
         B: how the input enters the state, (batch, T, N), in u's dtype.
         C: how the output is read from the state, (batch, T, N), in u's dtype.
         D: skip connection, (channels,), in A's possible dtypes; none when None.
         z: gate of the output before its silu, as u; none when None.
+        delta_bias: bias of the step size, (channels,), in A's possible dtypes; zeros when None. In 16 bits
+            delta_pre could not hold it: between -8 and -4, where small steps are, they are 1/32 apart.
         h0: initial state, (batch, channels, N), in A's possible dtypes; zeros when None.
         reset: (batch, T) bool; where True the state is forgotten before that step.
 
@@ -66,7 +69,7 @@ def selective_scan(
     Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (arXiv 2312.00752),
     section 3. A is discretised exactly, B by its first-order (Euler) form, as in the authors' code.
     """
-    inputs = Inputs(u, delta_pre, A, B, C, D, z, h0, reset)
+    inputs = Inputs(u, delta_pre, A, B, C, D, z, delta_bias, h0, reset)
     _check(inputs)
     return apply(inputs)
 
@@ -96,6 +99,7 @@ def _check(x: Inputs) -> None:
     for field, wide, expected in (
         ("A", x.A, (channels, N)),
         ("D", x.D, (channels,)),
+        ("delta_bias", x.delta_bias, (channels,)),
         ("h0", x.h0, (batch, channels, N)),
     ):
         if wide is not None:

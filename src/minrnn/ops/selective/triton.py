@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minrnn.ops.reference import contiguous_channels, output_like, state_dtype
+from minrnn.ops.reference import contiguous, contiguous_channels, output_like, state_dtype
 from minrnn.ops.selective.reference import CHUNK, Inputs, empty_borders
 
 try:
@@ -93,7 +93,9 @@ def _advance(state, e, scale, drive):
     kept = scale * state[0]
     change = (e * kept + drive) + scale * state[1]
     h = kept + change
-    return h, change - (h - kept)
+    finite = tl.abs(h) < float("inf")  # of an infinite state, these terms may cancel
+    plain = (e * scale + scale) * state[0] + drive
+    return tl.where(finite, h, plain), tl.where(finite, change - (h - kept), 0.0)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -136,11 +138,22 @@ def _load_resets(reset, b, first, T, STEPS: tl.constexpr):
 
 
 @triton.jit
-def _steps(u, delta_pre, first, T, STEPS: tl.constexpr):
+def _load_bias(bias_ptr, d, in_d, REAL: tl.constexpr):
+    if bias_ptr is None:
+        return None
+    else:
+        return tl.load(bias_ptr + d, mask=in_d, other=0.0).to(REAL)
+
+
+@triton.jit
+def _steps(u, delta_pre, bias, first, T, STEPS: tl.constexpr):
     # Step sizes, their slopes and drives without B; all zero where time has ended, which keeps the state.
     deltas, slopes, drives = (), (), ()
     for i in tl.static_range(STEPS):
-        delta, slope = _softplus(delta_pre[i])
+        pre = delta_pre[i]
+        if bias is not None:
+            pre += bias
+        delta, slope = _softplus(pre)
         delta = tl.where(first + i < T, delta, 0.0)
         deltas = deltas + (delta,)
         slopes = slopes + (slope,)
@@ -177,7 +190,8 @@ _SIZES = ["T", "D", "N", "tiles", "tiles_each"]
 
 @triton.jit(do_not_specialize=_SIZES)
 def forward_kernel(
-    y, last_ptr, borders_ptr, u, delta_pre, into, source, z, A_ptr, skip_ptr, h0_ptr, reset, T, D, N, tiles,
+    y, last_ptr, borders_ptr, u, delta_pre, into, source, z, A_ptr, skip_ptr, bias_ptr, h0_ptr, reset, T, D,
+    N, tiles,
     REAL: tl.constexpr, SAVE: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -197,6 +211,7 @@ def forward_kernel(
         h = tl.load(h0_ptr + b * D * N + number, mask=inside, other=0.0).to(REAL)
     if skip_ptr is not None:
         skip = tl.load(skip_ptr + d, mask=in_d, other=0.0).to(REAL)
+    bias = _load_bias(bias_ptr, d, in_d, REAL)
     for start in range(0, T, STEPS):
         first = tl.cast(start, tl.int64)
         if SAVE:  # noqa: SIM102  # Triton evaluates both sides of an `and`
@@ -211,7 +226,7 @@ def forward_kernel(
         if z is not None:
             zs = _load_rows(z, b, first, T, d, in_d, REAL, STEPS)
         resets = _load_resets(reset, b, first, T, STEPS)
-        deltas, _, drives = _steps(us, pres, first, T, STEPS)
+        deltas, _, drives = _steps(us, pres, bias, first, T, STEPS)
         state, _, after, _, _ = _walk((h, low), deltas, drives, intos, resets, rate, STEPS)
         h, low = state
         for i in tl.static_range(STEPS):
@@ -227,8 +242,8 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def backward_kernel(
-    du, ddelta_pre, dz, dinto_ptr, dsource_ptr, dA_ptr, dskip_ptr, carry_ptr, scratch_ptr, dy, borders_ptr,
-    u, delta_pre, into, source, z, A_ptr, skip_ptr, reset, T, D, N, tiles, tiles_each,
+    du, ddelta_pre, dz, dinto_ptr, dsource_ptr, dA_ptr, dskip_ptr, dbias_ptr, carry_ptr, scratch_ptr, dy,
+    borders_ptr, u, delta_pre, into, source, z, A_ptr, skip_ptr, bias_ptr, reset, T, D, N, tiles, tiles_each,
     REAL: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -258,6 +273,7 @@ def backward_kernel(
             rate = tl.load(A_ptr + number, mask=inside, other=0.0).to(REAL) * _LOG2_E
             if skip_ptr is not None:
                 skip = tl.load(skip_ptr + d, mask=in_d, other=0.0).to(REAL)
+            bias = _load_bias(bias_ptr, d, in_d, REAL)
             border = (b * chunks + chunk) * N * D + n.to(tl.int64)[None, :] * D + d[:, None]
             h = tl.load(borders_ptr + border, mask=inside, other=0.0).to(REAL)
             low = tl.full([BLOCK_D, BLOCK_N], 0.0, REAL)
@@ -269,7 +285,7 @@ def backward_kernel(
                 pres = _load_rows(delta_pre, b, first, T, d, in_d, REAL, STEPS)
                 intos = _load_rows(into, b, first, T, n, in_n, REAL, STEPS)
                 resets = _load_resets(reset, b, first, T, STEPS)
-                deltas, _, drives = _steps(us, pres, first, T, STEPS)
+                deltas, _, drives = _steps(us, pres, bias, first, T, STEPS)
                 state, _, _, _, _ = _walk((h, low), deltas, drives, intos, resets, rate, STEPS)
                 h, low = state
             tl.store(scratch_ptr + (CHUNK // STEPS - 1) * BLOCK_D * BLOCK_N + slot, h)
@@ -279,6 +295,7 @@ def backward_kernel(
             g_low = tl.load(carry + size, mask=inside, other=0.0).to(REAL)
             drate = tl.full([BLOCK_D, BLOCK_N], 0.0, REAL)
             dskip = tl.full([BLOCK_D], 0.0, REAL)
+            dbias = tl.full([BLOCK_D], 0.0, REAL)
             for block_back in range(CHUNK // STEPS):
                 block = CHUNK // STEPS - 1 - block_back
                 first = tl.cast(chunk * CHUNK + block * STEPS, tl.int64)
@@ -290,7 +307,7 @@ def backward_kernel(
                 if z is not None:
                     zs = _load_rows(z, b, first, T, d, in_d, REAL, STEPS)
                 resets = _load_resets(reset, b, first, T, STEPS)
-                deltas, slopes, drives = _steps(us, pres, first, T, STEPS)
+                deltas, slopes, drives = _steps(us, pres, bias, first, T, STEPS)
                 h = tl.load(scratch_ptr + block * BLOCK_D * BLOCK_N + slot)
                 start = (h, tl.full([BLOCK_D, BLOCK_N], 0.0, REAL))
                 _, before, after, es, scales = _walk(start, deltas, drives, intos, resets, rate, STEPS)
@@ -309,9 +326,12 @@ def backward_kernel(
                     adjoint = g + change
                     rounded = change - (adjoint - g)
                     kept = scales[i] * adjoint
-                    to_exponent = (es[i] * kept + kept) * before[i]
-                    g = kept
-                    g_low = es[i] * kept + scales[i] * rounded
+                    next_g = es[i] * kept + kept
+                    finite = tl.abs(adjoint) < float("inf")
+                    next_g = tl.where(finite, next_g, (es[i] * scales[i] + scales[i]) * adjoint)
+                    to_exponent = next_g * before[i]
+                    g = tl.where(finite, kept, next_g)
+                    g_low = tl.where(finite, es[i] * kept + scales[i] * rounded, 0.0)
                     if reset is not None:
                         g = tl.where(resets[i], 0.0, g)
                         g_low = tl.where(resets[i], 0.0, g_low)
@@ -323,7 +343,10 @@ def backward_kernel(
                         to_u += skip * incoming
                         dskip += incoming * us[i]
                     _put(du, b, t, d, to_u, there)
-                    _put(ddelta_pre, b, t, d, (by_rate + by_drive * us[i]) * slopes[i], there)
+                    to_pre = (by_rate + by_drive * us[i]) * slopes[i]
+                    if bias_ptr is not None:
+                        dbias += tl.where(t < T, to_pre, 0.0)
+                    _put(ddelta_pre, b, t, d, to_pre, there)
                     to_into = _sum(adjoint * drives[i][:, None], 0)
                     to_source = _sum(incoming[:, None] * after[i], 0)
                     row = sums + t * N
@@ -340,6 +363,10 @@ def backward_kernel(
             if skip_ptr is not None:
                 dD = dskip_ptr + b * D + d
                 tl.store(dD, tl.load(dD, mask=in_d, other=0.0) + dskip.to(tl.float64), mask=in_d)
+            if bias_ptr is not None:
+                of_bias = dbias_ptr + b * D + d
+                sum_of_bias = tl.load(of_bias, mask=in_d, other=0.0) + dbias.to(tl.float64)
+                tl.store(of_bias, sum_of_bias, mask=in_d)
             tl.debug_barrier()  # the next tile's lanes add to sums that other lanes have written
 
 
@@ -386,15 +413,15 @@ def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[
     dz = None if x.z is None else output_like(x.u, channels)
     dB, dC = (x.u.new_empty(groups, batch, T, N, dtype=wide) for _ in range(2))
     dA = x.u.new_zeros(batch, channels, N, dtype=torch.float64)
-    dD = x.u.new_zeros(batch, channels, dtype=torch.float64)
+    dD, dbias = (x.u.new_zeros(batch, channels, dtype=torch.float64) for _ in range(2))
     carry = torch.stack([dlast, torch.zeros_like(dlast)])
     blocks = batch * groups * (CHUNK // _BACKWARD_STEPS)
     scratch = x.u.new_empty(blocks, settings["BLOCK_D"], settings["BLOCK_N"], dtype=wide)
     with torch.cuda.device_of(du):
         backward_kernel[(batch * groups,)](
-            _strided(du), _strided(ddelta_pre), None if dz is None else _strided(dz), dB, dC, dA, dD, carry,
-            scratch, _strided(contiguous_channels(dy)), borders, *_arguments(x), _flags(x.reset), T, channels,
-            N, tiles, tiles_each, **settings,
+            _strided(du), _strided(ddelta_pre), None if dz is None else _strided(dz), dB, dC, dA, dD, dbias,
+            carry, scratch, _strided(contiguous_channels(dy)), borders, *_arguments(x), _flags(x.reset), T,
+            channels, N, tiles, tiles_each, **settings,
         )  # fmt: skip
     narrow = x.u.dtype
     return [
@@ -405,6 +432,7 @@ def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[
         dC.sum(0).to(narrow),
         x.u.new_empty(0, dtype=wide) if x.D is None else dD.sum(0).to(wide),
         x.u.new_empty(0) if dz is None else dz,
+        x.u.new_empty(0, dtype=wide) if x.delta_bias is None else dbias.sum(0).to(wide),
         carry[0] + carry[1],
     ]
 
@@ -412,15 +440,15 @@ def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[
 def _readable(x: Inputs) -> Inputs:
     """The inputs as the kernels read them."""
     rows = [None if s is None else contiguous_channels(s) for s in (x.u, x.delta_pre, x.B, x.C, x.z)]
-    A, D, h0 = (None if s is None else s.resolve_neg().contiguous() for s in (x.A, x.D, x.h0))
-    u, delta_pre, B, C, z = rows
+    whole = [None if s is None else contiguous(s) for s in (x.A, x.D, x.delta_bias, x.h0)]
+    (u, delta_pre, B, C, z), (A, D, delta_bias, h0) = rows, whole
     reset = None if x.reset is None else x.reset.resolve_neg()
-    return Inputs(u, delta_pre, A, B, C, D, z, h0, reset)  # type: ignore[arg-type]
+    return Inputs(u, delta_pre, A, B, C, D, z, delta_bias, h0, reset)  # type: ignore[arg-type]
 
 
 def _arguments(x: Inputs) -> tuple[Any, ...]:
     z = None if x.z is None else _strided(x.z)
-    return _strided(x.u), _strided(x.delta_pre), _strided(x.B), _strided(x.C), z, x.A, x.D
+    return _strided(x.u), _strided(x.delta_pre), _strided(x.B), _strided(x.C), z, x.A, x.D, x.delta_bias
 
 
 def _settings(x: Inputs, STEPS: int) -> tuple[dict[str, Any], int]:

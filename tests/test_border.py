@@ -1,0 +1,381 @@
+"""The border between torch and the compiled engine: storages are measured, outputs are as any tensor."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from engine_laws import inputs
+from selective_laws import NAMES, draw, gradients_like
+from torch import Tensor
+
+import minrnn
+from minrnn.ops import GATES, gated_scan, memory, release_memory
+from minrnn.ops.engines import load
+
+LOADED = load("cpp")
+pytestmark = pytest.mark.skipif(
+    not isinstance(LOADED, ModuleType), reason=f"no compiled engine to compare: {LOADED}"
+)
+
+
+def engine() -> Any:
+    return LOADED
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Addresses
+
+
+def freed(x: Tensor) -> Tensor:
+    """As FSDP leaves a tensor: its sizes, and no memory."""
+    x = x.clone(memory_format=torch.preserve_format)
+    x.untyped_storage().resize_(0)
+    return x
+
+
+def shortened(x: Tensor) -> Tensor:
+    """A tensor whose last number is gone."""
+    x = x.clone(memory_format=torch.preserve_format)
+    x.untyped_storage().resize_(x.nbytes - x.itemsize)
+    return x
+
+
+def late(x: Tensor) -> Tensor:
+    """A view from the middle of what was long enough."""
+    wide = torch.zeros(2 * x.numel(), dtype=x.dtype)
+    view = wide[x.numel() :].view(x.shape)
+    wide.untyped_storage().resize_(wide.nbytes - 1)
+    return view
+
+
+def elsewhere(x: Tensor) -> Tensor:
+    """A shape without memory."""
+    return x.to("meta")
+
+
+def strided(x: Tensor) -> Tensor:
+    """Freed, with channels that would have to be copied first."""
+    return freed(x.mT.contiguous().mT if x.dim() > 1 else x)
+
+
+def negated(x: Tensor) -> Tensor:
+    """Freed, with numbers that would have to be negated first."""
+    return torch._neg_view(freed(x)) if x.is_floating_point() else freed(x)
+
+
+SPOILT = [freed, shortened, late, elsewhere, strided, negated]
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
+@pytest.mark.parametrize("gate", GATES)
+def test_every_tensor_of_the_gated_scan(gate: str, spoil: Callable[[Tensor], Tensor]) -> None:
+    """Forward and backward raise RuntimeError for it, packed or not."""
+    pre, h0, reset, dh = inputs(gate, 2, 5, 4, torch.float32)
+    mode = (gate, "positive", False)
+    forward, backward = engine().forward, engine().backward
+    h = forward(pre, h0, reset, *mode)
+    for j in range(len(pre)):
+        bad = [spoil(x) if i == j else x for i, x in enumerate(pre)]
+        for call in (
+            lambda bad=bad: forward(bad, h0, reset, *mode),
+            lambda bad=bad: backward(dh, bad, h, h0, reset, *mode),
+        ):
+            with pytest.raises(RuntimeError, match=r"storage|alloc"):
+                call()
+    packed = torch.cat(pre, -1)
+    for call in (
+        lambda: forward([spoil(packed)], h0, reset, *mode),
+        lambda: forward(pre, spoil(h0), reset, *mode),
+        lambda: forward(pre, h0, spoil(reset), *mode),
+        lambda: backward(spoil(dh), pre, h, h0, reset, *mode),
+        lambda: backward(dh, pre, spoil(h), h0, reset, *mode),
+        lambda: backward(dh, pre, h, spoil(h0), reset, *mode),
+        lambda: backward(dh, [spoil(packed)], h, h0, reset, *mode),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match=r"storage|alloc"):
+            call()
+    half = [x.bfloat16() for x in pre]
+    with pytest.raises(RuntimeError, match=r"storage|alloc"):
+        forward(half, freed(h0.bfloat16()), reset, *mode)
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_tensor_of_the_selective_scan(dtype: torch.dtype, spoil: Callable[[Tensor], Tensor]) -> None:
+    """Forward and backward raise RuntimeError for it."""
+    selective = importlib.import_module("minrnn.ops.selective.cpu")
+    x = draw(2, 5, 4, 3, dtype)
+    dy, dlast = gradients_like(x)
+    borders = selective.forward(x, True)[2]
+    calls = []
+    for name in (*NAMES, "reset"):
+        bad = x._replace(
+            **{name: (freed if name == "reset" and spoil is strided else spoil)(getattr(x, name))}
+        )
+        calls += [
+            lambda bad=bad: selective.forward(bad, True),
+            lambda bad=bad: selective.backward(dy, dlast, borders, bad),
+        ]
+    calls += [
+        lambda: selective.backward(spoil(dy), dlast, borders, x),
+        lambda: selective.backward(dy, spoil(dlast), borders, x),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match=r"storage|alloc"):
+            call()
+
+
+@pytest.mark.parametrize("spoil", [freed, shortened, late])
+def test_every_tensor_of_a_models_step(spoil: Callable[[Tensor], Tensor]) -> None:
+    """When it is read first, as far as it is a weight; at each step, as far as it is not."""
+    chain = importlib.import_module("minrnn.ops.chain")
+    D = 6
+    pair = lambda out, into: chain.Affine(torch.randn(out, into), torch.randn(out))  # noqa: E731
+    norm = lambda: chain.Norm("layer", 1e-5, chain.Affine(torch.randn(D), torch.randn(D)))  # noqa: E731
+    conv = pair(3, D)._replace(bias=torch.randn(D))
+    links = chain.Links(
+        [chain.Branch(norm(), conv, pair(2 * D, D), "mingru", "positive", pair(D, D), True)],
+        chain.Start([pair(D, 5)], norm()),
+        chain.End(norm(), pair(4, D)),
+    )  # fmt: skip
+    good = chain.Chain(links)
+    x, window, h = torch.randn(2, 5), torch.randn(2, 2, D), torch.randn(2, D)
+    good.step([x], [chain.BranchState(window, h)])
+    for given in (
+        ([spoil(x)], [chain.BranchState(window, h)]),
+        ([x], [chain.BranchState(spoil(window), h)]),
+        ([x], [chain.BranchState(window, spoil(h))]),
+    ):
+        with pytest.raises(RuntimeError, match="storage"):
+            good.step(*given)
+
+    def rebuilt(part: Any, path: list[int]) -> Any:
+        """The links with the tensor at this path spoilt."""
+        if isinstance(part, Tensor):
+            return spoil(part)
+        changed = [rebuilt(p, path[1:]) if i == path[0] else p for i, p in enumerate(part)]
+        return changed if isinstance(part, list) else type(part)(*changed)
+
+    def paths(part: Any) -> list[list[int]]:
+        if isinstance(part, Tensor):
+            return [[]]
+        inside = enumerate(part) if isinstance(part, (list, tuple)) else ()
+        return [[i, *rest] for i, p in inside for rest in paths(p)]
+
+    found = paths(links)
+    assert len(found) == 16
+    for path in found:
+        with pytest.raises(RuntimeError, match="storage"):
+            chain.Chain(rebuilt(links, path))
+
+
+def test_a_models_step_reads_no_negated_view() -> None:
+    """What is stored otherwise than it reads is for torch's operations."""
+    chain = importlib.import_module("minrnn.ops.chain")
+    assert not chain._is_readable(torch._neg_view(torch.ones(3)), 3)
+
+
+def test_what_reaches_the_border_through_the_operator_is_measured_too() -> None:
+    pre, h0, _, _ = inputs("mingru", 2, 5, 4, torch.float32)
+    with pytest.raises(
+        RuntimeError, match=r"h0 .* requires a storage of 32 bytes, its data has 0: was it freed"
+    ):
+        gated_scan("mingru", *pre, h0=freed(h0))
+    with pytest.raises(RuntimeError, match=r"h0 .* requires a storage"):  # shapes are not checked there
+        torch.ops.minrnn.gated_scan(pre, h0[:1].clone(), None, "mingru", "positive", False)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Outputs
+
+LARGE = (4, 512, 1024)
+"""float32: 8 MiB, so that the memory of outputs is kept."""
+
+
+def large(shape: tuple[int, int, int] = LARGE) -> Tensor:
+    return engine().new_output(torch.empty(shape), shape[2]).zero_()
+
+
+def test_the_memory_of_an_output_serves_the_next_one() -> None:
+    release_memory()
+    first = large()
+    address = first.data_ptr()
+    view = first[1:]
+    del first
+    second = large()
+    assert second.data_ptr() != address, "a view still holds it"
+    del view
+    assert large().data_ptr() == address
+    assert release_memory() >= 8 << 20
+    assert second.sum() == 0
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda h: h.untyped_storage(),
+        lambda h: h.numpy(),
+        lambda h: h.detach(),
+        lambda h: torch.utils.dlpack.to_dlpack(h),
+        lambda h: memoryview(h.numpy()),
+        lambda h: h.requires_grad_().exp().grad_fn,
+        lambda h: torch._lazy_clone(h),
+    ],
+    ids=["storage", "numpy", "detached", "dlpack", "memoryview", "autograd", "lazy clone"],
+)
+def test_what_is_held_is_never_given_away(hold: Callable[[Tensor], Any]) -> None:
+    release_memory()
+    h = large()
+    held = hold(h)
+    del h
+    others = [large().fill_(1) for _ in range(3)]
+    if isinstance(held, torch.UntypedStorage):
+        held = torch.empty(0).set_(held)
+    if hasattr(held, "any"):
+        assert not held.any()
+    assert len({x.data_ptr() for x in others}) == 3
+
+
+def test_outputs_are_as_any_tensor() -> None:
+    """They can be resized, written to, saved, pickled and shared."""
+    h = large()
+    h.resize_(2 * h.numel())
+    assert h.untyped_storage().nbytes() == 16 << 20
+    h.untyped_storage().resize_(0)
+    out = large()
+    torch.add(torch.ones(5, 7), 1, out=out.resize_(0))
+    assert out.shape == (5, 7)
+    torch.mul(torch.ones(LARGE), 3, out=(out := large()))
+    assert (out == 3).all()
+    buffer = io.BytesIO()
+    torch.save(out, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer), out)
+    assert torch.equal(pickle.loads(pickle.dumps(out)), out)
+    address = out.share_memory_().data_ptr()
+    assert out.is_shared()
+    del out
+    assert not any(large().data_ptr() == address for _ in range(3)), "another process may read it"
+
+
+def _in_child(queue: Any) -> None:
+    torch.set_num_threads(1)
+    a = torch.full(LARGE, 0.5)
+    h = minrnn.scan(a, a)
+    queue.put(float(h[0, -1, 0]))
+    queue.close()
+    queue.join_thread()
+
+
+def test_processes_that_are_forked_compute_too() -> None:
+    """With what is kept, and while another thread makes outputs."""
+    kept = [large() for _ in range(3)]
+    del kept
+    done = threading.Event()
+
+    def go_on() -> None:
+        while not done.is_set():
+            memory.take(8 << 20, lambda *_: None)
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    try:
+        for _ in range(3):
+            context = torch.multiprocessing.get_context("fork")
+            queue = context.Queue()
+            child = context.Process(target=_in_child, args=(queue,))
+            child.start()
+            assert queue.get(timeout=60) == pytest.approx(1)
+            child.join(60)
+            assert child.exitcode == 0
+    finally:
+        done.set()
+        thread.join()
+    assert large().shape == LARGE
+
+
+class _Scanned(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Tensor:
+        return minrnn.scan(torch.full(LARGE, 0.5), torch.full(LARGE, float(index)))
+
+
+def test_data_loaders_send_them() -> None:
+    large()
+    batches = list(torch.utils.data.DataLoader(_Scanned(), num_workers=1, multiprocessing_context="fork"))
+    assert batches[0].sum() == 0
+    assert batches[1][0, 0, -1, 0] == pytest.approx(2)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Bounds
+
+
+def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs in use count too, as they may be dropped without another call; more of them are torch's."""
+    release_memory()
+    monkeypatch.setattr(memory, "LIMIT", 20 << 20)
+    outputs = [large() for _ in range(5)]
+    assert sum(kept.storage.nbytes() for kept in memory._POOL.kept) <= 20 << 20
+    assert len({x.data_ptr() for x in outputs}) == 5
+    del outputs
+    assert release_memory() == 16 << 20
+    monkeypatch.setattr(memory, "LIMIT", 1 << 20)
+    large()
+    assert release_memory() == 0
+
+
+def test_what_is_idle_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    release_memory()
+    large()
+    monkeypatch.setattr(memory, "IDLE", 0.0)
+    memory._POOL.looked = 0.0
+    large((4, 512, 2048))
+    assert all(kept.storage.nbytes() != 8 << 20 for kept in memory._POOL.kept)
+    release_memory()
+
+
+OUT_OF_MEMORY = """
+import resource, torch, minrnn
+from minrnn.ops import cpu, memory
+shape = (16, 1024, 4096)  # 256 MiB
+cpu.new_output(torch.empty(1).expand(shape), 4096).zero_()
+def used(): return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used() + (64 << 20), -1))
+h = cpu.new_output(torch.empty(1).expand(16, 1024, 2048), 2048)  # fits once what is kept has been given back
+assert h.shape == (16, 1024, 2048)
+for attempt in range(2):
+    try:
+        cpu.new_output(torch.empty(1).expand(1 << 20, 1 << 20, 1 << 10), 1 << 10)
+    except RuntimeError as error:
+        assert "DefaultCPUAllocator: can't allocate memory: you tried to allocate" in str(error), error
+    else:
+        raise AssertionError
+del h
+a = torch.full((4, 512, 1024), 0.5)
+assert minrnn.scan(a, a).isfinite().all()
+print("usable")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits a process's memory as Linux does")
+def test_where_there_is_no_memory() -> None:
+    """What is kept is given back and the output tried again; the error is torch's; all stays usable."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "usable\n", done.stderr

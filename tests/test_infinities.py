@@ -1,0 +1,161 @@
+"""Infinities: every engine has its infinities and NaN where the reference has them."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from types import ModuleType
+
+import pytest
+import torch
+from engine_laws import CELLS, INFINITIES, TOLERANCE, inputs, same, spoiled
+from selective_laws import NAMES, draw, gradients_like
+
+from minrnn.ops import GATES, reference
+from minrnn.ops.engines import load
+from minrnn.ops.selective import reference as selective_reference
+
+LOADED = load("cpp")
+compiled = pytest.mark.skipif(
+    not isinstance(LOADED, ModuleType), reason=f"no compiled engine to compare: {LOADED}"
+)
+directions = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+
+
+@compiled
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("gate", "candidate"), CELLS)
+@directions
+def test_forward(gate: str, candidate: str, dtype: torch.dtype, reverse: bool) -> None:
+    """In h0 and in drives, for a step and for many; resets forget them."""
+    assert isinstance(LOADED, ModuleType)
+    for T in (1, 2, 13):
+        pre, h0, reset, _ = spoiled(gate, dtype, T)
+        for given in (reset, None):
+            mode = (gate, candidate, reverse)
+            exact = reference.forward([x.double() for x in pre], h0.double(), given, *mode)
+            same(LOADED.forward(pre, h0, given, *mode), exact.to(dtype), TOLERANCE[dtype])
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("gate", GATES)
+@directions
+def test_backward(gate: str, dtype: torch.dtype, reverse: bool) -> None:
+    """Of infinite states, gradients; of infinite gradients, those of h0 and of what is added to the state."""
+    assert isinstance(LOADED, ModuleType)
+    mode = (gate, "linear" if GATES[gate].has_candidate else "positive", reverse)
+    for T, given in itertools.product((1, 2, 13), (True, False)):
+        pre, h0, reset, dh = spoiled(gate, dtype, T)
+        reset = reset if given else None
+        h = reference.forward(pre, h0, reset, *mode)
+        expected = reference.backward(dh, pre, h, h0, reset, *mode)
+        for ours, theirs in zip(LOADED.backward(dh, pre, h, h0, reset, *mode), expected, strict=True):
+            same(ours, theirs, 5 * TOLERANCE[dtype])
+        pre, h0, reset, dh = inputs(gate, 2, T, 21, dtype)
+        reset = reset if given else None
+        for d, bad in enumerate(INFINITIES):
+            dh[:, T // 2, d] = bad
+            dh[0, ::3, 2 + d] = bad
+            dh[:, -1, 4 + d], dh[:, 0, 4 + d] = bad, -bad
+        h = reference.forward(pre, h0, reset, *mode)
+        expected = reference.backward(dh, pre, h, h0, reset, *mode)
+        actual = LOADED.backward(dh, pre, h, h0, reset, *mode)
+        for ours, theirs in zip(actual[-2:], expected[-2:], strict=True):
+            same(ours, theirs, 5 * TOLERANCE[dtype])
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert torch.equal(ours.isfinite(), theirs.isfinite())
+
+
+@compiled
+@pytest.mark.parametrize("gate", ["identity", "mingru", "mingru_signed"])
+@directions
+def test_time_in_chunks(gate: str, reverse: bool) -> None:
+    """They cross from chunk to chunk, whether or not a look back has met them."""
+    assert isinstance(LOADED, ModuleType)
+    T, D, mode = 1600, 21, (gate, "positive", reverse)
+    pre, h0, reset, dh = (
+        [x[:1] for x in part] if isinstance(part, list) else part[:1]
+        for part in spoiled(gate, torch.float32, T)
+    )
+    reset[0, 900 if reverse else 700] = True
+    for d, bad in enumerate(INFINITIES):
+        pre[-1][0, [3, -3], 10 + d] = bad
+        dh[0, [5, -5], 12 + d] = bad
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert T * D >= 32768  # or nothing would be cut
+        for given in (reset, None):
+            h = LOADED.forward(pre, h0, given, *mode)
+            gradients = LOADED.backward(dh, pre, h, h0, given, *mode)
+            same(h, reference.forward([x.double() for x in pre], h0.double(), given, *mode).float(), 2e-6)
+            expected = reference.backward(dh, pre, h, h0, given, *mode)
+            same(gradients[-1], expected[-1], 1e-5)
+            for ours, theirs in zip(gradients, expected, strict=True):
+                assert torch.equal(ours.isfinite(), theirs.isfinite())
+    finally:
+        torch.set_num_threads(before)
+
+
+@compiled
+@pytest.mark.parametrize("gate", GATES)
+def test_no_number_depends_on_a_later_infinity(gate: str) -> None:
+    """Nor on one in another channel: the same bits."""
+    assert isinstance(LOADED, ModuleType)
+    pre, h0, _, _ = inputs(gate, 1, 20, 21, torch.float32)
+    before = LOADED.forward(pre, h0, None, gate, "positive", False)
+    pre[-1][0, 11, 4] = torch.inf
+    after = LOADED.forward(pre, h0, None, gate, "positive", False)
+    others = torch.arange(21) != 4
+    assert torch.equal(after[:, :11], before[:, :11])
+    assert torch.equal(after[..., others], before[..., others])
+    assert not after[0, 11:, 4].isfinite().any()
+
+
+@compiled
+@pytest.mark.parametrize("gate", [gate for gate in GATES if gate != "identity"])
+def test_a_models_step(gate: str) -> None:
+    """The chained step has them where gated_scan has them."""
+    chain = importlib.import_module("minrnn.ops.chain")
+    k, D = GATES[gate].num_pre, 7
+    eye = torch.eye(D)
+    branch = chain.Branch(
+        chain.Norm("none", 0.0, chain.Affine()), None, chain.Affine(eye.repeat(k, 1), torch.randn(k * D)),
+        gate, "linear", chain.Affine(eye), False,
+    )  # fmt: skip
+    links = chain.Chain(chain.Links([branch]))
+    x, h = torch.randn(3, D), torch.randn(3, D)
+    h[0, 2], h[1, 3], h[2, 4] = torch.inf, -torch.inf, torch.nan
+    _, [state] = links.step([x], [chain.BranchState(None, h)])
+    pre = torch.nn.functional.linear(x, *branch.up)[:, None]
+    same(state.h, reference.forward([pre], h, None, gate, "linear", False)[:, 0], 2e-6)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [3, 37, 70])
+def test_selective_scan(dtype: torch.dtype, channels: int) -> None:
+    """In the state, in the input and in incoming gradients."""
+    engine = pytest.importorskip("minrnn.ops.selective.cpu")
+    for T, given in itertools.product((1, 11, 70), (True, False)):
+        x = draw(2, T, channels, 3, dtype)._replace(D=None, z=None)
+        x.reset[:] = False
+        x.reset[1, T // 2] = given
+        x.h0[:, 0], x.h0[1, 1, 0] = torch.inf, -torch.inf
+        x.u[:, T // 3, 2] = torch.inf
+        dy, dlast = gradients_like(x)
+        y, last, borders = selective_reference.forward(x, True)
+        ours, our_last, our_borders = engine.forward(x, True)
+        for actual, expected in ((ours, y), (our_last, last), (our_borders, borders)):
+            same(actual, expected, TOLERANCE[dtype])
+        expected = selective_reference.backward(dy, dlast, borders, x)
+        for name, one, other in zip(NAMES, engine.backward(dy, dlast, borders, x), expected, strict=True):
+            assert torch.equal(one.isfinite(), other.isfinite()), (name, T, given)
+        x = draw(2, T, channels, 3, dtype)._replace(D=None, z=None)
+        dy[:, T // 2, 0], dlast[:, 1] = torch.inf, -torch.inf
+        _, _, borders = selective_reference.forward(x, True)
+        expected = selective_reference.backward(dy, dlast, borders, x)
+        for name, one, other in zip(NAMES, engine.backward(dy, dlast, borders, x), expected, strict=True):
+            assert torch.equal(one.isfinite(), other.isfinite()), (name, T, given)
+        same(engine.backward(dy, dlast, borders, x)[-1], expected[-1], 5 * TOLERANCE[dtype])
