@@ -43,7 +43,7 @@ class ClassicMixer(Mixer):
         """Run the cell; torch.nn puts a layer axis before the batch, and the contract has none."""
         layered = None if state is None else tuple(part.unsqueeze(0) for part in state)
         y, last = self.rnn(x, self._unwrap(layered))
-        return y, tuple(part[0] for part in self._wrap(last))
+        return y, tuple(part.squeeze(0) for part in self._wrap(last))
 
     def _unwrap(self, state: State | None) -> Tensor | State | None:
         """Give the state the form that the cell takes: a tuple of one tensor is that tensor."""

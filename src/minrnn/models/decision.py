@@ -231,7 +231,7 @@ class DecisionModel(nn.Module):
     def _links(self, reading: Reading) -> Links:
         """Find what makes of the inputs of a step with one token the head's output."""
         reading.require(self.embed_time is None and self.config.tokens != "interleaved")
-        reading.require(not reading.setting(reading.module(self, "dropout", Dropout), "training"))
+        reading.no_dropout(self)
         parts = [reading.linear(self, name) for name in self._embeddings]
         start = Start(parts, reading.norm(self, "embed_norm"))
         end = End(reading.norm(self, "norm"), reading.linear(self, "head"))

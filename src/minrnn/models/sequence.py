@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from minrnn.files import convert
 from minrnn.mixers import MIXERS
+from minrnn.mixers.calls import runs
 from minrnn.mixers.convolution import CausalConv
 from minrnn.mixers.mixer import check_reset
 from minrnn.models.block import ACTIVATIONS, MLP, Block, BlockState
@@ -211,14 +212,25 @@ class SequenceModel(nn.Module):
             if stepped is not None:
                 return stepped
         x, state = run_blocks(self.blocks, x, state, reset=reset)
-        head = self.embedding.weight if self.head is None else self.head.weight
-        return functional.linear(self.norm(x), head), state
+        return self._predict(self.norm(x)), state
+
+    def _predict(self, y: Tensor) -> Tensor:
+        head, embedding = self.head, self.embedding
+        if head is not None:
+            return head(y)
+        if runs(embedding, nn.Embedding):
+            return functional.linear(y, embedding.weight)
+        # What stands in its place need not have a matrix of that name; then that is what it makes of all tokens.
+        return functional.linear(y, embedding(torch.arange(self.config.vocab_size, device=y.device)))
 
     def _links(self, reading: Reading) -> Links:
-        """Find what follows the embedding; of the head no more than its matrix is used."""
+        """Find what follows the embedding."""
         head = reading.module(self, "head", nn.Linear, type(None))
-        matrix = reading.affine(head or reading.module(self, "embedding", nn.Embedding)).weight
-        return Links(reading.blocks(self), end=End(reading.norm(self, "norm"), Affine(matrix)))
+        if head is None:
+            projection = Affine(reading.affine(reading.module(self, "embedding", nn.Embedding)).weight)
+        else:
+            projection = reading.affine(head)
+        return Links(reading.blocks(self), end=End(reading.norm(self, "norm"), projection))
 
     def _check(self, tokens: Tensor, state: ModelState | None, reset: Tensor | None) -> None:
         if tokens.dtype not in (torch.int64, torch.int32):
