@@ -51,7 +51,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 @lru_cache
-def _is_own(kind: type[nn.Module], *functions: Callable[..., Any]) -> bool:
+def _is_own(kind: type[nn.Module], *functions: Any) -> bool:
     """Whether these are the functions that `__call__` and `forward` of a class are where it is defined."""
     for name, function in zip(("__call__", "forward"), functions, strict=True):
         owner = next(base for base in kind.__mro__ if name in vars(base))

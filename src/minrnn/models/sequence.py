@@ -220,7 +220,7 @@ class SequenceModel(nn.Module):
             return head(y)
         if runs(embedding, nn.Embedding):
             return functional.linear(y, embedding.weight)
-        # What stands in its place need not have a matrix of that name; then that is what it makes of all tokens.
+        # What stands in its place need not have such a matrix; it is then what that makes of all tokens.
         return functional.linear(y, embedding(torch.arange(self.config.vocab_size, device=y.device)))
 
     def _links(self, reading: Reading) -> Links:
