@@ -26,7 +26,7 @@ class AarenMixer(Mixer):
     other is near 1. The running logsumexp is a scan too, of each head's sum of exp(s - running maximum).
 
     A query needs one number of a key, so q and W_k are multiplied first: d_model * num_heads products a step
-    instead of d_model * d_hidden. (Where another module stands in `key`'s place, or it has hooks, it is called.)
+    instead of d_model * d_hidden. (Where `key` is another module, or has hooks, it is called.)
     For the same reason keys have no bias: it would shift all scores alike.
 
     The state is o `(B, d_hidden)` and lse `(B, num_heads)`, always float64: after t steps it grows by 1 / t a

@@ -87,18 +87,21 @@ class Reading:
 
     def __init__(self) -> None:
         self._found: tuple[list[Mapping[str, Any]], list[str], list[Any]] = ([], [], [])
-        self._kinds: list[type[nn.Module]] = []
-        self._callings: list[tuple[Any, Any]] = []
+        self._modules: tuple[list[nn.Module], list[type]] = ([], [])
+        self._calls: tuple[list[type], list[tuple[Any, Any]]] = ([], [])
         self._hooks: list[Mapping[int, Any]] = []
         self._has_mlp: list[bool] = []
 
     def holds(self) -> bool:
         """Whether all that was found is there as it was."""
         places, names, values = self._found
+        modules, types = self._modules
+        kinds, calls = self._calls
         return (
             all(map(operator.is_, map(_get, places, names), values))
             and not any(self._hooks)
-            and list(map(calling, self._kinds)) == self._callings
+            and list(map(type, modules)) == types
+            and list(map(calling, kinds)) == calls
         )
 
     def states(self, state: ModelState | None) -> list[BranchState] | None:
@@ -153,9 +156,11 @@ class Reading:
             NoChainError: it has hooks.
         """
         module = self._look(parent._modules, name)
+        if module is not None:
+            self._look_at_calls(module)
         self.require(type(module) in kinds)
         if module is not None:
-            self._look_at_calls(type(module))
+            self.require(is_own(type(module)))
             self.require(self.setting(module, "forward") is None)
             self._hooks += [module._forward_hooks, module._forward_pre_hooks]
             if any(self._hooks):
@@ -202,11 +207,15 @@ class Reading:
         up, down = self.linear(mlp, "up"), self.linear(mlp, "down")
         return Branch(self.norm(block, "mlp_norm"), None, up, activation, "positive", down, residual)
 
-    def _look_at_calls(self, kind: type[nn.Module]) -> None:
-        if kind not in self._kinds:
-            self._kinds.append(kind)
-            self._callings.append(calling(kind))
-            self.require(is_own(kind))
+    def _look_at_calls(self, module: nn.Module) -> None:
+        """Note what the module's class is, and what its calls are."""
+        modules, types = self._modules
+        modules.append(module)
+        types.append(type(module))
+        kinds, calls = self._calls
+        if type(module) not in kinds:
+            kinds.append(type(module))
+            calls.append(calling(type(module)))
 
     def _look(self, place: Mapping[str, Any], name: str) -> Any:
         value = place.get(name)
