@@ -114,7 +114,7 @@ def _running_logsumexp(scores: Tensor, carried: Tensor | None, reset: Tensor | N
         reset=reset,
     )
     after = top[:, 1:] + total.log()
-    previous = torch.cat([before, after[:, :-1]], dim=1)
+    previous = torch.cat([before, after], dim=1)[:, :-1]
     return previous if starts is None else previous.masked_fill(starts, -math.inf), after
 
 

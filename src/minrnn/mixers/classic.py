@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from minrnn.mixers.graphs import may_vary, refuse_export
 from minrnn.mixers.mixer import Mixer, State
 
 
@@ -28,8 +29,15 @@ class ClassicMixer(Mixer):
         self.rnn = self.cell(d_model, d_hidden, bias=bias, batch_first=True)
 
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
+        if may_vary(x.shape[1]):
+            refuse_export(
+                f"{type(self).__name__}: T must be fixed in an exported program, as torch unrolls its RNNs"
+            )
         if reset is None:
             return self._run(x, state)
+        refuse_export(
+            f"{type(self).__name__}: reset must be None in an exported program, as time is cut by its values"
+        )
         starts = reset.any(dim=0).nonzero().flatten().tolist()
         cuts = sorted({0, x.shape[1], *starts})
         outputs = []
