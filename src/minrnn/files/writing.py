@@ -35,11 +35,12 @@ def replace_text(path: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written; the message names it, and a file that was there before is as it was.
     """
+    place = behind_link(path)
     # Of a name of its own: several processes may write one file, as the cells of an experiment do.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = place.with_name(f"{place.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        partial.replace(place)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write leaves the name out
@@ -57,7 +58,7 @@ def write_directory(directory: Path) -> Iterator[Path]:
     the old one under the name that `find_directory` looks for; the next write clears up.
 
     Args:
-        directory: the final name; its parents are made.
+        directory: the final name, or a link to it; its parents are made.
 
     Yields:
         The folder to write into, beside `directory`.
@@ -66,16 +67,16 @@ def write_directory(directory: Path) -> Iterator[Path]:
         OSError: writing failed (the disk is full, say), or `directory` is something else than a checkpoint:
             not a directory, or one that is not empty and has no config.json.
     """
-    directory = Path(directory)
-    folder, aside = _sibling(directory, "partial"), _sibling(directory, "previous")
+    place = behind_link(directory)
+    folder, aside = _sibling(place, "partial"), _sibling(place, "previous")
     try:
-        _check_replaceable(directory)
-        _clear_up(directory, folder, aside)
+        _check_replaceable(place)
+        _clear_up(place, folder, aside)
         folder.mkdir(parents=True)
         yield folder
         for path in [*folder.rglob("*"), folder]:
             _flush(path)
-        _swap(directory, folder, aside)
+        _swap(place, folder, aside)
     except OSError as error:
         reason = error.strerror or str(error)
         raise OSError(
@@ -92,12 +93,21 @@ def find_directory(directory: Path) -> Path:
     Raises:
         FileNotFoundError: it is in neither place.
     """
-    directory = Path(directory)
+    place = behind_link(directory)
     # The first name once more: between the first two looks, a write that is under way may have finished.
-    for candidate in (directory, _sibling(directory, "previous"), directory):
+    for candidate in (place, _sibling(place, "previous"), place):
         if candidate.is_dir():
             return candidate
     raise FileNotFoundError(errno.ENOENT, "no checkpoint directory", str(directory))
+
+
+def behind_link(path: Path) -> Path:
+    """Return where a symbolic link leads, whether something is there or not; of another path, itself.
+
+    A name is replaced there: renamed onto the link itself, what is written would take the link's place.
+    """
+    path = Path(path)
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def _sibling(directory: Path, role: str) -> Path:
