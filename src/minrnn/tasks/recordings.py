@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from minrnn.files import behind_link
 from minrnn.tasks.environments import INSTALL
 from minrnn.tasks.episodes import Episodes
 
@@ -93,7 +94,8 @@ def write_episodes(path: Path, episodes: Episodes, next_observations: NDArray[np
     is_last = np.zeros((2, len(episodes)), np.bool_)
     is_last[np.where(episodes.terminated, 0, 1), episodes.ends - 1] = True
     fields = (episodes.observations, episodes.actions, episodes.rewards, *is_last, next_observations)
-    partial = path.with_name(path.name + ".partial")
+    place = behind_link(path)
+    partial = place.with_name(place.name + ".partial")
     try:
         with h5py.File(partial, "w") as file:
             for name, values in zip((*D4RL_FIELDS, "next_observations"), fields, strict=True):
@@ -102,7 +104,7 @@ def write_episodes(path: Path, episodes: Episodes, next_observations: NDArray[np
             file.attrs["about"] = json.dumps(dict(episodes.about))
             if episodes.environment is not None:
                 file.attrs["environment"] = episodes.environment
-        partial.replace(path)
+        partial.replace(place)
     finally:
         partial.unlink(missing_ok=True)
 
