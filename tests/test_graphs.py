@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from minrnn.mixers import MIXERS
-from minrnn.models import DecisionConfig, DecisionModel, ModelConfig, SequenceModel, Steps, map_state
+from minrnn.models import DecisionConfig, DecisionModel, ModelConfig, SequenceModel, Steps
 from minrnn.models.decision import TOKENS
 
 V = 7
-SIZES = ((1, 1), (2, 9), (5, 3), (3, 70))
+SIZES = ((1, 1), (3, 9), (5, 4), (3, 70))  # no 2 first: torch would take it for a complex number's two parts
 
 OF_ANY_LENGTH = ("mingru", "minlstm", "attention", "aaren", "s4d", "mamba")
 """The others are torch's own, which torch unrolls over time."""
@@ -164,9 +164,7 @@ def test_an_empty_batch_gives_an_empty_output(mixer: str, T: int) -> None:
             logits, state = model(tokens, reset=torch.zeros(0, T, dtype=torch.bool))
             logits, state = model(tokens, state)
         assert logits.shape == (0, T, V)
-        shapes: list[Any] = []
-        map_state(lambda x: shapes.append(x.shape) or x, state)  # type: ignore[func-returns-value]
-        assert all(shape[0] == 0 for shape in shapes)
+        assert not any(len(x) for windows, carried in state for x in (*windows, *carried))
 
 
 @pytest.mark.parametrize("tokens", TOKENS)

@@ -236,9 +236,7 @@ def convolve(x: Tensor, kernel: Tensor) -> Tensor:
     Returns:
         y, `(D, B, T)`.
     """
-    _, B, T = x.shape
-    if not may_vary(B) and B == 0:  # torch has no FFT of nothing
-        return x + kernel.unsqueeze(1)
+    T = x.shape[-1]
     wanted = 2 * T - 1  # shorter, and the end would wrap around onto the start
     unit = 1
     while not may_vary(T) and 8 * unit < wanted:
@@ -266,8 +264,6 @@ def convolve_sequences(x: Tensor, kernel: Tensor, reset: Tensor) -> Tensor:
         "S4DMixer: reset must be None in an exported program: its values say how many sizes there are"
     )
     D, B, T = x.shape
-    if B == 0:
-        return convolve(x, kernel)
     begins = torch.cat([torch.ones_like(reset[:, :1]), reset[:, 1:]], dim=1).flatten()
     starts = begins.nonzero().flatten()  # (sequences,), along rows laid end to end
     lengths = torch.diff(starts, append=starts.new_tensor([B * T]))
