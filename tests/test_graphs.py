@@ -14,7 +14,7 @@ from minrnn.models import DecisionConfig, DecisionModel, ModelConfig, SequenceMo
 from minrnn.models.decision import TOKENS
 
 V = 7
-SIZES = ((1, 1), (3, 9), (5, 4), (3, 70))  # no 2 first: torch would take it for a complex number's two parts
+SIZES = ((1, 1), (5, 9), (10, 4), (5, 70))  # of no size that the model has: torch would take them for one
 
 OF_ANY_LENGTH = ("mingru", "minlstm", "attention", "aaren", "s4d", "mamba")
 """The others are torch's own, which torch unrolls over time."""
