@@ -35,7 +35,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     **{name: {"mixer": name} for name in MIXERS},
     "bare": {"conv_width": 0, "mlp_ratio": 0, "norm": "none"},
     "tied": {"tie_embeddings": True, "norm": "rms", "mlp_activation": "swiglu"},
-    "tied-attention": {"mixer": "attention", "tie_embeddings": True},
 }
 
 POLICIES: dict[str, dict[str, Any]] = {
