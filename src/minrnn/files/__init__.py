@@ -14,6 +14,7 @@ from minrnn.files.reading import read_toml as read_toml
 from minrnn.files.schema import convert as convert
 from minrnn.files.schema import nearest as nearest
 from minrnn.files.schema import shown as shown
+from minrnn.files.writing import behind_link as behind_link
 from minrnn.files.writing import find_directory as find_directory
 from minrnn.files.writing import locate as locate
 from minrnn.files.writing import recover_directory as recover_directory

@@ -58,12 +58,12 @@ def write_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written; the message names `path`, where what was there before is as it was.
     """
-    path = Path(path)
-    clear_left_over(path)
-    partial = partial_path(path)
+    place = behind_link(path)
+    clear_left_over(place)
+    partial = partial_path(place)
     try:
         yield partial
-        partial.replace(path)
+        partial.replace(place)
     except OSError as error:
         raise OSError(
             error.errno, error.strerror or str(error), str(path)
@@ -85,7 +85,7 @@ def write_directory(directory: Path) -> Iterator[Path]:
     that write at once, each puts its own there, one after the other.
 
     Args:
-        directory: the final name; its parents are made.
+        directory: the final name, or a link to it; its parents are made.
 
     Yields:
         The folder to write into, beside `directory`.
@@ -94,20 +94,20 @@ def write_directory(directory: Path) -> Iterator[Path]:
         OSError: writing failed (the disk is full, say), or `directory` is something else than a checkpoint:
             not a directory, or one that is not empty and has no config.json.
     """
-    directory = Path(directory)
-    folder = partial_path(directory)
+    place = behind_link(directory)
+    folder = partial_path(place)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(directory) as aside:
-            _check_replaceable(directory)
-            _clear_up(directory, aside)
+        with _alone(place) as aside:
+            _check_replaceable(place)
+            _clear_up(place, aside)
         folder.mkdir()
         yield folder
         for path in [*folder.rglob("*"), folder]:
             _flush(path)
-        with _alone(directory) as aside:
-            _clear_up(directory, aside)  # another process, killed since
-            _swap(directory, folder, aside)
+        with _alone(place) as aside:
+            _clear_up(place, aside)  # another process, killed since
+            _swap(place, folder, aside)
     except OSError as error:
         reason = error.strerror or str(error)
         raise OSError(
@@ -135,12 +135,21 @@ def find_directory(directory: Path) -> Path:
     Raises:
         FileNotFoundError: it is in neither place.
     """
-    directory = Path(directory)
+    place = behind_link(directory)
     # The first name once more: between the first two looks, a write that is under way may have finished.
-    for candidate in (directory, _sibling(directory, "previous"), directory):
+    for candidate in (place, _sibling(place, "previous"), place):
         if candidate.is_dir():
             return candidate
     raise FileNotFoundError(errno.ENOENT, "no checkpoint directory", str(directory))
+
+
+def behind_link(path: Path) -> Path:
+    """Return where a symbolic link leads, whether something is there or not; of another path, itself.
+
+    A name is replaced there: renamed onto the link itself, what is written would take the link's place.
+    """
+    path = Path(path)
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def _sibling(directory: Path, role: str) -> Path:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from minrnn.mixers.arguments import read_flag, read_size
+from minrnn.mixers.calls import is_plain
 from minrnn.mixers.mixer import Mixer, State
 from minrnn.ops import gated_scan
 
@@ -26,7 +27,8 @@ class AarenMixer(Mixer):
     other is near 1. The running logsumexp is a scan too, of each head's sum of exp(s - running maximum).
 
     A query needs one number of a key, so q and W_k are multiplied first: d_model * num_heads products a step
-    instead of d_model * d_hidden. For the same reason keys have no bias: it would shift all scores alike.
+    instead of d_model * d_hidden. (Where `key` is another module, or has hooks, it is called.)
+    For the same reason keys have no bias: it would shift all scores alike.
 
     The state is o `(B, d_hidden)` and lse `(B, num_heads)`, always float64: after t steps it grows by 1 / t a
     step, which float32 begins to round away within some ten thousand steps. Scores are float32 at least,
@@ -77,9 +79,14 @@ class AarenMixer(Mixer):
     def _scores(self, x: Tensor) -> Tensor:
         """<q, k[t]> / sqrt(d_head) of every head, `(B, T, num_heads)`, float64."""
         dtype = torch.promote_types(x.dtype, torch.float32)
+        query = self.query.to(dtype) / math.sqrt(self.query.shape[1])
+        keys = None if is_plain(self.key, nn.Linear) and self.key.bias is None else self.key(x)
         with torch.autocast(x.device.type, enabled=False):
+            if keys is not None:
+                keys = keys.to(dtype).unflatten(-1, (self.num_heads, -1))
+                return torch.einsum("hd,bthd->bth", query, keys).double()
             key = self.key.weight.to(dtype).unflatten(0, (self.num_heads, -1))
-            rows = torch.einsum("hd,hdm->hm", self.query.to(dtype), key) / math.sqrt(key.shape[1])
+            rows = torch.einsum("hd,hdm->hm", query, key)
             return functional.linear(x.to(dtype), rows).double()
 
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from minrnn.mixers.arguments import read_flag, read_size
+from minrnn.mixers.graphs import may_vary
 from minrnn.mixers.mixer import Mixer, State, sequence_start
 
 QUERY_BLOCK = 512
@@ -95,10 +96,8 @@ class AttentionMixer(Mixer):
     def _attend_in_blocks(self, q: Tensor, k: Tensor, v: Tensor, oldest: Tensor) -> Tensor:
         """Attend under a mask, a block of queries at a time against the keys that the block can reach."""
         T, S = q.shape[2], k.shape[2] - q.shape[2]
-        size = max(QUERY_BLOCK, self.window)
         outputs = []
-        for start in range(0, T, size):
-            stop = min(start + size, T)
+        for start, stop in self._query_blocks(T):
             first_key = max(0, S + start - self.window + 1) if self.window else 0
             reach = slice(first_key, S + stop)
             query_at = torch.arange(S + start, S + stop, device=q.device).unsqueeze(1)
@@ -112,6 +111,13 @@ class AttentionMixer(Mixer):
                 )
             )
         return torch.cat(outputs, dim=2)
+
+    def _query_blocks(self, T: int) -> list[tuple[int, int]]:
+        """Cut T queries into blocks, from where to where each goes."""
+        if may_vary(T):  # a graph for all lengths has no loop
+            return [(0, T)]
+        size = max(QUERY_BLOCK, self.window)
+        return [(start, min(start + size, T)) for start in range(0, T, size)]
 
     def _keep(self, keys: Tensor, values: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cut the state to what the next query can see."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from minrnn.mixers.arguments import read_flag
+from minrnn.mixers.graphs import may_vary, refuse_export
 from minrnn.mixers.mixer import Mixer, State
 
 
@@ -31,8 +32,15 @@ class ClassicMixer(Mixer):
         )
 
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
+        if may_vary(x.shape[1]):
+            refuse_export(
+                f"{type(self).__name__}: T must be fixed in an exported program, as torch unrolls its RNNs"
+            )
         if reset is None:
             return self._run(x, state)
+        refuse_export(
+            f"{type(self).__name__}: reset must be None in an exported program, as time is cut by its values"
+        )
         starts = reset.any(dim=0).nonzero().flatten().tolist()
         cuts = sorted({0, x.shape[1], *starts})
         outputs = []
@@ -46,7 +54,7 @@ class ClassicMixer(Mixer):
         """Run the cell; torch.nn puts a layer axis before the batch, and the contract has none."""
         layered = None if state is None else tuple(_fitted(part, x.dtype).unsqueeze(0) for part in state)
         y, last = self.rnn(x, self._unwrap(layered))
-        return y, tuple(part[0] for part in self._wrap(last))
+        return y, tuple(part.squeeze(0) for part in self._wrap(last))
 
     def _unwrap(self, state: State | None) -> Tensor | State | None:
         """Give the state the form that the cell takes: a tuple of one tensor is that tensor."""

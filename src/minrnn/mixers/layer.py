@@ -9,6 +9,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
 from minrnn.mixers.arguments import read_flag, read_probability, read_size
+from minrnn.mixers.calls import is_plain
 from minrnn.mixers.gated import GatedModule
 from minrnn.mixers.mixer import Mixer, State, check_reset
 from minrnn.mixers.ragged import Ragged, read_documents, read_jagged, read_packed
@@ -196,9 +197,13 @@ class MinRNNMixer(Mixer):
     rnn: MinRNN
 
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
-        # Past the layer's own checks and axes, which take half as long as the rest of a single step.
-        y = self.rnn._recurrence(x, "_l0").scan(x, None if state is None else state[0], reset)
-        return y, (y[:, -1].clone(),)
+        rnn, h0 = self.rnn, None if state is None else state[0]
+        if is_plain(rnn, MinRNN) and len(rnn._suffixes) == 1:
+            # Past the layer's own checks and axes, which take half as long as the rest of a single step.
+            y = rnn._recurrence(x, "_l0").scan(x, h0, reset)
+            return y, (y[:, -1].clone(),)
+        y, h_n = rnn(x, None if h0 is None else h0.unsqueeze(0), reset=reset)
+        return y, (h_n.squeeze(0),)
 
 
 def _add_batch(tensor: Tensor | None, axis: int) -> Tensor | None:

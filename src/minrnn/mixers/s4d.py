@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from minrnn.mixers.arguments import read_flag, read_number, read_size
+from minrnn.mixers.graphs import may_vary, refuse_export
 from minrnn.mixers.mixer import Mixer, State
 
 
@@ -181,18 +182,22 @@ class _Response:
 
     def __init__(self, rate: Tensor, drive: Tensor, C: Tensor, *, length: int, dtype: torch.dtype) -> None:
         self.rate, self.drive, self.C, self.length, self.dtype = rate, drive, C, length, dtype
-        chunk = 2 * rate.shape[1]
-        while chunk * chunk < length:
-            chunk *= 2
-        self.chunk = min(length, chunk)
-        self.num_chunks = -(-length // self.chunk)
+        self.varies = may_vary(length)
+        self.chunk = 2 * rate.shape[1]
+        if self.varies:
+            self.num_chunks = length // self.chunk + 2  # never 1, which would be a graph of its own
+        else:
+            while self.chunk * self.chunk < length:
+                self.chunk *= 2
+            self.chunk = min(length, self.chunk)
+            self.num_chunks = -(-length // self.chunk)
         self.inner = _real(_powers(rate, self.chunk), dtype)  # (D, chunk, N)
         self.outer = _powers(rate * self.chunk, self.num_chunks)  # (D, num_chunks, N / 2)
 
     def to_pulse(self) -> Tensor:
         """The convolution's kernel, `(D, T)`: 2 Re <C, exp(rate t) drive>."""
         factor = 2 * (self.C * self.drive).unsqueeze(1) * self.outer
-        return (_real(factor.conj(), self.dtype) @ self.inner.mT).flatten(1)[:, : self.length]
+        return self._cut((_real(factor.conj(), self.dtype) @ self.inner.mT).flatten(1))
 
     def to_state(self, h0: Tensor) -> Tensor:
         """The output that a state h0 `(D, B, N / 2)` rings out with: 2 Re <C, exp(rate (t + 1)) h0>."""
@@ -200,17 +205,33 @@ class _Response:
         factor = (2 * self.C * self.rate.exp()).unsqueeze(1) * self.outer
         chunks = h0.unsqueeze(2) * factor.unsqueeze(1).to(h0.dtype)  # (D, B, num_chunks, N / 2)
         ring = _real(chunks.conj(), self.dtype).flatten(1, 2) @ self.inner.mT
-        return ring.reshape(D, B, -1)[..., : self.length]
+        return self._cut(ring.reshape(D, B, self.num_chunks * self.chunk))
 
     def last_state(self, x: Tensor, h0: Tensor | None) -> Tensor:
         """The state after x `(D, B, T)`: sum_t exp(rate (T - 1 - t)) drive x[t] + exp(rate T) h0."""
         D, B, T = x.shape
-        padded = functional.pad(x, (self.num_chunks * self.chunk - T, 0))
+        padded = self._pad(x)
         ends = padded.reshape(D, B * self.num_chunks, self.chunk) @ self.inner.flip(1)
-        ends = torch.view_as_complex(ends.reshape(D, B, self.num_chunks, -1, 2))
+        ends = torch.view_as_complex(ends.reshape(D, B, self.num_chunks, self.rate.shape[1], 2))
         weights = (self.outer.flip(1) * self.drive.unsqueeze(1)).to(ends.dtype)
         h = (ends * weights.unsqueeze(1)).sum(2)
         return h if h0 is None else h + (self.rate * T).exp().unsqueeze(1).to(h0.dtype) * h0
+
+    # Compilers know no more of the chunks' length than that it has to do with T: by index, they need not ask.
+
+    def _cut(self, x: Tensor) -> Tensor:
+        """The first `length` steps of x, which has those of all chunks."""
+        if self.varies:
+            return x.index_select(-1, torch.arange(self.length, device=x.device))
+        return x[..., : self.length]
+
+    def _pad(self, x: Tensor) -> Tensor:
+        """x with zeros before it, to the steps of all chunks."""
+        total = self.num_chunks * self.chunk
+        if self.varies:
+            place = torch.arange(self.length, device=x.device) + (total - self.length)
+            return x.new_zeros(*x.shape[:-1], total).index_copy(-1, place, x)
+        return functional.pad(x, (total - self.length, 0))
 
 
 def _powers(rate: Tensor, count: int) -> Tensor:
@@ -237,7 +258,7 @@ def convolve(x: Tensor, kernel: Tensor) -> Tensor:
     T = x.shape[-1]
     wanted = 2 * T - 1  # shorter, and the end would wrap around onto the start
     unit = 1
-    while 8 * unit < wanted:
+    while not may_vary(T) and 8 * unit < wanted:
         unit *= 2
     length = -(-wanted // unit) * unit  # 5 to 8 times a power of two: an FFT of large prime factors is slow
     spectrum = torch.fft.rfft(x, length) * torch.fft.rfft(kernel, length).unsqueeze(1)
@@ -258,6 +279,9 @@ def convolve_sequences(x: Tensor, kernel: Tensor, reset: Tensor) -> Tensor:
     Returns:
         y, `(D, B, T)`.
     """
+    refuse_export(
+        "S4DMixer: reset must be None in an exported program: its values say how many sizes there are"
+    )
     D, B, T = x.shape
     begins = torch.cat([torch.ones_like(reset[:, :1]), reset[:, 1:]], dim=1).flatten()
     starts = begins.nonzero().flatten()  # (sequences,), along rows laid end to end

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minrnn.models.decision import NOTHING_DONE, DecisionModel, Steps
+from minrnn.models.evaluation import call_in_evaluation
 from minrnn.models.sequence import ModelState
 
 
@@ -23,7 +24,7 @@ class Policy:
     are kept and read anew for every action, as Decision Transformer does. Either way the actions are those of
     one call over the episode so far, or over its last `window` steps.
 
-    The model runs in evaluation mode, whatever mode it is in. Of discrete actions the likeliest is taken.
+    The model runs in evaluation mode, as in `generate`. Of discrete actions the likeliest is taken.
 
     Args:
         model: what chooses.
@@ -193,31 +194,16 @@ def _choose(model: DecisionModel, memory: _Memory, observations: Tensor) -> tupl
     if model.config.window:
         assert memory.context is None or isinstance(memory.context, Steps)
         context = _recent(memory.context, now, model.config.window)
-        outputs, _ = _evaluate(model, context, None, _starts_within(context))
+        outputs, _ = call_in_evaluation(model, context, reset=_starts_within(context))
     else:
         assert not isinstance(memory.context, Steps)
         reset = None if memory.starts is None else memory.starts.unsqueeze(1)
-        outputs, context = _evaluate(model, now, memory.context, reset)
+        outputs, context = call_in_evaluation(model, now, memory.context, reset=reset)
     last = outputs[:, -1]
     if not _are_finite(last):
         raise RuntimeError("act: the model's actions are not finite; its training has diverged")
     actions = last.argmax(dim=-1) if model.config.discrete else last
     return actions, _Memory(memory.returns, actions, memory.times, context)
-
-
-def _evaluate(
-    model: DecisionModel, steps: Steps, state: ModelState | None, reset: Tensor | None
-) -> tuple[Tensor, ModelState]:
-    """Call the model in evaluation mode."""
-    training = model.training
-    if training:
-        model.eval()
-    try:
-        outputs, state = model(steps, state, reset=reset)
-    finally:
-        if training:
-            model.train()
-    return outputs, state
 
 
 def _recent(context: Steps | None, now: Steps, window: int) -> Steps:

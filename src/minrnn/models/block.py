@@ -98,17 +98,17 @@ class Block(nn.Module):
     ) -> tuple[Tensor, BlockState]:
         """Advance the state over x `(B, T, d_model)`; where reset `(B, T)` is True, forget it first."""
         windows, carried = ((), None) if state is None else state
+        # Each part is looked up once: torch finds modules in half a microsecond each.
+        conv, mlp, mlp_norm, dropout = self.conv, self.mlp, self.mlp_norm, self.dropout
         y = self.mixer_norm(x)
-        if self.conv is not None:
-            y, window = self.conv(y, windows[0] if windows else None, reset=reset)
+        if conv is not None:
+            y, window = conv(y, windows[0] if windows else None, reset=reset)
             windows = (window,)
         y, carried = self.mixer(y, carried, reset=reset)
-        x = self._join(x, self.down(y))
-        if self.mlp is not None and self.mlp_norm is not None:
-            x = self._join(x, self.mlp(self.mlp_norm(x)))
+        x = self._join(x, dropout(self.down(y)))
+        if mlp is not None and mlp_norm is not None:
+            x = self._join(x, dropout(mlp(mlp_norm(x))))
         return x, (windows, carried)
 
     def _join(self, x: Tensor, branch: Tensor) -> Tensor:
-        if self.training:  # else it would do nothing, in 5 of the 270 microseconds of a small block's step
-            branch = self.dropout(branch)
         return x + branch if self.residual else branch

@@ -8,7 +8,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -16,11 +15,12 @@ from typing import Any, NotRequired, TypedDict
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minrnn.files import convert, locate, naming, nearest, read_json, shown, write_directory
 from minrnn.files.writing import CONFIG_FILE
 from minrnn.models.decision import DecisionConfig, DecisionModel
+from minrnn.models.rebuilding import describe, misfits, tensors_to_keep, unwrap
 from minrnn.models.sequence import ModelConfig, SequenceModel
 
 Model = SequenceModel | DecisionModel
@@ -38,7 +38,7 @@ read."""
 
 TENSORS_FILE = "model.safetensors"
 
-NAMED, LONGEST = 4, 200
+LONGEST = 200
 """Tensors that a message names, and characters that it takes over from the library."""
 
 JSON = None | bool | int | float | str | list[Any] | dict[str, Any]
@@ -49,15 +49,19 @@ def save_checkpoint(directory: Path, model: Model, *, extra: Mapping[str, JSON] 
 
     Args:
         directory: made, or replaced as a whole.
-        model: what to save: its config and tensors.
+        model: what to save: its config and tensors. What torch.compile or DistributedDataParallel have put
+            around it is left out.
         extra: kept beside the config and returned by `load_checkpoint`.
 
     Raises:
         OSError: the directory cannot be written, or is no checkpoint; what was there before is untouched.
-        TypeError: `extra` does not fit into JSON.
+        TypeError: `model` is no SequenceModel or DecisionModel, or `extra` does not fit into JSON.
+        ValueError: the model is another one by now than its config builds, so that it could not be loaded:
+            parts were replaced, parametrized, pruned, quantised or sharded.
     """
+    contents = _Contents(model, extra)  # nothing is written of what cannot be read
     with write_directory(Path(directory).expanduser()) as folder:
-        write_model(folder, model, extra=extra)
+        contents.write(folder)
 
 
 def load_checkpoint(directory: Path, *, device: torch.device | str = "cpu") -> tuple[Model, dict[str, JSON]]:
@@ -90,20 +94,13 @@ def load_checkpoint(directory: Path, *, device: torch.device | str = "cpu") -> t
 def _load(folder: Path, device: torch.device | str) -> tuple[Model, dict[str, JSON]]:
     config = _read_config(folder / CONFIG_FILE)
     _check_integrity(folder / TENSORS_FILE, config["files"])
-    tensors = load_tensors(folder / TENSORS_FILE, device=device)
-    tensors = {_today(name): tensor for name, tensor in tensors.items()}
-    # On meta: no memory and no random numbers for values that are replaced below.
-    with torch.device("meta"), naming(f"load_checkpoint: {folder / CONFIG_FILE}"):
+    path = folder / TENSORS_FILE
+    tensors = load_tensors(path, device=device)
+    with naming(f"load_checkpoint: {folder / CONFIG_FILE}"):
         _check_layers(config["model"], len(tensors))
-        model = KINDS[config["kind"]](config["model"])
-    _check_fit(folder / TENSORS_FILE, model, tensors)
-    model.load_state_dict(tensors, assign=True)
+        model = _build(config)
+    _fill(model, path, tensors)
     return model, config["extra"]
-
-
-def _today(name: str) -> str:
-    """The name of a tensor, which may have had another in an earlier version."""
-    return re.sub(r"\bdt_proj\.bias$", "dt_bias", name)
 
 
 def write_model(folder: Path, model: Model, *, extra: Mapping[str, JSON] | None = None) -> None:
@@ -111,17 +108,40 @@ def write_model(folder: Path, model: Model, *, extra: Mapping[str, JSON] | None 
 
     Files that lie there already are part of the checkpoint: they are listed with their sizes and digests.
     """
-    config: dict[str, JSON] = {
-        "format_version": FORMAT_VERSION,
-        "kind": "decision" if isinstance(model, DecisionModel) else "sequence",
-        "model": model.config.to_dict(),
-        "extra": dict(extra or {}),
-    }
-    json.dumps(config)  # before the work, so that an `extra` that is no JSON is reported first
-    save_tensors(folder / TENSORS_FILE, model.state_dict())
-    config["files"] = {path.name: dict(_measured(path)) for path in sorted(folder.iterdir())}
-    config["sha256"] = _digest(config)
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _Contents(model, extra).write(folder)
+
+
+class _Contents:
+    """What a checkpoint will hold."""
+
+    def __init__(self, model: nn.Module, extra: Mapping[str, JSON] | None) -> None:
+        whole = unwrap(model)
+        if not isinstance(whole, Model):
+            kind = type(whole).__name__
+            raise TypeError(f"save_checkpoint: model must be a SequenceModel or DecisionModel, got {kind}")
+        self.config: dict[str, JSON] = {
+            "format_version": FORMAT_VERSION,
+            "kind": "decision" if isinstance(whole, DecisionModel) else "sequence",
+            "model": whole.config.to_dict(),
+            "extra": dict(extra or {}),
+        }
+        json.dumps(self.config)  # before the work, so that an `extra` that is no JSON is reported first
+        self.tensors = tensors_to_keep(whole, _build(self.config))
+
+    def write(self, folder: Path) -> None:
+        save_tensors(folder / TENSORS_FILE, self.tensors)
+        config = {
+            **self.config,
+            "files": {path.name: dict(_measured(path)) for path in sorted(folder.iterdir())},
+        }
+        config["sha256"] = _digest(config)
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _build(config: Mapping[str, Any]) -> Model:
+    """Build the model of a config, without memory and random numbers for values that will be replaced."""
+    with torch.device("meta"):
+        return KINDS[config["kind"]](config["model"])
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -253,20 +273,6 @@ def _check_integrity(path: Path, files: Mapping[str, _File]) -> None:
         )
 
 
-def _check_fit(path: Path, model: Model, tensors: Mapping[str, Tensor]) -> None:
-    expected = model.state_dict()
-    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    misshaped = [
-        f"{name} ({tuple(expected[name].shape)} expected, got {tuple(tensors[name].shape)})"
-        for name in sorted(expected.keys() & tensors.keys())
-        if expected[name].shape != tensors[name].shape
-    ]
-    faults = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
-    found = "; ".join(f"{what}: {_first(names)}" for what, names in faults.items() if names)
-    if found:
-        raise ValueError(f"load_checkpoint: the tensors in {path} do not fit its config; {found}")
-
-
 def _check_layers(settings: Mapping[str, Any], count: int) -> None:
     """Refuse a claim of more layers than there are tensors before so many modules are made."""
     trunk = settings.get("trunk", settings)
@@ -275,7 +281,11 @@ def _check_layers(settings: Mapping[str, Any], count: int) -> None:
         raise ValueError(f"num_layers must be at most the number of tensors, {count}, got {layers}")
 
 
-def _first(names: list[str]) -> str:
-    """Return the names, of many the first ones and how many more there are."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{', '.join(names[:NAMED])}{more}"
+def _fill(model: Model, path: Path, tensors: dict[str, Tensor]) -> None:
+    """Give the model the tensors of `path`; modules may know the names that they had in earlier versions."""
+    faults = misfits(model.state_dict(), tensors)
+    if not faults["of another shape"]:
+        missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+        faults = {"missing": sorted(missing), "unexpected": sorted(unexpected)}
+    if text := describe(faults):
+        raise ValueError(f"load_checkpoint: the tensors in {path} do not fit its config; {text}")

@@ -22,6 +22,7 @@ from minrnn.models.sequence import (
     EMBEDDING_STD,
     ModelConfig,
     check_state,
+    check_tensor,
     check_types,
     make_blocks,
     make_norm,
@@ -236,7 +237,7 @@ class DecisionModel(nn.Module):
     def _links(self, reading: Reading) -> Links:
         """Find what makes of the inputs of a step with one token the head's output."""
         reading.require(self.embed_time is None and self.config.tokens != "interleaved")
-        reading.require(not reading.setting(reading.module(self, "dropout", Dropout), "training"))
+        reading.no_dropout(self)
         parts = [reading.linear(self, name) for name in self._embeddings]
         start = Start(parts, reading.norm(self, "embed_norm"))
         end = End(reading.norm(self, "norm"), reading.linear(self, "head"))
@@ -278,6 +279,10 @@ class DecisionModel(nn.Module):
 
     def _check(self, steps: Steps, state: ModelState | None, reset: Tensor | None) -> None:
         config = self.config
+        if not isinstance(steps, Steps):
+            raise TypeError(f"DecisionModel: steps must be Steps, got {type(steps).__name__}")
+        for name, found in zip(Steps._fields, steps, strict=True):
+            check_tensor("DecisionModel", name, found)
         B, T = steps.observations.shape[:2] if steps.observations.dim() == 3 else (0, 0)
         action = () if config.discrete else (config.action_size,)
         shapes = ((B, T), (B, T, config.observation_size), (B, T, *action), (B, T))
@@ -288,8 +293,12 @@ class DecisionModel(nn.Module):
                     f"DecisionModel: {name} must be ({text}) with T >= 1, got {tuple(found.shape)}"
                 )
         check_state("DecisionModel", state, len(self.blocks), B)
-        check_reset("DecisionModel", reset, (B, T))
-        if config.max_steps and (last := int(steps.times.max())) >= config.max_steps:
+        if reset is not None:
+            check_tensor("DecisionModel", "reset", reset)
+            check_reset("DecisionModel", reset, (B, T))
+        if not config.max_steps or B == 0 or torch.compiler.is_compiling():  # a graph sees no numbers
+            return
+        if (last := int(steps.times.max())) >= config.max_steps:
             raise ValueError(
                 f"DecisionModel: an episode must end within {config.max_steps} steps, for as many have an "
                 f"embedding of their time, got step {last + 1}; train with more, or with none (max_steps = 0)"

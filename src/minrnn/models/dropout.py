@@ -25,8 +25,10 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
         kept = round((1 - self.p) * LEVELS)
-        if not self.training or kept == LEVELS:
+        if kept == LEVELS:
             return x
         if kept == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
             return functional.dropout(x, self.p)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from minrnn.models.evaluation import call_in_evaluation
 from minrnn.models.sequence import ModelState, SequenceModel
 
 PROMPT_CHUNK = 4096
@@ -27,8 +28,9 @@ def generate(
         p = softmax(logits / temperature), cut to the top_k likeliest tokens, then to the fewest that hold
         top_p
 
-    The model runs in evaluation mode, whatever mode it is in; with a recurrent mixer, memory and time per
-    token do not depend on how many tokens came before.
+    The model runs in evaluation mode, whatever mode it is in; one that is in it already is called as it is,
+    with any dropouts that were put in training mode by themselves. With a recurrent mixer, memory and time
+    per token do not depend on how many tokens came before.
 
     Args:
         model: what predicts.
@@ -107,14 +109,7 @@ def _read_prompt(model: SequenceModel, prompt_ids: Tensor) -> tuple[Tensor, Mode
 
 def _advance(model: SequenceModel, tokens: Tensor, state: ModelState | None) -> tuple[Tensor, ModelState]:
     """Run the model in evaluation mode; return the logits of the last step `(B, V)` and the state."""
-    training = model.training
-    if training:
-        model.eval()
-    try:
-        logits, state = model(tokens, state)
-    finally:
-        if training:
-            model.train()
+    logits, state = call_in_evaluation(model, tokens, state)
     return logits[:, -1].float(), state
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 from minrnn.files import convert, shown
 from minrnn.mixers import MIXERS
 from minrnn.mixers.arguments import as_python
+from minrnn.mixers.calls import runs
 from minrnn.mixers.convolution import CausalConv
 from minrnn.mixers.mixer import check_reset
 from minrnn.models.block import ACTIVATIONS, MLP, Block, BlockState
@@ -222,7 +223,8 @@ class SequenceModel(nn.Module):
             logits `(B, T, vocab_size)`, at t those of token t + 1, and the state after the last token.
 
         Raises:
-            TypeError: the tokens are not integers, or reset is not bool.
+            TypeError: the tokens are no tensor of integers, the state is none that a call returned, or
+                reset is not bool.
             ValueError: a shape is not as above, or the state is of another model.
         """
         self._check(tokens, state, reset)
@@ -232,22 +234,36 @@ class SequenceModel(nn.Module):
             if stepped is not None:
                 return stepped
         x, state = run_blocks(self.blocks, x, state, reset=reset)
-        head = self.embedding.weight if self.head is None else self.head.weight
-        return functional.linear(self.norm(x), head), state
+        return self._predict(self.norm(x)), state
+
+    def _predict(self, y: Tensor) -> Tensor:
+        head, embedding = self.head, self.embedding
+        if head is not None:
+            return head(y)
+        if runs(embedding, nn.Embedding):
+            return functional.linear(y, embedding.weight)
+        # What stands in its place need not have such a matrix; it is then what that makes of all tokens.
+        return functional.linear(y, embedding(torch.arange(self.config.vocab_size, device=y.device)))
 
     def _links(self, reading: Reading) -> Links:
-        """Find what follows the embedding; of the head no more than its matrix is used."""
+        """Find what follows the embedding."""
         head = reading.module(self, "head", nn.Linear, type(None))
-        matrix = reading.affine(head or reading.module(self, "embedding", nn.Embedding)).weight
-        return Links(reading.blocks(self), end=End(reading.norm(self, "norm"), Affine(matrix)))
+        if head is None:
+            projection = Affine(reading.affine(reading.module(self, "embedding", nn.Embedding)).weight)
+        else:
+            projection = reading.affine(head)
+        return Links(reading.blocks(self), end=End(reading.norm(self, "norm"), projection))
 
     def _check(self, tokens: Tensor, state: ModelState | None, reset: Tensor | None) -> None:
+        check_tensor("SequenceModel", "tokens", tokens)
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"SequenceModel: tokens must be int64, got {tokens.dtype}")
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"SequenceModel: tokens must be (B, T) with T >= 1, got {tuple(tokens.shape)}")
-        check_state("SequenceModel", state, len(self.blocks), len(tokens))
-        check_reset("SequenceModel", reset, tuple(tokens.shape))
+        check_state("SequenceModel", state, len(self.blocks), tokens.shape[0])
+        if reset is not None:
+            check_tensor("SequenceModel", "reset", reset)
+            check_reset("SequenceModel", reset, tuple(tokens.shape))
 
 
 def make_blocks(config: ModelConfig) -> nn.ModuleList:
@@ -276,17 +292,34 @@ def run_blocks(
 
 
 def check_state(name: str, state: ModelState | None, num_blocks: int, batch: int) -> None:
-    """Raise ValueError unless `state` is None or of so many blocks and rows; `name` starts the message."""
+    """Raise unless `state` is None or of so many blocks and rows; `name` starts the message.
+
+    Raises:
+        TypeError: it is no tuple of such tuples of tensors as a call returns.
+        ValueError: it has another number of blocks or rows.
+    """
     if state is None:
         return
+    if not isinstance(state, tuple):
+        raise TypeError(f"{name}: state must be the tuple that a call returned, got {type(state).__name__}")
     if len(state) != num_blocks:
         raise ValueError(f"{name}: state must have {num_blocks} blocks, got {len(state)}")
-    for tensor in _tensors(state):
-        if tensor.dim() == 0 or tensor.shape[0] != batch:
-            raise ValueError(
-                f"{name}: the first axis of each state tensor must be the batch, {batch}, got shape "
-                f"{tuple(tensor.shape)}"
-            )
+    for block in state:
+        if not isinstance(block, tuple) or tuple(map(type, block)) != (tuple, tuple):
+            raise TypeError(f"{name}: a block's state must be the tuple of two tuples that a call returned")
+        for tensor in (*block[0], *block[1]):
+            check_tensor(name, "each part of the state", tensor)
+            if tensor.dim() == 0 or tensor.shape[0] != batch:
+                raise ValueError(
+                    f"{name}: the first axis of each state tensor must be the batch, {batch}, got shape "
+                    f"{tuple(tensor.shape)}"
+                )
+
+
+def check_tensor(name: str, argument: str, x: object) -> None:
+    """Raise TypeError unless x is a tensor; `name` starts the message, `argument` says what x is."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: {argument} must be a tensor, got {type(x).__name__}")
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: Any) -> Any:
@@ -294,10 +327,6 @@ def map_state(function: Callable[[Tensor], Tensor], state: Any) -> Any:
     if isinstance(state, Tensor):
         return function(state)
     return tuple(map_state(function, part) for part in state)
-
-
-def _tensors(state: Any) -> list[Tensor]:
-    return [state] if isinstance(state, Tensor) else [tensor for part in state for tensor in _tensors(part)]
 
 
 def _make_block(config: ModelConfig) -> Block:

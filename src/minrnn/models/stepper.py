@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from minrnn.mixers.calls import calling, is_own
 from minrnn.mixers.convolution import CausalConv
 from minrnn.mixers.mingru import MinGRU, MinGRUMixer
 from minrnn.mixers.minlstm import MinLSTM, MinLSTMMixer
 from minrnn.models.block import MLP, Block, BlockState
+from minrnn.models.dropout import Dropout
 from minrnn.ops.chain import Affine, Branch, BranchState, Chain, Links, NoChainError, Norm, serves
 
 ModelState = tuple[BlockState, ...]
@@ -85,13 +87,22 @@ class Reading:
 
     def __init__(self) -> None:
         self._found: tuple[list[Mapping[str, Any]], list[str], list[Any]] = ([], [], [])
+        self._modules: tuple[list[nn.Module], list[type]] = ([], [])
+        self._calls: tuple[list[type], list[tuple[Any, Any]]] = ([], [])
         self._hooks: list[Mapping[int, Any]] = []
         self._has_mlp: list[bool] = []
 
     def holds(self) -> bool:
         """Whether all that was found is there as it was."""
         places, names, values = self._found
-        return all(map(operator.is_, map(_get, places, names), values)) and not any(self._hooks)
+        modules, types = self._modules
+        kinds, calls = self._calls
+        return (
+            all(map(operator.is_, map(_get, places, names), values))
+            and not any(self._hooks)
+            and list(map(type, modules)) == types
+            and list(map(calling, kinds)) == calls
+        )
 
     def states(self, state: ModelState | None) -> list[BranchState] | None:
         """Take a state apart into what each branch that was found carries; None if it cannot."""
@@ -107,13 +118,12 @@ class Reading:
         return states
 
     def blocks(self, model: nn.Module) -> list[Branch]:
-        """Find the branches of the model's `blocks`, which has to be in evaluation mode."""
-        self.require(not self.setting(model, "training"))
+        """Find the branches of the model's `blocks`."""
         blocks = self.module(model, "blocks", nn.ModuleList)
         branches: list[Branch] = []
         for index in range(len(blocks)):
             block = self.module(blocks, str(index), Block)
-            self.require(not self.setting(block, "training"))
+            self.no_dropout(block)
             branches.append(self._along_time(block))
             mlp = self._within_step(block)
             branches += [] if mlp is None else [mlp]
@@ -146,13 +156,20 @@ class Reading:
             NoChainError: it has hooks.
         """
         module = self._look(parent._modules, name)
+        if module is not None:
+            self._look_at_calls(module)
         self.require(type(module) in kinds)
         if module is not None:
+            self.require(is_own(type(module)))
             self.require(self.setting(module, "forward") is None)
             self._hooks += [module._forward_hooks, module._forward_pre_hooks]
             if any(self._hooks):
                 raise NoChainError(f"{name} has hooks")
         return module
+
+    def no_dropout(self, parent: nn.Module) -> None:
+        """Go on only if the dropout of a model or block is in evaluation mode, in which it does nothing."""
+        self.require(not self.setting(self.module(parent, "dropout", Dropout), "training"))
 
     def setting(self, module: nn.Module, name: str) -> Any:
         """Find an attribute of the module's own; None where there is none."""
@@ -171,6 +188,7 @@ class Reading:
         norm, conv = self.norm(block, "mixer_norm"), self.module(block, "conv", CausalConv, type(None))
         mixer = self.module(block, "mixer", MinGRUMixer, MinLSTMMixer)
         rnn = self.module(mixer, "rnn", MinGRU, MinLSTM)
+        self.require(self.setting(rnn, "num_layers") == 1 and not self.setting(rnn, "bidirectional"))
         return Branch(
             norm,
             None if conv is None else self.affine(conv),
@@ -188,6 +206,16 @@ class Reading:
         activation, residual = self.setting(mlp, "activation"), self.setting(block, "residual")
         up, down = self.linear(mlp, "up"), self.linear(mlp, "down")
         return Branch(self.norm(block, "mlp_norm"), None, up, activation, "positive", down, residual)
+
+    def _look_at_calls(self, module: nn.Module) -> None:
+        """Note what the module's class is, and what its calls are."""
+        modules, types = self._modules
+        modules.append(module)
+        types.append(type(module))
+        kinds, calls = self._calls
+        if type(module) not in kinds:
+            kinds.append(type(module))
+            calls.append(calling(type(module)))
 
     def _look(self, place: Mapping[str, Any], name: str) -> Any:
         value = place.get(name)

@@ -1,8 +1,7 @@
 """The contract that every task meets: batches that are pure functions, a loss, and an evaluation."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from minrnn.models import Model, ModelConfig, ModelState, SequenceModel, Steps
+from minrnn.models.evaluation import evaluation_mode as evaluation_mode
 
 IGNORED = -100
 """The target where nothing is to be predicted; torch's cross_entropy leaves it out by itself."""
@@ -238,15 +238,3 @@ def nats(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
     if logits.dtype.itemsize < 4:
         logits = logits.float()
     return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction, ignore_index=IGNORED)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put `model` in eval mode, and each of its modules back in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

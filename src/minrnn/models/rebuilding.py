@@ -1,0 +1,149 @@
+"""Whether a model can be built again from its config, and the tensors that it then needs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SHOWN = 4
+"""Names that an error lists of each fault."""
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Take off what has been put around a whole model: a module that holds nothing but it.
+
+    torch.compile, DataParallel and DistributedDataParallel do so, and other libraries.
+    """
+    while list(model._modules) in (["_orig_mod"], ["module"]) and not model._parameters:
+        (inner,) = model._modules.values()
+        assert inner is not None
+        model = inner
+    return model
+
+
+def tensors_to_keep(model: nn.Module, rebuilt: nn.Module) -> dict[str, Tensor]:
+    """Find all tensors of a model, by the names that they have in one that is built anew from its config.
+
+    Args:
+        model: any.
+        rebuilt: what its config builds, on the meta device.
+
+    Returns:
+        Parameters and buffers.
+
+    Raises:
+        ValueError: the model has become another one than its config builds, or a tensor is none that a file
+            keeps.
+    """
+    ours, theirs = dict(_parts(model, "")), dict(_parts(rebuilt, ""))
+    found, expected = _tensors(ours), _tensors(theirs)
+    shared = ours.keys() & theirs.keys()
+    faults = {
+        **misfits(expected, found),
+        "of another class": [
+            f"{name} ({type(ours[name]).__name__} for {type(theirs[name]).__name__})"
+            for name in sorted(shared)
+            if type(ours[name]) is not type(theirs[name])
+        ],
+        "of other settings": [
+            f"{name}.{setting}".lstrip(".")
+            for name in sorted(shared)
+            for setting, value in _settings(theirs[name])
+            if getattr(ours[name], setting, None) != value
+        ],
+        "no plain numbers": [name for name, x in found.items() if not _is_plain(x)],
+        "one memory": _in_one_memory(found),
+        "added or left out": _parts_alone(ours, theirs, found) + _parts_alone(theirs, ours, expected),
+    }
+    if text := describe(faults):
+        raise ValueError(
+            f"save_checkpoint: the model is not what its config builds, and could not be loaded; {text}; "
+            "undo what has changed it (merge adapters, remove parametrizations and pruning, gather what is "
+            "sharded), or keep its state_dict with torch.save"
+        )
+    return found
+
+
+def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Compare the names and shapes of two sets of tensors."""
+    return {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "of another shape": [
+            f"{name} ({tuple(expected[name].shape)} expected, got {tuple(found[name].shape)})"
+            for name in sorted(expected.keys() & found.keys())
+            if expected[name].shape != found[name].shape
+        ],
+    }
+
+
+def describe(faults: Mapping[str, Collection[str]]) -> str:
+    """Join what is wrong to one line; empty where nothing is."""
+    return "; ".join(f"{what}: {_some(list(names))}" for what, names in faults.items() if names)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _parts(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """Every module by its name, without those that torch has put around one."""
+    while "_orig_mod" in module._modules or isinstance(
+        module, (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    ):
+        (inner,) = module._modules.values()
+        assert inner is not None
+        module = inner
+    yield name, module
+    for child_name, child in module._modules.items():
+        if child is not None:
+            yield from _parts(child, f"{name}.{child_name}" if name else child_name)
+
+
+def _tensors(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    return {
+        f"{place}.{name}" if place else name: x
+        for place, part in parts.items()
+        for name, x in (*part._parameters.items(), *part._buffers.items())
+        if x is not None
+    }
+
+
+def _parts_alone(
+    ours: Mapping[str, nn.Module], theirs: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
+) -> list[str]:
+    """Names of our parts that they do not have, of those whose tensors do not tell so."""
+    names = sorted(ours.keys() - theirs.keys())
+    return [name for name in names if not any(tensor.startswith(f"{name}.") for tensor in tensors)]
+
+
+def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The numbers, names and switches that say what a module computes; its mode is none of them."""
+    for name, value in vars(module).items():
+        if not name.startswith("_") and name != "training" and isinstance(value, (bool, int, float, str)):
+            yield name, value
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether a file can keep it, and an assignment give it back."""
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and x.layout is torch.strided
+        and not x.is_meta
+        and x.is_floating_point()
+    )
+
+
+def _in_one_memory(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Pairs of names of one tensor, which would be two when they are loaded."""
+    names: dict[tuple[Any, ...], str] = {}
+    pairs = []
+    for name, x in tensors.items():
+        if _is_plain(x) and x.numel():
+            first = names.setdefault((x.device, x.data_ptr()), name)
+            pairs += [f"{first} and {name}"] if first != name else []
+    return pairs
