@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import itertools
 import json
 import os
 import pickle
@@ -655,7 +654,9 @@ def faults(name: str, folder: Path) -> list[str]:
                 os._exit(1)
         os.close(theirs)
         with open(ours, encoding="utf-8") as pipe:  # noqa: PTH123 - a descriptor
-            for line in itertools.takewhile(lambda _: len(found) < SHOWN, pipe):
+            for line in pipe:
+                if len(found) >= SHOWN:
+                    break
                 number, _, said = line.rstrip("\n").partition(" ")
                 first = int(number) + 1
                 found += [f"mutant {number}: {said}"] if said else []

@@ -39,7 +39,7 @@ read."""
 TENSORS_FILE = "model.safetensors"
 
 LONGEST = 200
-"""Tensors that a message names, and characters that it takes over from the library."""
+"""Characters that a message takes over from the library."""
 
 JSON = None | bool | int | float | str | list[Any] | dict[str, Any]
 
