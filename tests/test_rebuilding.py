@@ -13,6 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel
 
+import minrnn.models.checkpoint as checkpoint
 from minrnn.files import find_directory, replace_text, write_json
 from minrnn.mixers import MIXERS
 from minrnn.models import (
@@ -134,7 +135,7 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda model: setattr(model, "head", Adapter(model.head)),
         r"missing: head.weight; .*of another class: head \(Adapter for Linear\)",
     ),
-    "a class": (change_class, r"of another class:  \(Sub for SequenceModel\)"),
+    "a class": (change_class, r"of another class: the whole \(Sub for SequenceModel\)"),
     "a part's class": (set_twice, r"of another class: head \(Twice for Linear\)"),
     "a parameter": (
         lambda model: model.register_parameter("more", nn.Parameter(torch.ones(1))),
@@ -196,6 +197,25 @@ def test_hooks_that_watch_hinder_nothing(tmp_path: Path) -> None:
     model.blocks[0].register_full_backward_hook(lambda *_: None)
     model.requires_grad_(False)
     save_checkpoint(tmp_path / "c", model)
+    assert torch.equal(run(load_checkpoint(tmp_path / "c")[0].eval(), "mingru"), run(model, "mingru"))
+
+
+def test_modules_find_their_tensors_under_earlier_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part that was renamed says so in `_load_from_state_dict`, as torch's modules do."""
+    model = build()
+    monkeypatch.setattr(checkpoint, "tensors_to_keep", lambda *_: earlier)
+    earlier = {name.replace("head.weight", "weight"): x for name, x in model.state_dict().items()}
+    save_checkpoint(tmp_path / "c", model)
+    with pytest.raises(ValueError, match=r"missing: head\.weight; unexpected: weight"):
+        load_checkpoint(tmp_path / "c")
+
+    def load(self: nn.Module, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        state[f"{prefix}head.weight"] = state.pop(f"{prefix}weight")
+        nn.Module._load_from_state_dict(self, state, prefix, *arguments)
+
+    monkeypatch.setattr(SequenceModel, "_load_from_state_dict", load)
     assert torch.equal(run(load_checkpoint(tmp_path / "c")[0].eval(), "mingru"), run(model, "mingru"))
 
 

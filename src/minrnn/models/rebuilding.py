@@ -40,17 +40,18 @@ def tensors_to_keep(model: nn.Module, rebuilt: nn.Module) -> dict[str, Tensor]:
     """
     ours, theirs = dict(_parts(model, "")), dict(_parts(rebuilt, ""))
     found, expected = _tensors(ours), _tensors(theirs)
-    shared = ours.keys() & theirs.keys()
+    shared = sorted(ours.keys() & theirs.keys())
+    alike = [name for name in shared if type(ours[name]) is type(theirs[name])]
     faults = {
         **misfits(expected, found),
         "of another class": [
-            f"{name} ({type(ours[name]).__name__} for {type(theirs[name]).__name__})"
-            for name in sorted(shared)
-            if type(ours[name]) is not type(theirs[name])
+            f"{name or 'the whole'} ({type(ours[name]).__name__} for {type(theirs[name]).__name__})"
+            for name in shared
+            if name not in alike
         ],
         "of other settings": [
-            f"{name}.{setting}".lstrip(".")
-            for name in sorted(shared)
+            f"{name}.{setting}"
+            for name in alike
             for setting, value in _settings(theirs[name])
             if getattr(ours[name], setting, None) != value
         ],
