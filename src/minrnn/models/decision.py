@@ -22,7 +22,6 @@ from minrnn.models.sequence import (
     EMBEDDING_STD,
     ModelConfig,
     check_state,
-    check_tensor,
     check_types,
     make_blocks,
     make_norm,
@@ -30,6 +29,7 @@ from minrnn.models.sequence import (
 )
 from minrnn.models.stepper import ModelState, Reading, Stepper
 from minrnn.ops.chain import End, Links, Start
+from minrnn.ops.scan import check_tensor
 
 TOKENS = {"interleaved": 3, "joined": 1, "observation": 1}
 """What a step is read as, and in how many tokens: see `DecisionConfig.tokens`."""
@@ -293,9 +293,7 @@ class DecisionModel(nn.Module):
                     f"DecisionModel: {name} must be ({text}) with T >= 1, got {tuple(found.shape)}"
                 )
         check_state("DecisionModel", state, len(self.blocks), B)
-        if reset is not None:
-            check_tensor("DecisionModel", "reset", reset)
-            check_reset("DecisionModel", reset, (B, T))
+        check_reset("DecisionModel", reset, (B, T))
         if not config.max_steps or B == 0 or torch.compiler.is_compiling():  # a graph sees no numbers
             return
         if (last := int(steps.times.max())) >= config.max_steps:

@@ -21,6 +21,7 @@ from minrnn.models.block import ACTIVATIONS, MLP, Block, BlockState
 from minrnn.models.dropout import Dropout
 from minrnn.models.stepper import ModelState, Reading, Stepper
 from minrnn.ops.chain import Affine, End, Links
+from minrnn.ops.scan import check_tensor
 
 NORMS = ("layer", "rms", "none")
 
@@ -261,9 +262,7 @@ class SequenceModel(nn.Module):
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"SequenceModel: tokens must be (B, T) with T >= 1, got {tuple(tokens.shape)}")
         check_state("SequenceModel", state, len(self.blocks), tokens.shape[0])
-        if reset is not None:
-            check_tensor("SequenceModel", "reset", reset)
-            check_reset("SequenceModel", reset, tuple(tokens.shape))
+        check_reset("SequenceModel", reset, tuple(tokens.shape))
 
 
 def make_blocks(config: ModelConfig) -> nn.ModuleList:
@@ -314,12 +313,6 @@ def check_state(name: str, state: ModelState | None, num_blocks: int, batch: int
                     f"{name}: the first axis of each state tensor must be the batch, {batch}, got shape "
                     f"{tuple(tensor.shape)}"
                 )
-
-
-def check_tensor(name: str, argument: str, x: object) -> None:
-    """Raise TypeError unless x is a tensor; `name` starts the message, `argument` says what x is."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: {argument} must be a tensor, got {type(x).__name__}")
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: Any) -> Any:
