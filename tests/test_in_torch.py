@@ -231,19 +231,6 @@ def test_fake_tensors_in_a_layer(name: str, recompute: bool) -> None:
 # Graphs
 
 
-@recomputed
-@pytest.mark.parametrize("batch_first", [False, True])
-@every_layer
-def test_a_layer_is_exported_for_any_length(name: str, batch_first: bool, recompute: bool) -> None:
-    layer = build(name, torch.float32, recompute=recompute, batch_first=batch_first)
-    x, time = draw(B, T, C, dtype=torch.float32), 1 if batch_first else 0
-    x = x if batch_first else x.transpose(0, 1).contiguous()
-    steps = torch.export.Dim("T", min=2, max=4096)
-    program = torch.export.export(layer, (x,), dynamic_shapes=({time: steps},))
-    longer = torch.cat([x, 2 * x, x], time)
-    torch.testing.assert_close(program.module()(longer), layer(longer))
-
-
 @pytest.mark.parametrize("kind", CELLS.values())
 def test_a_cell_is_exported_for_any_batch(kind: Any) -> None:
     cell, batch = kind(C, D), torch.export.Dim("B", min=2, max=4096)
