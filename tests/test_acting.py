@@ -247,7 +247,7 @@ def test_mistakes_are_one_line(run_dir: Path, workplace: Path, capsys: pytest.Ca
     for args, message in (
         ("nowhere", "nowhere is not a run directory"),
         ("run --episodes 0", "--episodes must be 1 to 2147483648, got 0"),
-        ("run --env Pendulm-v1", "got 'Pendulm-v1'; did you mean Pendulum-v1"),
+        ("run --env Pendulm-v1", "got 'Pendulm-v1'; did you mean 'Pendulum-v1'"),
         ("run --env CartPole-v1", "observations of 3 numbers"),
         ("run --record film.avi", "--record must end in one of .gif, .mp4, .png, got film.avi"),
         ("nameless", "--env must be given"),

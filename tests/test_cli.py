@@ -310,7 +310,20 @@ def test_engines_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 # --- signals and pipes, in processes of their own --------------------------------------------------------
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_reader_that_leaves_saves_the_run(recipe: str) -> None:
+    command = command_line("train", recipe, "--run", "run", "--train.steps", "1000000")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 128 + 13
+    assert process.stderr.read() == b""
+    stopped = read_metrics(Path("run", "metrics.jsonl"))[-1]["step"]
+    assert main(["train", "--run", "run", "--resume", "--train.steps", str(stopped + 2)]) == 0
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)])
 def test_a_signal_saves_the_run_and_is_the_status(signum: signal.Signals, recipe: str) -> None:
     command = command_line("train", recipe, "--run", "run", "--train.steps", "1000000")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,9 +24,11 @@ from minrnn.demonstrations.behaviour import Behaviour
 from minrnn.demonstrations.history import History, read_history, train_behaviour
 from minrnn.demonstrations.record import Share, always, play, record, replayed, uniform
 from minrnn.demonstrations.trainers import PolicyGradient, RandomSearch, Round, Trainer, training_environments
+from minrnn.files import InUseError
 from minrnn.tasks.environments import make_environment
 from minrnn.tasks.locomotion import find_episodes, local_name, normalised_score
 from minrnn.tasks.recordings import D4RL_FIELDS, read_episodes
+from minrnn.training import BROKEN_PIPE, Interrupted
 
 PENDULUM = "InvertedPendulum-v5"  # light, and episodes end soon where nothing has been learnt
 
@@ -70,6 +75,53 @@ def assert_equal_histories(one: History, two: History) -> None:
     for left, right in zip(one.behaviours, two.behaviours, strict=True):
         for part in ("parameters", "mean", "variance", "action_noise"):
             np.testing.assert_array_equal(getattr(left, part), getattr(right, part), err_msg=part)
+
+
+# --- others at work --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quality", ["random", "medium"])
+def test_what_another_process_makes_is_left_to_it(quality: str, tmp_path: Path) -> None:
+    path = tmp_path / "made.hdf5"
+
+    def make(output: Path, report: Callable[..., None] = unseen) -> None:
+        make_data(PENDULUM, quality, report, output=output, steps=50, training_steps=64, algorithm="ppo")
+
+    def again(what: str, done: int, total: int, text: str) -> None:
+        with pytest.raises(InUseError, match="in use by process"):
+            make(path)
+        with pytest.raises(InUseError, match="in use by process"):  # which needs the same parts or training
+            make(tmp_path / what)
+
+    wanted = {"random": "recording", "medium": "training"}[quality]
+
+    def report(what: str, *rest: Any) -> None:
+        if what == wanted:
+            again(what, *rest)
+
+    make(path, report)
+    assert [each.name for each in tmp_path.iterdir() if each.is_file()] == ["made.hdf5"]
+
+
+@pytest.mark.parametrize("moment", ["training", "recording"])
+@pytest.mark.parametrize("asks", ["signal", "pipe"])
+def test_a_request_to_stop_keeps_what_is_done(asks: str, moment: str, tmp_path: Path) -> None:
+    def make(name: str, report: Callable[..., None] = unseen) -> Path:
+        settings: dict[str, Any] = {"steps": 130, "training_steps": 300, "algorithm": "ppo", "seed": 2}
+        return make_data(PENDULUM, "medium", report, output=tmp_path / name, **settings)
+
+    def ask(what: str, done: int, total: int, text: str) -> None:
+        if what == moment and asks == "pipe":
+            raise BrokenPipeError(errno.EPIPE, "gone")
+        if what == moment:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(
+        Interrupted, match=r"stopped and saved after [\d,]+ (of [\d,]+ steps of tr|of 130 rec)"
+    ) as stop:
+        make("parts.hdf5", ask)
+    assert stop.value.signum == (signal.SIGTERM if asks == "signal" else BROKEN_PIPE)
+    assert make("parts.hdf5").is_file()
 
 
 # --- training --------------------------------------------------------------------------------------------

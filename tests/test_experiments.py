@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,16 @@ from minrnn.experiments.parameters import FORMULAS, count_weights, parameter_tab
 from minrnn.experiments.plots import save_figure
 from minrnn.experiments.published import LABELS, Published, shown
 from minrnn.experiments.results import ResultsFolder
-from minrnn.experiments.runner import command_of, forecast, pick, reproduce
+from minrnn.experiments.runner import command_of, estimate, forecast, interleaved, pick, reproduce
 from minrnn.experiments.timed import exponent
-from minrnn.experiments.trained import TrainedExperiment, spread, training_seconds
+from minrnn.experiments.trained import (
+    FEW,
+    PATIENCE,
+    TrainedExperiment,
+    spread,
+    step_seconds,
+    training_seconds,
+)
 from minrnn.experiments.variants import VARIANTS, every_mixer
 from minrnn.mixers import MIXERS
 from minrnn.ops import GATES
@@ -293,6 +301,96 @@ def test_cells_run_alone_in_any_order_and_add_up(tmp_path: Path) -> None:
     assert "| gru |" in (folder.path / "tables.md").read_text()
 
 
+class Notes(Silence):
+    """A watch that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_two_in_one_folder_compute_each_cell_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that finds nothing else to do leaves the other's cell to it, and says so."""
+    computed: list[str] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def measure(self: Experiment, cell: Cell, *_: object) -> dict[str, Any]:
+        computed.append(cell.name)
+        if not begun.is_set():
+            begun.set()
+            assert go_on.wait(60)
+        return {}
+
+    monkeypatch.setattr(stability.Stability, "measure", measure)
+    monkeypatch.setattr(stability.Stability, "tables", lambda *_: [])
+    monkeypatch.setattr(stability.Stability, "draw", lambda *_: None)
+    one, two = (
+        Choice("tiny", seeds=2, mixers=mixers, device="cpu")
+        for mixers in (("mingru", "minlstm"), ("mingru",))
+    )
+    first = threading.Thread(target=reproduce, args=(stability.EXPERIMENT, one, tmp_path, Silence()))
+    first.start()
+    assert begun.wait(60)
+    watch = Notes()
+    folder = reproduce(stability.EXPERIMENT, two, tmp_path, watch)
+    (left,) = [note for note in watch.notes if "left to others (in use by process" in note]
+    assert left.startswith(computed[0])
+    go_on.set()
+    first.join()
+    names = [cell.name for cell in stability.EXPERIMENT.cells(one)]
+    assert sorted(computed) == sorted(names)
+    assert {record["cell"] for record in folder.records()} == set(names)
+    assert json.loads((folder.path / "config.json").read_text())["cells"].keys() == set(names)
+    assert not (folder.path / "unfinished").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "it must be a table, got "),
+        ("{", "is no JSON"),
+        ("{}", "format is missing"),
+        ({"format": 2}, "is no record of this version"),
+        ({"setting": []}, "setting must be a table"),
+        ({"seconds": "long"}, "seconds must be float"),
+        ({"result": None}, "must hold either a result or why it failed"),
+        ({"versions": {"torch": 2}}, "versions.torch must be str"),
+    ],
+)
+def test_a_cell_without_its_keys_is_refused(content: Any, message: str, tmp_path: Path) -> None:
+    choice = Choice("tiny", seeds=1, mixers=("mingru",), device="cpu")
+    cell = stability.EXPERIMENT.cells(choice)[0]
+    folder = reproduce(stability.EXPERIMENT, choice, tmp_path, Silence(), only=[cell.name])
+    path = folder.path / "cells" / f"{cell.name}.json"
+    record = json.loads(path.read_text())
+    path.write_text(content if isinstance(content, str) else json.dumps(record | content))
+    with pytest.raises(ValueError, match=message) as refusal:
+        folder.records()
+    assert str(path) in str(refusal.value)
+    assert "remove it to have it made again" in str(refusal.value)
+
+
+@pytest.mark.parametrize("part", ["tables", "draw"])
+def test_tables_and_plots_that_fail_are_said_and_cost_no_cell(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("a figure")
+
+    monkeypatch.setattr(stability.Stability, part, fail)
+    watch = Notes()
+    folder = reproduce(
+        stability.EXPERIMENT, Choice("tiny", seeds=1, mixers=("mingru",), device="cpu"), tmp_path, watch
+    )
+    assert len(folder.records()) == 3
+    said = {"tables": "no tables: KeyError: 'a figure'", "draw": "no plot: KeyError: 'a figure'"}
+    assert said[part] in watch.notes
+    other = folder.path / ("plot.png" if part == "tables" else "tables.md")
+    assert other.is_file()
+
+
 def test_a_record_says_all_that_is_needed_to_repeat_it(tmp_path: Path) -> None:
     folder = reproduce(SelectiveCopying(), CHOICE, tmp_path, Silence(), only=["mingru-layers1-seed0"])
     (record,) = folder.records()
@@ -399,6 +497,84 @@ def test_estimates_are_of_every_kind_of_cell(experiment: Experiment) -> None:
 
 
 # --- numbers ---------------------------------------------------------------------------------------------
+
+
+def busy(times: Mapping[int, float], noise: float, every: int) -> Any:
+    """Return what takes a step: times by size, each `every`-th of which something else makes longer."""
+    calls = iter(range(1000))
+
+    def seconds(sequences: int) -> float:
+        return times[sequences] + (noise if next(calls) % every == 0 else 0.0)
+
+    return seconds
+
+
+def test_a_step_is_estimated_without_its_first_and_without_what_disturbs_a_few() -> None:
+    times = {4: 0.02, 8: 0.03, 64: 0.17}
+    assert step_seconds(busy(times, 1000.0, 3), 64) == pytest.approx(0.17)  # the first of all among them
+    assert step_seconds(busy({2: 0.5}, 0.0, 1), 2) == 0.5
+
+
+def test_what_a_step_costs_without_sequences_is_not_multiplied() -> None:
+    """3 seconds of which sequences are a tenth: in proportion, a step of 64 would be 58 seconds."""
+    assert step_seconds(busy({4: 3.6, 8: 4.2, 64: 12.6}, 0.0, 1), 64) == pytest.approx(12.6)  # by a line
+    assert step_seconds(busy({4: 3.0, 8: 3.0, 64: 9.0}, 0.0, 1), 64) == 9.0  # measured, as the line is short
+    assert step_seconds(busy({4: 20.0, 8: 12.0, 64: 99.0}, 0.0, 1), 64) == 20.0  # never below what was seen
+    assert FEW == 4
+    assert PATIENCE == 10.0
+
+
+def test_estimates_are_asked_for_in_turns_and_their_medians_taken() -> None:
+    asked: list[str] = []
+    values = {"a": iter([900.0, 1.0, 2.0, 3.0, 800.0]), "b": iter([5.0, 5.0, 700.0, 5.0, 5.0])}
+
+    def ask(name: str) -> Any:
+        def one() -> float:
+            asked.append(name)
+            return next(values[name])
+
+        return one
+
+    assert interleaved({name: ask(name) for name in values}, lambda: 0.0) == {"a": 3.0, "b": 5.0}
+    assert asked == ["a", "b"] * 5
+    late = iter([0.0, 61.0])
+    values["a"] = iter([7.0])
+    assert interleaved({"a": ask("a")}, late.__next__) == {"a": 7.0}
+    assert interleaved({}, lambda: 0.0) == {}
+
+
+def test_finished_cells_of_this_machine_say_best_how_long_others_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = Choice("tiny", seeds=2, mixers=("mingru",), device="cpu")
+    asked: list[str] = []
+
+    def ask(self: Experiment, cell: Cell, choice: Choice) -> float:
+        asked.append(cell.name)
+        return 1000.0
+
+    monkeypatch.setattr(stability.Stability, "estimate", ask)
+    cells = stability.EXPERIMENT.cells(choice)  # three kinds
+    folder = reproduce(stability.EXPERIMENT, choice, tmp_path, Silence(), only=[cells[0].name])
+    (record,) = folder.records()
+    whole = estimate(stability.EXPERIMENT, cells, choice, [record], asked.append, lambda: 0.0)
+    assert whole == pytest.approx(2 * record["seconds"] + 4 * 1000.0)
+    assert cells[0].name not in asked
+    elsewhere = record | {"machine": {**record["machine"], "processor": "another"}}
+    assert estimate(stability.EXPERIMENT, cells, choice, [elsewhere], asked.append, lambda: 0.0) == 6000.0
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_estimates_are_made_with_the_threads_that_cells_have(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(
+        stability.Stability, "estimate", lambda *_: seen.append(torch.get_num_threads()) or 1.0
+    )
+    choice = Choice("tiny", mixers=("mingru",), device="cpu", threads=threads)
+    estimate(stability.EXPERIMENT, stability.EXPERIMENT.cells(choice), choice, [], print, lambda: 0.0)
+    assert set(seen) == {threads}
 
 
 @pytest.mark.parametrize("name", LOOPS)

@@ -146,6 +146,16 @@ def test_a_run_of_format_1_goes_on_and_says_what_was_not_checked(
     assert_same_run(tmp_path / "whole", run_dir)
 
 
+def test_what_a_kill_left_beside_the_checkpoints_is_cleared(run_dir: Path) -> None:
+    """After the last save nothing else would: a resumed run does, before it goes on."""
+    folder = run_dir / "checkpoints"
+    for which in ("best", "last"):
+        shutil.copytree(folder / which, folder / f".{which}.previous")
+        (folder / f".{which}.lock").touch()
+    trained(read_config(run_dir), run_dir, resume=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["best", "last"]
+
+
 # --- what they hold --------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -180,6 +181,14 @@ def umask(mask: int) -> Iterator[None]:
         os.umask(before)
 
 
+def open_up(folder: Path) -> None:
+    """Let all users enter a folder of a test: pytest keeps its own to itself."""
+    top = Path(tempfile.gettempdir()).resolve()
+    for place in (folder, *folder.parents):
+        if place.resolve().is_relative_to(top) and place.resolve() != top:
+            place.chmod(0o755)
+
+
 @pytest.fixture
 def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache that all may write into, as /tmp, and a text that all may read."""
@@ -187,9 +196,7 @@ def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     folder.chmod(0o1777)
     monkeypatch.setenv("MINRNN_CACHE", str(folder))
-    for parent in (tmp_path, *tmp_path.parents):
-        if AS_ROOT and str(parent).startswith("/tmp/pytest"):
-            parent.chmod(0o755)
+    open_up(tmp_path)
     return folder
 
 
@@ -204,6 +211,16 @@ def test_folders_are_as_open_as_the_cache_whatever_the_umask(shared: Path, text:
     shutil.rmtree(shared / "tokens")
     read(text)
     assert stat.S_IMODE(entries()[0].stat().st_mode) == 0o700
+
+
+def test_what_is_not_for_all_to_read_stays_so_in_a_shared_cache(
+    shared: Path, text: str, tmp_path: Path
+) -> None:
+    for mode, folder_mode in ((0o600, 0o755), (0o644, 0o700)):
+        Path(text).chmod(mode)
+        tmp_path.chmod(folder_mode)
+        read(text)
+        assert stat.S_IMODE(entries()[0].stat().st_mode) == 0o700
 
 
 @pytest.mark.skipif(not AS_ROOT, reason="only root can be two users")
@@ -235,9 +252,7 @@ def test_a_cache_that_may_not_be_written_serves_what_it_has_and_says_what_it_can
 ) -> None:
     closed = tmp_path / "closed"
     closed.mkdir()
-    for parent in (tmp_path, *tmp_path.parents):
-        if str(parent).startswith("/tmp/pytest"):
-            parent.chmod(0o755)
+    open_up(tmp_path)
     monkeypatch.setenv("MINRNN_CACHE", str(closed))
     read(text)
     with as_user(NOBODY):

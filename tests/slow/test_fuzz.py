@@ -10,8 +10,10 @@ bound on its memory and its time, so that a crash, a hang or a giant allocation 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -28,23 +30,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
+from minrnn.cli.main import main
 from minrnn.demonstrations import history as histories
 from minrnn.demonstrations import record as recording
 from minrnn.demonstrations.behaviour import Behaviour
 from minrnn.experiments.experiment import Record
 from minrnn.experiments.results import ResultsFolder
-from minrnn.models import ModelConfig, SequenceModel, checkpoint, load_checkpoint
-from minrnn.models.sequence import map_state
+from minrnn.models import checkpoint, load_checkpoint
 from minrnn.tasks import ListOpsConfig, SelectiveCopyingConfig, TextConfig
 from minrnn.tasks.arrays import write_arrays
 from minrnn.tasks.listops import ListOpsTask
 from minrnn.tasks.recordings import read_episodes
 from minrnn.tasks.sources import find_corpus
 from minrnn.tasks.tokens import tokenise
-from minrnn.training import RunConfig, load_recipe, load_trained, read_config
+from minrnn.training import RunConfig, RunLog, load_recipe, load_trained, read_config, train
 from minrnn.training.log import read_metrics
-from minrnn.training.resume import TrainState, load_last, save_last
 
 h5py = pytest.importorskip("h5py", reason="h5py is not installed: the extra rl")
 
@@ -261,12 +263,6 @@ RECIPE: dict[str, Any] = {
     "task": {"name": "text", "source": "python", "window": 32, "vocabulary": "bytes", "held_out": 0.1},
     "train": {"steps": 10, "learning_rate": 0.001, "optimizer": "muon", "carry_state": True, "seed": 3},
 }
-MODEL = ModelConfig(vocab_size=5, d_model=4, num_layers=2, mlp_ratio=1.0)
-EXTRA = {"step": 3, "vocabulary": {"kind": "characters", "characters": "abcde"}, "corpus": "0" * 64}
-
-
-def optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
-    return [torch.optim.AdamW(model.parameters(), lr=1e-3)]
 
 
 def write_config(folder: Path) -> None:
@@ -276,21 +272,29 @@ def write_config(folder: Path) -> None:
         (folder / str(number) / "config.json").write_text(json.dumps(RunConfig(task=task).to_dict()))
 
 
-def write_last(folder: Path) -> None:
-    """Write a run directory with the checkpoint that it resumes from, after two steps."""
-    torch.manual_seed(0)
-    model = SequenceModel(MODEL)
-    movers = optimizers(model)
-    state = None
-    for _ in range(2):
-        logits, state = model(torch.randint(5, (2, 4)))
-        logits.sum().backward()
-        movers[0].step()
-    carry = map_state(torch.detach, state)
-    best = {"step": 1.0, "val_loss": 2.5}
-    where = TrainState(3, 64, 1.5, best, [1.0, 2.0], [0.5, 0.25], carry)
-    (folder / "config.json").write_text(json.dumps(RunConfig().to_dict()))
-    save_last(folder / "checkpoints" / "last", model, movers, where, EXTRA)
+TEXT = "a text of some letters, and of more than one line;\n" * 8
+TRAIN = (
+    "--task.vocabulary characters --task.window 8 --model.d-model 4 --model.num-layers 1 --train.steps 3 "
+    "--train.warmup-steps 1 --train.batch-size 2 --train.carry-state --train.log-every 1 --train.device cpu"
+)
+
+
+def write_run(folder: Path) -> None:
+    """Train a little, on a text beside the mutants."""
+    os.environ["MINRNN_CACHE"] = str(folder.parent / "cache")
+    (folder.parent / "text.txt").write_text(TEXT)
+    source = ["--task.source", str(folder.parent / "text.txt")]
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(["train", "demo", "--run", str(folder / "run"), *source, *TRAIN.split()]) == 0
+    for name in ("checkpoints/best", "tensorboard", "loss.png"):  # nobody reads them here
+        path = folder / "run" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def read_run(folder: Path) -> object:
+    """Go on with the run, which has nothing left to train, but is measured once more."""
+    console = Console(file=io.StringIO())
+    return train(read_config(folder / "run"), folder / "run", resume=True, log=RunLog(console))
 
 
 def sign(folder: Path) -> None:
@@ -310,7 +314,7 @@ def sign(folder: Path) -> None:
 
 def signed(mutate: Mutate, share: float = 0.9) -> Mutate:
     def mutate_and_sign(draw: random.Random, folder: Path) -> None:
-        last = folder / "checkpoints" / "last"
+        last = folder / "run" / "checkpoints" / "last"
         mutate(draw, last)
         if draw.random() < share:
             sign(last)
@@ -352,17 +356,9 @@ def part_of_config(*keys: str) -> Mutate:
     return mutate
 
 
-def read_last(folder: Path) -> object:
-    model = SequenceModel(MODEL)
-    return load_last(folder / "checkpoints" / "last", model, optimizers(model))
-
-
 def write_text(folder: Path) -> None:
     (folder / "text.txt").write_text(TEXT)
     read_text(folder)
-
-
-TEXT = "a text of some letters, and of more than one line;\n" * 8
 
 
 def read_text(folder: Path) -> object:
@@ -524,8 +520,8 @@ def write_cells(folder: Path) -> None:
         "format": 1, "experiment": "made-up", "scale": "small", "cell": "a",
         "setting": {"mixer": "mingru", "seed": 0}, "config": RunConfig().to_dict(), "seconds": 1.5,
         "result": {"val_loss": 1.5, "accuracy": 0.5, "step": 3},
-        "command": "minrnn reproduce", "device": "cpu", "machine": "a machine", "versions": {"torch": "2"},
-        "commit": None,
+        "command": "minrnn reproduce", "device": "cpu", "machine": {"cpu": "x"}, "versions": {"torch": "2"},
+        "commit": None, "failed": None,
     }  # fmt: skip
     (cells / "a.json").write_text(json.dumps(record))
 
@@ -547,17 +543,17 @@ TARGETS = {
     ),
     "recipes": Target(write_recipe, toml, lambda folder: load_recipe(str(folder / "recipe.toml"))),
     "checkpoints": Target(
-        write_last,
+        write_run,
         signed(one_of(json_of("config.json"), part_of_config("model"), tensors("model.safetensors"))),
-        lambda folder: load_checkpoint(folder / "checkpoints" / "last"),
+        lambda folder: load_checkpoint(folder / "run" / "checkpoints" / "last"),
     ),
     "vocabularies": Target(
-        write_last,
+        write_run,
         signed(one_of(part_of_config("extra"), part_of_config("extra", "vocabulary")), share=1.0),
-        lambda folder: load_trained(folder, "last", torch.device("cpu")),
+        lambda folder: load_trained(folder / "run", "last", torch.device("cpu")),
     ),
     "trainer files": Target(
-        write_last, signed(one_of(json_of("trainer.json"), tensors("trainer.safetensors"))), read_last
+        write_run, signed(one_of(json_of("trainer.json"), tensors("trainer.safetensors"))), read_run
     ),
     "token caches": Target(write_text, cached_file, read_text),
     "listops caches": Target(read_listops, cached_file, read_listops),
@@ -622,6 +618,8 @@ def read_mutants(name: str, folder: Path, first: int, pipe: int) -> None:
         taken = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sys.modules |= dict.fromkeys(("matplotlib", "torch.utils.tensorboard"))  # pictures take seconds
+    os.environ["PATH"] = ""  # and git, which is asked for the commit, milliseconds
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends even what is stuck in a library
     for number in range(first, MUTANTS):
         os.write(pipe, f"{number}\n".encode())
@@ -656,12 +654,11 @@ def faults(name: str, folder: Path) -> list[str]:
         with open(ours, encoding="utf-8") as pipe:  # noqa: PTH123 - a descriptor
             for line in pipe:
                 if len(found) >= SHOWN:
+                    os.kill(child, signal.SIGKILL)
                     break
                 number, _, said = line.rstrip("\n").partition(" ")
                 first = int(number) + 1
                 found += [f"mutant {number}: {said}"] if said else []
-        if len(found) >= SHOWN:
-            os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if len(found) >= SHOWN:
             break

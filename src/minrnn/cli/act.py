@@ -38,7 +38,8 @@ class ActCommand:
     run: tyro.conf.Positional[Path]
     """Directory of the run whose policy acts."""
     env: str | None = None
-    """Environment, by gymnasium's name (None: the one that the policy learnt from)."""
+    """Environment, by gymnasium's name, such as Hopper-v5 or package.module:Name-v0 (None: the one that the
+    policy learnt from)."""
     episodes: int = 10
     """Episodes, each with a seed of its own."""
     target_return: float | None = None

@@ -31,7 +31,8 @@ class MakeDataCommand:
     """
 
     environment: tyro.conf.Positional[str]
-    """Gymnasium's id, such as Hopper-v5, HalfCheetah-v5 or Walker2d-v5; actions must be continuous."""
+    """Gymnasium's id, such as Hopper-v5, HalfCheetah-v5, or package.module:Name-v0, for which the module is
+    imported; actions must be continuous."""
     quality: Literal["random", "medium", "medium-replay", "medium-expert"] = "medium"
     """Random actions; the best policy that training reached, with noise; policies from all of training; or
     half medium, half without noise."""

@@ -108,9 +108,8 @@ def _named_recipe(args: Sequence[str]) -> str:
 def _resumed_run(args: Sequence[str]) -> Path | None:
     """Return the run whose settings are the defaults, or None where the recipe's are."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument(
-        "--run", type=lambda text: Path(text).expanduser(), nargs="?"
-    )  # a missing value is the real parser's to report
+    # A missing value is the real parser's to report.
+    finder.add_argument("--run", type=lambda text: Path(text).expanduser(), nargs="?")
     finder.add_argument("--resume", action="store_true")
     found, _ = finder.parse_known_args(args)
     if found.resume and found.run is None:

@@ -120,6 +120,10 @@ def read_history(path: Path) -> History:
     )
 
 
+WHOLE = ("sizes", "steps", "ends")
+"""Arrays of whole numbers."""
+
+
 def check_arrays(path: Path, arrays: Arrays, axes: Mapping[str, int]) -> None:
     """Raise ValueError unless there are arrays of numbers of these names, each with so many axes."""
     for name, count in axes.items():
@@ -127,7 +131,7 @@ def check_arrays(path: Path, arrays: Arrays, axes: Mapping[str, int]) -> None:
             found = ", ".join(arrays) or "nothing"
             raise ValueError(f"make_data: {path} must hold {name}, got {found}; remove it")
         array = arrays[name]
-        if array.ndim != count or array.dtype.kind not in "biuf":
+        if array.ndim != count or array.dtype.kind not in ("iu" if name in WHOLE else "biuf"):
             raise ValueError(
                 f"make_data: {path}: {name} must be numbers with {count} axes, got {array.shape} "
                 f"{array.dtype}; remove it"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -38,7 +39,10 @@ def write_page(page: Path, benchmarks: Path, results: Path, target: Path) -> Non
         ValueError: it names a table that there is not, or a file is damaged.
     """
     text = page.read_text(encoding="utf-8")
-    figures = _Benchmarks(benchmarks).figures() | {"experiments": experiments(results, target.parent)}
+    with _of_this_version(benchmarks):
+        figures = _Benchmarks(benchmarks).figures()
+    with _of_this_version(results):
+        figures["experiments"] = experiments(results, target.parent)
     try:
         written = text.format(**figures)
     except KeyError as error:
@@ -46,6 +50,18 @@ def write_page(page: Path, benchmarks: Path, results: Path, target: Path) -> Non
             f"report: {page} must name tables among {', '.join(figures)}, got {error}"
         ) from error
     replace_text(target, written)
+
+
+@contextmanager
+def _of_this_version(folder: Path) -> Iterator[None]:
+    """Say where figures are missing: what the tables ask for, other versions may not have written."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"report: the files in {folder} must be this version's, and one lacks what a table asks for "
+            f"({type(error).__name__}: {error})"
+        ) from error
 
 
 def experiments(results: Path, beside: Path) -> str:

@@ -24,6 +24,9 @@ from minrnn.files import write_file
 EXPANSION = 1100
 """Bytes of a member for each that it takes in the file, at most; deflate reaches 1032."""
 
+LONGEST = 200
+"""Characters that a message takes over from a library."""
+
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], *, compress: bool = False) -> None:
     """Write arrays into an .npz file, whole or not at all.
@@ -54,7 +57,7 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         BadZipFile, EOFError, KeyError, NotImplementedError, OSError, OverflowError, RuntimeError,
         StructError, SyntaxError, TypeError, ValueError, zlib.error,
     ) as error:  # fmt: skip  # what zipfile, zlib, struct and numpy say of a damaged file
-        said = " ".join(str(error).split())
+        said = " ".join(str(error).split())[:LONGEST]
         raise ValueError(f"{path} must be an .npz file, got a damaged one ({said}); remove it") from error
 
 

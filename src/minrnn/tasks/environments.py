@@ -76,7 +76,7 @@ def known_actions(name: str, *, by_user: bool) -> ActionSpace | None:
         environment = make_environment(name)
     except ImportError:
         return None
-    except ValueError:
+    except (ValueError, RuntimeError, OSError):
         if by_user:
             raise
         return None

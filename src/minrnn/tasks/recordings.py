@@ -42,6 +42,9 @@ COMPRESSED_STEPS = 4096  # rows that are compressed together, 176 KiB of Hopper'
 EXPANSION = 1100
 """Bytes of a field for each that it takes in the file, at most; deflate, the best of HDF5's, reaches 1032."""
 
+LONGEST = 200
+"""Characters that a message takes over from h5py."""
+
 FREE_BYTES = 1 << 24
 """Bytes of a field that need none in the file: of one that was never written, all are zero."""
 
@@ -72,12 +75,13 @@ def read_episodes(path: str | Path, environment: str | None = None) -> Episodes:
     """
     h5py = _import_h5py("read_episodes")
     file_path = _find_file(Path(path).expanduser())
-    with _saying_what_is_wrong(file_path):
-        # A number too large for float32 becomes infinite, which is an error that names its place.
-        with h5py.File(file_path, "r") as opened, np.errstate(over="ignore", invalid="ignore"):
-            file = _Fields(opened, EXPANSION * file_path.stat().st_size + FREE_BYTES)
-            names = [name for name in opened if re.fullmatch(r"episode_\d+", name)]
-            read = _read_minari(file, file_path, names) if names else _read_d4rl(file, file_path)
+    # A number too large for float32 becomes infinite, which is an error that names its place.
+    quiet = np.errstate(over="ignore", invalid="ignore")
+    with _saying_what_is_wrong(file_path), quiet, h5py.File(file_path, "r") as opened:
+        file = _Fields(opened, EXPANSION * file_path.stat().st_size + FREE_BYTES)
+        names = [name for name in opened if re.fullmatch(r"episode_\d+", name)]
+        read = _read_minari(file, file_path, names) if names else _read_d4rl(file, file_path)
+    with naming(f"read_episodes: {file_path}"), np.errstate(over="ignore", invalid="ignore"):
         about = dict(read.about)
         space = _action_space(read, environment)
         if space is not None and space.discrete:
@@ -109,7 +113,7 @@ def _saying_what_is_wrong(path: Path) -> Iterator[None]:
     except MemoryError as error:
         raise ValueError(f"read_episodes: {path} holds more than fits into memory") from error
     except (OSError, RuntimeError, KeyError, TypeError) as error:  # what h5py says of a damaged file
-        said = " ".join(str(error).split())
+        said = " ".join(str(error).split())[:LONGEST]
         if "already open for write" in said:
             raise ValueError(
                 f"read_episodes: {path} is being written, or was not closed by who wrote it ({said})"

@@ -144,9 +144,9 @@ def _space(kind: str, described: Mapping[str, Any], shown: str) -> ActionSpace:
     if kind == "Box":
         shape = described.get("shape")
         return ActionSpace(False, prod(convert(shape, list[int], "shape")))
-    if kind == "MultiDiscrete" and np.size(described.get("nvec")) == 1:
+    if kind == "MultiDiscrete" and np.size(described.get("nvec", ())) == 1:
         return ActionSpace(True, _integer(described, "nvec"), _integer(described, "start", 0))
-    if kind == "MultiBinary" and np.size(described.get("n")) == 1 and _integer(described, "n") == 1:
+    if kind == "MultiBinary" and np.size(described.get("n", ())) == 1 and _integer(described, "n") == 1:
         return ActionSpace(True, 2)
     raise ValueError(f"actions are of the space {shown}; {OTHERS}")
 

@@ -36,7 +36,7 @@ class TextConfig:
 
     source: str = "python"
     """Text to learn: python (this interpreter's standard library), shakespeare (downloaded once), or the path
-    of a file or a folder."""
+    of a file or a folder (of which what is hidden, binary, a run, a cache or an environment is left out)."""
     vocabulary: Literal["bytes", "characters"] = "bytes"
     """What a token is: one of the 256 bytes, or one of the characters that the text holds."""
     window: int = 256

@@ -10,12 +10,12 @@ An entry is used if its digest is right. Hashing takes a second a GB or several,
 wrong with an entry, be it cut, altered or unreadable, it is made anew.
 
 A folder of the cache is as open as the one that holds it, and its files likewise: where MINRNN_CACHE is a
-folder that several users may write into, what one has made serves all.
+folder that several users may write into, what one has made serves all, unless the text is not for all to
+read.
 """
 
 import hashlib
 import json
-import os
 import secrets
 import shutil
 import stat
@@ -28,18 +28,14 @@ from typing import BinaryIO, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from minrnn.files import read_json
+from minrnn.files import lock, read_json
 from minrnn.tasks.downloads import cache_folder
 from minrnn.tasks.sources import Corpus
 from minrnn.tasks.vocabulary import VOCABULARIES, Vocabulary
 
-try:
-    import fcntl
-except ImportError:  # Windows, where what a killed process left stays
-    fcntl = None  # type: ignore[assignment]
-
 FORMAT_VERSION = 1  # part of every entry's name: an entry of another version is not found
 _UNFINISHED = ".building-"  # starts the names of folders that are being written
+_LOCK = ".lock"  # ends the name of what is locked while such a folder is written
 _IDS, _HEADER, _CHECKED = "tokens.bin", "tokens.json", "checked.json"
 _HASHED_BYTES = 1 << 20  # read at once
 
@@ -167,6 +163,8 @@ def _make(entry: Path, corpus: Corpus, vocabulary: Vocabulary) -> TokenisedCorpu
         _make_folders(shelf)
         _clear_unfinished(shelf.parent)
         with _building(shelf) as building:
+            if not _is_public(corpus):
+                building.chmod(stat.S_IRWXU)
             _write_files(building, corpus, vocabulary)
             shutil.rmtree(entry, ignore_errors=True)  # there only when _load refused it
             place = entry
@@ -214,49 +212,38 @@ def _open_like_parent(path: Path) -> None:
         path.chmod(mode | stat.S_IRUSR | stat.S_IWUSR)
 
 
+def _is_public(corpus: Corpus) -> bool:
+    """Whether every user of the machine may read all of a corpus."""
+    folders = {folder for file in corpus.files for folder in file.parents}
+    may_enter = all(folder.stat().st_mode & stat.S_IXOTH for folder in folders)
+    return may_enter and all(file.stat().st_mode & stat.S_IROTH for file in corpus.files)
+
+
 @contextmanager
 def _building(shelf: Path) -> Iterator[Path]:
-    """Make a folder to write into, which is locked as long as this process lives, and removed in the end."""
-    while True:
-        folder = shelf / f"{_UNFINISHED}{secrets.token_hex(8)}"
+    """Make a folder to write into, with a lock beside it while this process lives; removed in the end."""
+    folder = shelf / f"{_UNFINISHED}{secrets.token_hex(8)}"
+    with lock(_lock_of(folder)):  # before it is there: nobody may take it for a dead one's
         folder.mkdir()
         _open_like_parent(folder)
-        handle = _lock(folder, wait=True)
-        if folder.is_dir():  # nobody took it for a dead one's just before it was locked
-            break
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if handle is not None:
-            os.close(handle)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _clear_unfinished(shelves: Path) -> None:
-    """Remove what killed processes have left on all shelves: what nobody holds a lock on."""
-    for folder in shelves.glob(f"*/{_UNFINISHED}*"):
-        try:
-            handle = _lock(folder, wait=False)
-        except OSError:  # locked, or another user's
-            continue
-        if handle is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(handle)
+    """Remove what killed processes have left on all shelves: that nobody holds a lock of."""
+    for path in shelves.glob(f"*/{_UNFINISHED}*"):
+        folder = path.with_name(path.name.removesuffix(_LOCK))
+        unlocked: list[str] = []
+        with suppress(OSError), lock(_lock_of(folder), say=unlocked.append):  # refused by a living one
+            if not unlocked:  # where there are no locks, it may well be a living one's
+                shutil.rmtree(folder, ignore_errors=True)
 
 
-def _lock(folder: Path, *, wait: bool) -> int | None:
-    """Return what holds a lock on a folder until it is closed; None where there are no such locks."""
-    if fcntl is None:
-        return None
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        os.close(handle)
-        if wait:
-            return None  # a network's file system without locks
-        raise
-    return handle
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}{_LOCK}")
 
 
 def _write_files(folder: Path, corpus: Corpus, vocabulary: Vocabulary) -> None:
