@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,6 +188,7 @@ def _list_cells(experiment: Experiment, choice: Choice, command: ReproduceComman
 
 def _estimate(experiment: Experiment, choice: Choice, command: ReproduceCommand) -> None:
     """Print the command and about how long it takes here, from finished cells or a part of each kind."""
+    from minrnn.benchmarks.report import load_averages
     from minrnn.experiments.results import ResultsFolder
     from minrnn.experiments.runner import command_of, estimate, pick
     from minrnn.training import Output, choose_device
@@ -197,6 +199,9 @@ def _estimate(experiment: Experiment, choice: Choice, command: ReproduceCommand)
     with Output().status("timing") as status:
         total = estimate(experiment, cells, choice, records, status.update)
     print(command_of(experiment.name, choice, command.output))
+    load = load_averages()
+    if load and load[0] > (os.cpu_count() or 1):
+        print(f"the machine is busy (load {load[0]}): threads wait for each other; --threads 1 may be faster")
     print(f"about {_duration(total)} on this machine ({device}): {len(cells)} cells, {experiment.uncounted}")
 
 

@@ -173,9 +173,9 @@ def _computed_on(about: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def interleaved(estimates: Mapping[K, Callable[[], float]], now: Callable[[], float]) -> dict[K, float]:
-    """Ask for each estimate several times, in turns, and return the medians.
+    """Ask for each estimate several times, in turns, and return the lowest of each.
 
-    One look at a busy machine may see anything; of several, spread over the time, half may be disturbed.
+    One look at a busy machine may see anything; of several, spread over the time, one may be undisturbed.
 
     Args:
         estimates: what to ask, by name.
@@ -188,7 +188,7 @@ def interleaved(estimates: Mapping[K, Callable[[], float]], now: Callable[[], fl
             break
         for name, estimate in estimates.items():
             found[name].append(estimate())
-    return {name: median(values) for name, values in found.items()}
+    return {name: min(values) for name, values in found.items()}
 
 
 def write_summary(experiment: Experiment, folder: ResultsFolder, watch: Watch) -> None:

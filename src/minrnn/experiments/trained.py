@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from math import isfinite
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import Any, ClassVar, Generic, TypeVar
 
 from minrnn.experiments.experiment import Cell, Choice, Experiment, Record, Scale, Tell, Workplace
@@ -127,9 +127,10 @@ class TrainedExperiment(Experiment, Generic[SizeT]):
 def step_seconds(seconds: Callable[[int], float], whole: int) -> float:
     """Return about how long a step of a whole batch takes.
 
-    The first step, in which memory is taken and code is loaded, does not count, and of others the median
-    does. A step costs something however few sequences it has, so that one of few, taken in proportion, would
-    say too much: where a whole one takes too long to be tried, what a sequence adds is told from two sizes.
+    The first step, in which memory is taken and code is loaded, does not count, and of others the shortest
+    does: what else the machine does only ever adds, and threads that wait for each other add a hundredfold. A
+    step costs something however few sequences it has, so that one of few, taken in proportion, would say too
+    much: where a whole one takes too long to be tried, what a sequence adds is told from two sizes.
 
     Args:
         seconds: takes a step of so many sequences, and returns its time.
@@ -137,14 +138,14 @@ def step_seconds(seconds: Callable[[int], float], whole: int) -> float:
     """
     few = min(whole, FEW)
     seconds(few)
-    first = median(seconds(few) for _ in range(PROBES))
+    first = min(seconds(few) for _ in range(PROBES))
     step = first
     if few < whole:
         more = min(whole, 2 * few)
-        second = median(seconds(more) for _ in range(PROBES))
+        second = min(seconds(more) for _ in range(PROBES))
         step = first + max(0.0, second - first) / (more - few) * (whole - few)
     if step < PATIENCE:
-        step = median(seconds(whole) for _ in range(PROBES))
+        step = min(seconds(whole) for _ in range(PROBES))
     return step
 
 
