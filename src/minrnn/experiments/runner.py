@@ -24,7 +24,7 @@ __all__ = ["command_of", "estimate", "forecast", "interleaved", "pick", "reprodu
 ROUNDS = 5
 """How often each kind of cell is timed for an estimate, in turns: what else runs meets all of them."""
 
-ROUND_SECONDS = 60.0
+ROUND_SECONDS = 30.0
 """No further round begins after so many seconds."""
 
 K = TypeVar("K")
