@@ -93,6 +93,16 @@ inline void project(const ChainKernels &kernels, const Projection &p, int64_t ro
     }
 }
 
+MINRNN_APART inline void advance_again(const RowKernels<float> &kernels, const Branch &b, const float *pre,
+                                       CarryRow<float> start, CarryRow<float> end, float *next) {
+    const int64_t D = b.down.in;
+    for (int64_t d = 0; d < D; d += kMaxTile, pre += kMaxTile) {
+        const Rows<const float> of[3] = {{pre, 0}, {pre + D, 0}, {b.num_pre > 2 ? pre + 2 * D : nullptr, 0}};
+        Again<float> again(kernels, std::min(kMaxTile, D - d), {start.hi + d, start.lo + d}, {end.hi + d, end.lo + d});
+        again.forward(of, next + d);
+    }
+}
+
 // next_h = gate(pre, h), row by row, by the kernels of every other length.
 inline void advance(const RowTable &table, const Branch &b, int64_t rows, const float *pre, const BranchStates &states,
                     CarryRow<float> start, CarryRow<float> carry) {
@@ -105,11 +115,7 @@ inline void advance(const RowTable &table, const Branch &b, int64_t rows, const 
         float *next = states.next_h + r * D;
         const Rows<const float> of[3] = {{pre, 0}, {pre + D, 0}, {b.num_pre > 2 ? pre + 2 * D : nullptr, 0}};
         kernels.forward(D, 1, of, carry, {next, 0});
-        for (int64_t d = 0; d < D && !all_finite(carry.hi, D); d += kMaxTile) {
-            const int64_t n = std::min(kMaxTile, D - d);
-            const Rows<const float> part[3] = {{pre + d, 0}, {pre + D + d, 0}, {of[2].first ? of[2].first + d : nullptr, 0}};
-            Again<float>(kernels, n, {start.hi + d, start.lo + d}, {carry.hi + d, carry.lo + d}).forward(part, next + d);
-        }
+        if (!all_finite(carry.hi, D)) advance_again(kernels, b, pre, start, carry, next);
     }
 }
 

@@ -96,6 +96,8 @@ template <class Real> bool all_finite(const Real *x, int64_t n) {
     return !found;
 }
 
+#define MINRNN_APART __attribute__((noinline))  // what is seldom called should not enlarge the stack of what often is
+
 // A run of steps again, in those channels in which a carry did not stay finite: one step after another, in double. The
 // kernels take a step of a pair of floats apart into terms that cancel, so of an infinity they make NaN; they are asked
 // for a step's decay and drive alone here. Only what is not finite is written again: no number depends on later ones.
@@ -253,7 +255,7 @@ template <class IO> class Forward : public Pass<IO> {
     void finish(const Tile &, Carry) const {}
 
   private:
-    void run_again(const Tile &tile, int64_t k, int64_t end, Carry start, Carry carry) const {
+    MINRNN_APART void run_again(const Tile &tile, int64_t k, int64_t end, Carry start, Carry carry) const {
         Again<IO> again(kernels, tile.n, start, carry);
         for (; k < end; ++k) again.forward(this->three(p.pre, tile, k).of, this->rows(h, tile, k).first);
         again.finish(carry);
@@ -323,7 +325,7 @@ template <class IO> class Backward : public Pass<IO> {
         return starts(tile, k) ? Rows<const IO>{initial_state(tile, k, buffer), 0} : this->rows(h, tile, k + 1);
     }
 
-    void run_again(const Tile &tile, int64_t k, int64_t end, Carry start, Carry carry) const {
+    MINRNN_APART void run_again(const Tile &tile, int64_t k, int64_t end, Carry start, Carry carry) const {
         alignas(64) IO buffer[kMaxTile];
         Again<IO> again(kernels, tile.n, start, carry);
         for (; k < end; ++k)
