@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from minrnn import MinGRU, MinLSTM, gated_scan
 from minrnn.benchmarks.check import TOLERANCE, errors, layer_reference, scan_reference
-from minrnn.benchmarks.measure import OURS, PEER_ERRORS, Record, System, measure
+from minrnn.benchmarks.measure import OURS, Record, System, measure
 from minrnn.benchmarks.peers import LAYER_PEERS, SCAN_PEERS, Scan
 from minrnn.benchmarks.scan import traffic
 from minrnn.benchmarks.timing import Phases, Task, clock, summary
@@ -41,6 +41,7 @@ from minrnn.experiments.loops import LOOPS
 from minrnn.files import write_json
 from minrnn.ops import GATES, engines
 from minrnn.training import provenance
+from minrnn.training.extras import FOREIGN_ERRORS
 
 ROOT = Path(__file__).parents[1]
 FORMAT = 1
@@ -426,7 +427,7 @@ def compared(plan: Plan, systems: dict[str, System], dtype: torch.dtype) -> dict
         if system.errors is None:
             try:
                 system.task()
-            except PEER_ERRORS as error:
+            except FOREIGN_ERRORS as error:
                 detail = (str(error).splitlines() or [""])[0]
                 failed[name] = {
                     "status": "failed",
@@ -505,7 +506,7 @@ def imports(module: str) -> bool:
     """Whether a peer is installed."""
     try:
         import_module(module)
-    except PEER_ERRORS:  # some raise all kinds of things where they find no compiler
+    except FOREIGN_ERRORS:  # some raise all kinds of things where they find no compiler
         return False
     return True
 

@@ -73,7 +73,8 @@ def test_weights_of_earlier_versions(tmp_path: Path) -> None:
     config["files"] = {
         path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     }
-    (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(config))
+    del config["sha256"]  # which format 1 had not
+    (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(config | {"format_version": 1}))
     loaded, _ = load_checkpoint(tmp_path / "checkpoint")
     for ours, theirs in zip(loaded.parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, theirs)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from minrnn.ops import release_memory
 
 __all__ = [
     "MIN_ROUNDS",
@@ -158,8 +158,7 @@ def _between(low: int, value: int, high: int) -> int:
 
 
 def _return_freed_memory() -> None:
-    with contextlib.suppress(ImportError):  # where nothing was compiled, nothing is kept
-        import_module("minrnn.ops._cpu").release_memory()
+    release_memory()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if trim is not None:
         trim(0)
