@@ -1,0 +1,13 @@
+"""The law of test_accuracy.py for a million steps, whose float64 loop takes ten seconds and a gigabyte."""
+
+from __future__ import annotations
+
+import pytest
+from test_accuracy import check_accuracy
+
+from minrnn.ops import GATES
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_error_does_not_grow_to_a_million_steps(gate: str) -> None:
+    check_accuracy(gate, 2**20)
