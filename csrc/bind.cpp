@@ -127,8 +127,8 @@ using Carried = std::tuple<nb::handle, nb::handle, nb::handle, nb::handle>;
 BranchStates carried(const Branch &b, int64_t num_rows, const Carried &of) {
     const auto &[window, next_window, h, next_h] = of;
     const int64_t past = num_rows * std::max<int64_t>(b.conv.width - 1, 0) * b.up.in, states = num_rows * b.down.in;
-    return {read("a window", window, past), reach<float>("a window", next_window, past), read("h", h, states),
-            reach<float>("h", next_h, states)};
+    return {read("a window", window, past), made<float>(next_window), read("h", h, states),
+            made<float>(next_h)};
 }
 
 void step(const Chain &chain, int64_t num_rows, int threads, const Tensors &inputs, const std::vector<Carried> &states,
@@ -139,7 +139,7 @@ void step(const Chain &chain, int64_t num_rows, int threads, const Tensors &inpu
         in.push_back(read("an input", inputs[k],
                           num_rows * (chain.start.empty() ? chain.d_model : chain.start.at(k).in)));
     for (std::size_t i = 0; i < states.size(); ++i) of.push_back(carried(chain.branches.at(i), num_rows, states[i]));
-    float *out = reach<float>("y", y, num_rows * (chain.end.weight ? chain.end.out : chain.d_model));
+    float *out = made<float>(y);
     nb::gil_scoped_release release;
     run(chain, *rows, *chain_kernels, num_rows, threads, in, of, out);
 }

@@ -115,7 +115,7 @@ inline void advance(const RowTable &table, const Branch &b, int64_t rows, const 
         float *next = states.next_h + r * D;
         const Rows<const float> of[3] = {{pre, 0}, {pre + D, 0}, {b.num_pre > 2 ? pre + 2 * D : nullptr, 0}};
         kernels.forward(D, 1, of, carry, {next, 0});
-        if (!all_finite(carry.hi, D)) advance_again(kernels, b, pre, start, carry, next);
+        if (!kernels.finite(D, carry.hi)) advance_again(kernels, b, pre, start, carry, next);
     }
 }
 

@@ -198,8 +198,24 @@ template <class IO, class G> struct Kernels {
     }
     static void round(int64_t n, const Real *from, IO *to) { sweep(n, 1, false, Round{from, to}); }
 
+    static bool finite(int64_t n, const Real *row) {
+        V found{};  // zero, or NaN once something is not finite
+        int64_t d = 0;
+        for (; d + kLanes<V> <= n; d += kLanes<V>) {
+            const V x = load(row + d);
+            found += x - x;
+        }
+        if (d < n) {
+            const V x = load(row + d, n - d);
+            found += x - x;
+        }
+        for (int l = 0; l < kLanes<V>; ++l)
+            if (found[l] != 0) return false;
+        return true;
+    }
+
     static constexpr RowKernels<IO> table() {
-        return {forward, forward_prefix, backward, backward_prefix, round};
+        return {forward, forward_prefix, backward, backward_prefix, round, finite};
     }
 };
 

@@ -59,6 +59,7 @@ template <class IO> struct RowKernels {
                      const Gradients &dpre);
     void (*backward_prefix)(int64_t n, int64_t steps, const Pre &pre, Rows<const IO> dh, Carry carry, Carry decay);
     void (*round)(int64_t n, const Real *from, IO *to);
+    bool (*finite)(int64_t n, const Real *row);  // whether all numbers of a row are
 };
 
 struct RowTable {

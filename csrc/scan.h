@@ -4,8 +4,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
-#include <type_traits>
 #include <vector>
 
 #include "rows.h"
@@ -86,14 +84,6 @@ template <class Real> void fill(CarryRow<Real> row, int64_t n, Real value) {
 template <class Real> void copy(CarryRow<Real> from, int64_t n, CarryRow<Real> to) {
     std::copy_n(from.hi, n, to.hi);
     std::copy_n(from.lo, n, to.lo);
-}
-
-template <class Real> bool all_finite(const Real *x, int64_t n) {
-    using Bits = std::conditional_t<sizeof(Real) == sizeof(float), int32_t, int64_t>;
-    constexpr Bits infinity = __builtin_bit_cast(Bits, std::numeric_limits<Real>::infinity());
-    Bits found = 0;  // an early end would keep the compiler from taking many at once
-    for (int64_t d = 0; d < n; ++d) found |= (__builtin_bit_cast(Bits, x[d]) & infinity) == infinity;
-    return !found;
 }
 
 #define MINRNN_APART __attribute__((noinline))  // what is seldom called should not enlarge the stack of what often is
@@ -177,6 +167,7 @@ template <class IO> class Pass {
   public:
     using Real = typename Problem<IO>::Real;
     using Carry = CarryRow<Real>;
+    bool finite(const Tile &tile, Carry carry) const { return kernels.finite(tile.n, carry.hi); }
 
   protected:
     const Problem<IO> &p;
@@ -235,7 +226,7 @@ template <class IO> class Forward : public Pass<IO> {
             const bool fresh = this->reset(tile, k);
             if (fresh) fill(carry, tile.n, Real(0));
             kernels.forward(tile.n, end - k, this->three(p.pre, tile, k).of, carry, this->rows(h, tile, k));
-            if (all_finite(carry.hi, tile.n)) continue;
+            if (this->finite(tile, carry)) continue;
             if (fresh) fill(start.row(), tile.n, Real(0));
             run_again(tile, k, end, start.row(), carry);
         }
@@ -288,7 +279,7 @@ template <class IO> class Backward : public Pass<IO> {
             kernels.backward(tile.n, end - k, this->three(p.pre, tile, k).of, before(tile, k, buffer),
                              this->rows(dh, tile, k), carry, this->three(dpre, tile, k).of);
             const bool forgets = this->reset(tile, k);
-            if ((forgets || end == tile.end) && !all_finite(carry.hi, tile.n))
+            if ((forgets || end == tile.end) && !this->finite(tile, carry))
                 run_again(tile, since, end, start.row(), carry);
             if (!forgets) continue;
             fill(carry, tile.n, Real(0));
@@ -414,16 +405,16 @@ template <class P> void run_in_chunks(const P &pass, int64_t B, int64_t T, int64
             const Border start = border;
             border.pass(row(ends, job), row(decays, job));
             start.write(row(ends, job));
-            unsure[job] = !all_finite(row(ends, job).hi, tile(job).n);
+            unsure[job] = !pass.finite(tile(job), row(ends, job));
         }
     }
 #pragma omp parallel for num_threads(cut.threads) schedule(dynamic, 1)
     for (int64_t job = 0; job < jobs; ++job) pass.run(tile(job), row(ends, job));
     for (int64_t job = 0; job < jobs; ++job) {
-        const int64_t chunk = job % cut.chunks, n = tile(job).n;
+        const int64_t chunk = job % cut.chunks;
         // An infinity or a NaN is never forgotten, but a prefix that was read in part has not seen it.
-        if (chunk > 0 && (unsure[job] || !all_finite(row(ends, job - 1).hi, n))) {
-            copy(row(ends, job - 1), n, row(ends, job));
+        if (chunk > 0 && (unsure[job] || !pass.finite(tile(job - 1), row(ends, job - 1)))) {
+            copy(row(ends, job - 1), tile(job).n, row(ends, job));
             pass.run(tile(job), row(ends, job));
         }
         if (chunk + 1 == cut.chunks) pass.finish(tile(job), row(ends, job));

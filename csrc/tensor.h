@@ -59,6 +59,14 @@ template <class X> X *reach(const char *what, nb::handle x, int64_t extent) {
     return static_cast<X *>(data) + offset;
 }
 
+// The same of a tensor that was made for this call, and so has what it was made with.
+template <class X> X *made(nb::handle x) {
+    if (x.is_none()) return nullptr;
+    void *data = PyLong_AsVoidPtr(ask(x, Methods::get().data_ptr).ptr());
+    if (!data && PyErr_Occurred()) throw nb::python_error();
+    return static_cast<X *>(data);
+}
+
 // A tensor of these sizes, whose last axis may have to be contiguous; strides count elements.
 template <class X, std::size_t n> struct View {
     X *data = nullptr;
