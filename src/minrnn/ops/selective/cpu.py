@@ -63,7 +63,7 @@ def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[
         _sum(dC).to(narrow),
         x.u.new_empty(0) if x.D is None else dD.sum((0, 1)).to(wide),
         dz.to(narrow),
-        x.u.new_empty(0) if x.delta_bias is None else ddelta_pre.sum((0, 1)),
+        x.u.new_empty(0) if x.delta_bias is None else _sum_of_steps(ddelta_pre),
         dh0,
     ]
 
@@ -77,6 +77,11 @@ def _readable(x: Inputs) -> Inputs:
     whole = [None if s is None else contiguous(s) for s in (x.A, x.D, x.delta_bias, x.h0)]
     (u, delta_pre, B, C, z), (A, D, delta_bias, h0) = rows, whole
     return Inputs(u, delta_pre, A, B, C, D, z, delta_bias, h0, x.reset)  # type: ignore[arg-type]
+
+
+def _sum_of_steps(x: Tensor) -> Tensor:
+    """The sum over batch and time, in float64, as the engine's own sums: it may be small beside its terms."""
+    return x.sum((0, 1), dtype=torch.float64).to(x.dtype)
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
