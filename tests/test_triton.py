@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_laws import CELLS, INFINITIES, TOLERANCE, compare, inputs, relative_error, same, spoiled
+from engine_laws import CELLS, TOLERANCE, compare, inputs, relative_error
 
 from minrnn.ops import GATES, engines, reference
 from minrnn.ops.engines import ENGINES, serving
@@ -141,29 +141,6 @@ def test_what_is_not_finite_is_forgotten(in_chunks: ModuleType, bad: float) -> N
     expected[0, :9, 2] = False
     h = in_chunks.forward(pre, h0, reset, "mingru", "positive", False)
     assert torch.equal(h.isfinite(), expected)
-
-
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_infinities(
-    in_chunks: ModuleType, gate: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They stand where the reference has them, and so does NaN."""
-    monkeypatch.setattr(in_chunks, "_LANES", 32)
-    pre, h0, reset, _ = spoiled(gate, dtype, 9)
-    mode = (gate, "linear" if GATES[gate].has_candidate else "positive", False)
-    for given in (reset, None):
-        exact = reference.forward([x.double() for x in pre], h0.double(), given, *mode)
-        same(in_chunks.forward(pre, h0, given, *mode), exact.to(dtype), 2 * TOLERANCE[dtype])
-    pre, h0, _, dh = inputs(gate, 1, 9, 5, dtype)
-    for d, bad in enumerate(INFINITIES):
-        dh[0, 4, d], dh[0, -1, 2 + d], dh[0, 0, 2 + d] = bad, bad, -bad
-    h = reference.forward(pre, h0, None, *mode)
-    expected = reference.backward(dh, pre, h, h0, None, *mode)
-    actual = in_chunks.backward(dh, pre, h, h0, None, *mode)
-    same(actual[-1], expected[-1], 5 * TOLERANCE[dtype])
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert torch.equal(ours.isfinite(), theirs.isfinite())
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ is negative; near -1 their b is no small share, and rounding it costs what round
 between programs are pairs of floats, and where h is float32, so is the state between steps: only a step's
 change is rounded, and what is lost where the change meets the state goes into the next change (Kahan's
 compensation). No doubles: they run at half of float32's rate where they are fast, and at a 64th elsewhere.
-Pairs cannot hold infinities: where one would, a plain product and sum take its place. Outputs of 16 bits need
-neither the pairs between steps nor exponentials to the last bit.
+Pairs cannot hold infinities: a state that overflows becomes NaN. Outputs of 16 bits need neither the pairs
+between steps nor exponentials to the last bit.
 
 *Carries.* Programs take chunks from a counter, in the order of time, so that whom a program waits for has
 started already; what has started goes on while others wait (CUDA promises this from sm_70), so the first
@@ -347,13 +347,6 @@ def _two_sum(a, b):  # a + b, and what its rounding loses
 
 
 @triton.jit
-def _unless_infinite(pair, plain):
-    # A pair; where that is none, as the difference of infinities, the plain number, be it infinite or NaN.
-    finite = tl.abs(pair[0]) < float("inf")
-    return tl.where(finite, pair[0], plain), tl.where(finite, pair[1], 0.0)
-
-
-@triton.jit
 def _code(a, complement, GATE: tl.constexpr, EXACT: tl.constexpr):
     # The decay as one number: a itself, or where 1 - a is the smaller, that, negative, minus zero included.
     # Of signed gates always the rest.
@@ -380,8 +373,7 @@ def _advance(state, decay, b, GATE: tl.constexpr, EXACT: tl.constexpr):
         else:
             keep = tl.where(_is_negative(decay), 1.0, 0.0).to(decay.dtype)
             rest = decay
-        pair = _two_sum(keep * state[0], tl.fma(rest, state[0], tl.fma(keep, state[1], b)))
-        return _unless_infinite(pair, tl.fma(keep + rest, state[0], b))
+        return _two_sum(keep * state[0], tl.fma(rest, state[0], tl.fma(keep, state[1], b)))
     else:
         return tl.fma(decay, state[0], b), state[1]
 
@@ -427,9 +419,7 @@ def _join_signed(rest, a, b, next_rest, next_a, next_b):
     forgets = tl.fma(tl.abs(next_rest), 1.0 - tl.abs(rest), tl.abs(rest))  # 1 - |a|
     joined = _flip(_flip(forgets * -1.0, rest), next_rest)
     # Near -1, b is no small share of the state, and two of them may cancel: so keep first, then the rest.
-    drive = tl.fma(next_rest, b, next_b - _flip(b, next_rest))
-    plain = tl.fma(next_rest + _kept(next_rest), b, next_b)
-    return joined, joined, tl.where(tl.abs(drive) < float("inf"), drive, plain)
+    return joined, joined, tl.fma(next_rest, b, next_b - _flip(b, next_rest))
 
 
 @triton.jit
@@ -455,7 +445,6 @@ def _apply(span, carry, RESETS: tl.constexpr, SIGNED: tl.constexpr):
         keep = tl.where(near, 1.0, 0.0).to(span[0].dtype)
         rest = tl.where(near, -span[0], span[1])
     after = _two_sum(keep * carry[0], tl.fma(rest, carry[0], tl.fma(keep, carry[1], span[2])))
-    after = _unless_infinite(after, tl.fma(keep + rest, carry[0], span[2]))
     if RESETS:
         after = _where(span[0] == float("inf"), (span[2], 0.0), after)
     return after
@@ -852,8 +841,7 @@ def backward_kernel(
             units, chunk, last, b * D + d, inside, tl.cast(B, tl.int64) * D, WARPS, GROUP, reset is not None,
             _signed(GATE), EXACT,
         )  # fmt: skip
-    first_sum = adjoint[0] + incomings[0]
-    adjoint = _unless_infinite(_two_sum(adjoint[0], adjoint[1] + incomings[0]), first_sum)
+    adjoint = _two_sum(adjoint[0], adjoint[1] + incomings[0])
     adjoints = (adjoint[0],)
     for i in tl.static_range(STEPS):
         dh_next = incomings[i + 1] if i + 1 < STEPS else tl.full([WARPS, BLOCK_D], 0.0, REAL)
