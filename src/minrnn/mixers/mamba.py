@@ -89,6 +89,9 @@ class MambaMixer(Mixer):
             state_dict[prefix + "dt_bias"] = state_dict.pop(earlier)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
+    def state_shapes(self, state: State) -> tuple[tuple[int, ...], ...]:
+        return (self.conv.width - 1, self.d_hidden), (self.d_hidden, self.d_state)
+
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         window, h0 = (None, None) if state is None else state
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (B, T, d_hidden) each
