@@ -17,7 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 _calling: Callable[[type[nn.Module]], tuple[Any, ...]] = operator.attrgetter("__call__", "forward")
 
 
-@lru_cache
+@lru_cache  # of a class, which mypy does not take for hashable
 def passed(kind: Any) -> tuple[str, ...]:
     """Name what a call of a class's instances goes through: a mixer's forward leaves the work to its `mix`.
 
@@ -32,10 +32,9 @@ def callers(kind: Any) -> Callable[[type[nn.Module]], tuple[Any, ...]]:
     return operator.attrgetter(*passed(kind))
 
 
-def is_own(kind: type[nn.Module]) -> bool:
+def is_own(kind: Any) -> bool:
     """Whether a class's calls are those that the file of the class defines: nobody has patched it."""
-    hashable: Any = kind  # mypy takes no class for it
-    return _is_own(hashable, *callers(kind)(kind))
+    return _is_own(kind, *callers(kind)(kind))
 
 
 def runs(module: nn.Module, kind: type[nn.Module]) -> bool:

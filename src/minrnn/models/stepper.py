@@ -172,8 +172,9 @@ class Reading:
             self._look_at_calls(module)
         self.require(type(module) in kinds)
         if module is not None:
-            self.require(is_own(type(module)))
-            for passed_on in passed(type(module))[1:]:  # a __call__ of its own has no effect
+            kind: Any = type(module)
+            self.require(is_own(kind))
+            for passed_on in passed(kind)[1:]:  # a __call__ of its own has no effect
                 self.require(self._look(module.__dict__, passed_on) is _ABSENT)
             self._hooks += [module._forward_hooks, module._forward_pre_hooks]
             if any(self._hooks):
@@ -240,14 +241,15 @@ class Reading:
 
     def _look_at_calls(self, module: nn.Module) -> None:
         """Note what the module's class is, and what its calls are."""
+        kind: Any = type(module)
         modules, types = self._modules
         modules.append(module)
-        types.append(type(module))
+        types.append(kind)
         kinds, callers_of, calls = self._calls
-        if type(module) not in kinds:
-            kinds.append(type(module))
-            callers_of.append(callers(type(module)))
-            calls.append(callers_of[-1](type(module)))
+        if kind not in kinds:
+            kinds.append(kind)
+            callers_of.append(callers(kind))
+            calls.append(callers(kind)(kind))
 
     def _attribute(self, name: str, *places: Mapping[str, Any]) -> Any:
         """Look a name up in one place after the other, as torch does."""
