@@ -131,7 +131,7 @@ BranchStates carried(const Branch &b, int64_t num_rows, const Carried &of) {
             made<float>(next_h)};
 }
 
-void step(const Chain &chain, int64_t num_rows, int threads, const Tensors &inputs, const std::vector<Carried> &states,
+bool step(const Chain &chain, int64_t num_rows, int threads, const Tensors &inputs, const std::vector<Carried> &states,
           nb::handle y) {
     std::vector<const float *> in;
     std::vector<BranchStates> of;
@@ -141,7 +141,7 @@ void step(const Chain &chain, int64_t num_rows, int threads, const Tensors &inpu
     for (std::size_t i = 0; i < states.size(); ++i) of.push_back(carried(chain.branches.at(i), num_rows, states[i]));
     float *out = made<float>(y);
     nb::gil_scoped_release release;
-    run(chain, *rows, *chain_kernels, num_rows, threads, in, of, out);
+    return run(chain, *rows, *chain_kernels, num_rows, threads, in, of, out);
 }
 
 // dtypes are numbered as in cpu.py: float32, float64, bfloat16, float16.

@@ -7,6 +7,10 @@
 // where f is an activation, or a gate and the state that it advances. A step is some sixty small operations, each of
 // which costs more to call than to compute; here all of them are one. Rows are few, so that what takes time is to read
 // the weights, and they are read once. Knows pointers and sizes; nothing of Python or torch.
+//
+// Numbers have to stay far from float's largest. What comes of an overflow depends on the order of each sum, which is
+// torch's own: a norm makes of it zeros here and NaN there, and an activation zero. A step that meets one says so, and
+// has computed nothing of use.
 #pragma once
 
 #include <algorithm>
@@ -50,13 +54,14 @@ struct BranchStates {  // of a convolution (rows, width - 1, in) and of a gate (
 };
 
 struct ChainKernels {
-    void (*normalise)(const Norm &norm, int64_t n, const float *x, float *y);  // y may be x
+    bool (*normalise)(const Norm &norm, int64_t n, const float *x, float *y);  // y may be x; whether it is moderate
     void (*convolve)(const Convolution &conv, int64_t n, const float *x, const float *window, float *y);
     // Outputs [begin, end) of each row. `base`, where there is one, is added: (rows, out), as y, which it may be.
     void (*project)(const Projection &p, int64_t rows, int64_t begin, int64_t end, const float *x, const float *base,
                     float *y);
     // n outputs; swiglu takes 2 n inputs, the gate first.
     void (*activate)(Activation kind, int64_t n, const float *x, float *y);
+    bool (*moderate)(int64_t n, const float *x);  // whether the magnitudes' sum is below kMost
 };
 
 struct Branch {
@@ -72,13 +77,16 @@ struct Branch {
     int64_t room() const { return 2 * up.in + up.out + 5 * down.in; }
 };
 
+constexpr float kMost = 1e36f;  // sums below it do not overflow in any order, but for what cancels
 constexpr int64_t kBranchSerialBelow = 1 << 18;  // products: starting threads costs more than this much work
 constexpr int64_t kOutputsAtOnce = 64;           // what a thread takes; a multiple of what the kernel takes
 
+// Null: the numbers are too large.
 inline const float *normalise(const ChainKernels &kernels, const Norm &norm, int64_t rows, int64_t n, const float *x,
                               float *y) {
     if (norm.kind == kNoNorm) return x;
-    for (int64_t r = 0; r < rows; ++r) kernels.normalise(norm, n, x + r * n, y + r * n);
+    for (int64_t r = 0; r < rows; ++r)
+        if (!kernels.normalise(norm, n, x + r * n, y + r * n)) return nullptr;
     return y;
 }
 
@@ -130,13 +138,15 @@ inline void slide(int64_t width, int64_t n, const float *x, const float *window,
     std::copy_n(x, n, next + kept);
 }
 
-// x and y: (rows, d_model), contiguous, and not the same memory; room: rows * b.room() floats.
-inline void run(const Branch &b, const RowTable &table, const ChainKernels &kernels, int64_t rows, int threads,
+// x and y: (rows, d_model), contiguous, and not the same memory; room: rows * b.room() floats. Returns whether all went
+// well: no number was too large.
+inline bool run(const Branch &b, const RowTable &table, const ChainKernels &kernels, int64_t rows, int threads,
                 const float *x, const BranchStates &states, float *room, float *y) {
     const int64_t n = b.up.in, D = b.down.in;
     float *normed = room, *mixed = normed + rows * n, *pre = mixed + rows * n, *hidden = pre + rows * b.up.out,
           *carry = hidden + rows * D;
     const float *input = normalise(kernels, b.norm, rows, n, x, normed);
+    if (!input) return false;
     if (b.conv.width) {
         const int64_t past = (b.conv.width - 1) * n;
         for (int64_t r = 0; r < rows; ++r) {
@@ -147,6 +157,7 @@ inline void run(const Branch &b, const RowTable &table, const ChainKernels &kern
         input = mixed;
     }
     project(kernels, b.up, rows, threads, input, nullptr, pre);
+    if (!kernels.moderate(rows * b.up.out, pre)) return false;
     if (b.recurrent()) {
         advance(table, b, rows, pre, states, {carry + 2 * D, carry + 3 * D}, {carry, carry + D});
         hidden = states.next_h;
@@ -154,6 +165,7 @@ inline void run(const Branch &b, const RowTable &table, const ChainKernels &kern
         for (int64_t r = 0; r < rows; ++r) kernels.activate(b.activation, D, pre + r * b.up.out, hidden + r * D);
     }
     project(kernels, b.down, rows, threads, hidden, b.residual ? x : nullptr, y);
+    return true;
 }
 
 struct Chain {
@@ -165,8 +177,8 @@ struct Chain {
     Norm end_norm;
 };
 
-// inputs: what each projection of the start reads, or x alone; states: one of each branch.
-inline void run(const Chain &chain, const RowTable &table, const ChainKernels &kernels, int64_t rows, int threads,
+// inputs: what each projection of the start reads, or x alone; states: one of each branch. Returns whether all went well.
+inline bool run(const Chain &chain, const RowTable &table, const ChainKernels &kernels, int64_t rows, int threads,
                 const std::vector<const float *> &inputs, const std::vector<BranchStates> &states, float *y) {
     const int64_t size = rows * chain.d_model;
     int64_t room = chain.d_model;
@@ -178,20 +190,22 @@ inline void run(const Chain &chain, const RowTable &table, const ChainKernels &k
     if (!chain.start.empty()) {
         for (size_t k = 0; k < chain.start.size(); ++k)
             project(kernels, chain.start[k], rows, threads, inputs[k], k ? x : nullptr, x);
-        normalise(kernels, chain.start_norm, rows, chain.d_model, x, x);
+        if (!normalise(kernels, chain.start_norm, rows, chain.d_model, x, x)) return false;
         from = x;
     }
     for (size_t i = 0; i < chain.branches.size(); ++i) {
-        run(chain.branches[i], table, kernels, rows, threads, from, states[i], rest, other);
+        if (!run(chain.branches[i], table, kernels, rows, threads, from, states[i], rest, other)) return false;
         from = other;
         std::swap(x, other);
     }
     if (!chain.end.weight) {
         std::copy_n(from, size, y);
-        return;
+        return kernels.moderate(size, y);
     }
     from = normalise(kernels, chain.end_norm, rows, chain.d_model, from, rest);
+    if (!from) return false;
     project(kernels, chain.end, rows, threads, from, nullptr, y);
+    return kernels.moderate(rows * chain.end.out, y);
 }
 
 #define MINRNN_DECLARE_CHAIN(isa)     \

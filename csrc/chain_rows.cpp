@@ -40,7 +40,7 @@ template <> struct Halved<8> {
 
 MINRNN_INLINE float sum(Floats x) { return Halved<kRegister>::sum(x); }
 
-void normalise(const Norm &norm, int64_t n, const float *x, float *y) {
+bool normalise(const Norm &norm, int64_t n, const float *x, float *y) {
     float mean = 0;
     if (norm.kind == kLayerNorm) {
         Floats total{};
@@ -52,13 +52,20 @@ void normalise(const Norm &norm, int64_t n, const float *x, float *y) {
         const Floats centred = first(load(x + d, lanes) - mean, lanes);
         squares += centred * centred;
     });
-    const float scale = 1 / std::sqrt(sum(squares) / static_cast<float>(n) + norm.eps);
+    const float total = sum(squares), count = static_cast<float>(n), scale = 1 / std::sqrt(total / count + norm.eps);
     for_lanes(n, [&](int64_t d, auto lanes) {
         Floats z = (load(x + d, lanes) - mean) * scale;
         if (norm.scale.weight) z *= load(norm.scale.weight + d, lanes);
         if (norm.scale.bias) z += load(norm.scale.bias + d, lanes);
         store(z, y + d, lanes);
     });
+    return total + count * mean * mean < kMost;  // torch squares its parts of the mean
+}
+
+bool moderate(int64_t n, const float *x) {
+    Floats total{};
+    for_lanes(n, [&](int64_t d, auto lanes) { total -= minus_absolute(first(load(x + d, lanes), lanes)); });
+    return sum(total) < kMost;  // no NaN is
 }
 
 void convolve(const Convolution &conv, int64_t n, const float *x, const float *window, float *y) {
@@ -149,7 +156,7 @@ void activate(Activation kind, int64_t n, const float *x, float *y) {
 }  // namespace
 
 namespace MINRNN_ISA {
-extern constexpr ChainKernels chain{normalise, convolve, project, activate};
+extern constexpr ChainKernels chain{normalise, convolve, project, activate, moderate};
 }
 
 }  // namespace minrnn

@@ -405,6 +405,60 @@ def test_wrong_states_are_refused_as_ever() -> None:
             model(tokens, tuple((windows, list(carried)) for windows, carried in state))
 
 
+def misshapen(part: Tensor) -> list[Tensor]:
+    """What has the batch of a part of a state but not its shape: as many numbers, or more, or fewer."""
+    batch, *axes = part.shape
+    others = [
+        part.reshape(batch, -1, 1),
+        part.reshape(batch, 1, -1),
+        part.unsqueeze(1),
+    ]
+    if axes:
+        others += [part.flatten(1), part.transpose(1, -1), torch.cat([part, part], dim=-1)]
+        others += [part[..., :0], part[:, 1:]]
+    return [other for other in others if other.shape != part.shape and other.shape[:1] == (batch,)]
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_states_of_another_shape_are_refused_by_steps_and_by_longer_calls(mixer: str) -> None:
+    model = build(mixer=mixer, d_model=24, conv_width=4, num_layers=1)
+    with torch.no_grad():
+        _, (((window,), carried),) = model(make_tokens(2, 3))
+        others = [((), carried), ((window, window), carried), ((window,), (*carried, carried[0]))]
+        others += [((window,), carried[:-1])]
+        others += [((other,), carried) for other in misshapen(window)]
+        for at, part in enumerate(carried):
+            for other in misshapen(part):
+                others.append(((window,), (*carried[:at], other, *carried[at + 1 :])))
+        for block, steps in itertools.product(others, (1, 2)):
+            with pytest.raises(ValueError, match=r"must (be|have)") as refused:
+                model(make_tokens(2, steps), (block,))
+            assert "\n" not in str(refused.value)
+        model.blocks[0].conv = None
+        with pytest.raises(ValueError, match="must have 0 windows"):
+            model(make_tokens(2), (((window,), carried),))
+
+
+@compiled
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("scale", [1e4, 1e8, 1e12, 1e16, 1e20, torch.inf, torch.nan])
+def test_steps_overflow_where_longer_calls_do(norm: str, activation: str, scale: float) -> None:
+    for options, d_model, seed in itertools.product(
+        ({"conv_width": 0, "mlp_ratio": 0.0}, {"mlp_ratio": 2.0}), (8, 20), range(2)
+    ):
+        model = build(norm=norm, mlp_activation=activation, d_model=d_model, num_layers=1, **options)
+        for name, parameter in model.named_parameters():
+            if seed == 0 or name == "embedding.weight":
+                parameter.data.mul_(scale)
+        with torch.no_grad():
+            tokens = make_tokens(3, 2, seed)
+            expected = model(tokens)[0][:, :1]
+            ours = model(tokens[:, :1])[0]
+        assert torch.equal(ours.isfinite(), expected.isfinite())
+        assert torch.equal(ours.isnan(), expected.isnan())
+
+
 # --- models change --------------------------------------------------------------------------------------
 
 
@@ -487,6 +541,175 @@ def test_it_follows_the_model(change: Callable[[SequenceModel], None]) -> None:
     assert_equal(ours, theirs)
     if change is not convert_twice:
         assert not torch.allclose(ours[0], before, atol=1e-3)
+
+
+def outcome(model: SequenceModel, tokens: Tensor) -> tuple[Tensor, Any] | type[Exception]:
+    with torch.no_grad():
+        try:
+            return model(tokens)
+        except Exception as error:
+            return type(error)
+
+
+def assert_follows(model: SequenceModel) -> None:
+    """A step is what torch makes of the model as it is now, be that an error."""
+    tokens = make_tokens(2)
+    ours = outcome(model, tokens)
+    with in_torch():
+        theirs = outcome(model, tokens)
+    if isinstance(theirs, tuple):
+        assert isinstance(ours, tuple)
+        assert_equal(ours, theirs)
+    else:
+        assert ours is theirs
+
+
+def stepped(**options: Any) -> SequenceModel:
+    """Make a model that has taken a step, whose matrices are square."""
+    model = build(**{"num_layers": 1, "conv_width": 20, "mlp_ratio": 1.0, **options})
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    assert is_served(model)
+    return model
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x.t(),
+    "broadcast": lambda x: x[:1].expand(x.shape),
+    "rows": lambda x: x[: len(x) // 2],
+    "columns": lambda x: x[..., : x.shape[-1] // 2],
+    "flat": lambda x: x.flatten(),
+    "column": lambda x: x.unsqueeze(-1),
+    "overlapping": lambda x: x.as_strided(x.shape, (1,) * x.dim()),
+    "later": lambda x: torch.cat([x, x.flip(0)])[1 : len(x) + 1],
+    "negative": torch._neg_view,
+    "integers": lambda x: x.view(torch.int32),
+    "halves": lambda x: x.view(torch.float16),
+}
+"""Other readings of the memory where a tensor lies."""
+
+
+@compiled
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_it_follows_each_tensor_to_another_layout(layout: str) -> None:
+    for name in dict(stepped().named_parameters()):
+        if name != "embedding.weight":
+            model = stepped()
+            parameter = model.get_parameter(name)
+            kept = parameter.data
+            if kept.is_floating_point() and layout == "integers":
+                parameter.requires_grad_(False)
+            parameter.data = LAYOUTS[layout](kept)
+            assert_follows(model)
+            parameter.data = kept
+            assert is_served(model)
+            assert_follows(model)
+
+
+@compiled
+def test_it_follows_each_tensor_changed_in_place() -> None:
+    for name in dict(stepped().named_parameters()):
+        model = stepped()
+        parameter = model.get_parameter(name)
+        with torch.no_grad():
+            parameter.t_() if parameter.dim() == 2 else parameter.as_strided_(parameter.shape, (0,))
+        assert_follows(model)
+
+
+def others(value: Any) -> list[Any]:
+    """Other values of an attribute."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [value + 1, value - 1]
+    if isinstance(value, float):
+        return [value + 0.5]
+    if isinstance(value, str):
+        return [*GATES, *CANDIDATES, *ACTIVATIONS, "unknown"]
+    if isinstance(value, tuple):
+        return [(), (7,), (*value, 1)]
+    return []
+
+
+@compiled
+@pytest.mark.parametrize("options", [{}, {"mixer": "minlstm", "norm": "rms", "bias": False}], ids=str)
+def test_it_follows_each_attribute(options: dict[str, Any]) -> None:
+    model = stepped(**options)
+    changed = 0
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            for other in others(value) if not name.startswith("_") else []:
+                setattr(module, name, other)
+                assert_follows(model)
+                setattr(module, name, value)
+                changed += 1
+    assert changed > 50
+    assert is_served(model)
+
+
+@compiled
+@pytest.mark.parametrize("options", [{}, {"mixer": "minlstm", "norm": "rms", "bias": False}], ids=str)
+def test_it_follows_each_tensor_that_is_deleted_or_becomes_an_attribute(options: dict[str, Any]) -> None:
+    for path, part in stepped(**options).named_modules():
+        for name in ("weight", "bias", "weight_ih_l0", "bias_ih_l0"):
+            found = getattr(part, name, None)
+            if path == "embedding" or not (isinstance(found, Tensor) or name in part._parameters):
+                continue
+            for register in (setattr, nn.Module.register_buffer, None):
+                model = stepped(**options)
+                module = model.get_submodule(path)
+                delattr(module, name)
+                assert_follows(model)
+                if register is not None:
+                    register(module, name, torch.randn(20) if found is None else torch.randn_like(found))
+                    assert_follows(model)
+
+
+PUBLIC = ("forward", "mix", "__call__")
+
+
+@compiled
+@pytest.mark.parametrize("mixer", ["mingru", "minlstm"])
+@pytest.mark.parametrize("on", ["instance", "class", "base"])
+def test_it_follows_patched_methods(mixer: str, on: str) -> None:
+    """Of every part but those that a mixer runs without a call."""
+    model = stepped(mixer=mixer)
+    tokens, patched = make_tokens(2), 0
+    for path, module in model.named_modules():
+        for name in PUBLIC:
+            if not path or not hasattr(type(module), name) or path.endswith(("rnn", "blocks", "embedding")):
+                continue
+            method = getattr(type(module), name)
+            owner: Any = next(base for base in type(module).__mro__ if name in vars(base))
+            place: Any = {"instance": module, "class": type(module), "base": owner}[on]
+            with pytest.MonkeyPatch.context() as patch:
+                calls: list[str] = []
+
+                def noted(*args: Any, method: Any = method, calls: list[str] = calls, **options: Any) -> Any:
+                    calls.append("")
+                    return method(*args, **options)
+
+                patch.setattr(
+                    place, name, noted.__get__(module) if on == "instance" else noted, raising=False
+                )
+                with torch.no_grad():
+                    model(tokens)
+                assert bool(calls) == (on != "instance" or name != "__call__"), (path, name)
+            assert is_served(model)
+            patched += 1
+    assert patched > 15
+
+
+@compiled
+def test_a_mixer_that_overrides_mix_is_called() -> None:
+    class Zero(type(build().blocks[0].mixer)):  # type: ignore[misc]
+        def mix(self, x: Tensor, state: Any, reset: Any) -> Any:
+            y, state = super().mix(x, state, reset)
+            return 0 * y, state
+
+    model = stepped()
+    model.blocks[0].mixer.__class__ = Zero
+    assert not is_served(model)
 
 
 @compiled

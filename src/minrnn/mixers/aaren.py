@@ -59,6 +59,9 @@ class AarenMixer(Mixer):
         self.key = nn.Linear(d_model, d_hidden, bias=False)
         self.value = nn.Linear(d_model, d_hidden, bias=read_flag("AarenMixer", "bias", bias))
 
+    def state_shapes(self, state: State) -> tuple[tuple[int, ...], ...]:
+        return (self.d_hidden,), (self.num_heads,)
+
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         v = self.value(x)  # (B, T, d_hidden)
         o0, lse0 = (None, None) if state is None else state

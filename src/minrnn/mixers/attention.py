@@ -55,6 +55,10 @@ class AttentionMixer(Mixer):
             )
         self.qkv = nn.Linear(d_model, 3 * d_hidden, bias=read_flag("AttentionMixer", "bias", bias))
 
+    def state_shapes(self, state: State) -> tuple[tuple[int, ...], ...]:
+        S = state[0].shape[1] if state[0].dim() > 1 else 0
+        return (S, self.d_hidden), (S, self.d_hidden), (), ()
+
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         B, T, _ = x.shape
         q, new_keys, new_values = self.qkv(x).chunk(3, dim=-1)  # (B, T, d_hidden) each

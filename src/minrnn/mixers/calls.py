@@ -14,14 +14,27 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-calling: Callable[[type[nn.Module]], tuple[Any, Any]] = operator.attrgetter("__call__", "forward")
-"""What a call of a class's instances goes through, unless they have a `forward` of their own."""
+_calling: Callable[[type[nn.Module]], tuple[Any, ...]] = operator.attrgetter("__call__", "forward")
 
 
-def is_own(kind: type[nn.Module]) -> bool:
+@lru_cache  # of a class, which mypy does not take for hashable
+def passed(kind: Any) -> tuple[str, ...]:
+    """Name what a call of a class's instances goes through: a mixer's forward leaves the work to its `mix`.
+
+    All but `__call__` an instance may have of its own.
+    """
+    return ("__call__", "forward", "mix") if hasattr(kind, "mix") else ("__call__", "forward")
+
+
+@lru_cache
+def callers(kind: Any) -> Callable[[type[nn.Module]], tuple[Any, ...]]:
+    """Make what finds the functions of `passed` in the class."""
+    return operator.attrgetter(*passed(kind))
+
+
+def is_own(kind: Any) -> bool:
     """Whether a class's calls are those that the file of the class defines: nobody has patched it."""
-    hashable: Any = kind  # mypy takes no class for it
-    return _is_own(hashable, *calling(kind))
+    return _is_own(kind, *callers(kind)(kind))
 
 
 def runs(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -33,7 +46,7 @@ def runs(module: nn.Module, kind: type[nn.Module]) -> bool:
         return False
     if torch.compiler.is_compiling():  # which traces no more than this
         return type(module).forward is kind.forward
-    return calling(type(module)) == calling(kind) and is_own(kind)
+    return _calling(type(module)) == _calling(kind) and is_own(kind)
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -53,8 +66,8 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 @lru_cache
 def _is_own(kind: type[nn.Module], *functions: Any) -> bool:
-    """Whether these are the functions that `__call__` and `forward` of a class are where it is defined."""
-    for name, function in zip(("__call__", "forward"), functions, strict=True):
+    """Whether these, of the names in `passed`, are the functions that the class is defined with."""
+    for name, function in zip(passed(kind), functions, strict=True):
         owner = next(base for base in kind.__mro__ if name in vars(base))
         if getattr(function, "__globals__", None) is not vars(sys.modules[owner.__module__]):
             return False

@@ -31,6 +31,9 @@ class ClassicMixer(Mixer):
             self.d_model, self.d_hidden, bias=read_flag(type(self).__name__, "bias", bias), batch_first=True
         )
 
+    def state_shapes(self, state: State) -> tuple[tuple[int, ...], ...]:
+        return ((self.d_hidden,),) * len(self.state_names)
+
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         if may_vary(x.shape[1]):
             refuse_export(

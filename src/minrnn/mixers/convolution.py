@@ -43,11 +43,16 @@ class CausalConv(nn.Module):
 
         Returns:
             y `(B, T, D)` and the window after the last step.
+
+        Raises:
+            ValueError: the window has another shape than `(B, width - 1, D)`.
         """
         B, T, D = x.shape
         past = self.width - 1
         if window is None:
             window = x.new_zeros(B, past, D)
+        elif window.shape != (B, past, D):
+            raise ValueError(f"CausalConv: window must be {(B, past, D)}, got {tuple(window.shape)}")
         padded = torch.cat([window.to(x.dtype), x], dim=1)  # (B, past + T, D)
         if reset is None:
             return _convolve(padded, self.weight, self.bias), padded[:, T:].clone()

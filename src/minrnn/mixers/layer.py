@@ -196,6 +196,9 @@ class MinRNNMixer(Mixer):
     state_names = ("h",)
     rnn: MinRNN
 
+    def state_shapes(self, state: State) -> tuple[tuple[int, ...], ...]:
+        return ((self.d_hidden,),)
+
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         rnn, h0 = self.rnn, None if state is None else state[0]
         if is_plain(rnn, MinRNN) and len(rnn._suffixes) == 1:

@@ -62,7 +62,7 @@ class MambaMixer(Mixer):
         super().__init__(d_model, d_hidden)
         d_model, d_hidden = self.d_model, self.d_hidden  # Python's: numpy's may overflow
         self.d_state = d_state = read_size("MambaMixer", "d_state", d_state)
-        d_conv = read_size("MambaMixer", "d_conv", d_conv)
+        self.d_conv = d_conv = read_size("MambaMixer", "d_conv", d_conv)
         dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
         self.dt_rank = read_size("MambaMixer", "dt_rank", dt_rank)
         self.in_proj = nn.Linear(d_model, 2 * d_hidden, bias=False)
@@ -88,6 +88,9 @@ class MambaMixer(Mixer):
         if earlier in state_dict and prefix + "dt_bias" not in state_dict:
             state_dict[prefix + "dt_bias"] = state_dict.pop(earlier)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def state_shapes(self, state: State) -> tuple[tuple[int, ...], ...]:
+        return (self.d_conv - 1, self.d_hidden), (self.d_hidden, self.d_state)
 
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         window, h0 = (None, None) if state is None else state

@@ -17,8 +17,8 @@ class Mixer(nn.Module):
         y, state = mixer(x, state)          x: (B, T, d_model) -> y: (B, T, d_hidden)
 
     However the time axis is cut into calls, the outputs are the same as those of one call, so stepping (T =
-    1), streaming in chunks and training on whole sequences are one function. A subclass names its state and
-    defines `mix`.
+    1), streaming in chunks and training on whole sequences are one function. A subclass names its state, says
+    its shapes and defines `mix`.
 
     Args:
         d_model: channels of the input.
@@ -65,6 +65,13 @@ class Mixer(nn.Module):
         """Do the work of `forward`, on checked arguments."""
         raise NotImplementedError(f"{type(self).__name__} must define mix")
 
+    def state_shapes(self, state: State) -> tuple[tuple[int, ...], ...]:
+        """Say what shape each tensor of a state of so many tensors must have, past the batch.
+
+        A subclass that does not say takes any.
+        """
+        return tuple(tuple(part.shape[1:]) for part in state)
+
     def extra_repr(self) -> str:
         return f"{self.d_model}, {self.d_hidden}"
 
@@ -85,12 +92,18 @@ class Mixer(nn.Module):
             )
         if len(state) != len(self.state_names):
             raise ValueError(f"{name}: state must be ({names}), got {len(state)} tensors")
-        for part_name, part in zip(self.state_names, state, strict=True):
+        shapes = self.state_shapes(state)
+        for part_name, part, shape in zip(self.state_names, state, shapes, strict=True):
+            if part.shape == (batch, *shape):
+                continue
             if part.dim() == 0 or part.shape[0] != batch:
                 raise ValueError(
                     f"{name}: the first axis of state tensor {part_name} must be the batch, {batch}, "
                     f"got shape {tuple(part.shape)}"
                 )
+            raise ValueError(
+                f"{name}: state tensor {part_name} must be {(batch, *shape)}, got {tuple(part.shape)}"
+            )
 
 
 def check_reset(name: str, reset: Tensor | None, shape: tuple[int, ...]) -> None:

@@ -109,6 +109,9 @@ class S4DMixer(Mixer):
         self.D = nn.Parameter(torch.randn(d_model))
         self.output = nn.Linear(d_model, 2 * d_hidden, bias=read_flag("S4DMixer", "bias", bias))
 
+    def state_shapes(self, state: State) -> tuple[tuple[int, ...], ...]:
+        return ((self.d_model, self.d_state // 2, 2),)
+
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         if x.shape[0] == 0:  # torch has no FFT of no rows: one of zeros goes through, and is cut off
             y, (h,) = self.mix(*_with_a_row(x, state, reset))

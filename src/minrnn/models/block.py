@@ -96,10 +96,18 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, state: BlockState | None = None, *, reset: Tensor | None = None
     ) -> tuple[Tensor, BlockState]:
-        """Advance the state over x `(B, T, d_model)`; where reset `(B, T)` is True, forget it first."""
+        """Advance the state over x `(B, T, d_model)`; where reset `(B, T)` is True, forget it first.
+
+        Raises:
+            ValueError: the state has a window without a convolution, or not one with it.
+        """
         windows, carried = ((), None) if state is None else state
         # Each part is looked up once: torch finds modules in half a microsecond each.
         conv, mlp, mlp_norm, dropout = self.conv, self.mlp, self.mlp_norm, self.dropout
+        if state is not None and len(windows) != (conv is not None):
+            raise ValueError(
+                f"Block: state must have {int(conv is not None)} windows of a convolution, got {len(windows)}"
+            )
         y = self.mixer_norm(x)
         if conv is not None:
             y, window = conv(y, windows[0] if windows else None, reset=reset)

@@ -236,7 +236,8 @@ class DecisionModel(nn.Module):
 
     def _links(self, reading: Reading) -> Links:
         """Find what makes of the inputs of a step with one token the head's output."""
-        reading.require(self.embed_time is None and self.config.tokens != "interleaved")
+        reading.module(self, "embed_time", type(None))
+        reading.require(reading.setting(self, "config").tokens != "interleaved")
         reading.no_dropout(self)
         parts = [reading.linear(self, name) for name in self._embeddings]
         start = Start(parts, reading.norm(self, "embed_norm"))

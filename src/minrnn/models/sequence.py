@@ -250,7 +250,7 @@ class SequenceModel(nn.Module):
         """Find what follows the embedding."""
         head = reading.module(self, "head", nn.Linear, type(None))
         if head is None:
-            projection = Affine(reading.affine(reading.module(self, "embedding", nn.Embedding)).weight)
+            projection = Affine(reading.tensor(reading.module(self, "embedding", nn.Embedding), "weight"))
         else:
             projection = reading.affine(head)
         return Links(reading.blocks(self), end=End(reading.norm(self, "norm"), projection))

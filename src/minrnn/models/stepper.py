@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from minrnn.mixers.calls import calling, is_own
+from minrnn.mixers.calls import callers, is_own, passed
 from minrnn.mixers.convolution import CausalConv
 from minrnn.mixers.mingru import MinGRU, MinGRUMixer
 from minrnn.mixers.minlstm import MinLSTM, MinLSTMMixer
-from minrnn.models.block import MLP, Block, BlockState
+from minrnn.models.block import ACTIVATIONS, MLP, Block, BlockState
 from minrnn.models.dropout import Dropout
+from minrnn.ops import CANDIDATES, GATES
 from minrnn.ops.chain import Affine, Branch, BranchState, Chain, Links, NoChainError, Norm, serves
 
 ModelState = tuple[BlockState, ...]
@@ -56,7 +58,10 @@ class Stepper:
         states = reading.states(state)
         if chain is None or states is None or not chain.takes(inputs, states):
             return None
-        y, after = chain.step(inputs, states)
+        stepped = chain.step(inputs, states)
+        if stepped is None:
+            return None
+        y, after = stepped
         return y, tuple((() if window is None else (window,), (h,)) for window, h in after if h is not None)
 
     def __reduce__(self) -> tuple[type[Stepper], tuple[()]]:
@@ -88,30 +93,30 @@ class Reading:
     def __init__(self) -> None:
         self._found: tuple[list[Mapping[str, Any]], list[str], list[Any]] = ([], [], [])
         self._modules: tuple[list[nn.Module], list[type]] = ([], [])
-        self._calls: tuple[list[type], list[tuple[Any, Any]]] = ([], [])
+        self._calls: tuple[list[type], list[Callable[[type], Any]], list[Any]] = ([], [], [])
         self._hooks: list[Mapping[int, Any]] = []
-        self._has_mlp: list[bool] = []
+        self._blocks: list[tuple[int, bool]] = []  # windows of each block, and whether there is an MLP
 
     def holds(self) -> bool:
         """Whether all that was found is there as it was."""
         places, names, values = self._found
         modules, types = self._modules
-        kinds, calls = self._calls
+        kinds, callers_of, calls = self._calls
         return (
-            all(map(operator.is_, map(_get, places, names), values))
+            all(map(operator.is_, map(_get, places, names, repeat(_ABSENT)), values))
             and not any(self._hooks)
             and list(map(type, modules)) == types
-            and list(map(calling, kinds)) == calls
+            and list(map(operator.call, callers_of, kinds)) == calls
         )
 
     def states(self, state: ModelState | None) -> list[BranchState] | None:
         """Take a state apart into what each branch that was found carries; None if it cannot."""
         states = []
-        for index, has_mlp in enumerate(self._has_mlp):
+        for index, (num_windows, has_mlp) in enumerate(self._blocks):
             carried = _NOTHING
             if state is not None:
                 windows, mixers = state[index]
-                if type(mixers) is not tuple or len(mixers) != 1:
+                if type(mixers) is not tuple or len(mixers) != 1 or len(windows) != num_windows:
                     return None
                 carried = BranchState(windows[0] if windows else None, *mixers)
             states += [carried, _NOTHING] if has_mlp else [carried]
@@ -124,20 +129,24 @@ class Reading:
         for index in range(len(blocks)):
             block = self.module(blocks, str(index), Block)
             self.no_dropout(block)
-            branches.append(self._along_time(block))
-            mlp = self._within_step(block)
-            branches += [] if mlp is None else [mlp]
-            self._has_mlp.append(mlp is not None)
-        self.require(self._look(blocks._modules, str(len(blocks))) is None)  # or there is one more
+            along, within = self._along_time(block), self._within_step(block)
+            branches += [along] if within is None else [along, within]
+            self._blocks.append((along.conv is not None, within is not None))
+        self.require(self._look(blocks._modules, str(len(blocks))) is _ABSENT)  # or there is one more
         return branches
 
     def norm(self, parent: nn.Module, name: str) -> Norm:
         """Find a norm."""
-        norm = self.module(parent, name, *_NORMS)
-        eps = self.setting(norm, "eps")
-        if eps is None:  # what torch takes for an RMSNorm; an Identity has none
+        norm = self.module(parent, name, nn.LayerNorm, nn.RMSNorm, nn.Identity)
+        if type(norm) is nn.Identity:
+            return Norm("none", 0.0, Affine())
+        eps, shape = self.setting(norm, "eps"), self.setting(norm, "normalized_shape")
+        self.require(len(shape) == 1)
+        if type(norm) is nn.LayerNorm:
+            return Norm("layer", eps, self.affine(norm), *shape)
+        if eps is None:  # torch's default
             eps = torch.finfo(torch.float32).eps
-        return Norm(_NORMS[type(norm)], eps, self.affine(norm))
+        return Norm("rms", eps, Affine(self.tensor(norm, "weight")), *shape)
 
     def linear(self, parent: nn.Module, name: str) -> Affine:
         """Find a linear layer."""
@@ -145,8 +154,11 @@ class Reading:
 
     def affine(self, module: nn.Module, suffix: str = "") -> Affine:
         """Find a module's weight and bias."""
-        parameters = module._parameters
-        return Affine(self._look(parameters, "weight" + suffix), self._look(parameters, "bias" + suffix))
+        return Affine(self.tensor(module, "weight" + suffix), self.tensor(module, "bias" + suffix))
+
+    def tensor(self, module: nn.Module, name: str) -> Any:
+        """Find a parameter, or what stands in its place: a buffer, or any attribute; it may be None."""
+        return self._attribute(name, module._parameters, module._buffers, module.__dict__)
 
     def module(self, parent: nn.Module, name: str, *kinds: type) -> Any:
         """Find a part, of which a call has to be a call of its class's `forward` and of nothing else.
@@ -155,13 +167,15 @@ class Reading:
             OtherKindError: it is of none of these kinds.
             NoChainError: it has hooks.
         """
-        module = self._look(parent._modules, name)
+        module = self._attribute(name, parent._modules, parent.__dict__)
         if module is not None:
             self._look_at_calls(module)
         self.require(type(module) in kinds)
         if module is not None:
-            self.require(is_own(type(module)))
-            self.require(self.setting(module, "forward") is None)
+            kind: Any = type(module)
+            self.require(is_own(kind))
+            for passed_on in passed(kind)[1:]:  # a __call__ of its own has no effect
+                self.require(self._look(module.__dict__, passed_on) is _ABSENT)
             self._hooks += [module._forward_hooks, module._forward_pre_hooks]
             if any(self._hooks):
                 raise NoChainError(f"{name} has hooks")
@@ -172,8 +186,8 @@ class Reading:
         self.require(not self.setting(self.module(parent, "dropout", Dropout), "training"))
 
     def setting(self, module: nn.Module, name: str) -> Any:
-        """Find an attribute of the module's own; None where there is none."""
-        return self._look(module.__dict__, name)
+        """Find an attribute of the module's own."""
+        return self._attribute(name, module.__dict__)
 
     def require(self, condition: bool) -> None:
         """Go on only if something holds that does not change.
@@ -189,36 +203,64 @@ class Reading:
         mixer = self.module(block, "mixer", MinGRUMixer, MinLSTMMixer)
         rnn = self.module(mixer, "rnn", MinGRU, MinLSTM)
         self.require(self.setting(rnn, "num_layers") == 1 and not self.setting(rnn, "bidirectional"))
+        gate, candidate = self.setting(rnn, "gate"), self.setting(rnn, "candidate")
+        self.require(gate in GATES and candidate in CANDIDATES)
+        up, down = Affine(self.tensor(rnn, "weight_ih_l0")), self.linear(block, "down")
+        if self.setting(rnn, "bias"):
+            up = self.affine(rnn, "_ih_l0")
+        self._check_size(up, 1, self.setting(mixer, "d_model"))
+        self._check_size(down, 1, self.setting(mixer, "d_hidden"))
         return Branch(
             norm,
-            None if conv is None else self.affine(conv),
-            self.affine(rnn, "_ih_l0"),
-            self.setting(rnn, "gate"),
-            self.setting(rnn, "candidate"),
-            self.linear(block, "down"),
+            None if conv is None else self._convolution(conv),
+            up,
+            gate,
+            candidate,
+            down,
             self.setting(block, "residual"),
         )
+
+    def _convolution(self, conv: CausalConv) -> Affine:
+        found = self.affine(conv)
+        self._check_size(found, 0, self.setting(conv, "width"))
+        return found
+
+    def _check_size(self, part: Affine, axis: int, size: int) -> None:
+        """Go on only if a matrix has the size that a module says."""
+        if part.weight is None or part.weight.dim() != 2 or part.weight.shape[axis] != size:
+            raise NoChainError(f"a weight must have {size} numbers along axis {axis}")
 
     def _within_step(self, block: Block) -> Branch | None:
         mlp = self.module(block, "mlp", MLP, type(None))
         if mlp is None:
             return None
         activation, residual = self.setting(mlp, "activation"), self.setting(block, "residual")
+        self.require(activation in ACTIVATIONS)
         up, down = self.linear(mlp, "up"), self.linear(mlp, "down")
         return Branch(self.norm(block, "mlp_norm"), None, up, activation, "positive", down, residual)
 
     def _look_at_calls(self, module: nn.Module) -> None:
         """Note what the module's class is, and what its calls are."""
+        kind: Any = type(module)
         modules, types = self._modules
         modules.append(module)
-        types.append(type(module))
-        kinds, calls = self._calls
-        if type(module) not in kinds:
-            kinds.append(type(module))
-            calls.append(calling(type(module)))
+        types.append(kind)
+        kinds, callers_of, calls = self._calls
+        if kind not in kinds:
+            kinds.append(kind)
+            callers_of.append(callers(kind))
+            calls.append(callers(kind)(kind))
+
+    def _attribute(self, name: str, *places: Mapping[str, Any]) -> Any:
+        """Look a name up in one place after the other, as torch does."""
+        for place in places:
+            value = self._look(place, name)
+            if value is not _ABSENT:
+                return value
+        raise OtherKindError
 
     def _look(self, place: Mapping[str, Any], name: str) -> Any:
-        value = place.get(name)
+        value = place.get(name, _ABSENT)
         places, names, values = self._found
         places.append(place)
         names.append(name)
@@ -226,6 +268,6 @@ class Reading:
         return value
 
 
-_NORMS: dict[type[nn.Module], str] = {nn.LayerNorm: "layer", nn.RMSNorm: "rms", nn.Identity: "none"}
 _NOTHING = BranchState()
-_get: Callable[[Mapping[str, Any], str], Any] = dict.get  # type: ignore[assignment]
+_ABSENT = object()
+_get: Callable[[Mapping[str, Any], str, Any], Any] = dict.get  # type: ignore[assignment]

@@ -12,7 +12,7 @@ few rows in float32 on the CPU: the caller has the same function in torch's oper
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +46,7 @@ layers, whose weights come from memory at 15 GB/s); at this bound 0.86 to 0.95."
 _NORMS = {"none": 0, "layer": 1, "rms": 2}  # as in chain.h
 _ACTIVATIONS = {"gelu": 0, "relu": 1, "silu": 2, "swiglu": 3}
 _PLAIN = (Tensor, Parameter)
-_dtype = operator.attrgetter("dtype")
+_dtype: Callable[[Tensor], torch.dtype] = operator.attrgetter("dtype")
 
 
 def _engine() -> Any:
@@ -87,6 +87,8 @@ class Norm(NamedTuple):
     """What it adds to the variance, or to the mean square."""
     scale: Affine
     """Of each channel, `(d_model,)`."""
+    channels: int | None = None
+    """How many it says that it takes, which then have to be d_model."""
 
 
 class Start(NamedTuple):
@@ -190,29 +192,30 @@ class Chain:
         self._places = self._where()
 
     def holds(self) -> bool:
-        """Whether its tensors lie where they lay, as what they were; their numbers may have changed."""
+        """Whether its tensors are laid out as they were, where they were; their numbers may have changed."""
         return self._where() == self._places
 
     def takes(self, inputs: Sequence[Tensor], states: Sequence[BranchState]) -> bool:
         """Whether `step` can be called with these, if it `serves` the first input, and should."""
-        rows = inputs[0].numel() // inputs[0].shape[-1]
+        axes = inputs[0].shape[:-1]
+        rows = axes.numel()
         if len(inputs) != len(self._inputs) or len(states) != len(self._carried):
             return False
         if rows * self._width > MOST_NUMBERS:
             return False
         for x, width in zip(inputs, self._inputs, strict=True):
-            if not _is_readable(x, rows * width):
+            if not _is_readable(x, (*axes, width)):
                 return False
         for (window, h), (past, D) in zip(states, self._carried, strict=True):
-            if window is not None and not _is_readable(window, rows * (past or 0) * self._width):
+            if window is not None and not _is_readable(window, (rows, past, self._width)):
                 return False
-            if h is not None and not _is_readable(h, rows * D):
+            if h is not None and not _is_readable(h, (rows, D)):
                 return False
         return True
 
     def step(
         self, inputs: Sequence[Tensor], states: Sequence[BranchState]
-    ) -> tuple[Tensor, list[BranchState]]:
+    ) -> tuple[Tensor, list[BranchState]] | None:
         """Compute one step of every row.
 
         Args:
@@ -220,7 +223,8 @@ class Chain:
             states: of every branch, as before the step.
 
         Returns:
-            y `(..., width of y)`, and the states after the step.
+            y `(..., width of y)`, and the states after the step; None where a number on the way was near
+            overflow, infinite or NaN: torch knows what comes of it.
         """
         first = inputs[0]
         rows = first.numel() // first.shape[-1]
@@ -231,8 +235,8 @@ class Chain:
             next_h = first.new_empty(rows, D) if D else None
             after.append(BranchState(next_window, next_h))
             places.append((window, next_window, h, next_h))
-        self._chain.step(rows, torch.get_num_threads(), inputs, places, y)
-        return y, after
+        moderate = self._chain.step(rows, torch.get_num_threads(), inputs, places, y)
+        return (y, after) if moderate else None
 
     def _add(self, branch: Branch) -> _Carried:
         wide, D = len(_matrix(branch.up)), _matrix(branch.down).shape[1]
@@ -246,7 +250,7 @@ class Chain:
         conv, past = Affine(), None
         if branch.conv is not None:
             past = len(_matrix(branch.conv)) - 1
-            conv = self._read(branch.conv, (1 + past) * self._width, self._width)
+            conv = self._read(branch.conv, (1 + past, self._width), (self._width,))
         self._chain.branch(
             self._norm(branch.norm),
             0 if past is None else 1 + past,
@@ -264,22 +268,27 @@ class Chain:
         return _Carried(past, D if gated else 0)
 
     def _norm(self, norm: Norm) -> tuple[int, float, Affine]:
-        return _NORMS[norm.kind], norm.eps, self._read(norm.scale, self._width, self._width)
+        if norm.channels not in (None, self._width):
+            raise NoChainError(f"Chain: a norm must be of {self._width} channels, got {norm.channels}")
+        return _NORMS[norm.kind], norm.eps, self._read(norm.scale, (self._width,), (self._width,))
 
     def _projection(self, part: Affine, inputs: int, outputs: int) -> Affine:
-        return self._read(part, inputs * outputs, outputs)
+        return self._read(part, (outputs, inputs), (outputs,))
 
-    def _read(self, part: Affine, weights: int, biases: int) -> Affine:
+    def _read(self, part: Affine, weight: tuple[int, ...], bias: tuple[int, ...]) -> Affine:
         """Check and keep a weight and a bias, which are read where they lie."""
-        for x, size in zip(part, (weights, biases), strict=True):
+        for x, shape in zip(part, (weight, bias), strict=True):
             if x is not None:
-                if not _is_readable(x, size):
-                    raise NoChainError(f"Chain: {size} float32 numbers are needed on the CPU, got {x.shape}")
+                if not _is_readable(x, shape):
+                    raise NoChainError(f"Chain: {shape} float32 numbers are needed on the CPU, got {x.shape}")
                 self._tensors.append(x)
         return part
 
     def _where(self) -> list[Any]:
-        return [*map(Tensor.data_ptr, self._tensors), *map(_dtype, self._tensors)]
+        """All that `_is_readable` asks for; strides and a number of elements say faster what a shape is."""
+        tensors = self._tensors
+        looks = (Tensor.data_ptr, Tensor.stride, Tensor.numel, _dtype, Tensor.is_neg)
+        return [list(map(look, tensors)) for look in looks]
 
 
 def _matrix(part: Affine) -> Tensor:
@@ -288,13 +297,13 @@ def _matrix(part: Affine) -> Tensor:
     return part.weight
 
 
-def _is_readable(x: Tensor, size: int) -> bool:
-    """Whether a place and a number of elements say all about x."""
+def _is_readable(x: Tensor, shape: tuple[int | None, ...]) -> bool:
+    """Whether a place and a shape say all about x."""
     return (
         type(x) in _PLAIN
         and x.dtype is torch.float32
         and x.is_cpu
         and x.is_contiguous()
-        and x.numel() == size
+        and x.shape == shape
         and not x.is_neg()
     )
