@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from minrnn.mixers.arguments import read_flag, read_size
 from minrnn.mixers.graphs import may_vary
-from minrnn.mixers.mixer import Mixer, State, sequence_start
+from minrnn.mixers.mixer import Mixer, PartForm, State, sequence_start
 
 QUERY_BLOCK = 512
 """Queries handled at once where a mask is needed, or a window of them if longer: no mask is T x T."""
@@ -54,6 +54,10 @@ class AttentionMixer(Mixer):
                 f"AttentionMixer: num_heads must split d_hidden={d_hidden} into even widths, got {num_heads}"
             )
         self.qkv = nn.Linear(d_model, 3 * d_hidden, bias=read_flag("AttentionMixer", "bias", bias))
+
+    def state_form(self, dtype: torch.dtype) -> tuple[PartForm, ...]:
+        token: PartForm = ((None, self.d_hidden), dtype)
+        return token, token, ((), torch.int64), ((), torch.int64)
 
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         B, T, _ = x.shape
