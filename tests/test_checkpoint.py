@@ -312,7 +312,9 @@ except OSError as error:
 
 
 def test_extra_that_is_no_json_is_refused_before_anything_is_written(saved: Path) -> None:
-    with pytest.raises(TypeError, match="not JSON serializable"):
+    with pytest.raises(
+        TypeError, match=r"save_checkpoint: extra must fit into JSON; .* not JSON serializable"
+    ):
         save_checkpoint(saved, build(1), extra={"path": object()})  # type: ignore[dict-item]
     assert load_checkpoint(saved)[1] == {"step": 1}
     assert [path.name for path in saved.parent.iterdir()] == ["last"]

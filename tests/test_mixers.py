@@ -319,7 +319,7 @@ def test_misuse_is_reported(name: str) -> None:
         mixer(x, list(state))
     with pytest.raises(ValueError, match="got 5 tensors"):
         mixer(x, (state[0],) * 5)
-    with pytest.raises(ValueError, match="must be the batch, 3"):
+    with pytest.raises(ValueError, match="must have the batch, 3, as its first axis"):
         mixer(x, tuple(part[:2] for part in state))
 
 

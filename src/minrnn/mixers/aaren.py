@@ -8,8 +8,9 @@ from torch.nn import functional
 
 from minrnn.mixers.arguments import read_flag, read_size
 from minrnn.mixers.calls import is_plain
-from minrnn.mixers.mixer import Mixer, State
+from minrnn.mixers.mixer import Mixer, PartForm, State
 from minrnn.ops import gated_scan
+from minrnn.ops.transforms import without_autocast
 
 FIRST = 100.0
 """The gate's logit where nothing came before: 1 - z is 4e-44, so z is 1 in every floating type."""
@@ -59,8 +60,9 @@ class AarenMixer(Mixer):
         self.key = nn.Linear(d_model, d_hidden, bias=False)
         self.value = nn.Linear(d_model, d_hidden, bias=read_flag("AarenMixer", "bias", bias))
 
-    def state_shapes(self, state: State) -> tuple[tuple[int, ...], ...]:
-        return (self.d_hidden,), (self.num_heads,)
+    def state_form(self, dtype: torch.dtype) -> tuple[PartForm, ...]:
+        (o,) = super().state_form(dtype)
+        return o, ((self.num_heads,), torch.float64)
 
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         v = self.value(x)  # (B, T, d_hidden)
@@ -84,7 +86,7 @@ class AarenMixer(Mixer):
         dtype = torch.promote_types(x.dtype, torch.float32)
         query = self.query.to(dtype) / math.sqrt(self.query.shape[1])
         keys = None if is_plain(self.key, nn.Linear) and self.key.bias is None else self.key(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             if keys is not None:
                 keys = keys.to(dtype).unflatten(-1, (self.num_heads, -1))
                 return torch.einsum("hd,bthd->bth", query, keys).double()

@@ -2,7 +2,12 @@
 
 import math
 import numbers
+from collections.abc import Collection
 from typing import Any
+
+import torch
+
+from minrnn.ops.scan import FLOATS
 
 
 def as_python(value: Any) -> Any:
@@ -63,3 +68,25 @@ def read_probability(name: str, key: str, value: Any) -> float:
     if not is_number or not 0 <= float(value) <= 1:
         raise ValueError(f"{name}: {key} must be a probability in [0, 1], got {value!r}")
     return float(value)
+
+
+def read_choice(name: str, key: str, value: Any, known: Collection[str]) -> str:
+    """Return one of the names that are known.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name}: {key} must be one of {', '.join(known)}, got {value!r}")
+    return value
+
+
+def read_dtype(name: str, key: str, value: Any) -> torch.dtype | None:
+    """Return the dtype of parameters; None is torch's default.
+
+    Raises:
+        TypeError: it is none that the scans compute with.
+    """
+    if value is not None and value not in FLOATS:
+        raise TypeError(f"{name}: {key} must be float32, float64, bfloat16 or float16, got {value}")
+    return value

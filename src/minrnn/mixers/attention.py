@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from minrnn.mixers.arguments import read_flag, read_size
 from minrnn.mixers.graphs import may_vary
-from minrnn.mixers.mixer import Mixer, State, sequence_start
+from minrnn.mixers.mixer import Mixer, PartForm, State, sequence_start
 
 QUERY_BLOCK = 512
 """Queries handled at once where a mask is needed, or a window of them if longer: no mask is T x T."""
@@ -55,9 +55,9 @@ class AttentionMixer(Mixer):
             )
         self.qkv = nn.Linear(d_model, 3 * d_hidden, bias=read_flag("AttentionMixer", "bias", bias))
 
-    def state_shapes(self, state: State) -> tuple[tuple[int, ...], ...]:
-        S = state[0].shape[1] if state[0].dim() > 1 else 0
-        return (S, self.d_hidden), (S, self.d_hidden), (), ()
+    def state_form(self, dtype: torch.dtype) -> tuple[PartForm, ...]:
+        token: PartForm = ((None, self.d_hidden), dtype)
+        return token, token, ((), torch.int64), ((), torch.int64)
 
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         B, T, _ = x.shape

@@ -53,7 +53,7 @@ class MinRNNCell(GatedModule):
                 f"{type(self).__name__}: input must be (B, {self.input_size}) or ({self.input_size},), "
                 f"got {tuple(input.shape)}"
             )
-        self._check_hx(hx, (*input.shape[:-1], self.hidden_size))
+        self._check_hx(hx, (*input.shape[:-1], self.hidden_size), input.dtype)
         if input.dim() == 1:
             return self._step(input.unsqueeze(0), None if hx is None else hx.unsqueeze(0)).squeeze(0)
         return self._step(input, hx)

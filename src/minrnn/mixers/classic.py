@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from minrnn.mixers.arguments import read_flag
 from minrnn.mixers.graphs import may_vary, refuse_export
-from minrnn.mixers.mixer import Mixer, State
+from minrnn.mixers.mixer import Mixer, PartForm, State
 
 
 class ClassicMixer(Mixer):
@@ -31,8 +31,8 @@ class ClassicMixer(Mixer):
             self.d_model, self.d_hidden, bias=read_flag(type(self).__name__, "bias", bias), batch_first=True
         )
 
-    def state_shapes(self, state: State) -> tuple[tuple[int, ...], ...]:
-        return ((self.d_hidden,),) * len(self.state_names)
+    def state_form(self, dtype: torch.dtype) -> tuple[PartForm, ...]:
+        return (((self.d_hidden,), dtype),) * len(self.state_names)
 
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         if may_vary(x.shape[1]):
@@ -55,7 +55,7 @@ class ClassicMixer(Mixer):
 
     def _run(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
         """Run the cell; torch.nn puts a layer axis before the batch, and the contract has none."""
-        layered = None if state is None else tuple(_fitted(part, x.dtype).unsqueeze(0) for part in state)
+        layered = None if state is None else tuple(part.unsqueeze(0) for part in state)
         y, last = self.rnn(x, self._unwrap(layered))
         return y, tuple(part.squeeze(0) for part in self._wrap(last))
 
@@ -86,11 +86,6 @@ class LSTMMixer(ClassicMixer):
 
     state_names = ("h", "c")
     cell = nn.LSTM
-
-
-def _fitted(state: Tensor, dtype: torch.dtype) -> Tensor:
-    """A state that was left in a narrower dtype, as autocast leaves it, in the input's."""
-    return state.to(dtype) if torch.promote_types(state.dtype, dtype) == dtype else state
 
 
 def _forget(state: State | None, rows: Tensor) -> State | None:

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minrnn.mixers.arguments import read_choice, read_flag
 from minrnn.mixers.layer import Input
 from minrnn.mixers.mingru import MinGRU, MinGRUCell
 from minrnn.mixers.minlstm import MinLSTM, MinLSTMCell
+from minrnn.ops import CANDIDATES
 
 Pair = tuple[Tensor, Tensor]
 """torch.nn.LSTM's state, (h, c)."""
@@ -78,6 +80,9 @@ def convert_rnns(module: nn.Module, *, candidate: str = "positive", signed: bool
     an error is raised first. What is passed over is named in a warning: scripted, traced and quantised
     modules, and references that are no registered submodules, such as those in a Python list.
 
+    In training, what follows must not change their outputs in place, as nn.Dropout(inplace=True) does, and as
+    torch.nn's own allow on the CPU; see `MinGRU`.
+
     Args:
         module: the model, changed in place; or a GRU or LSTM itself.
         candidate: as in `MinGRU`: unless signed, with "positive" no state falls below zero, with "tanh" they
@@ -88,8 +93,9 @@ def convert_rnns(module: nn.Module, *, candidate: str = "positive", signed: bool
         The module; the replacement if the module itself is a GRU or LSTM.
 
     Raises:
-        TypeError: one is of a subclass of torch.nn's, compiled, or has hooks, a forward, parameters, buffers
-            or submodules of its own, or sharded parameters: they would be lost.
+        TypeError: an argument has the wrong type; or one of the modules is of a subclass of torch.nn's,
+            compiled, or has hooks, a forward, parameters, buffers or submodules of its own, or sharded
+            parameters: they would be lost.
         ValueError: one has a projection (proj_size) or parameters on several devices or in several dtypes,
             shares a parameter with a module that is not replaced, or the candidate is unknown.
 
@@ -101,6 +107,10 @@ def convert_rnns(module: nn.Module, *, candidate: str = "positive", signed: bool
           (1): MinGRU(10, 20, num_layers=2, batch_first=True)
         )
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"convert_rnns: module must be a torch.nn.Module, got {type(module).__name__}")
+    candidate = read_choice("convert_rnns", "candidate", candidate, CANDIDATES)
+    signed = read_flag("convert_rnns", "signed", signed)
     found: dict[nn.Module, str] = {
         child: path
         for path, child in module.named_modules()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minrnn.mixers.mixer import sequence_start
+from minrnn.mixers.mixer import read_part, sequence_start
 from minrnn.ops.transforms import is_mapped_by_old_vmap, is_plain, is_traced, is_transformed
 
 
@@ -45,14 +45,15 @@ class CausalConv(nn.Module):
             y `(B, T, D)` and the window after the last step.
 
         Raises:
-            ValueError: the window has another shape than `(B, width - 1, D)`.
+            TypeError: something of the window would be lost in the dtype of x.
+            ValueError: the window has another shape.
         """
         B, T, D = x.shape
         past = self.width - 1
         if window is None:
             window = x.new_zeros(B, past, D)
-        elif window.shape != (B, past, D):
-            raise ValueError(f"CausalConv: window must be {(B, past, D)}, got {tuple(window.shape)}")
+        else:
+            window = read_part("CausalConv: window", window, B, ((past, D), x.dtype))
         padded = torch.cat([window.to(x.dtype), x], dim=1)  # (B, past + T, D)
         if reset is None:
             return _convolve(padded, self.weight, self.bias), padded[:, T:].clone()

@@ -6,9 +6,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from minrnn.mixers.arguments import read_flag, read_number, read_size
+from minrnn.mixers.arguments import read_choice, read_dtype, read_flag, read_number, read_size
 from minrnn.mixers.projected import Recurrence
 from minrnn.ops import CANDIDATES, GATES
+from minrnn.ops.scan import FLOATS, STARTS
+from minrnn.ops.transforms import in_autocast
 
 FORGET_BIAS = 1.0
 """How far towards keeping the gate starts, in logits; at 1 a cell keeps about 73 % of its state a step.
@@ -52,13 +54,11 @@ class GatedModule(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        if candidate not in CANDIDATES:
-            raise ValueError(f"{name}: candidate must be one of {', '.join(CANDIDATES)}, got {candidate!r}")
         self.gate = gate
         self.input_size = read_size(name, "input_size", input_size)
         self.hidden_size = read_size(name, "hidden_size", hidden_size)
         self.bias = read_flag(name, "bias", bias)
-        self.candidate = candidate
+        self.candidate = read_choice(name, "candidate", candidate, CANDIDATES)
         self.forget_bias = FORGET_BIAS if self.bias else 0.0
         if forget_bias is not None:
             self.forget_bias = read_number(name, "forget_bias", forget_bias)
@@ -76,6 +76,7 @@ class GatedModule(nn.Module):
     def _add_projection(
         self, suffix: str, columns: int, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
+        dtype = read_dtype(type(self).__name__, "dtype", dtype)
         rows = GATES[self.gate].num_pre * self.hidden_size
         weight = torch.empty((rows, columns), device=device, dtype=dtype)
         self.register_parameter(f"weight_ih{suffix}", nn.Parameter(weight))
@@ -93,7 +94,7 @@ class GatedModule(nn.Module):
         # Read once a call: a parametrized weight is computed anew each time that it is read.
         weight: Tensor = getattr(self, "weight_ih" + suffix)
         bias: Tensor | None = getattr(self, "bias_ih" + suffix) if self.bias else None
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != weight.dtype and not in_autocast(x):
             raise ValueError(
                 f"{type(self).__name__}: input must have the weights' dtype, {weight.dtype}, got {x.dtype}; "
                 f"convert the input with .to({weight.dtype}) or the module with .to({x.dtype})"
@@ -126,7 +127,8 @@ class GatedModule(nn.Module):
         parts += [f"{k}={getattr(self, k)}" for k, default in defaults.items() if getattr(self, k) != default]
         return ", ".join(parts)
 
-    def _check_hx(self, hx: Tensor | None, shape: tuple[int, ...]) -> None:
+    def _check_hx(self, hx: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Raise unless the state has this shape, and nothing of it is lost beside an input of this dtype."""
         name = type(self).__name__
         if hx is None:
             return
@@ -137,3 +139,7 @@ class GatedModule(nn.Module):
             )
         if hx.shape != shape:
             raise ValueError(f"{name}: hx must be {shape}, got {tuple(hx.shape)}")
+        if hx.dtype not in STARTS.get(dtype, FLOATS):
+            raise TypeError(
+                f"{name}: hx must be {STARTS[dtype][0]} or narrower to go with input, got {hx.dtype}"
+            )

@@ -126,7 +126,7 @@ class MinRNN(GatedModule):
         assert isinstance(input, Tensor)  # a PackedSequence is ragged
         self._check_input(input)
         batch = () if input.dim() == 2 else (input.shape[0 if self.batch_first else 1],)
-        self._check_hx(hx, self._state_shape(batch))
+        self._check_hx(hx, self._state_shape(batch), input.dtype)
         check_reset(type(self).__name__, reset, tuple(input.shape[:-1]))
         if input.dim() == 2:
             sequences = Batch(_add_batch(reset, 0), time_major=False)
@@ -156,7 +156,7 @@ class MinRNN(GatedModule):
             )
         if reset is not None:
             raise ValueError(f"{name}: reset goes with sequences of one length; mark starts by their lengths")
-        self._check_hx(hx, self._state_shape((ragged.offsets.shape[0] - 1,)))
+        self._check_hx(hx, self._state_shape((ragged.offsets.shape[0] - 1,)), rows.dtype)
         sequences = Joined(ragged.offsets, rows.shape[0])
         output, h_n = self._run_layers(rows.unsqueeze(0), hx, sequences)
         return ragged.dress(output.squeeze(0)), h_n
@@ -195,9 +195,6 @@ class MinRNNMixer(Mixer):
 
     state_names = ("h",)
     rnn: MinRNN
-
-    def state_shapes(self, state: State) -> tuple[tuple[int, ...], ...]:
-        return ((self.d_hidden,),)
 
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         rnn, h0 = self.rnn, None if state is None else state[0]

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from minrnn.mixers.arguments import read_size
 from minrnn.mixers.convolution import CausalConv
-from minrnn.mixers.mixer import Mixer, State
+from minrnn.mixers.mixer import Mixer, PartForm, State
 from minrnn.ops import selective_scan
 
 DT_MIN, DT_MAX = 1e-3, 1e-1
@@ -89,8 +89,9 @@ class MambaMixer(Mixer):
             state_dict[prefix + "dt_bias"] = state_dict.pop(earlier)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
-    def state_shapes(self, state: State) -> tuple[tuple[int, ...], ...]:
-        return (self.d_conv - 1, self.d_hidden), (self.d_hidden, self.d_state)
+    def state_form(self, dtype: torch.dtype) -> tuple[PartForm, ...]:
+        h: PartForm = ((self.d_hidden, self.d_state), torch.promote_types(dtype, torch.float32))
+        return ((self.conv.width - 1, self.d_hidden), dtype), h
 
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         window, h0 = (None, None) if state is None else state

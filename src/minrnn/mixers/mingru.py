@@ -17,6 +17,9 @@ class MinGRU(MinRNN):
     Constructor, shapes, unbatched input, defaults and parameter names are torch.nn.GRU's. `weight_ih_l{k}`
     holds the rows [z; candidate], `(2 * hidden_size, input_size)`; there is no `weight_hh`.
 
+    Where gradients are recorded, the output must not be changed in place, as nn.Dropout(inplace=True) behind
+    the layer would: backward reads it, and raises. (torch.nn.GRU's may be changed on the CPU.)
+
     Args:
         input_size: channels of the input.
         hidden_size: channels of the state.

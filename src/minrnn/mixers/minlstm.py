@@ -32,6 +32,9 @@ class MinLSTM(_Normalised, MinRNN):
     holds the rows [f; i; candidate], `(3 * hidden_size, input_size)`; there is no `weight_hh`. State in and
     out is h alone, not a pair.
 
+    Where gradients are recorded, the output must not be changed in place, as nn.Dropout(inplace=True) behind
+    the layer would: backward reads it, and raises. (torch.nn.LSTM's may be changed on the CPU.)
+
     Args:
         input_size: channels of the input.
         hidden_size: channels of the state.

@@ -7,8 +7,13 @@ from torch import Tensor, nn
 
 from minrnn.mixers.arguments import read_size
 from minrnn.ops.scan import check_tensor
+from minrnn.ops.transforms import in_autocast
 
 State = tuple[Tensor, ...]
+
+PartForm = tuple[tuple[int | None, ...], torch.dtype]
+"""What a tensor of a state is: its sizes after the batch, None where any will do; and the dtype that it is
+computed in, of which wider ones would lose something."""
 
 
 class Mixer(nn.Module):
@@ -45,7 +50,8 @@ class Mixer(nn.Module):
         Args:
             x: `(B, T, d_model)`, floating.
             state: what an earlier call returned: a tuple of tensors whose first axis is B; None is the
-                empty state.
+                empty state. Narrower dtypes than the mixer computes in are taken too; under autocast, so is
+                float32.
             reset: `(B, T)`, bool; where True, everything before step t is forgotten, the state passed in
                 included.
 
@@ -53,24 +59,22 @@ class Mixer(nn.Module):
             y `(B, T, d_hidden)` and the state after the last step.
 
         Raises:
-            ValueError: a shape is not as above, or T is 0.
-            TypeError: x is not a tensor, `state` is not a tuple of tensors, or `reset` is not bool.
+            ValueError: a shape is not as above or not of this mixer's state, or T is 0.
+            TypeError: x is not a tensor, `state` is not a tuple of tensors or of a dtype of which something
+                would be lost, or `reset` is not bool.
         """
         self._check_input(x, reset)
         if state is not None:
-            self._check_state(state, x.shape[0])
+            state = self._read_state(state, x)
         return self.mix(x, state, reset)
+
+    def state_form(self, dtype: torch.dtype) -> tuple[PartForm, ...]:
+        """Say what each tensor of the state is, for inputs of a dtype: here, h `(B, d_hidden)`."""
+        return (((self.d_hidden,), torch.promote_types(dtype, torch.float32)),)
 
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         """Do the work of `forward`, on checked arguments."""
         raise NotImplementedError(f"{type(self).__name__} must define mix")
-
-    def state_shapes(self, state: State) -> tuple[tuple[int, ...], ...]:
-        """Say what shape each tensor of a state of so many tensors must have, past the batch.
-
-        A subclass that does not say takes any.
-        """
-        return tuple(tuple(part.shape[1:]) for part in state)
 
     def extra_repr(self) -> str:
         return f"{self.d_model}, {self.d_hidden}"
@@ -84,7 +88,7 @@ class Mixer(nn.Module):
             )
         check_reset(name, reset, tuple(x.shape[:2]))
 
-    def _check_state(self, state: State, batch: int) -> None:
+    def _read_state(self, state: State, x: Tensor) -> State:
         name, names = type(self).__name__, ", ".join(self.state_names)
         if not isinstance(state, tuple) or not all(isinstance(part, Tensor) for part in state):
             raise TypeError(
@@ -92,18 +96,41 @@ class Mixer(nn.Module):
             )
         if len(state) != len(self.state_names):
             raise ValueError(f"{name}: state must be ({names}), got {len(state)} tensors")
-        shapes = self.state_shapes(state)
-        for part_name, part, shape in zip(self.state_names, state, shapes, strict=True):
-            if part.shape == (batch, *shape):
-                continue
-            if part.dim() == 0 or part.shape[0] != batch:
-                raise ValueError(
-                    f"{name}: the first axis of state tensor {part_name} must be the batch, {batch}, "
-                    f"got shape {tuple(part.shape)}"
-                )
-            raise ValueError(
-                f"{name}: state tensor {part_name} must be {(batch, *shape)}, got {tuple(part.shape)}"
-            )
+        batch, form = x.shape[0], self.state_form(x.dtype)
+        return tuple(
+            read_part(f"{name}: state tensor {part_name}", part, batch, part_form)
+            for part_name, part, part_form in zip(self.state_names, state, form, strict=True)
+        )
+
+
+def read_part(what: str, part: Tensor, batch: int, form: PartForm) -> Tensor:
+    """Return a tensor of a state in the dtype that it is computed in; `what` starts the messages.
+
+    Raises:
+        ValueError: its first axis is not the batch, or the others are not as its form has them.
+        TypeError: something of it would be lost in that dtype. Autocast rounds what it is given, and float32
+            is lost there to nobody's surprise.
+    """
+    shape, dtype = form
+    if part.dim() == 0 or part.shape[0] != batch:
+        raise ValueError(
+            f"{what} must have the batch, {batch}, as its first axis, got shape {tuple(part.shape)}"
+        )
+    if part.dim() != 1 + len(shape) or any(
+        size not in (None, found) for size, found in zip(shape, part.shape[1:], strict=True)
+    ):
+        text = ", ".join(("B", *("S" if size is None else str(size) for size in shape)))
+        raise ValueError(f"{what} must be ({text}), got {tuple(part.shape)}")
+    if part.dtype == dtype:
+        return part
+    if dtype.is_floating_point and in_autocast(part):
+        dtype = torch.promote_types(dtype, torch.float32)
+    if (
+        part.dtype.is_floating_point != dtype.is_floating_point
+        or torch.promote_types(part.dtype, dtype) != dtype
+    ):
+        raise TypeError(f"{what} must be {dtype} or narrower to go with the input, got {part.dtype}")
+    return part.to(dtype)
 
 
 def check_reset(name: str, reset: Tensor | None, shape: tuple[int, ...]) -> None:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minrnn.mixers.arguments import read_flag, read_number, read_size
+from minrnn.mixers.arguments import read_choice, read_flag, read_number, read_size
 from minrnn.mixers.graphs import may_vary, refuse_export
-from minrnn.mixers.mixer import Mixer, State
+from minrnn.mixers.mixer import Mixer, PartForm, State
+from minrnn.ops.transforms import without_autocast
 
 
 def _lin(d_state: int) -> Tensor:
@@ -94,10 +95,7 @@ class S4DMixer(Mixer):
         self.d_state = d_state = read_size("S4DMixer", "d_state", d_state)
         if d_state % 2:
             raise ValueError(f"S4DMixer: d_state must be even, got {d_state}")
-        if initialization not in FREQUENCIES:
-            raise ValueError(
-                f"S4DMixer: initialization must be one of {', '.join(FREQUENCIES)}, got {initialization!r}"
-            )
+        initialization = read_choice("S4DMixer", "initialization", initialization, FREQUENCIES)
         dt_min, dt_max = read_number("S4DMixer", "dt_min", dt_min), read_number("S4DMixer", "dt_max", dt_max)
         if not 0 < dt_min <= dt_max:
             raise ValueError(f"S4DMixer: dt must have 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
@@ -109,15 +107,15 @@ class S4DMixer(Mixer):
         self.D = nn.Parameter(torch.randn(d_model))
         self.output = nn.Linear(d_model, 2 * d_hidden, bias=read_flag("S4DMixer", "bias", bias))
 
-    def state_shapes(self, state: State) -> tuple[tuple[int, ...], ...]:
-        return ((self.d_model, self.d_state // 2, 2),)
+    def state_form(self, dtype: torch.dtype) -> tuple[PartForm, ...]:
+        return (((self.d_model, self.d_state // 2, 2), torch.promote_types(dtype, torch.float32)),)
 
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         if x.shape[0] == 0:  # torch has no FFT of no rows: one of zeros goes through, and is cut off
             y, (h,) = self.mix(*_with_a_row(x, state, reset))
             return y[:0], (h[:0],)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):  # it would multiply kernels in 16 bits
+        with without_autocast(x):  # it would multiply kernels in 16 bits
             h0 = None if state is None else torch.view_as_complex(state[0].to(dtype).contiguous())
             run = self._step if x.shape[1] == 1 else self._convolve
             u, h = run(x.to(dtype), h0, reset)

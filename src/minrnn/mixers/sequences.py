@@ -6,7 +6,6 @@ from torch.nn import functional
 
 from minrnn.mixers.projected import Recurrence
 from minrnn.ops import CANDIDATES, GATES, gated_scan
-from minrnn.ops.scan import STARTS
 
 
 class Batch:
@@ -99,8 +98,6 @@ class Joined:
         """
         pre = recurrence.project(x)
         dtype = torch.promote_types(pre.dtype, torch.float32)
-        if h0.dtype not in STARTS[pre.dtype]:
-            raise TypeError(f"hx must be {dtype} or narrower to go with the input, got {h0.dtype}")
         parts = pre.to(dtype).chunk(GATES[recurrence.gate].num_pre, -1)
         a, b = GATES[recurrence.gate].equations(CANDIDATES[recurrence.candidate], *parts)
         entry, reset = (self.last, self.ends) if reverse else (self.first, self.starts)

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from minrnn.models.decision import NOTHING_DONE, DecisionModel, Steps
+from minrnn.mixers.arguments import read_number
+from minrnn.models.decision import NOTHING_DONE, DecisionConfig, DecisionModel, Steps
 from minrnn.models.evaluation import call_in_evaluation
 from minrnn.models.sequence import ModelState
 
@@ -31,7 +33,9 @@ class Policy:
         target_return: return to reach from each episode's start on; None is the model's own.
 
     Raises:
-        ValueError: no return is known, or one is given to a model that is conditioned on none.
+        TypeError: model is no DecisionModel, or target_return no number.
+        ValueError: no return is known, it is not finite, or one is given to a model that is conditioned on
+            none.
 
     Example:
         >>> from minrnn.models import DecisionConfig, DecisionModel, ModelConfig
@@ -44,7 +48,11 @@ class Policy:
     """
 
     def __init__(self, model: DecisionModel, *, target_return: float | None = None) -> None:
-        config = model.config
+        config = getattr(model, "config", None)  # also where the model is wrapped, as by torch.compile
+        if not isinstance(config, DecisionConfig):
+            raise TypeError(f"Policy: model must be a DecisionModel, got {type(model).__name__}")
+        if target_return is not None:
+            target_return = read_number("Policy", "target_return", target_return)
         if target_return is not None and not config.conditioned:
             raise ValueError(
                 f"Policy: target_return must be left out for a policy that is conditioned on no return, got "
@@ -71,6 +79,7 @@ class Policy:
             Actions `(A,)` or `(B, A)` of the model's dtype; discrete: `()` or `(B,)`, int64. On the CPU.
 
         Raises:
+            TypeError: an argument is none that torch makes a tensor of.
             ValueError: a shape does not fit, a number is not finite, a reward is missing, or an episode lasts
                 longer than the model's `max_steps`.
         """
@@ -97,9 +106,7 @@ class Policy:
     def _read_observation(self, observation: Any) -> tuple[Tensor, bool]:
         like = self.model.observation_mean
         # A copy: it is remembered, and its owner may write the next observation into the same memory.
-        observations = torch.asarray(
-            observation, dtype=like.dtype, device=like.device, copy=True, requires_grad=False
-        )
+        observations = _as_tensor("observation", observation, like.dtype, like.device, copy=True)
         single = observations.dim() == 1
         rows = observations.unsqueeze(0) if single else observations
         size = self.model.config.observation_size
@@ -116,7 +123,7 @@ class Policy:
         known = batch if self._memory is None else len(self._memory.times)
         starts = None
         if reset is not None and reset is not False:
-            starts = torch.as_tensor(reset, device=self.model.observation_mean.device)
+            starts = _as_tensor("reset", reset, None, self.model.observation_mean.device)
             if starts.dtype != torch.bool or starts.shape not in ((), (batch,)):
                 raise ValueError(
                     f"act: reset must be bool, one or ({batch},), got {starts.dtype} {tuple(starts.shape)}"
@@ -135,7 +142,7 @@ class Policy:
             reward = 0.0
         assert self._memory is not None
         shape = self._memory.times.shape
-        rewards = torch.as_tensor(reward, dtype=torch.float64, device=self._memory.times.device)
+        rewards = _as_tensor("reward", reward, torch.float64, self._memory.times.device)
         if rewards.shape not in ((), shape):
             raise ValueError(f"act: reward must be one or {tuple(shape)}, got {tuple(rewards.shape)}")
         if starts is not None:
@@ -143,6 +150,21 @@ class Policy:
         if not _are_finite(rewards):
             raise ValueError("act: reward must be finite, got infinity or NaN")
         return rewards
+
+
+def _as_tensor(
+    name: str, value: Any, dtype: torch.dtype | None, device: torch.device, *, copy: bool | None = None
+) -> Tensor:
+    """Make a tensor of an argument of `act`, of whatever torch makes one of, and of NumPy's flipped views."""
+    if isinstance(value, np.ndarray) and min(value.strides, default=0) < 0:
+        value = value.copy()
+    try:
+        return torch.asarray(value, dtype=dtype, device=device, copy=copy, requires_grad=False)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise TypeError(
+            f"act: {name} must be what torch makes a tensor of, got {type(value).__name__} ({reason})"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ read."""
 
 TENSORS_FILE = "model.safetensors"
 
+CPU = torch.device("cpu")
+
 LONGEST = 200
 """Characters that a message takes over from the library."""
 
@@ -57,19 +59,22 @@ def save_checkpoint(directory: Path, model: Model, *, extra: Mapping[str, JSON] 
         OSError: the directory cannot be written, or is no checkpoint; what was there before is untouched.
         TypeError: `model` is no SequenceModel or DecisionModel, or `extra` does not fit into JSON.
         ValueError: the model is another one by now than its config builds, so that it could not be loaded:
-            parts were replaced, parametrized, pruned, quantised or sharded.
+            parts were replaced, parametrized, pruned, quantised or sharded, methods were, or there are
+            forward hooks that may return something.
     """
     contents = _Contents(model, extra)  # nothing is written of what cannot be read
     with write_directory(Path(directory).expanduser()) as folder:
         contents.write(folder)
 
 
-def load_checkpoint(directory: Path, *, device: torch.device | str = "cpu") -> tuple[Model, dict[str, JSON]]:
+def load_checkpoint(
+    directory: Path, *, device: torch.device | str | int = "cpu"
+) -> tuple[Model, dict[str, JSON]]:
     """Read a model that `save_checkpoint` wrote; if it is replaced meanwhile, read the new one instead.
 
     Args:
         directory: where it lies.
-        device: where the model's parameters go.
+        device: where the model's parameters go: any of torch's; with meta they have no values.
 
     Returns:
         The model, in training mode as any new module, and `extra`.
@@ -77,7 +82,9 @@ def load_checkpoint(directory: Path, *, device: torch.device | str = "cpu") -> t
     Raises:
         FileNotFoundError: the directory or one of its files is missing.
         ValueError: a file is cut short or altered, written by a newer version, or does not fit its config.
+        TypeError: device is none of torch's.
     """
+    device = _read_device(device)
     directory = Path(directory).expanduser()
     while True:
         before = locate(directory)
@@ -91,7 +98,17 @@ def load_checkpoint(directory: Path, *, device: torch.device | str = "cpu") -> t
                 return loaded
 
 
-def _load(folder: Path, device: torch.device | str) -> tuple[Model, dict[str, JSON]]:
+def _read_device(device: Any) -> torch.device:
+    try:
+        return torch.device(device)
+    except (TypeError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise TypeError(
+            f"load_checkpoint: device must be one of torch's, got {device!r} ({reason})"
+        ) from error
+
+
+def _load(folder: Path, device: torch.device) -> tuple[Model, dict[str, JSON]]:
     config = _read_config(folder / CONFIG_FILE)
     _check_integrity(folder / TENSORS_FILE, config["files"])
     path = folder / TENSORS_FILE
@@ -123,9 +140,8 @@ class _Contents:
             "format_version": FORMAT_VERSION,
             "kind": "decision" if isinstance(whole, DecisionModel) else "sequence",
             "model": whole.config.to_dict(),
-            "extra": dict(extra or {}),
+            "extra": _read_extra(extra or {}),
         }
-        json.dumps(self.config)  # before the work, so that an `extra` that is no JSON is reported first
         self.tensors = tensors_to_keep(whole, _build(self.config))
 
     def write(self, folder: Path) -> None:
@@ -136,6 +152,32 @@ class _Contents:
         }
         config["sha256"] = _digest(config)
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_extra(extra: Any) -> dict[str, JSON]:
+    """Return `extra`, if JSON keeps it; before the work, so that what is none is reported first."""
+    if not isinstance(extra, Mapping):
+        raise TypeError(f"save_checkpoint: extra must be a dict or None, got {type(extra).__name__}")
+    values = dict(extra)
+    _check_keys(values)
+    try:
+        json.dumps(values)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"save_checkpoint: extra must fit into JSON; {error}") from error
+    return values
+
+
+def _check_keys(value: Any) -> None:
+    """Raise where a dict has a key that is no string, at any depth: JSON would make it one."""
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(
+                    f"save_checkpoint: extra must have strings as keys, got {key!r} ({type(key).__name__})"
+                )
+    if isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_keys(part)
 
 
 def _build(config: Mapping[str, Any]) -> Model:
@@ -164,7 +206,7 @@ def _umask() -> int:
     return mask
 
 
-def load_tensors(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+def load_tensors(path: Path, *, device: torch.device = CPU) -> dict[str, Tensor]:
     """Read what `save_tensors` wrote.
 
     Raises:
@@ -172,14 +214,14 @@ def load_tensors(path: Path, *, device: torch.device | str = "cpu") -> dict[str,
         ValueError: the file is no whole safetensors file.
     """
     try:
-        tensors = safetensors.torch.load_file(path, device=str(device))
+        tensors = safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"load_tensors: {path} is not a whole safetensors file ({str(error)[:LONGEST]})"
         ) from error
     # Copies: the library maps the file, where tensors lie at odd addresses; matrix products may round
     # differently there, and a resumed run must repeat the run that was not interrupted bit for bit.
-    return {name: tensor.clone() for name, tensor in tensors.items()}
+    return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
 
 
 def check_files(folder: Path, names: Iterable[str]) -> list[str]:

@@ -30,6 +30,7 @@ from minrnn.models.sequence import (
 from minrnn.models.stepper import ModelState, Reading, Stepper
 from minrnn.ops.chain import End, Links, Start
 from minrnn.ops.scan import check_tensor
+from minrnn.ops.transforms import is_traced, is_transformed
 
 TOKENS = {"interleaved": 3, "joined": 1, "observation": 1}
 """What a step is read as, and in how many tokens: see `DecisionConfig.tokens`."""
@@ -202,9 +203,9 @@ class DecisionModel(nn.Module):
             step.
 
         Raises:
-            TypeError: reset is not bool.
-            ValueError: a shape is not as above, the state is of another model, or a time is past the last
-                that has an embedding.
+            TypeError: reset is not bool, or times or discrete actions are not integers.
+            ValueError: a shape is not as above, the state is of another model, a time has no embedding, or
+                (on the CPU) a discrete action before is none.
         """
         self._check(steps, state, reset)
         inputs, stepped = self._numbers(steps), None
@@ -219,11 +220,21 @@ class DecisionModel(nn.Module):
         Args:
             mean, std: `(S,)`, of observations; std positive.
             bound: `(A,)`, positive: continuous actions lie between -bound and bound.
+
+        Raises:
+            TypeError: one is not a tensor.
+            ValueError: a shape is another, or a number is not finite, or not positive; nothing is taken over.
         """
-        self.observation_mean.copy_(mean)
-        self.observation_std.copy_(std)
-        if bound is not None:
-            self.action_bound.copy_(bound)
+        given = (
+            ("mean", mean, self.observation_mean),
+            ("std", std, self.observation_std),
+            ("bound", bound, self.action_bound),
+        )
+        known = [(name, numbers, buffer) for name, numbers, buffer in given if numbers is not None]
+        for name, numbers, buffer in known:
+            _check_statistic(name, numbers, buffer)
+        for _, numbers, buffer in known:
+            buffer.copy_(numbers)
 
     def _compute(
         self, inputs: dict[str, Tensor], times: Tensor, state: ModelState | None, reset: Tensor | None
@@ -295,13 +306,59 @@ class DecisionModel(nn.Module):
                 )
         check_state("DecisionModel", state, len(self.blocks), B)
         check_reset("DecisionModel", reset, (B, T))
-        if not config.max_steps or B == 0 or torch.compiler.is_compiling():  # a graph sees no numbers
+        self._check_integers(steps)
+
+    def _check_integers(self, steps: Steps) -> None:
+        """Raise where a number of those that a table is looked up by is not in it.
+
+        Times are looked at on every device, and earlier actions where one need not wait for them.
+        """
+        config = self.config
+        for name, used in (("times", config.max_steps), ("previous", config.discrete and config.conditioned)):
+            found = getattr(steps, name)
+            if used and (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool):
+                raise TypeError(f"DecisionModel: {name} must be int64, got {found.dtype}")
+        if steps.times.shape[0] == 0 or is_traced() or steps.times.is_meta:  # where there are no numbers
             return
-        if (last := int(steps.times.max())) >= config.max_steps:
-            raise ValueError(
-                f"DecisionModel: an episode must end within {config.max_steps} steps, for as many have an "
-                f"embedding of their time, got step {last + 1}; train with more, or with none (max_steps = 0)"
-            )
+        if config.max_steps:
+            first, last = _range(steps.times)
+            if first < 0:
+                raise ValueError(f"DecisionModel: times must be 0 or more, got {first}")
+            if last >= config.max_steps:
+                raise ValueError(
+                    f"DecisionModel: an episode must end within {config.max_steps} steps, for as many have "
+                    f"an embedding of their time, got step {last + 1}; train with more, or with none "
+                    "(max_steps = 0)"
+                )
+        if config.discrete and config.conditioned and steps.previous.is_cpu and not is_transformed():
+            low, high = _range(steps.previous)
+            if low < NOTHING_DONE or high >= config.action_size:
+                raise ValueError(
+                    f"DecisionModel: previous must lie in {NOTHING_DONE} (none) .. {config.action_size - 1}, "
+                    f"got {low} .. {high}"
+                )
+
+
+def _check_statistic(name: str, numbers: Tensor, buffer: Tensor) -> None:
+    """Raise unless the numbers can stand in the buffer: finite there too; deviations and bounds positive."""
+    check_tensor("set_statistics", name, numbers)
+    if numbers.shape != buffer.shape:
+        raise ValueError(
+            f"set_statistics: {name} must be of shape {tuple(buffer.shape)}, got {tuple(numbers.shape)}"
+        )
+    kept = numbers.to(buffer.dtype)
+    if not kept.isfinite().all():
+        raise ValueError(f"set_statistics: {name} must be finite, got infinity or NaN")
+    if name != "mean" and not (kept > 0).all():
+        raise ValueError(f"set_statistics: {name} must be positive, got {kept.min().item()}")
+
+
+def _range(x: Tensor) -> tuple[int, int]:
+    """The least and the largest of some integers."""
+    if x.numel() == 1:  # one step, of which this is a noticeable part
+        return int(x), int(x)
+    low, high = x.aminmax()
+    return int(low), int(high)
 
 
 def _first_of(count: int, reset: Tensor | None) -> Tensor | None:

@@ -1,13 +1,14 @@
 """Sampling: one token after the other from a carried state, in constant memory."""
 
-import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from minrnn.mixers.arguments import read_number, read_size
 from minrnn.models.evaluation import call_in_evaluation
-from minrnn.models.sequence import ModelState, SequenceModel
+from minrnn.models.sequence import ModelConfig, ModelState, SequenceModel
+from minrnn.ops.scan import check_tensor
 
 PROMPT_CHUNK = 4096
 """Tokens of a prompt read at once: its logits are dropped, so a long prompt need not hold them all."""
@@ -45,18 +46,26 @@ def generate(
         `(B,)`, int64: the next token of each row.
 
     Raises:
+        TypeError: an argument has the wrong type.
         ValueError: an argument is out of range, or the prompt is empty or holds ids outside the vocabulary.
         RuntimeError: the model's logits are not finite.
     """
-    _check_prompt(prompt_ids, model.config.vocab_size)
-    if num_tokens < 0:
-        raise ValueError(f"generate: num_tokens must be 0 or more, got {num_tokens}")
-    if not (temperature >= 0 and math.isfinite(temperature)):
+    config = getattr(model, "config", None)  # also where the model is wrapped, as by torch.compile
+    if not isinstance(config, ModelConfig):
+        raise TypeError(f"generate: model must be a SequenceModel, got {type(model).__name__}")
+    _check_prompt(prompt_ids, config.vocab_size)
+    num_tokens = read_size("generate", "num_tokens", num_tokens, least=0)
+    temperature = read_number("generate", "temperature", temperature)
+    if temperature < 0:
         raise ValueError(f"generate: temperature must be 0 (greedy) or positive, got {temperature}")
-    if top_k < 0:
-        raise ValueError(f"generate: top_k must be 0 (all) or a number of tokens, got {top_k}")
+    top_k = read_size("generate", "top_k", top_k, least=0)
+    top_p = read_number("generate", "top_p", top_p)
     if not 0 < top_p <= 1:
         raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(
+            f"generate: generator must be a torch.Generator or None, got {type(generator).__name__}"
+        )
     # Checked here, not in the generator below, whose body would not run before the first token is asked for.
     return _stream(model, prompt_ids, num_tokens, temperature, top_k, top_p, generator)
 
@@ -114,6 +123,9 @@ def _advance(model: SequenceModel, tokens: Tensor, state: ModelState | None) -> 
 
 
 def _check_prompt(prompt_ids: Tensor, vocab_size: int) -> None:
+    check_tensor("generate", "prompt_ids", prompt_ids)
+    if prompt_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"generate: prompt_ids must be int64, got {prompt_ids.dtype}")
     if prompt_ids.dim() != 2 or prompt_ids.numel() == 0:
         raise ValueError(f"generate: prompt_ids must be (B, T) with T >= 1, got {tuple(prompt_ids.shape)}")
     low, high = int(prompt_ids.min()), int(prompt_ids.max())

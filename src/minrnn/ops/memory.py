@@ -2,8 +2,8 @@
 
 A system allocator hands large blocks back to the operating system when they are freed, so that every training
 step gets fresh pages and waits while the kernel clears them: for an output of 64 MiB as long as for the scan
-itself. Here the storage of an output that is gone serves the next output of about its size, as in torch's
-allocator for CUDA.
+itself. Here the storage of an output that is gone serves the next output of its size: exactly its size, for
+torch saves and shares a tensor's whole storage, and what is left over would hold former numbers.
 
 Storages are torch's own, so that outputs are as any tensor: they can be resized, shared and saved. One that
 is held by nobody but this file is free. What is kept is bounded: LIMIT bytes in all, outputs that are still
@@ -66,13 +66,9 @@ class _Pool:
         self.looked = time.monotonic()  # for what is free
 
     def find(self, nbytes: int) -> _Kept | None:
-        """A free storage that fits, taken out; the youngest, which may still be in a cache."""
+        """A free storage of this size, taken out; the youngest, which may still be in a cache."""
         for kept in reversed(self.kept):
-            if (
-                nbytes <= kept.storage.nbytes() <= nbytes + nbytes // 8
-                and kept.held() == _NOT_HELD
-                and _is_as_made(kept.storage)
-            ):
+            if kept.storage.nbytes() == nbytes and kept.held() == _NOT_HELD and _is_as_made(kept.storage):
                 self.kept.remove(kept)
                 return kept
         return None
@@ -110,7 +106,7 @@ if hasattr(
 
 
 def take(nbytes: int, prepare: Callable[[int, int], None]) -> torch.UntypedStorage | None:
-    """Find or make a storage of at least `nbytes`, and at most an eighth more, whose contents are arbitrary.
+    """Find or make a storage of `nbytes`, whose contents are arbitrary.
 
     Args:
         nbytes: its size.

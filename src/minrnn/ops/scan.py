@@ -42,7 +42,7 @@ def scan(a: Tensor, b: Tensor, h0: Tensor | None = None, *, reverse: bool = Fals
         h, (B, T, D), in the inputs' dtype. The final state is h[:, -1] (h[:, 0] when reversed).
 
     Raises:
-        TypeError: an argument is not a tensor, or the dtypes differ or are not supported.
+        TypeError: an argument is not a tensor, reverse no bool, or the dtypes differ or are not supported.
         ValueError: a shape or device does not fit.
 
     >>> import torch
@@ -56,7 +56,7 @@ def scan(a: Tensor, b: Tensor, h0: Tensor | None = None, *, reverse: bool = Fals
     "Parallelizing linear recurrent neural nets over sequence length" (2018), for its use in cells.
     """
     _check("scan", ("a", "b"), (a, b), h0, None)
-    return apply([a, b], h0, None, Mode("identity", "positive", reverse))
+    return apply([a, b], h0, None, Mode("identity", "positive", _read_flag("scan", "reverse", reverse)))
 
 
 def gated_scan(
@@ -96,7 +96,7 @@ def gated_scan(
         h, (B, T, D), in the inputs' dtype. The final state is h[:, -1] (h[:, 0] when reversed).
 
     Raises:
-        TypeError: an argument is not a tensor, or the dtypes differ or are not supported.
+        TypeError: an argument is not a tensor, reverse no bool, or the dtypes differ or are not supported.
         ValueError: an unknown gate or candidate, a wrong number of pre-activations, or a shape or device
             that does not fit.
 
@@ -108,9 +108,9 @@ def gated_scan(
     Source: Feng et al., "Were RNNs All We Needed?" (arXiv 2410.01201), sections 3.1 and 3.2; Grazzi et al.,
     "Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues" (arXiv 2411.12537), for the signed.
     """
-    if gate not in GATES:
+    if not isinstance(gate, str) or gate not in GATES:
         raise _unknown("gate", gate, GATES)
-    if candidate not in CANDIDATES:
+    if not isinstance(candidate, str) or candidate not in CANDIDATES:
         raise _unknown("candidate", candidate, CANDIDATES)
     names = GATES[gate].pre
     if candidate != "positive" and not GATES[gate].has_candidate:
@@ -123,7 +123,8 @@ def gated_scan(
             f"or one packed tensor, got {len(pre)}"
         )
     _check("gated_scan", names if len(pre) > 1 else ("pre",), pre, h0, reset, packed=len(names))
-    return apply(list(pre), h0, reset, Mode(gate, candidate, reverse))
+    mode = Mode(gate, candidate, _read_flag("gated_scan", "reverse", reverse))
+    return apply(list(pre), h0, reset, mode)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -169,6 +170,15 @@ def _check(
         check_like(function, "h0", h0, (B, D), expected, device, names[0])
     if reset is not None:
         check_like(function, "reset", reset, (B, T), torch.bool, device, names[0])
+
+
+def _read_flag(function: str, name: str, value: Any) -> bool:
+    """Return a flag, Python's or numpy's, as a bool."""
+    if isinstance(value, bool):
+        return value
+    if str(getattr(value, "dtype", None)) == "bool" and value.shape == ():
+        return bool(value)
+    raise TypeError(f"{function}: {name} must be a bool, got {type(value).__name__}")
 
 
 def check_tensor(function: str, name: str, x: Any) -> None:

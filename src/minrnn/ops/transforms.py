@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.amp.autocast_mode import is_autocast_available
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.nn import Parameter
@@ -17,6 +19,7 @@ __all__ = [
     "at_level",
     "fold",
     "have_tangents",
+    "in_autocast",
     "is_mapped_by_old_vmap",
     "is_observed",
     "is_plain",
@@ -27,12 +30,24 @@ __all__ = [
     "register_vmap",
     "separate",
     "unfold",
+    "without_autocast",
 ]
 
 
 def needs_gradients(*tensors: Tensor | None) -> bool:
     """Whether autograd has to record what becomes of these tensors."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def in_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x; some, as meta, have none, and torch raises if asked."""
+    return is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Leave autocast for the device of x, if there is any, for the length of a with statement."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()
 
 
 def is_traced() -> bool:
