@@ -247,6 +247,17 @@ def test_what_is_held_is_never_given_away(hold: Callable[[Tensor], Any]) -> None
     assert len({x.data_ptr() for x in others}) == 3
 
 
+@pytest.mark.parametrize("T", [480, 500, 511])
+def test_an_output_has_its_own_memory_and_no_more(T: int) -> None:
+    """torch saves the whole storage: of one that is a little larger, former numbers would be written too."""
+    release_memory()
+    large().fill_(7)
+    h = large((4, T, 1024))
+    assert h.untyped_storage().nbytes() == h.numel() * h.element_size()
+    torch.save(h, file := io.BytesIO())
+    assert torch.full((64,), 7.0).numpy().tobytes() not in file.getvalue()
+
+
 def test_outputs_are_as_any_tensor() -> None:
     """They can be resized, written to, saved, pickled and shared."""
     h = large()

@@ -236,6 +236,16 @@ def test_tensors_that_do_not_fit_are_refused(saved: Path, change: dict[str, Any]
     refused(saved, message)
 
 
+def test_a_device_is_any_of_torchs(saved: Path) -> None:
+    for device in ("meta", torch.device("meta"), "cpu"):
+        model, _ = load_checkpoint(saved, device=device)
+        assert {x.device for x in model.state_dict().values()} == {torch.device(device)}
+    for wrong in ("nowhere", None, [0]):
+        with pytest.raises(TypeError, match="load_checkpoint: device must be one of torch's, got") as caught:
+            load_checkpoint(saved, device=wrong)  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
+
+
 def test_load_tensors_refuses_what_is_no_safetensors_file(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     with pytest.raises(FileNotFoundError):
@@ -312,10 +322,15 @@ except OSError as error:
 
 
 def test_extra_that_is_no_json_is_refused_before_anything_is_written(saved: Path) -> None:
-    with pytest.raises(
-        TypeError, match=r"save_checkpoint: extra must fit into JSON; .* not JSON serializable"
-    ):
-        save_checkpoint(saved, build(1), extra={"path": object()})  # type: ignore[dict-item]
+    cases: list[tuple[Any, str]] = [
+        ({"path": object()}, "fit into JSON; .* not JSON serializable"),
+        ({1: 2, "1": 3}, r"have strings as keys, got 1 \(int\)"),
+        ({"a": [{None: 2}]}, r"have strings as keys, got None \(NoneType\)"),
+        ([1], "be a dict or None, got list"),
+    ]
+    for extra, message in cases:
+        with pytest.raises(TypeError, match=f"save_checkpoint: extra must {message}"):
+            save_checkpoint(saved, build(1), extra=extra)
     assert load_checkpoint(saved)[1] == {"step": 1}
     assert [path.name for path in saved.parent.iterdir()] == ["last"]
 

@@ -28,6 +28,7 @@ from minrnn.mixers import (
     PairedMinLSTM,
     PairedMinLSTMCell,
 )
+from minrnn.mixers.convolution import CausalConv
 from minrnn.models import DecisionConfig, ModelConfig
 from minrnn.ops import GATES, gated_scan, scan, selective_scan
 from minrnn.ops.selective.operator import MODULES as SELECTIVE_ENGINES
@@ -236,6 +237,60 @@ def test_mixers_take_states_across_autocast(name: str) -> None:
         mixer(x, state)
 
 
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex64, torch.int64]
+
+
+@pytest.mark.parametrize("inputs", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@every_mixer
+def test_mixers_take_states_of_which_nothing_is_lost(name: str, inputs: torch.dtype) -> None:
+    """Of each tensor: any dtype that fits into the one that the mixer computes in, and no other."""
+    torch.manual_seed(0)
+    mixer, x = MIXERS[name](I, H).to(inputs), torch.randn(2, 3, I, dtype=inputs)
+    _, state = mixer(x)
+    for index, (part, (_, dtype)) in enumerate(zip(state, mixer.state_form(inputs), strict=True)):
+        for other in DTYPES:
+            given = (*state[:index], part.to(other), *state[index + 1 :])
+            fits = torch.promote_types(other, dtype) == dtype
+            if not fits or other.is_floating_point != dtype.is_floating_point:
+                message = f"{mixer.state_names[index]} must be {dtype} or narrower .*, got {other}"
+                with pytest.raises(TypeError, match=message):
+                    mixer(x, given)
+                continue
+            y, after = mixer(x, given)
+            widened = (*state[:index], given[index].to(dtype), *state[index + 1 :])
+            assert torch.equal(y, mixer(x, widened)[0])
+            assert [x.dtype for x in after] == [x.dtype for x in state]
+
+
+@every_mixer
+def test_mixers_name_what_of_a_state_has_another_shape(name: str) -> None:
+    mixer, x = MIXERS[name](I, H), torch.randn(2, 3, I)
+    _, state = mixer(x)
+    for index, part in enumerate(state):
+        for spoilt in (part.unsqueeze(-1), part[:1], part.repeat(*[1] * (part.dim() - 1), 2)):
+            with pytest.raises(ValueError, match=f"state tensor {mixer.state_names[index]} must"):
+                mixer(x, (*state[:index], spoilt, *state[index + 1 :]))
+
+
+def test_windows_of_another_convolution_are_named() -> None:
+    conv, x = CausalConv(I, 4), torch.randn(2, 3, I)
+    for window in (torch.zeros(2, 3, H), torch.zeros(2, 4, I), torch.zeros(2, I, 3), torch.zeros(1, 3, I)):
+        with pytest.raises(ValueError, match="CausalConv: window must"):
+            conv(x, window)
+    with pytest.raises(TypeError, match=r"CausalConv: window must be .* got torch\.float64"):
+        conv(x, torch.zeros(2, 3, I).double())
+
+
+@every_mixer
+def test_mixers_run_on_the_meta_device(name: str) -> None:
+    mixer = MIXERS[name](I, H).to("meta")
+    y, state = mixer(torch.empty(2, 5, I, device="meta"))
+    assert y.shape == (2, 5, H)
+    y, again = mixer(torch.empty(2, 1, I, device="meta"), state)
+    assert y.shape == (2, 1, H)
+    assert {x.device.type for x in again} == {"meta"}
+
+
 # --- arguments -------------------------------------------------------------------------------------------
 
 SIZES = {"num_layers", "num_heads", "window", "d_state", "d_conv", "dt_rank"}
@@ -252,6 +307,41 @@ def options_of(name: str) -> list[str]:
     )
     known = SIZES | FLAGS | NUMBERS | {"dropout"}
     return [option for option in signature(kind.__init__).parameters if option in known]
+
+
+@pytest.mark.parametrize("gate", [None, *GATES])
+def test_a_direction_is_a_bool(gate: str | None) -> None:
+    pre = [torch.ones(1, 3, 2) for _ in (GATES[gate].pre if gate else "ab")]
+
+    def run(reverse: Any) -> Tensor:
+        return gated_scan(gate, *pre, reverse=reverse) if gate else scan(*pre, reverse=reverse)
+
+    for wrong in ("no", "backward", None, 1, torch.tensor(True)):
+        with pytest.raises(TypeError, match="reverse must be a bool, got"):
+            run(wrong)
+    assert torch.equal(run(np.True_), run(True))
+
+
+@pytest.mark.parametrize("value", [["tanh"], {}, None, 1, "nonsense"], ids=str)
+def test_a_name_is_one_of_its_table(value: Any) -> None:
+    x = torch.ones(1, 3, 2)
+    readers: list[tuple[str, Callable[[], Any]]] = [
+        ("gate", lambda: gated_scan(value, x, x)),
+        ("candidate", lambda: gated_scan("mingru", x, x, candidate=value)),
+        ("candidate", lambda: MinGRU(I, H, candidate=value)),
+        ("candidate", lambda: MinLSTMCell(I, H, candidate=value)),
+        ("initialization", lambda: MIXERS["s4d"](I, H, initialization=value)),
+    ]
+    for key, call in readers:
+        with pytest.raises(ValueError, match=f"{key} must be one of .*, got"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, "float32", float], ids=str)
+@pytest.mark.parametrize("name", [*LAYERS, *CELLS])
+def test_parameters_are_of_a_dtype_that_scans_take(name: str, dtype: Any) -> None:
+    with pytest.raises(TypeError, match="dtype must be float32, float64, bfloat16 or float16, got"):
+        CONSTRUCTORS[name](I, H, dtype=dtype)
 
 
 @every_constructor

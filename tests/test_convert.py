@@ -423,6 +423,18 @@ def test_errors_come_before_any_change(make: Any, error: type[Exception], messag
         convert_rnns(make())
 
 
+@pytest.mark.parametrize("module", [nn.Linear(I, H), nn.GRU(I, H)], ids=["nothing to convert", "a GRU"])
+def test_arguments_are_read_whether_anything_is_converted_or_not(module: nn.Module) -> None:
+    with pytest.raises(TypeError, match="convert_rnns: signed must be a bool, got str"):
+        convert_rnns(module, signed="yes")  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match="convert_rnns: candidate must be one of positive, linear, tanh, got"
+    ):
+        convert_rnns(module, candidate="x")
+    with pytest.raises(TypeError, match=r"convert_rnns: module must be a torch\.nn\.Module, got list"):
+        convert_rnns([module])  # type: ignore[arg-type]
+
+
 def test_a_compiled_one_is_refused() -> None:
     """The wrapper calls the module that it was made of, whatever takes its place."""
     for model in (torch.compile(nn.GRU(I, H)), nn.Sequential(torch.compile(nn.GRU(I, H)))):

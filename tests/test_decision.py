@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from minrnn.models import (
     DecisionModel,
     ModelConfig,
     Policy,
+    SequenceModel,
     Steps,
     load_checkpoint,
     map_state,
@@ -379,6 +381,90 @@ def test_what_cannot_be_acted_on_is_refused(observation: Any, reward: Any, reset
     with pytest.raises(ValueError, match=message):
         policy.act(observation, reward, reset=reset)
     policy.act(torch.zeros(S), 0.0)  # nothing is broken by it
+
+
+@pytest.mark.parametrize("name", ["observation", "reward", "reset"])
+@pytest.mark.parametrize("value", ["abc", object(), [None] * S], ids=["str", "object", "list"])
+def test_what_is_no_tensor_is_named(name: str, value: Any) -> None:
+    policy = Policy(build())
+    policy.act(torch.zeros(S))
+    with pytest.raises(TypeError, match=f"act: {name} must be what torch makes a tensor of, got") as caught:
+        policy.act(**{"observation": torch.zeros(S), "reward": 0.0, name: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_flipped_views_of_numpys_are_read() -> None:
+    flipped = {
+        "observation": np.arange(2.0 * S).reshape(2, S)[::-1],
+        "reward": np.arange(2.0)[::-1],
+        "reset": np.array([True, False])[::-1],
+    }
+    results = []
+    for copied in (False, True):
+        policy = Policy(build())
+        policy.act(np.zeros((2, S)))
+        results.append(policy.act(**{k: v.copy() if copied else v for k, v in flipped.items()}))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "5", [1.0, 2.0], True])
+def test_a_return_that_is_no_number_is_refused(value: Any) -> None:
+    with pytest.raises(
+        (TypeError, ValueError), match=r"Policy: target_return must be (finite|a number), got"
+    ):
+        Policy(build(), target_return=value)
+
+
+def test_only_a_decision_model_acts() -> None:
+    for other in (torch.nn.Linear(2, 2), SequenceModel(ModelConfig(d_model=8)), None):
+        with pytest.raises(TypeError, match="Policy: model must be a DecisionModel, got"):
+            Policy(other)  # type: ignore[arg-type]
+    assert Policy(torch.compile(build(), backend="eager")).target_return == TARGET  # type: ignore[arg-type]
+
+
+STATISTICS = {"mean": torch.zeros(S), "std": torch.ones(S), "bound": torch.ones(A)}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_that_are_none_are_refused_and_nothing_is_lost(name: str) -> None:
+    good = STATISTICS[name]
+    spoilt: dict[str, Any] = {
+        "a tensor": good.tolist(),
+        "of shape": good[:1],
+        "finite": torch.full_like(good, float("nan")),
+        "finite, got infinity": torch.full_like(good.double(), 1e300),  # infinite in the buffer
+    }
+    if name != "mean":
+        spoilt["positive, got 0"] = torch.cat([good[1:], torch.zeros(1)])
+        spoilt["positive, got -1"] = -good
+    model = build().float()
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    for message, value in spoilt.items():
+        with pytest.raises((TypeError, ValueError), match=f"set_statistics: {name} must be {message}"):
+            model.set_statistics(**{**STATISTICS, name: value})
+    assert all(torch.equal(x, before[key]) for key, x in model.state_dict().items())
+    model.set_statistics(**STATISTICS)
+
+
+@pytest.mark.parametrize("steps", [1, T])
+def test_integers_that_are_in_no_table_are_refused(steps: int) -> None:
+    model = build(discrete=True, max_steps=steps)
+    good = Steps(
+        rewards()[:, :steps],
+        observations()[:, :steps],
+        torch.full((B, steps), A - 1),
+        torch.arange(steps).expand(B, -1),
+    )
+    model(good)
+    model(good._replace(previous=torch.full((B, steps), -1)))
+    for name, wrong in (("previous", A), ("previous", -2), ("times", -1)):
+        spoilt = getattr(good, name).clone()
+        spoilt[-1, -1] = wrong
+        with pytest.raises(ValueError, match=f"DecisionModel: {name} must .*, got .*{wrong}"):
+            model(good._replace(**{name: spoilt}))
+    for name in ("previous", "times"):
+        with pytest.raises(TypeError, match=f"DecisionModel: {name} must be int64, got torch.float32"):
+            model(good._replace(**{name: getattr(good, name).float()}))
 
 
 def test_a_reward_of_a_row_that_starts_is_not_looked_at() -> None:

@@ -512,6 +512,34 @@ def test_generation_refuses_at_the_call(options: dict[str, Any], message: str) -
         generate(build(), **arguments)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model": torch.nn.Linear(2, 2)},
+        {"prompt_ids": [[1]]},
+        {"prompt_ids": torch.ones(1, 2)},
+        {"num_tokens": 2.5},
+        {"num_tokens": True},
+        {"temperature": "a"},
+        {"temperature": None},
+        {"top_k": 1.5},
+        {"top_k": None},
+        {"top_p": "a"},
+        {"generator": 3},
+    ],
+    ids=str,
+)
+def test_generation_names_what_has_another_type(options: dict[str, Any]) -> None:
+    arguments = {
+        "model": build(),
+        "prompt_ids": torch.zeros(1, 2, dtype=torch.int64),
+        "num_tokens": 3,
+        **options,
+    }
+    with pytest.raises(TypeError, match=f"generate: {next(iter(options))} must be .*, got"):
+        generate(**arguments)
+
+
 def test_generation_reports_a_diverged_model() -> None:
     model = build()
     torch.nn.init.constant_(model.embedding.weight, float("nan"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,17 @@ def tie(model: Any) -> None:
     model.head.weight = model.embedding.weight
 
 
+def sometimes(module: nn.Module, *arguments: Any) -> Any:
+    return arguments[-1] if module.training else None
+
+
+CHANGING_HOOKS: dict[str, Any] = {
+    "a value": lambda *arguments: arguments[-1],
+    "perhaps a value": sometimes,
+    "a partial function": functools.partial(sometimes),
+    "no code of Python's": max,
+}
+
 CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
     "parametrized": (
         lambda model: parametrizations.weight_norm(model.head),
@@ -158,6 +170,29 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda model: model.blocks.__setitem__(0, checkpoint_wrapper(model.blocks[0])),
         "CheckpointWrapper for Block",
     ),
+    "a forward": (
+        lambda model: setattr(model.head, "forward", lambda x: x),
+        r"methods replaced: head\.forward;",
+    ),
+    "the forward": (
+        lambda model: setattr(model, "forward", lambda *_: None),
+        r"methods replaced: the whole\.forward;",
+    ),
+    "a method": (
+        lambda model: setattr(model.blocks[0].mixer, "mix", lambda *_: None),
+        r"methods replaced: blocks\.0\.mixer\.mix;",
+    ),
+    **{
+        f"{name} of {place}": (
+            lambda model, place=place, hook=hook, register=register: getattr(
+                model.get_submodule(place), register
+            )(hook),
+            f"forward hooks that may return something: {place or 'the whole'};",
+        )
+        for register in ("register_forward_hook", "register_forward_pre_hook")
+        for place in ("", "head", "blocks.1")
+        for name, hook in CHANGING_HOOKS.items()
+    },
     "whole numbers": (
         lambda model: setattr(model.norm, "weight", nn.Parameter(torch.ones(8).int(), requires_grad=False)),
         "no plain numbers: norm.weight",
@@ -191,9 +226,28 @@ def test_other_modules_are_refused(tmp_path: Path) -> None:
         save_checkpoint(tmp_path / "c", nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
-def test_hooks_that_watch_hinder_nothing(tmp_path: Path) -> None:
+class Watching:
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def __call__(self, *arguments: Any) -> None:
+        if len(self.seen) > 3:
+            return
+        self.seen.append(arguments)
+
+    def watch(self, *arguments: Any) -> None:
+        self.seen.append(arguments)
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [lambda *_: None, Watching(), Watching().watch, functools.partial(Watching().watch, 1)],
+    ids=["nothing", "callable", "method", "partial"],
+)
+def test_hooks_that_watch_hinder_nothing(tmp_path: Path, hook: Any) -> None:
     model = build()
-    model.head.register_forward_hook(lambda *_: None)  # type: ignore[union-attr]
+    model.head.register_forward_hook(hook)  # type: ignore[union-attr]
+    model.blocks[1].register_forward_pre_hook(hook)
     model.blocks[0].register_full_backward_hook(lambda *_: None)
     model.requires_grad_(False)
     save_checkpoint(tmp_path / "c", model)

@@ -108,17 +108,15 @@ def read_part(what: str, part: Tensor, batch: int, form: PartForm) -> Tensor:
 
     Raises:
         ValueError: its first axis is not the batch, or the others are not as its form has them.
-        TypeError: something of it would be lost in that dtype. Autocast rounds what it is given, and float32
-            is lost there to nobody's surprise.
+        TypeError: something of it would be lost in that dtype; under autocast, which rounds whatever it is
+            given, float32 is taken.
     """
     shape, dtype = form
     if part.dim() == 0 or part.shape[0] != batch:
         raise ValueError(
             f"{what} must have the batch, {batch}, as its first axis, got shape {tuple(part.shape)}"
         )
-    if part.dim() != 1 + len(shape) or any(
-        size not in (None, found) for size, found in zip(shape, part.shape[1:], strict=True)
-    ):
+    if part.shape[1:] != shape and not _fits(part.shape[1:], shape):
         text = ", ".join(("B", *("S" if size is None else str(size) for size in shape)))
         raise ValueError(f"{what} must be ({text}), got {tuple(part.shape)}")
     if part.dtype == dtype:
@@ -131,6 +129,12 @@ def read_part(what: str, part: Tensor, batch: int, form: PartForm) -> Tensor:
     ):
         raise TypeError(f"{what} must be {dtype} or narrower to go with the input, got {part.dtype}")
     return part.to(dtype)
+
+
+def _fits(sizes: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:
+    return len(sizes) == len(shape) and all(
+        size in (None, found) for size, found in zip(shape, sizes, strict=True)
+    )
 
 
 def check_reset(name: str, reset: Tensor | None, shape: tuple[int, ...]) -> None:

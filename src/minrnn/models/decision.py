@@ -30,7 +30,7 @@ from minrnn.models.sequence import (
 from minrnn.models.stepper import ModelState, Reading, Stepper
 from minrnn.ops.chain import End, Links, Start
 from minrnn.ops.scan import check_tensor
-from minrnn.ops.transforms import is_traced, is_transformed
+from minrnn.ops.transforms import is_plain, is_traced
 
 TOKENS = {"interleaved": 3, "joined": 1, "observation": 1}
 """What a step is read as, and in how many tokens: see `DecisionConfig.tokens`."""
@@ -330,7 +330,7 @@ class DecisionModel(nn.Module):
                     f"an embedding of their time, got step {last + 1}; train with more, or with none "
                     "(max_steps = 0)"
                 )
-        if config.discrete and config.conditioned and steps.previous.is_cpu and not is_transformed():
+        if config.discrete and config.conditioned and steps.previous.is_cpu and is_plain(steps.previous):
             low, high = _range(steps.previous)
             if low < NOTHING_DONE or high >= config.action_size:
                 raise ValueError(
@@ -356,7 +356,7 @@ def _check_statistic(name: str, numbers: Tensor, buffer: Tensor) -> None:
 def _range(x: Tensor) -> tuple[int, int]:
     """The least and the largest of some integers."""
     if x.numel() == 1:  # one step, of which this is a noticeable part
-        return int(x), int(x)
+        return (only := int(x)), only
     low, high = x.aminmax()
     return int(low), int(high)
 
