@@ -65,7 +65,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 @lru_cache
-def _is_own(kind: type[nn.Module], *functions: Any) -> bool:
+def _is_own(kind: Any, *functions: Any) -> bool:
     """Whether these, of the names in `passed`, are the functions that the class is defined with."""
     for name, function in zip(passed(kind), functions, strict=True):
         owner = next(base for base in kind.__mro__ if name in vars(base))
