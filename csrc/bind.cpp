@@ -166,6 +166,7 @@ NB_MODULE(_cpu, m) {
     nb::set_leak_warnings(false);  // a model that lives until the interpreter ends is no leak
     as_torch_does();
     m.def("prefer_huge_pages", &prefer_huge_pages);
+    m.def("layouts", &layouts);
     m.def("forward", [](int dtype, int gate, int candidate, int num_pre, int threads, bool reverse, Sizes<3> shape,
                         const Tensors &pre, const Start &start, nb::handle h) {
         const Call call{dtype, gate, candidate, num_pre, threads, reverse, shape, pre, start[0], start[1]};

@@ -591,7 +591,12 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @compiled
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_it_follows_each_tensor_to_another_layout(layout: str) -> None:
+@pytest.mark.parametrize("exchange", [True, False])
+def test_it_follows_each_tensor_to_another_layout(
+    layout: str, exchange: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchange:  # of an older torch
+        monkeypatch.setattr(chain, "_exchange", None)
     for name in dict(stepped().named_parameters()):
         if name != "embedding.weight":
             model = stepped()

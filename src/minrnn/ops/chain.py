@@ -46,6 +46,7 @@ layers, whose weights come from memory at 15 GB/s); at this bound 0.86 to 0.95."
 _NORMS = {"none": 0, "layer": 1, "rms": 2}  # as in chain.h
 _ACTIVATIONS = {"gelu": 0, "relu": 1, "silu": 2, "swiglu": 3}
 _PLAIN = (Tensor, Parameter)
+_exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 _dtype: Callable[[Tensor], torch.dtype] = operator.attrgetter("dtype")
 
 
@@ -285,10 +286,13 @@ class Chain:
         return part
 
     def _where(self) -> list[Any]:
-        """All that `_is_readable` asks for; strides and a number of elements say faster what a shape is."""
+        """Find all that `_is_readable` asks for."""
         tensors = self._tensors
-        looks = (Tensor.data_ptr, Tensor.stride, Tensor.numel, _dtype, Tensor.is_neg)
-        return [list(map(look, tensors)) for look in looks]
+        found = None if _exchange is None else _cpu.layouts(_exchange, tensors)
+        if found is None:  # strides and a number of elements say what a shape is, and faster
+            looks = (Tensor.data_ptr, Tensor.stride, Tensor.numel, _dtype)
+            found = [list(map(look, tensors)) for look in looks]
+        return [found, *map(Tensor.is_neg, tensors)]
 
 
 def _matrix(part: Affine) -> Tensor:
