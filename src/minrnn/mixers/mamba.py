@@ -91,7 +91,7 @@ class MambaMixer(Mixer):
 
     def state_form(self, dtype: torch.dtype) -> tuple[PartForm, ...]:
         h: PartForm = ((self.d_hidden, self.d_state), torch.promote_types(dtype, torch.float32))
-        return ((self.conv.width - 1, self.d_hidden), dtype), h
+        return ((self.d_conv - 1, self.d_hidden), dtype), h
 
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         window, h0 = (None, None) if state is None else state

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -156,7 +155,8 @@ def _as_tensor(
     name: str, value: Any, dtype: torch.dtype | None, device: torch.device, *, copy: bool | None = None
 ) -> Tensor:
     """Make a tensor of an argument of `act`, of whatever torch makes one of, and of NumPy's flipped views."""
-    if isinstance(value, np.ndarray) and min(value.strides, default=0) < 0:
+    strides = getattr(value, "strides", None)
+    if isinstance(strides, tuple) and min(strides, default=0) < 0:
         value = value.copy()
     try:
         return torch.asarray(value, dtype=dtype, device=device, copy=copy, requires_grad=False)
