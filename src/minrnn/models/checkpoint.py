@@ -59,8 +59,8 @@ def save_checkpoint(directory: Path, model: Model, *, extra: Mapping[str, JSON] 
         OSError: the directory cannot be written, or is no checkpoint; what was there before is untouched.
         TypeError: `model` is no SequenceModel or DecisionModel, or `extra` does not fit into JSON.
         ValueError: the model is another one by now than its config builds, so that it could not be loaded:
-            parts were replaced, parametrized, pruned, quantised or sharded, methods were, or there are
-            forward hooks that may return something.
+            parts or methods were replaced, or parts parametrized, pruned, quantised or sharded. Hooks are not
+            kept, as a state_dict keeps none.
     """
     contents = _Contents(model, extra)  # nothing is written of what cannot be read
     with write_directory(Path(directory).expanduser()) as folder:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import dis
-import functools
-import inspect
-import itertools
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -14,9 +10,6 @@ from torch import Tensor, nn
 
 SHOWN = 4
 """Names that an error lists of each fault."""
-
-NOT_RUN_AT_ONCE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
-"""Marks of functions whose calls return an object, whatever they end with."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -65,9 +58,6 @@ def tensors_to_keep(model: nn.Module, rebuilt: nn.Module) -> dict[str, Tensor]:
         "methods replaced": [
             f"{name or 'the whole'}.{method}" for name in alike for method in _methods_replaced(ours[name])
         ],
-        "forward hooks that may return something": [
-            name or "the whole" for name in alike if any(map(_may_return, _forward_hooks(ours[name])))
-        ],
         "no plain numbers": [name for name, x in found.items() if not _is_plain(x)],
         "one memory": _in_one_memory(found),
         "added or left out": _parts_alone(ours, theirs, found) + _parts_alone(theirs, ours, expected),
@@ -75,7 +65,7 @@ def tensors_to_keep(model: nn.Module, rebuilt: nn.Module) -> dict[str, Tensor]:
     if text := describe(faults):
         raise ValueError(
             f"save_checkpoint: the model is not what its config builds, and could not be loaded; {text}; "
-            "undo what has changed it (merge adapters, remove parametrizations, pruning and hooks, gather "
+            "undo what has changed it (merge adapters, remove parametrizations, pruning and patches, gather "
             "what is sharded), or keep its state_dict with torch.save"
         )
     return found
@@ -145,30 +135,6 @@ def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
 def _methods_replaced(module: nn.Module) -> list[str]:
     """Names of its class's methods in whose place the module itself has something else."""
     return [name for name in vars(module) if callable(getattr(type(module), name, None))]
-
-
-def _forward_hooks(module: nn.Module) -> list[Any]:
-    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-
-
-def _may_return(hook: Any) -> bool:
-    """Whether a hook may return something, which then takes the place of inputs or outputs.
-
-    Those that are seen to end without a value only watch: they note shapes, times and activations.
-    """
-    while isinstance(hook, functools.partial):
-        hook = hook.func
-    code = getattr(hook, "__code__", None) or getattr(type(hook).__call__, "__code__", None)
-    if code is None or code.co_flags & NOT_RUN_AT_ONCE:
-        return True
-    steps = list(dis.get_instructions(code))
-    return any(
-        last.argval is not None
-        if last.opname == "RETURN_CONST"
-        else last.is_jump_target or before.opname != "LOAD_CONST" or before.argval is not None
-        for before, last in itertools.pairwise(steps)
-        if last.opname.startswith("RETURN_") and last.opname != "RETURN_GENERATOR"
-    )
 
 
 def _is_plain(x: Tensor) -> bool:
