@@ -74,7 +74,7 @@ struct Branch {
     bool residual;
     bool recurrent() const { return gate >= 0; }
     // Floats that a step needs for each row.
-    int64_t room() const { return 2 * up.in + up.out + 5 * down.in; }
+    int64_t room() const { return 2 * up.in + up.out + 3 * down.in; }
 };
 
 constexpr float kMost = 1e36f;  // sums below it do not overflow in any order, but for what cancels
@@ -101,30 +101,20 @@ inline void project(const ChainKernels &kernels, const Projection &p, int64_t ro
     }
 }
 
-MINRNN_APART inline void advance_again(const RowKernels<float> &kernels, const Branch &b, const float *pre,
-                                       CarryRow<float> start, CarryRow<float> end, float *next) {
-    const int64_t D = b.down.in;
-    for (int64_t d = 0; d < D; d += kMaxTile, pre += kMaxTile) {
-        const Rows<const float> of[3] = {{pre, 0}, {pre + D, 0}, {b.num_pre > 2 ? pre + 2 * D : nullptr, 0}};
-        Again<float> again(kernels, std::min(kMaxTile, D - d), {start.hi + d, start.lo + d}, {end.hi + d, end.lo + d});
-        again.forward(of, next + d);
-    }
-}
-
-// next_h = gate(pre, h), row by row, by the kernels of every other length.
-inline void advance(const RowTable &table, const Branch &b, int64_t rows, const float *pre, const BranchStates &states,
-                    CarryRow<float> start, CarryRow<float> carry) {
+// next_h = gate(pre, h), row by row, by the kernels of every other length. Returns whether it is finite.
+inline bool advance(const RowTable &table, const Branch &b, int64_t rows, const float *pre, const BranchStates &states,
+                    CarryRow<float> carry) {
     const RowKernels<float> &kernels = table.of(b.gate, b.candidate, float());
     const int64_t D = b.down.in;
-    fill(start, D, 0.0f);
     for (int64_t r = 0; r < rows; ++r, pre += b.up.out) {
-        if (states.h) std::copy_n(states.h + r * D, D, start.hi);
-        copy(start, D, carry);
+        fill(carry, D, 0.0f);
+        if (states.h) std::copy_n(states.h + r * D, D, carry.hi);
         float *next = states.next_h + r * D;
         const Rows<const float> of[3] = {{pre, 0}, {pre + D, 0}, {b.num_pre > 2 ? pre + 2 * D : nullptr, 0}};
         kernels.forward(D, 1, of, carry, {next, 0});
-        if (!kernels.finite(D, carry.hi)) advance_again(kernels, b, pre, start, carry, next);
+        if (!kernels.finite(D, carry.hi)) return false;
     }
+    return true;
 }
 
 // The window moves on by the step that was just read.
@@ -159,7 +149,7 @@ inline bool run(const Branch &b, const RowTable &table, const ChainKernels &kern
     project(kernels, b.up, rows, threads, input, nullptr, pre);
     if (!kernels.moderate(rows * b.up.out, pre)) return false;
     if (b.recurrent()) {
-        advance(table, b, rows, pre, states, {carry + 2 * D, carry + 3 * D}, {carry, carry + D});
+        if (!advance(table, b, rows, pre, states, {carry, carry + D})) return false;
         hidden = states.next_h;
     } else {
         for (int64_t r = 0; r < rows; ++r) kernels.activate(b.activation, D, pre + r * b.up.out, hidden + r * D);

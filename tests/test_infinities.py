@@ -116,7 +116,7 @@ def test_no_number_depends_on_a_later_infinity(gate: str) -> None:
 @compiled
 @pytest.mark.parametrize("gate", [gate for gate in GATES if gate != "identity"])
 def test_a_models_step(gate: str) -> None:
-    """The chained step has them where gated_scan has them."""
+    """The chained step leaves them to torch's operations, and so to gated_scan."""
     chain = importlib.import_module("minrnn.ops.chain")
     k, D = GATES[gate].num_pre, 7
     eye = torch.eye(D)
@@ -126,10 +126,12 @@ def test_a_models_step(gate: str) -> None:
     )  # fmt: skip
     links = chain.Chain(chain.Links([branch]))
     x, h = torch.randn(3, D), torch.randn(3, D)
-    h[0, 2], h[1, 3], h[2, 4] = torch.inf, -torch.inf, torch.nan
     _, [state] = links.step([x], [chain.BranchState(None, h)])
     pre = torch.nn.functional.linear(x, *branch.up)[:, None]
     same(state.h, reference.forward([pre], h, None, gate, "linear", False)[:, 0], 2e-6)
+    for number in (torch.inf, -torch.inf, torch.nan):
+        h[1, 3] = number
+        assert links.step([x], [chain.BranchState(None, h)]) is None
 
 
 @compiled
