@@ -396,3 +396,16 @@ def test_a_pace_says_how_long_the_rest_takes(monkeypatch: pytest.MonkeyPatch) ->
     assert pace(0.4) == "evaluating: 40%, about 30 s left"
     assert pace(0.6) == "evaluating: 60%, about 20 s left"
     assert pace(0.1) == "evaluating"
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "5"])
+def test_a_narrow_terminal_loses_nothing(columns: str) -> None:
+    for verb, said in (("engines", "cpu"), ("train --help", "--run")):
+        done = subprocess.run(
+            [sys.executable, "-m", "minrnn", *verb.split()],
+            env=os.environ | {"COLUMNS": columns},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert said in done.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
@@ -124,3 +125,12 @@ def test_any_json_is_read_or_refused_in_one_line(changes: dict[str, Any]) -> Non
             message = str(error)
         assert message.startswith("origin")
         assert "\n" not in message
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    os.mkfifo(path)
+    for read in (read_json, read_json_lines, read_toml):
+        with pytest.raises(ValueError, match=r"file.json must be a regular file, got a pipe or device"):
+            read(path, Outer)

@@ -101,6 +101,20 @@ def test_a_missing_file_is_named(run_dir: Path, name: str) -> None:
     assert missing.value.filename == str(last(run_dir, name))
 
 
+def test_a_run_that_has_lost_its_last_checkpoint_is_not_started_anew(run_dir: Path) -> None:
+    """Its best weights and its metrics would be overwritten."""
+    shutil.rmtree(last(run_dir))
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    for _ in range(2):  # with its results, and without them
+        with pytest.raises(
+            FileNotFoundError, match=r"checkpoints.last is missing, though step \d+ was reached"
+        ):
+            trained(read_config(run_dir), run_dir, resume=True)
+        assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+        before.pop(run_dir / "results.json", None)
+        (run_dir / "results.json").unlink(missing_ok=True)
+
+
 def test_files_of_another_run_are_refused(run_dir: Path, runs: dict[str, Path]) -> None:
     for name in FILES[2:]:
         shutil.copy(last(runs["other"], name), last(run_dir))

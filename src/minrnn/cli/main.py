@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,6 +60,9 @@ FAILED = (RuntimeError, OSError, ImportError, subprocess.SubprocessError, EOFErr
 UNSAID = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError)
 """Errors whose kind says more than their text."""
 
+NARROWEST = 60
+"""Columns that help and tables are given at least."""
+
 
 class Ended(KeyboardInterrupt):
     """A signal ends the command; locks, partial files and the terminal are put right on the way.
@@ -82,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 for a failure, 2 for bad usage or input, 128 + n for signal n.
     """
     _open_descriptors()
+    _widen_terminal()
     with _ended_by_signals():
         try:
             status = _main(list(sys.argv[1:] if argv is None else argv))
@@ -163,6 +168,13 @@ def _open_descriptors() -> None:
             setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", closefd=False))
         with contextlib.suppress(AttributeError):  # a test's or a notebook's
             getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def _widen_terminal() -> None:
+    """Let tables and help be as wide as they have to be; in a terminal narrower than that they would vanish."""
+    width = shutil.get_terminal_size().columns  # of COLUMNS, or the terminal, or by default
+    if width < NARROWEST or os.environ.get("COLUMNS") == "0":
+        os.environ["COLUMNS"] = str(max(width, NARROWEST))
 
 
 @contextmanager

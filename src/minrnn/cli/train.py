@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -71,7 +72,7 @@ def _train(config: RunConfig, run_dir: Path, resume: bool) -> int:
         results = train(config, run_dir, resume=resume, log=log)
     except Interrupted as stop:
         with contextlib.suppress(OSError):  # whoever has asked by leaving does not read it
-            log.note(f"{stop}; go on with: minrnn train --run {run_dir} --resume")
+            log.note(f"{stop}; go on with: minrnn train --run {_argument(run_dir)} --resume")
         return 128 + stop.signum
     except KeyboardInterrupt:  # a second signal, or one outside the loop
         if (run_dir / "checkpoints" / "last").exists():
@@ -92,12 +93,18 @@ def _summary(task: TaskConfig, results: Mapping[str, Any], run_dir: Path) -> str
     verb = (
         "act" if isinstance(task, DecisionsConfig) else "sample" if "bits_per_byte" in results else "evaluate"
     )
-    return f"{', '.join(parts)}; next: minrnn {verb} {run_dir}"
+    return f"{', '.join(parts)}; next: minrnn {verb} {_argument(run_dir)}"
 
 
 def default_run(recipe: str) -> Path:
     """Name the directory of a run that starts now; others of the same second get numbers after it."""
     return Path("runs", f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def _argument(path: Path) -> str:
+    """Return a path as a shell takes it for a command's argument."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def _named_recipe(args: Sequence[str]) -> str:

@@ -25,7 +25,7 @@ def read_json(path: Path, kind: type[T]) -> T:
         OSError: the file cannot be read.
         ValueError: it is not JSON, or does not hold such a value; the message names the file and the key.
     """
-    return parse_json(path.read_bytes(), kind, str(path))
+    return parse_json(_content(path), kind, str(path))
 
 
 def read_json_lines(path: Path, kind: type[T]) -> list[T]:
@@ -35,14 +35,14 @@ def read_json_lines(path: Path, kind: type[T]) -> list[T]:
         OSError: the file cannot be read.
         ValueError: a line is not JSON, or holds another value; the message names the file and the line.
     """
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = _content(path).splitlines(keepends=True)
     whole = lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
     return [parse_json(line, kind, f"{path}, line {number}") for number, line in enumerate(whole, 1)]
 
 
 def read_toml(path: Path, kind: type[T]) -> T:
     """Read a TOML file that holds a table of this type; see `read_json`."""
-    return parse_toml(path.read_bytes(), kind, str(path))
+    return parse_toml(_content(path), kind, str(path))
 
 
 def parse_json(text: str | bytes, kind: type[T], origin: str) -> T:
@@ -62,6 +62,12 @@ def naming(origin: object) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from error
+
+
+def _content(path: Path) -> bytes:
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path} must be a regular file, got a pipe or device")  # which may never end
+    return path.read_bytes()
 
 
 def _parse(text: str | bytes, loads: Callable[[str], Any], name: str, kind: Any, origin: str) -> Any:

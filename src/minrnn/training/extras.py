@@ -41,6 +41,8 @@ def draw(picture: Callable[[], object]) -> str | None:
             import_module(name)
     except ImportError:
         return NO_MATPLOTLIB
+    except FOREIGN_ERRORS as error:  # of its own settings: a backend that MPLBACKEND misspells
+        return f"matplotlib: {' '.join(str(error).split())}"
     return attempt(picture)
 
 

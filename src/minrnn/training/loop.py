@@ -20,7 +20,7 @@ from minrnn.ops import engines
 from minrnn.tasks import TASKS, Batch
 from minrnn.tasks.task import evaluation_mode
 from minrnn.training.config import Precision, RunConfig, read_config
-from minrnn.training.log import RunLog, check_written, plot_losses
+from minrnn.training.log import RunLog, check_written, plot_losses, read_metrics
 from minrnn.training.memory import keep_freed_memory
 from minrnn.training.optim import clip_gradients, learning_rate_at, make_optimizers, set_learning_rate
 from minrnn.training.provenance import provenance
@@ -292,6 +292,17 @@ class Run:
         tell(0.0)
         return self.task.evaluate(self.model, max_tokens=max_tokens, tell=tell)
 
+    def _check_never_saved(self) -> None:
+        """Refuse to start a run anew that has lost its last checkpoint, over its metrics and best weights."""
+        metrics = self.run_dir / "metrics.jsonl"
+        done = max((line["step"] for line in read_metrics(metrics)), default=0) if metrics.exists() else 0
+        saved_by = self.settings.checkpoint_every or done
+        if (self.run_dir / "results.json").exists() or done > saved_by:
+            raise FileNotFoundError(
+                f"resume: {self.run_dir / 'checkpoints' / 'last'} is missing, though step {done} was reached; "
+                "put it back, or start a new run in another directory"
+            )
+
     def _restore(self) -> None:
         last = self.run_dir / "checkpoints" / "last"
         for directory in (last, last.with_name("best")):
@@ -299,6 +310,7 @@ class Run:
         try:
             find_directory(last)
         except FileNotFoundError:
+            self._check_never_saved()
             self.log.note("no checkpoint yet: starting from the first step")
             return
         self.state, extra = load_last(last, self.model, self.optimizers, self.config, self.log.note)
