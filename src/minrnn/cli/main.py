@@ -171,7 +171,7 @@ def _open_descriptors() -> None:
 
 
 def _widen_terminal() -> None:
-    """Let tables and help be as wide as they have to be; in a terminal narrower than that they would vanish."""
+    """Let tables and help be as wide as they have to be; in a narrower terminal they would vanish."""
     width = shutil.get_terminal_size().columns  # of COLUMNS, or the terminal, or by default
     if width < NARROWEST or os.environ.get("COLUMNS") == "0":
         os.environ["COLUMNS"] = str(max(width, NARROWEST))

@@ -299,8 +299,8 @@ class Run:
         saved_by = self.settings.checkpoint_every or done
         if (self.run_dir / "results.json").exists() or done > saved_by:
             raise FileNotFoundError(
-                f"resume: {self.run_dir / 'checkpoints' / 'last'} is missing, though step {done} was reached; "
-                "put it back, or start a new run in another directory"
+                f"resume: {self.run_dir / 'checkpoints' / 'last'} is missing, though step {done} was "
+                "reached; put it back, or start a new run in another directory"
             )
 
     def _restore(self) -> None:
