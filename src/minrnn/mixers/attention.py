@@ -67,6 +67,11 @@ class AttentionMixer(Mixer):
             empty, none = q.new_empty(B, 0, self.d_hidden), x.new_zeros(B, dtype=torch.int64)
             state = (empty, empty, none, none)
         else:
+            if state[0].shape[1] != state[1].shape[1]:
+                raise ValueError(
+                    "AttentionMixer: keys and values of a state must have as many steps, got "
+                    f"{state[0].shape[1]} and {state[1].shape[1]}"
+                )
             at = state[3].unsqueeze(1) + at  # (B, T)
         q, new_keys = self._rotate(q, at), self._rotate(new_keys, at)
         keys = torch.cat([state[0].to(q.dtype), new_keys], dim=1)  # (B, S + T, d_hidden)

@@ -116,7 +116,7 @@ def read_part(what: str, part: Tensor, batch: int, form: PartForm) -> Tensor:
         raise ValueError(
             f"{what} must have the batch, {batch}, as its first axis, got shape {tuple(part.shape)}"
         )
-    if part.shape[1:] != shape and not _fits(part.shape[1:], shape):
+    if not _fits(part.shape[1:], shape):
         text = ", ".join(("B", *("S" if size is None else str(size) for size in shape)))
         raise ValueError(f"{what} must be ({text}), got {tuple(part.shape)}")
     if part.dtype == dtype:
@@ -133,7 +133,7 @@ def read_part(what: str, part: Tensor, batch: int, form: PartForm) -> Tensor:
 
 def _fits(sizes: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:
     return len(sizes) == len(shape) and all(
-        size in (None, found) for size, found in zip(shape, sizes, strict=True)
+        size is None or size == found for size, found in zip(shape, sizes, strict=True)
     )
 
 
