@@ -78,7 +78,8 @@ def _train(config: RunConfig, run_dir: Path, resume: bool) -> int:
         if (run_dir / "checkpoints" / "last").exists():
             with contextlib.suppress(OSError):
                 log.note(
-                    f"stopped; go on from the last checkpoint with: minrnn train --run {run_dir} --resume"
+                    "stopped; go on from the last checkpoint with: "
+                    f"minrnn train --run {_argument(run_dir)} --resume"
                 )
         raise
     log.note(_summary(config.task, results, run_dir))
