@@ -1,6 +1,6 @@
 // The Python module minrnn.ops._cpu: tensors in, nothing out.
 //
-// Shapes and dtypes are trusted: src/minrnn/ops/cpu.py passes what scan.py has checked, and ops/chain.py what it has
+// Shapes and dtypes are trusted: src/minrnn/ops/cpu.py passes what recurrence.py has checked, and ops/chain.py what it has
 // itself. That a tensor has memory of that extent is made sure of here (tensor.h).
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>

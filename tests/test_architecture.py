@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 import pytest
 
 import minrnn
-from minrnn.ops.engines import ENGINES
+from minrnn.ops.registry import ENGINES
 from minrnn.ops.selective.operator import MODULES as SELECTIVE_ENGINES
 
 REPOSITORY = Path(__file__).parents[1]
@@ -165,10 +165,10 @@ def test_rooms_import_only_from_floors_below(module: Module) -> None:
 
 def test_floors_are_seen_through_functions_tables_and_relative_imports() -> None:
     text = (
-        'def f():\n    from minrnn.cli import main\nT = {"a": "minrnn.training.loop"}\nfrom ..ops import scan'
+        'def f():\n    from minrnn.cli import main\nT = {"a": "minrnn.training.loop"}\nfrom ..ops import cpu'
     )
     module = Module("minrnn.mixers.made_up", PACKAGE / "mixers" / "made_up.py", ast.parse(text))
-    assert set(imports(module)) == {"minrnn.cli.main", "minrnn.training.loop", "minrnn.ops.scan"}
+    assert set(imports(module)) == {"minrnn.cli.main", "minrnn.training.loop", "minrnn.ops.cpu"}
 
 
 @pytest.mark.parametrize("room", sorted({module.room for module in MODULES.values()} - {""}))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import minrnn
 from minrnn.ops import GATES, gated_scan, memory, release_memory
-from minrnn.ops.engines import load
+from minrnn.ops.registry import load
 
 LOADED = load("cpp")
 pytestmark = pytest.mark.skipif(

@@ -12,7 +12,7 @@ from engine_laws import CELLS, INFINITIES, TOLERANCE, inputs, same, spoiled
 from selective_laws import NAMES, draw, gradients_like
 
 from minrnn.ops import GATES, reference
-from minrnn.ops.engines import load
+from minrnn.ops.registry import load
 from minrnn.ops.selective import reference as selective_reference
 
 LOADED = load("cpp")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minrnn.ops import CANDIDATES, GATES, gated_scan, scan
-from minrnn.ops.engines import ENGINES, load
+from minrnn.ops.registry import ENGINES, load
 
 HERE = Path(__file__).parent
 

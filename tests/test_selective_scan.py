@@ -14,7 +14,7 @@ from selective_laws import NAMES, TOLERANCE, cast, compare, draw, gradients_like
 from torch import Tensor
 
 from minrnn.ops import selective_scan
-from minrnn.ops.engines import ENGINES, load
+from minrnn.ops.registry import ENGINES, load
 from minrnn.ops.selective import reference
 from minrnn.ops.selective.operator import MODULES
 from minrnn.ops.selective.reference import CHUNK, Inputs

@@ -15,7 +15,7 @@ from engine_laws import same
 from selective_laws import NAMES, TOLERANCE, cast, compare, draw, gradients_like
 from torch import Tensor
 
-from minrnn.ops.engines import serving
+from minrnn.ops.registry import serving
 from minrnn.ops.selective import reference
 from minrnn.ops.selective.operator import MODULES
 from minrnn.ops.selective.reference import CHUNK, Inputs

@@ -17,7 +17,7 @@ import torch
 from engine_laws import CELLS, TOLERANCE, compare, inputs, relative_error
 
 from minrnn.ops import GATES, engines, reference
-from minrnn.ops.engines import ENGINES, serving
+from minrnn.ops.registry import ENGINES, serving
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'minrnn[gpu]'")
 import minrnn.ops.triton as compiled  # needs Triton

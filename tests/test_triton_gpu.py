@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minrnn import gated_scan
 from minrnn.ops import GATES, engines
-from minrnn.ops.engines import ENGINES, serving
+from minrnn.ops.registry import ENGINES, serving
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'minrnn[gpu]'")
 if not torch.cuda.is_available():

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from minrnn.ops.scan import FLOATS
+from minrnn.ops.recurrence import FLOATS
 
 
 def as_python(value: Any) -> Any:

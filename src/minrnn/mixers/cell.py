@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from minrnn.mixers.gated import GatedModule
-from minrnn.ops.scan import check_tensor
+from minrnn.ops.recurrence import check_tensor
 
 
 class MinRNNCell(GatedModule):

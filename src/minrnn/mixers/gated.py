@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from minrnn.mixers.arguments import read_choice, read_dtype, read_flag, read_number, read_size
 from minrnn.mixers.projected import Recurrence
 from minrnn.ops import CANDIDATES, GATES
-from minrnn.ops.scan import FLOATS, STARTS
+from minrnn.ops.recurrence import FLOATS, STARTS
 from minrnn.ops.transforms import in_autocast
 
 FORGET_BIAS = 1.0

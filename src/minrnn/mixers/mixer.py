@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from minrnn.mixers.arguments import read_size
-from minrnn.ops.scan import check_tensor
+from minrnn.ops.recurrence import check_tensor
 from minrnn.ops.transforms import in_autocast
 
 State = tuple[Tensor, ...]

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minrnn.mixers.chunks import WHOLE, Chunk, cut_batch, cut_sequences, steps_at_once
 from minrnn.ops import GATES, gated_scan
-from minrnn.ops.operator import new_output
+from minrnn.ops.gated import new_output
 from minrnn.ops.transforms import (
     is_mapped_by_old_vmap,
     is_plain,

@@ -29,7 +29,7 @@ from minrnn.models.sequence import (
 )
 from minrnn.models.stepper import ModelState, Reading, Stepper
 from minrnn.ops.chain import End, Links, Start
-from minrnn.ops.scan import check_tensor
+from minrnn.ops.recurrence import check_tensor
 from minrnn.ops.transforms import is_plain, is_traced
 
 TOKENS = {"interleaved": 3, "joined": 1, "observation": 1}

@@ -8,7 +8,7 @@ from torch import Tensor
 from minrnn.mixers.arguments import read_number, read_size
 from minrnn.models.evaluation import call_in_evaluation
 from minrnn.models.sequence import ModelConfig, ModelState, SequenceModel
-from minrnn.ops.scan import check_tensor
+from minrnn.ops.recurrence import check_tensor
 
 PROMPT_CHUNK = 4096
 """Tokens of a prompt read at once: its logits are dropped, so a long prompt need not hold them all."""

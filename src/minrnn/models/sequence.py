@@ -21,7 +21,7 @@ from minrnn.models.block import ACTIVATIONS, MLP, Block, BlockState
 from minrnn.models.dropout import Dropout
 from minrnn.models.stepper import ModelState, Reading, Stepper
 from minrnn.ops.chain import Affine, End, Links
-from minrnn.ops.scan import check_tensor
+from minrnn.ops.recurrence import check_tensor
 
 NORMS = ("layer", "rms", "none")
 

@@ -1,10 +1,10 @@
 """The recurrence h[t] = a[t] h[t-1] + b[t], and Mamba's, which has many states a channel; nothing else."""
 
-from minrnn.ops.engines import Engine as Engine
-from minrnn.ops.engines import engines as engines
 from minrnn.ops.gates import CANDIDATES as CANDIDATES
 from minrnn.ops.gates import GATES as GATES
 from minrnn.ops.memory import release_memory as release_memory
-from minrnn.ops.scan import gated_scan as gated_scan
-from minrnn.ops.scan import scan as scan
+from minrnn.ops.recurrence import gated_scan as gated_scan
+from minrnn.ops.recurrence import scan as scan
+from minrnn.ops.registry import Engine as Engine
+from minrnn.ops.registry import engines as engines
 from minrnn.ops.selective import selective_scan as selective_scan

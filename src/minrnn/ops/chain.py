@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from minrnn.ops.engines import forced, load
 from minrnn.ops.gates import GATES
+from minrnn.ops.registry import forced, load
 from minrnn.ops.transforms import is_observed
 
 __all__ = [

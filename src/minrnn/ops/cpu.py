@@ -1,6 +1,6 @@
 """The compiled engine for the CPU: csrc/ behind a wrapper that hands it tensors as it reads them.
 
-What the extension relies on is made sure of here: dtype, device, shape (checked by scan.py), contiguous
+What the extension relies on is made sure of here: dtype, device, shape (checked by recurrence.py), contiguous
 channels, no lazily negated views, and outputs that live until it returns. That tensors have memory of their
 extent it sees to itself (csrc/tensor.h).
 """

@@ -1,7 +1,7 @@
 """The operator `minrnn::selective_scan`: its engines, its derivatives of every order, and its batching.
 
-As in minrnn.ops.operator, eager calls go through an autograd.Function, all others call the operator, and both
-share what stands below. Nothing is checked: scan.py has done that.
+As in minrnn.ops.gated, eager calls go through an autograd.Function, all others call the operator, and both
+share what stands below. Nothing is checked: recurrence.py has done that.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
 from torch.nn.functional import softplus
 
-from minrnn.ops import operator
-from minrnn.ops.engines import Functions, implementations, register
+from minrnn.ops import gated
 from minrnn.ops.reference import output_like, state_dtype
+from minrnn.ops.registry import Functions, implementations, register
 from minrnn.ops.selective.reference import Inputs, discretise, empty_borders
 from minrnn.ops.transforms import (
     at_level,
@@ -39,7 +39,7 @@ MODULES = {
     "triton": "minrnn.ops.selective.triton",
     "reference": "minrnn.ops.selective.reference",
 }
-"""The modules that compute the selective scan, by the engine's name in minrnn.ops.engines.ENGINES."""
+"""The modules that compute the selective scan, by the engine's name in minrnn.ops.registry.ENGINES."""
 
 Derivatives = tuple[Tensor | None, ...]
 """Gradients or tangents of the fields of Inputs, in their order."""
@@ -209,8 +209,8 @@ def _linearise(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 def _linear(a: Tensor, b: Tensor, h0: Tensor | None, *, reverse: bool) -> Tensor:
     start = None if h0 is None else h0.flatten(1)
-    mode = operator.Mode("identity", "positive", reverse)
-    return operator.apply([a.flatten(2), b.flatten(2)], start, None, mode).unflatten(2, a.shape[2:])
+    mode = gated.Mode("identity", "positive", reverse)
+    return gated.apply([a.flatten(2), b.flatten(2)], start, None, mode).unflatten(2, a.shape[2:])
 
 
 def _ungated(x: Inputs, h: Tensor) -> Tensor:

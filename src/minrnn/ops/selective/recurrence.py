@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minrnn.ops.scan import FLOATS, check_like
+from minrnn.ops.recurrence import FLOATS, check_like
 from minrnn.ops.selective.operator import apply
 from minrnn.ops.selective.reference import Inputs
 

@@ -3,7 +3,7 @@
 Eager calls go through an autograd.Function at once, whose overhead is a quarter of a registered operator's
 autograd; torch.func's transforms, forward mode, and what compilers and tracers write down call the operator
 itself. Both doors share what stands below, so there is one law. Everywhere here `pre` holds the gate's k
-tensors, or one packed tensor, and nothing is checked: scan.py has done that.
+tensors, or one packed tensor, and nothing is checked: recurrence.py has done that.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
 
-from minrnn.ops.engines import ENGINES, Functions, implementations, register, serving
 from minrnn.ops.gates import CANDIDATES, GATES
 from minrnn.ops.reference import output_like, split, state_dtype
+from minrnn.ops.registry import ENGINES, Functions, implementations, register, serving
 from minrnn.ops.transforms import (
     at_level,
     fold,

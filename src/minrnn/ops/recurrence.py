@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minrnn.ops.gated import Mode, apply
 from minrnn.ops.gates import CANDIDATES, GATES
-from minrnn.ops.operator import Mode, apply
 
 __all__ = ["FLOATS", "STARTS", "check_like", "check_tensor", "gated_scan", "scan"]
 
