@@ -37,7 +37,7 @@ const DecodeKernels *kernels_of(Isa isa) {
 
 using Pair = std::pair<nb::handle, nb::handle>;  // weight and bias, either None
 using NormOf = std::tuple<int, float, Pair>;     // kind, eps, scale
-using Rows64 = std::vector<int64_t>;
+using Indices = std::vector<int64_t>;
 
 const float *read(const char *what, nb::handle x, int64_t count) { return reach<const float>(what, x, count); }
 
@@ -54,42 +54,41 @@ Norm norm(const NormOf &of, int64_t n) {
     return {static_cast<NormKind>(std::get<0>(of)), std::get<1>(of), weights(std::get<2>(of), n, n)};
 }
 
-// The greatest of some indices, each of which lies in 0 .. count - 1.
-int64_t greatest(const char *what, const Rows64 &indices, int64_t count) {
-    if (indices.empty()) throw std::invalid_argument(std::string(what) + " must not be empty");
+// Raises unless each index lies in 0 .. count - 1.
+void check(const char *what, const Indices &indices, int64_t count) {
+    if (indices.empty()) return;
     const auto [low, high] = std::minmax_element(indices.begin(), indices.end());
     if (*low < 0 || *high >= count)
         throw std::out_of_range(std::string(what) + " must lie in 0 .. " + std::to_string(count - 1) + ", got " +
                                 std::to_string(*low) + " .. " + std::to_string(*high));
-    return *high;
 }
 
 // Of a branch: its window before and after the step, and its h before and after it.
 using StateOf = std::tuple<nb::handle, nb::handle, nb::handle, nb::handle>;
 
-// num_rows: of the states before the step, and after it.
+// num_rows: of the states before the step.
 BranchState branch_state(const Branch &b, int64_t num_rows, const StateOf &of) {
     const auto &[window, next_window, h, next_h] = of;
     return {read("a window", window, num_rows * b.window_size()), made<float>(next_window),
             read("h", h, num_rows * b.state_size()), made<float>(next_h)};
 }
 
-// tokens: empty where the inputs are projected. rows: of the states, a pool's, which are advanced in place; empty: the
-// states are the batch's, and those after the step lie elsewhere.
-bool run_step(const FusedStep &step, int64_t num_rows, int threads, const Rows64 &tokens,
-              const std::vector<nb::handle> &numbers, const std::vector<StateOf> &states, const Rows64 &rows,
-              nb::handle y) {
+// tokens: one of each row, or empty where the inputs are projected. rows: of the states, a pool of pool_rows, which are
+// advanced in place; empty: the states are the batch's, and those after the step lie elsewhere.
+bool run_step(const FusedStep &step, int64_t num_rows, int threads, const Indices &tokens,
+              const std::vector<nb::handle> &numbers, const std::vector<StateOf> &states, int64_t pool_rows,
+              const Indices &rows, nb::handle y) {
     Inputs inputs{tokens, {}};
-    if (step.embedding.weight) {
-        greatest("tokens", tokens, step.embedding.count);
-        num_rows = static_cast<int64_t>(tokens.size());
-    }
+    if (static_cast<int64_t>(tokens.size()) != (step.embedding.weight ? num_rows : 0) ||
+        static_cast<int64_t>(rows.size()) != (rows.empty() ? 0 : num_rows))
+        throw std::invalid_argument("minrnn: a step must have one token and one row of the states for each row");
+    check("tokens", tokens, step.embedding.count);
+    check("rows", rows, pool_rows);
     for (std::size_t k = 0; k < step.inputs.size(); ++k)
         inputs.numbers.push_back(read("an input", numbers.at(k), num_rows * step.inputs[k].in));
-    const int64_t pool_rows = rows.empty() ? num_rows : 1 + greatest("rows", rows, INT64_MAX);
     std::vector<BranchState> of;
     for (std::size_t i = 0; i < step.branches.size(); ++i)
-        of.push_back(branch_state(step.branches[i], pool_rows, states.at(i)));
+        of.push_back(branch_state(step.branches[i], rows.empty() ? num_rows : pool_rows, states.at(i)));
     float *out = made<float>(y);
     nb::gil_scoped_release release;
     if (rows.empty()) return run(step, *table, *kernels, num_rows, {nullptr}, threads, inputs, of, out);

@@ -135,8 +135,8 @@ class FusedStep:
             return None
         after = self._new_state(batch) if rows is None or state is None else state
         y = self._like.new_empty(batch, self._num_outputs)
-        states = self._branch_states(state, after)
-        if not self._step.run(batch, torch.get_num_threads(), *read, states, rows or [], y):
+        states, pool_rows = self._branch_states(state, after), after[0][1][0].shape[0]
+        if not self._step.run(batch, torch.get_num_threads(), *read, states, pool_rows, rows or [], y):
             return None
         return self._finish(y), after
 
@@ -253,6 +253,8 @@ class _Translation:
         """Read the blocks and what follows them."""
         self._check_dropout("dropout")
         count = len(self.module("blocks", nn.ModuleList))
+        if count == 0:
+            raise NotFusableError("the model has no blocks")
         forms = [self._add_block(f"blocks.{index}") for index in range(count)]
         assert output[0] is not None
         num_outputs = len(output[0])
