@@ -26,7 +26,7 @@ from minrnn.models.block import GATED, MLP, Block, BlockState
 from minrnn.models.decision import DecisionModel, Steps
 from minrnn.models.dropout import Dropout
 from minrnn.models.sequence import ModelState, SequenceModel
-from minrnn.ops import CANDIDATES, GATES
+from minrnn.ops import GATES
 from minrnn.ops.registry import forced, load
 
 __all__ = ["FusedStep", "NotFusableError", "fuse"]
@@ -346,9 +346,10 @@ class _Translation:
 
     def _gate(self, path: str, rnn: MinGRU | MinLSTM) -> tuple[int, int, int]:
         """Return the engine's codes of the gate and its candidate, and the gate's pre-activations."""
-        if rnn.gate not in GATES or rnn.candidate not in CANDIDATES:
+        gate = self._engine.GATE_CODES.get(rnn.gate)
+        candidate = self._engine.CANDIDATE_CODES.get(rnn.candidate)
+        if gate is None or candidate is None:
             raise NotFusableError(f"{path} has an unknown gate or candidate")
-        gate, candidate = self._engine.GATE_CODES[rnn.gate], self._engine.CANDIDATE_CODES[rnn.candidate]
         return gate, candidate, GATES[rnn.gate].num_pre
 
     def _convolution(self, path: str) -> tuple[int, Weights]:
