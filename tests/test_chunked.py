@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import GATES
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from minrnn.mixers import MinGRU, MinLSTM, chunks, projected
 from minrnn.mixers.chunks import Chunk, cut_batch, cut_sequences
 from minrnn.mixers.projected import Recurrence
-from minrnn.ops import CANDIDATES, GATES
+from minrnn.ops import CANDIDATES
 
 # The gates that layers have, with each candidate.
 CELLS = [(gate, candidate) for gate in GATES if GATES[gate].has_candidate for candidate in CANDIDATES]
@@ -57,9 +58,8 @@ def make_recurrence(
 ) -> Recurrence:
     rows = GATES[gate].num_pre * D
     weight = draw(rows, C, seed=1, dtype=dtype).requires_grad_()
-    return Recurrence(
-        gate, candidate, weight, draw(rows, seed=2, dtype=dtype).requires_grad_() if bias else None, **options
-    )
+    form, offset = GATES[gate], draw(rows, seed=2, dtype=dtype).requires_grad_() if bias else None
+    return Recurrence(form.gate, candidate, form.signed, weight, offset, **options)
 
 
 # How x (B, T, C) may lie in memory, made from one that is contiguous.
@@ -283,13 +283,13 @@ def test_borders_do_not_cost_accuracy(T: int) -> None:
     bias = torch.cat([torch.full((channels,), -13.8), torch.zeros(channels)])
     x = torch.randn(1, T, channels, generator=generator).requires_grad_()
     dh = torch.randn(1, T, channels, generator=generator)
-    exact = Recurrence("mingru", "linear", weight.double(), bias.double())
+    exact = Recurrence("mingru", "linear", False, weight.double(), bias.double())
     wide = x.detach().double().requires_grad_()
     expected = exact.compose(wide, None, None, False, False)
     (dx,) = torch.autograd.grad(expected, wide, dh.double())
     for recompute in (False, True):
         with chunks_of(chunks.MIN_STEPS):
-            h = Recurrence("mingru", "linear", weight, bias, recompute).scan(x)
+            h = Recurrence("mingru", "linear", False, weight, bias, recompute).scan(x)
             (actual,) = torch.autograd.grad(h, x, dh)
         assert (h - expected).abs().max() / expected.abs().max() < 2e-6
         assert (actual - dx).abs().max() / dx.abs().max() < 5e-6

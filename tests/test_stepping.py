@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import GATES
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils.parametrizations import weight_norm
@@ -26,7 +27,7 @@ from minrnn.mixers import MIXERS
 from minrnn.models import DecisionConfig, DecisionModel, ModelConfig, SequenceModel, Steps, map_state
 from minrnn.models.block import ACTIVATIONS
 from minrnn.models.sequence import NORMS
-from minrnn.ops import CANDIDATES, GATES, chain
+from minrnn.ops import CANDIDATES, chain
 from minrnn.training.threads import cpu_threads
 
 HERE = Path(__file__).parent
@@ -121,8 +122,9 @@ def test_steps_of_every_cell(cell: MinCell, candidate: str) -> None:
 
 
 def test_every_gate_of_a_mixer_is_among_the_cells() -> None:
-    gates = {build(**cell).blocks[0].mixer.rnn.gate for cell in CELLS}
-    assert gates == GATES.keys() - {"identity"}
+    layers = [build(**cell).blocks[0].mixer.rnn for cell in CELLS]
+    forms = {(form.gate, form.signed) for form in GATES.values()}
+    assert {(layer.gate, layer.signed) for layer in layers} == forms - {("identity", False)}
 
 
 @compiled

@@ -19,6 +19,7 @@ class MinRNNCell(GatedModule):
         bias: bool,
         candidate: str,
         forget_bias: float | None,
+        signed: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -29,6 +30,7 @@ class MinRNNCell(GatedModule):
             bias=bias,
             candidate=candidate,
             forget_bias=forget_bias,
+            signed=signed,
         )
         self._add_projection("", input_size, device, dtype)
         self.reset_parameters()

@@ -43,6 +43,7 @@ class MinRNN(GatedModule):
         bidirectional: bool,
         candidate: str,
         forget_bias: float | None,
+        signed: bool,
         recompute: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
@@ -54,6 +55,7 @@ class MinRNN(GatedModule):
             bias=bias,
             candidate=candidate,
             forget_bias=forget_bias,
+            signed=signed,
         )
         name = type(self).__name__
         self.num_layers = read_size(name, "num_layers", num_layers)

@@ -46,6 +46,8 @@ class Recurrence(NamedTuple):
     """A name in GATES."""
     candidate: str
     """A name in CANDIDATES."""
+    signed: bool
+    """Whether decays lie in (-1, 1)."""
     weight: Tensor
     """`(num_pre * D, C)`, its rows as `gated_scan` takes the gate's pre-activations."""
     bias: Tensor | None
@@ -91,7 +93,7 @@ class Recurrence(NamedTuple):
             return self.compose(x, h0, reset, reverse, time_major)
         if not (self.recompute or self._is_large(x)) or not self._fuses(x, h0):
             return self.compose(x, h0, reset, reverse, time_major)
-        plan = _Plan(self.gate, self.candidate, reverse, time_major, self.recompute)
+        plan = _Plan(self.gate, self.candidate, self.signed, reverse, time_major, self.recompute)
         plan = plan._replace(chunks=_cut(plan.batch_first(x), self._steps_at_once(), reverse))
         return _fuse(plan, _Tensors(x, self.weight, self.bias, h0, reset))
 
@@ -116,7 +118,9 @@ class Recurrence(NamedTuple):
         sequences = chunks = cut_sequences(offsets, x.shape[1], reverse=reverse)
         if self.recompute or self._is_large(x):
             chunks = cut_sequences(offsets, self._steps_at_once(), reverse=reverse)
-        plan = _Plan(self.gate, self.candidate, reverse, False, self.recompute, sequences, chunks)
+        plan = _Plan(
+            self.gate, self.candidate, self.signed, reverse, False, self.recompute, sequences, chunks
+        )
         return _fuse(plan, _Tensors(x, self.weight, self.bias, h0, None))
 
     def compose(
@@ -163,6 +167,7 @@ class _Plan(NamedTuple):
 
     gate: str
     candidate: str
+    signed: bool
     reverse: bool
     time_major: bool
     """Whether x is (T, B, C)."""
@@ -180,7 +185,13 @@ class _Plan(NamedTuple):
         """Scan the chunk whose pre-activations are given."""
         reset = None if reset is None else _of(reset, chunk)
         return gated_scan(
-            self.gate, pre, h0=start, reset=reset, reverse=self.reverse, candidate=self.candidate
+            self.gate,
+            pre,
+            h0=start,
+            reset=reset,
+            reverse=self.reverse,
+            candidate=self.candidate,
+            signed=self.signed,
         )
 
     def last(self, h: Tensor) -> Tensor:
@@ -209,7 +220,13 @@ def _project_and_scan(
     pre = recurrence.project(x)
     pre = pre.transpose(0, 1) if time_major else pre
     return gated_scan(
-        recurrence.gate, pre, h0=h0, reset=reset, reverse=reverse, candidate=recurrence.candidate
+        recurrence.gate,
+        pre,
+        h0=h0,
+        reset=reset,
+        reverse=reverse,
+        candidate=recurrence.candidate,
+        signed=recurrence.signed,
     )
 
 
@@ -345,7 +362,7 @@ def _differentiate_composition(plan: _Plan, needs: Needs, dh: Tensor, tensors: _
 
 def _compose(plan: _Plan, tensors: _Tensors) -> Tensor:
     x, weight, bias, h0, reset = tensors
-    recurrence = Recurrence(plan.gate, plan.candidate, weight, bias)
+    recurrence = Recurrence(plan.gate, plan.candidate, plan.signed, weight, bias)
     if plan.sequences == (WHOLE,):
         return recurrence.compose(x, h0, reset, plan.reverse, plan.time_major)
     pre = recurrence.project(x)
@@ -366,7 +383,7 @@ def _differentiate_in_chunks(
             dh_piece = dh_piece.clone()
             plan.last(dh_piece).add_(following)
         forget = None if tensors.reset is None else _of(tensors.reset, chunk)
-        mode = (plan.gate, plan.candidate, plan.reverse)
+        mode = (plan.gate, plan.candidate, plan.signed, plan.reverse)
         dpre, dstart = _backward_op(dh_piece, [pre], h, start, forget, *mode)
         sums.add(chunk, dpre, dstart)
         following = dstart if chunk.entry is None else None

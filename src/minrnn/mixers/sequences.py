@@ -99,7 +99,9 @@ class Joined:
         pre = recurrence.project(x)
         dtype = torch.promote_types(pre.dtype, torch.float32)
         parts = pre.to(dtype).chunk(GATES[recurrence.gate].num_pre, -1)
-        a, b = GATES[recurrence.gate].equations(CANDIDATES[recurrence.candidate], *parts)
+        a, b = GATES[recurrence.gate].equations(
+            CANDIDATES[recurrence.candidate], *parts, signed=recurrence.signed
+        )
         entry, reset = (self.last, self.ends) if reverse else (self.first, self.starts)
         entering = a[0].index_select(0, entry) * h0
         b = b.index_add(1, entry, entering.where(self.filled, 0).unsqueeze(0))

@@ -204,7 +204,10 @@ class Reading:
         rnn = self.module(mixer, "rnn", MinGRU, MinLSTM)
         self.require(self.setting(rnn, "num_layers") == 1 and not self.setting(rnn, "bidirectional"))
         gate, candidate = self.setting(rnn, "gate"), self.setting(rnn, "candidate")
-        self.require(gate in GATES and candidate in CANDIDATES)
+        signed = self.setting(rnn, "signed")
+        self.require(
+            gate in GATES and candidate in CANDIDATES and signed in (False, GATES[gate].can_be_signed)
+        )
         up, down = Affine(self.tensor(rnn, "weight_ih_l0")), self.linear(block, "down")
         if self.setting(rnn, "bias"):
             up = self.affine(rnn, "_ih_l0")
@@ -218,6 +221,7 @@ class Reading:
             candidate,
             down,
             self.setting(block, "residual"),
+            signed,
         )
 
     def _convolution(self, conv: CausalConv) -> Affine:

@@ -116,6 +116,8 @@ class Branch(NamedTuple):
     """W_out `(d_model, D)`, and b_out."""
     residual: bool
     """Whether x is added."""
+    signed: bool = False
+    """Whether a gate's decays lie in (-1, 1)."""
 
     @property
     def inputs(self) -> int:
@@ -260,7 +262,7 @@ class Chain:
             D,
             self._projection(branch.up, self._width, wide),
             self._projection(branch.down, D, self._width),
-            _cpu.GATE_CODES[branch.function] if gated else -1,
+            _cpu.GATE_CODES[branch.function, branch.signed] if gated else -1,
             _cpu.CANDIDATE_CODES[branch.candidate],
             branch.inputs,
             0 if gated else _ACTIVATIONS[branch.function],

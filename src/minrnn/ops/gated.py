@@ -43,6 +43,8 @@ class Mode(NamedTuple):
     """A name in GATES."""
     candidate: str
     """A name in CANDIDATES."""
+    signed: bool
+    """Whether decays lie in (-1, 1)."""
     reverse: bool
     """From the last step to the first."""
 
@@ -94,12 +96,13 @@ def _functions(module: ModuleType) -> Functions:
 _FOUND = implementations(MODULES, _functions)
 _LIBRARY = torch.library.Library("minrnn", "DEF")
 _LIBRARY.define(
-    "gated_scan(Tensor[] pre, Tensor? h0, Tensor? reset, str gate, str candidate, bool reverse) -> Tensor",
+    "gated_scan(Tensor[] pre, Tensor? h0, Tensor? reset, "
+    "str gate, str candidate, bool signed, bool reverse) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
     "gated_scan_backward(Tensor dh, Tensor[] pre, Tensor h, Tensor? h0, Tensor? reset, "
-    "str gate, str candidate, bool reverse) -> Tensor[]",
+    "str gate, str candidate, bool signed, bool reverse) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _forward_op = torch.ops.minrnn.gated_scan.default
@@ -145,7 +148,7 @@ def _differentiable_backward(
     zero = torch.zeros_like(a[:, :1])
     a_next = torch.cat([zero, a[:, :-1]] if mode.reverse else [a[:, 1:], zero], 1)
     g = _linear(a_next, dh.to(a.dtype), None, reverse=not mode.reverse)
-    dparts = GATES[mode.gate].pullback(CANDIDATES[mode.candidate], parts, g * h_prev, g)
+    dparts = GATES[mode.gate].pullback(CANDIDATES[mode.candidate], parts, g * h_prev, g, signed=mode.signed)
     dpre = [torch.cat(dparts, -1)] if len(pre) == 1 else dparts
     start = -1 if mode.reverse else 0
     return [d.to(x.dtype) for d, x in zip(dpre, pre, strict=True)], a[:, start] * g[:, start]
@@ -164,13 +167,13 @@ def _tangent(
     parts, a, h_prev = _linearise(pre, h, h0, reset, mode)
     filled = [torch.zeros_like(x) if d is None else d for d, x in zip(tangents, pre, strict=True)]
     dparts = [d.to(a.dtype) for d in split(mode.gate, filled)]
-    da, db = GATES[mode.gate].pushforward(CANDIDATES[mode.candidate], parts, dparts)
+    da, db = GATES[mode.gate].pushforward(CANDIDATES[mode.candidate], parts, dparts, signed=mode.signed)
     dh0 = None if dh0 is None else dh0.to(a.dtype)
     return _linear(a, da * h_prev + db, dh0, reverse=mode.reverse).to(h.dtype)
 
 
 def _linear(a: Tensor, b: Tensor, h0: Tensor | None, *, reverse: bool) -> Tensor:
-    return apply([a, b], h0, None, Mode("identity", "positive", reverse))
+    return apply([a, b], h0, None, Mode("identity", "positive", False, reverse))
 
 
 def _linearise(
@@ -179,7 +182,7 @@ def _linearise(
     """Separate pre-activations, decays and previous states, resets applied, in float32 or wider."""
     dtype = torch.promote_types(h.dtype, torch.float32)
     parts = [x.to(dtype) for x in split(mode.gate, pre)]
-    a, _ = GATES[mode.gate].equations(CANDIDATES[mode.candidate], *parts)
+    a, _ = GATES[mode.gate].equations(CANDIDATES[mode.candidate], *parts, signed=mode.signed)
     h = h.to(dtype)
     first = torch.zeros_like(h[:, :1]) if h0 is None else h0.to(dtype).unsqueeze(1)
     h_prev = torch.cat([h[:, 1:], first] if mode.reverse else [first, h[:, :-1]], 1)

@@ -209,7 +209,7 @@ def _linearise(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 def _linear(a: Tensor, b: Tensor, h0: Tensor | None, *, reverse: bool) -> Tensor:
     start = None if h0 is None else h0.flatten(1)
-    mode = gated.Mode("identity", "positive", reverse)
+    mode = gated.Mode("identity", "positive", False, reverse)
     return gated.apply([a.flatten(2), b.flatten(2)], start, None, mode).unflatten(2, a.shape[2:])
 
 
