@@ -1,14 +1,15 @@
 """What a layer and a cell share: projections of the input to a gate's pre-activations, and how they start."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from minrnn.mixers.arguments import read_choice, read_dtype, read_flag, read_number, read_size
-from minrnn.mixers.projected import Recurrence
-from minrnn.ops import CANDIDATES, GATES
+from minrnn.ops import CANDIDATES, GATES, projected_scan
 from minrnn.ops.recurrence import FLOATS, STARTS
 from minrnn.ops.transforms import in_autocast
 
@@ -78,8 +79,8 @@ class GatedModule(nn.Module):
         kinds = ("weight_ih", "bias_ih") if self.bias else ("weight_ih",)
         return [getattr(self, kind + suffix) for kind in kinds]
 
-    def _recurrence(self, x: Tensor, suffix: str) -> Recurrence:
-        """The recurrence that starts with this projection, to be run on x."""
+    def _scan(self, x: Tensor, suffix: str) -> Callable[..., Tensor]:
+        """Return `projected_scan` of this projection, to be called with x; check the dtype of x."""
         # Read once a call: a parametrized weight is computed anew each time that it is read.
         weight: Tensor = getattr(self, "weight_ih" + suffix)
         bias: Tensor | None = getattr(self, "bias_ih" + suffix) if self.bias else None
@@ -88,7 +89,15 @@ class GatedModule(nn.Module):
                 f"{type(self).__name__}: input must have the weights' dtype, {weight.dtype}, got {x.dtype}; "
                 f"convert the input with .to({weight.dtype}) or the module with .to({x.dtype})"
             )
-        return Recurrence(self.gate, self.candidate, self.signed, weight, bias, self.recompute)
+        return partial(
+            projected_scan,
+            self.gate,
+            weight=weight,
+            bias=bias,
+            candidate=self.candidate,
+            signed=self.signed,
+            recompute=self.recompute,
+        )
 
     def reset_parameters(self) -> None:
         """Draw parameters from U(-k, k), k = 1 / sqrt(hidden_size), as torch.nn.GRU; add the forget bias.

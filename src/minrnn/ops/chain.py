@@ -21,6 +21,7 @@ from torch.nn import Parameter
 
 from minrnn.ops.gates import GATES
 from minrnn.ops.registry import forced, load
+from minrnn.ops.torch_private import dlpack_exchange
 from minrnn.ops.transforms import is_observed
 
 __all__ = [
@@ -46,7 +47,6 @@ layers, whose weights come from memory at 15 GB/s); at this bound 0.86 to 0.95."
 _NORMS = {"none": 0, "layer": 1, "rms": 2}  # as in chain.h
 _ACTIVATIONS = {"gelu": 0, "relu": 1, "silu": 2, "swiglu": 3}
 _PLAIN = (Tensor, Parameter)
-_exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 _dtype: Callable[[Tensor], torch.dtype] = operator.attrgetter("dtype")
 
 
@@ -290,7 +290,7 @@ class Chain:
     def _where(self) -> list[Any]:
         """Find all that `_is_readable` asks for."""
         tensors = self._tensors
-        found = None if _exchange is None else _cpu.layouts(_exchange, tensors)
+        found = None if dlpack_exchange is None else _cpu.layouts(dlpack_exchange, tensors)
         if found is None:  # strides and a number of elements say what a shape is, and faster
             looks = (Tensor.data_ptr, Tensor.stride, Tensor.numel, _dtype)
             found = [list(map(look, tensors)) for look in looks]

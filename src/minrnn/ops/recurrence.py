@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minrnn.ops.gated import Mode, apply
+from minrnn.ops.gated import GATED_SCAN, Mode, linear_scan
 from minrnn.ops.gates import CANDIDATES, GATES
 
 __all__ = ["FLOATS", "STARTS", "check_like", "check_tensor", "gated_scan", "scan"]
@@ -56,9 +56,7 @@ def scan(a: Tensor, b: Tensor, h0: Tensor | None = None, *, reverse: bool = Fals
     "Parallelizing linear recurrent neural nets over sequence length" (2018), for its use in cells.
     """
     _check("scan", ("a", "b"), (a, b), h0, None)
-    return apply(
-        [a, b], h0, None, Mode("identity", "positive", False, _read_flag("scan", "reverse", reverse))
-    )
+    return linear_scan(a, b, h0, reverse=_read_flag("scan", "reverse", reverse))
 
 
 def gated_scan(
@@ -130,7 +128,7 @@ def gated_scan(
     if signed and not GATES[gate].can_be_signed:
         raise ValueError(f"gated_scan: gate {gate!r} has no signed form, got signed=True; leave it out")
     mode = Mode(gate, candidate, signed, reverse)
-    return apply(list(pre), h0, reset, mode)
+    return GATED_SCAN((*pre, h0, reset), mode)
 
 
 # ----------------------------------------------------------------------------------------------------------
