@@ -277,7 +277,7 @@ def share(plan: Plan, gate: str, shape: Shape, dtype: torch.dtype) -> dict[str, 
     found = check_scan(gate, *sets[0])
     if max(found.values()) > TOLERANCE[dtype]:
         raise RuntimeError(f"{OURS} differs from float64 ({found}); nothing more is timed")
-    mode = (None, None, gate, "positive", False)
+    mode = (None, None, gate, "positive", False, False)
     forward, backward = torch.ops.minrnn.gated_scan.default, torch.ops.minrnn.gated_scan_backward.default
     states = [forward([pre], *mode) for pre, _ in sets]
     halves = {phase: torch.ones(size // 8, device=plan.device) for phase, size in moved.items()}

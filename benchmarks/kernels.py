@@ -87,6 +87,7 @@ def build(
     capability: int,
     processors: int,
     *,
+    signed: bool = False,
     optional: bool = False,
 ) -> dict[str, Any]:
     """Compile the kernels of one call forward and one backward on packed pre-activations.
@@ -97,6 +98,7 @@ def build(
         shape: (B, T, D).
         capability: the card's compute capability, 90 for 9.0.
         processors: how many multiprocessors it has.
+        signed: with decays in (-1, 1).
         optional: with an initial state and resets.
 
     Returns:
@@ -108,8 +110,8 @@ def build(
         h0, reset = torch.empty(B, D), torch.empty(B, T, dtype=torch.bool)
     options = (h0, reset) if optional else (None, None)
     with compiling(capability, processors) as built:
-        engine.forward([pre], *options, gate, "positive", False)
-        engine.backward(h, [pre], h, *options, gate, "positive", False)
+        engine.forward([pre], *options, gate, "positive", signed, False)
+        engine.backward(h, [pre], h, *options, gate, "positive", signed, False)
     return dict(zip(("forward", "backward"), built, strict=True))
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from laws import GATES, gated_scan
 from torch import Tensor
 
-from minrnn.ops import CANDIDATES, GATES, gated_scan
+from minrnn.ops import CANDIDATES
 
 LIMIT_H, LIMIT_GRADIENT = 2e-6, 5e-6  # largest error relative to the largest value, float32
 

@@ -164,7 +164,7 @@ def test_decoding_goes_on_from_the_state() -> None:
 
 
 def test_accuracy_is_measured_for_each_kind_of_forgetting(plotting: None) -> None:
-    args = ["--lengths", "16..64", "--channels", "2", "--gates", "mingru", "minlstm", "minlstm_unnormalised"]
+    args = ["--lengths", "16..64", "--channels", "2", "--gates", "mingru", "minlstm", "minlstm_unnormalized"]
     document = bench("accuracy", *args)
     results = document["results"]
     assert len({(r["gate"], r["T"], r["forgetting"], r["system"], r["dtype"]) for r in results}) == len(
@@ -183,7 +183,7 @@ def test_forgetting_is_as_fast_as_it_says() -> None:
     """A state decays by half in the half-life, for every gate, where gates sit at their middle."""
     from minrnn.benchmarks.accuracy import FORGETTING, AccuracyBench, _half_life, _inputs
 
-    for gate in ("mingru", "minlstm", "minlstm_unnormalised"):
+    for gate in ("mingru", "minlstm", "minlstm_unnormalized"):
         pre, _ = _inputs(gate, 4000, AccuracyBench(channels=1))
         middle = [x.median(1, keepdim=True).values for x in pre]  # (3, 1, 1)
         middle[-1] = torch.full_like(middle[-1], -1e9)  # a candidate of zero
@@ -389,7 +389,7 @@ def test_peak_memory_is_what_a_call_adds() -> None:
 def test_traffic_is_the_budget() -> None:
     float32 = {gate: scan.traffic(gate, torch.float32) for gate in GATES}
     assert float32["mingru"] == {"forward": 12, "backward": 24}
-    assert float32["minlstm"] == float32["minlstm_unnormalised"] == {"forward": 16, "backward": 32}
+    assert float32["minlstm"] == float32["minlstm_unnormalized"] == {"forward": 16, "backward": 32}
     assert float32["identity"] == {"forward": 12, "backward": 20}
     assert scan.traffic("mingru", torch.bfloat16) == {"forward": 6, "backward": 12}
 

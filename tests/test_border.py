@@ -13,15 +13,16 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import laws
 import pytest
 import torch
-from engine_laws import inputs
+from laws import GATES, inputs
 from selective_laws import NAMES, draw, gradients_like
 from torch import Tensor
 
 import minrnn
 from minrnn.models import DecisionConfig, DecisionModel, Decoder, ModelConfig, SequenceModel, fused_step
-from minrnn.ops import GATES, gated_scan, memory, release_memory
+from minrnn.ops import gated_scan, memory, release_memory
 from minrnn.ops.registry import load
 
 LOADED = load("cpp")
@@ -83,7 +84,7 @@ SPOILT = [freed, shortened, late, elsewhere, strided, negated]
 def test_every_tensor_of_the_gated_scan(gate: str, spoil: Callable[[Tensor], Tensor]) -> None:
     """Forward and backward raise RuntimeError for it, packed or not."""
     pre, h0, reset, dh = inputs(gate, 2, 5, 4, torch.float32)
-    mode = (gate, "positive", False)
+    mode = laws.mode(gate)
     forward, backward = engine().forward, engine().backward
     h = forward(pre, h0, reset, *mode)
     for j in range(len(pre)):
@@ -207,7 +208,7 @@ def test_what_reaches_the_border_through_the_operator_is_measured_too() -> None:
     ):
         gated_scan("mingru", *pre, h0=freed(h0))
     with pytest.raises(RuntimeError, match=r"h0 .* requires a storage"):  # shapes are not checked there
-        torch.ops.minrnn.gated_scan(pre, h0[:1].clone(), None, "mingru", "positive", False)
+        torch.ops.minrnn.gated_scan(pre, h0[:1].clone(), None, *laws.mode("mingru"))
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -5,21 +5,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import GATES
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minrnn.mixers import MinGRU, MinLSTM, chunks, projected
-from minrnn.mixers.chunks import Chunk, cut_batch, cut_sequences
-from minrnn.mixers.projected import Recurrence
-from minrnn.ops import CANDIDATES, GATES
+from minrnn.mixers import MinGRU, MinLSTM
+from minrnn.ops import CANDIDATES, chunks, projected, projected_scan
+from minrnn.ops.chunks import Chunk, cut_batch, cut_sequences
 
 # The gates that layers have, with each candidate.
 CELLS = [(gate, candidate) for gate in GATES if GATES[gate].has_candidate for candidate in CANDIDATES]
@@ -47,6 +47,32 @@ def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
+class Recurrence(NamedTuple):
+    """The arguments of projected_scan that stay the same in a test."""
+
+    gate: str
+    candidate: str
+    signed: bool
+    weight: Tensor
+    bias: Tensor | None
+    recompute: bool = False
+
+    def scan(
+        self, x: Tensor, h0: Tensor | None = None, reset: Tensor | None = None, **options: bool
+    ) -> Tensor:
+        return projected_scan(
+            self.gate, x, self.weight, self.bias, candidate=self.candidate, signed=self.signed, h0=h0,
+            reset=reset, recompute=self.recompute, **options,
+        )  # fmt: skip
+
+    def compose(
+        self, x: Tensor, h0: Tensor | None, reset: Tensor | None, reverse: bool, time_major: bool
+    ) -> Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(projected, "LARGE_BYTES", 1 << 60)
+            return self._replace(recompute=False).scan(x, h0, reset, reverse=reverse, time_major=time_major)
+
+
 def make_recurrence(
     gate: str,
     candidate: str = "positive",
@@ -57,9 +83,8 @@ def make_recurrence(
 ) -> Recurrence:
     rows = GATES[gate].num_pre * D
     weight = draw(rows, C, seed=1, dtype=dtype).requires_grad_()
-    return Recurrence(
-        gate, candidate, weight, draw(rows, seed=2, dtype=dtype).requires_grad_() if bias else None, **options
-    )
+    form, offset = GATES[gate], draw(rows, seed=2, dtype=dtype).requires_grad_() if bias else None
+    return Recurrence(form.gate, candidate, form.signed, weight, offset, **options)
 
 
 # How x (B, T, C) may lie in memory, made from one that is contiguous.
@@ -250,11 +275,19 @@ def test_gradients_that_are_expanded(recompute: bool) -> None:
 
 @recomputed
 @pytest.mark.parametrize("layout", ["batch-major", "time-major"])
-def test_the_output_may_be_changed_in_place(layout: str, recompute: bool) -> None:
+def test_the_output_may_be_changed_in_place_where_it_is_not_kept(layout: str, recompute: bool) -> None:
+    """Where backward reads it, backward raises; recomputed, the gradients are right."""
     recurrence, x = make_recurrence("mingru", recompute=recompute), LAYOUTS[layout](draw(3, 8, C, seed=3))
+    x.requires_grad_()
     with chunks_of(4):
-        h = recurrence.scan(x.requires_grad_()) * 1
-        recurrence.scan(x).mul_(2) if recompute else h.mul_(2)
+        h = recurrence.scan(x).mul_(2)
+        if not recompute:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(h.sum(), x)
+            return
+        (actual,) = torch.autograd.grad(h.sum(), x)
+    (expected,) = torch.autograd.grad(2 * recurrence.compose(x, None, None, False, False).sum(), x)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
 @recomputed
@@ -283,13 +316,13 @@ def test_borders_do_not_cost_accuracy(T: int) -> None:
     bias = torch.cat([torch.full((channels,), -13.8), torch.zeros(channels)])
     x = torch.randn(1, T, channels, generator=generator).requires_grad_()
     dh = torch.randn(1, T, channels, generator=generator)
-    exact = Recurrence("mingru", "linear", weight.double(), bias.double())
+    exact = Recurrence("mingru", "linear", False, weight.double(), bias.double())
     wide = x.detach().double().requires_grad_()
     expected = exact.compose(wide, None, None, False, False)
     (dx,) = torch.autograd.grad(expected, wide, dh.double())
     for recompute in (False, True):
         with chunks_of(chunks.MIN_STEPS):
-            h = Recurrence("mingru", "linear", weight, bias, recompute).scan(x)
+            h = Recurrence("mingru", "linear", False, weight, bias, recompute).scan(x)
             (actual,) = torch.autograd.grad(h, x, dh)
         assert (h - expected).abs().max() / expected.abs().max() < 2e-6
         assert (actual - dx).abs().max() / dx.abs().max() < 5e-6

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from laws import GATES, gated_scan
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+import minrnn
 from minrnn.mixers import (
     MIXERS,
     MinGRU,
@@ -30,7 +32,7 @@ from minrnn.mixers import (
 )
 from minrnn.mixers.convolution import CausalConv
 from minrnn.models import DecisionConfig, ModelConfig
-from minrnn.ops import GATES, gated_scan, scan, selective_scan
+from minrnn.ops import scan, selective_scan
 from minrnn.ops.selective.operator import MODULES as SELECTIVE_ENGINES
 
 I, H = 4, 8  # noqa: E741
@@ -326,7 +328,7 @@ def test_a_direction_is_a_bool(gate: str | None) -> None:
 def test_a_name_is_one_of_its_table(value: Any) -> None:
     x = torch.ones(1, 3, 2)
     readers: list[tuple[str, Callable[[], Any]]] = [
-        ("gate", lambda: gated_scan(value, x, x)),
+        ("gate", lambda: minrnn.gated_scan(value, x, x)),
         ("candidate", lambda: gated_scan("mingru", x, x, candidate=value)),
         ("candidate", lambda: MinGRU(I, H, candidate=value)),
         ("candidate", lambda: MinLSTMCell(I, H, candidate=value)),

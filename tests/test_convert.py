@@ -123,7 +123,7 @@ def test_candidate_is_passed_on() -> None:
 
 def test_signed_is_passed_on() -> None:
     model = convert_rnns(nn.ModuleList([nn.GRU(I, H), nn.LSTMCell(I, H)]), signed=True)
-    assert [m.gate for m in model] == ["mingru_signed", "minlstm_signed"]
+    assert [(m.gate, m.signed) for m in model] == [("mingru", True), ("minlstm", True)]
 
 
 def test_a_module_in_two_places_stays_one() -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import GATES
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils.parametrizations import weight_norm
@@ -37,7 +38,7 @@ from minrnn.models import (
 )
 from minrnn.models.block import ACTIVATIONS
 from minrnn.models.sequence import NORMS
-from minrnn.ops import CANDIDATES, GATES
+from minrnn.ops import CANDIDATES
 from minrnn.ops.registry import forced, load
 from minrnn.training.threads import cpu_threads
 
@@ -153,8 +154,9 @@ def test_steps_of_every_cell(cell: MinCell, candidate: str) -> None:
 
 
 def test_every_gate_of_a_mixer_is_among_the_cells() -> None:
-    gates = {build(**cell).blocks[0].mixer.rnn.gate for cell in CELLS}
-    assert gates == GATES.keys() - {"identity"}
+    layers = [build(**cell).blocks[0].mixer.rnn for cell in CELLS]
+    forms = {(form.gate, form.signed) for form in GATES.values()}
+    assert {(layer.gate, layer.signed) for layer in layers} == forms - {("identity", False)}
 
 
 @compiled

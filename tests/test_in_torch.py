@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from laws import GATES, gated_scan
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
@@ -17,7 +18,6 @@ from torch.func import functional_call, jvp, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
 
 from minrnn.mixers import MinGRU, MinGRUCell, MinLSTM, MinLSTMCell
-from minrnn.ops import GATES, gated_scan
 
 B, T, C, D = 2, 5, 3, 4
 LAYERS: dict[str, Callable[..., Any]] = {"mingru": MinGRU, "minlstm": MinLSTM}

@@ -7,13 +7,14 @@ import itertools
 from types import ModuleType
 from typing import Any
 
+import laws
 import pytest
 import torch
-from engine_laws import CELLS, INFINITIES, TOLERANCE, inputs, same, spoiled
+from laws import CELLS, GATES, INFINITIES, TOLERANCE, inputs, same, spoiled
 from selective_laws import NAMES, draw, gradients_like
 
 from minrnn.models import Decoder, ModelConfig, SequenceModel
-from minrnn.ops import GATES, reference
+from minrnn.ops import reference
 from minrnn.ops.registry import load
 from minrnn.ops.selective import reference as selective_reference
 
@@ -34,7 +35,7 @@ def test_forward(gate: str, candidate: str, dtype: torch.dtype, reverse: bool) -
     for T in (1, 2, 13):
         pre, h0, reset, _ = spoiled(gate, dtype, T)
         for given in (reset, None):
-            mode = (gate, candidate, reverse)
+            mode = laws.mode(gate, candidate, reverse)
             exact = reference.forward([x.double() for x in pre], h0.double(), given, *mode)
             same(LOADED.forward(pre, h0, given, *mode), exact.to(dtype), TOLERANCE[dtype])
 
@@ -46,7 +47,7 @@ def test_forward(gate: str, candidate: str, dtype: torch.dtype, reverse: bool) -
 def test_backward(gate: str, dtype: torch.dtype, reverse: bool) -> None:
     """Of infinite states, gradients; of infinite gradients, those of h0 and of what is added to the state."""
     assert isinstance(LOADED, ModuleType)
-    mode = (gate, "linear" if GATES[gate].has_candidate else "positive", reverse)
+    mode = laws.mode(gate, "linear" if GATES[gate].has_candidate else "positive", reverse)
     for T, given in itertools.product((1, 2, 13), (True, False)):
         pre, h0, reset, dh = spoiled(gate, dtype, T)
         reset = reset if given else None
@@ -75,7 +76,7 @@ def test_backward(gate: str, dtype: torch.dtype, reverse: bool) -> None:
 def test_time_in_chunks(gate: str, reverse: bool) -> None:
     """They cross from chunk to chunk, whether or not a look back has met them."""
     assert isinstance(LOADED, ModuleType)
-    T, D, mode = 1600, 21, (gate, "positive", reverse)
+    T, D, mode = 1600, 21, laws.mode(gate, "positive", reverse)
     pre, h0, reset, dh = (
         [x[:1] for x in part] if isinstance(part, list) else part[:1]
         for part in spoiled(gate, torch.float32, T)
@@ -106,9 +107,9 @@ def test_no_number_depends_on_a_later_infinity(gate: str) -> None:
     """Nor on one in another channel: the same bits."""
     assert isinstance(LOADED, ModuleType)
     pre, h0, _, _ = inputs(gate, 1, 20, 21, torch.float32)
-    before = LOADED.forward(pre, h0, None, gate, "positive", False)
+    before = LOADED.forward(pre, h0, None, *laws.mode(gate))
     pre[-1][0, 11, 4] = torch.inf
-    after = LOADED.forward(pre, h0, None, gate, "positive", False)
+    after = LOADED.forward(pre, h0, None, *laws.mode(gate))
     others = torch.arange(21) != 4
     assert torch.equal(after[:, :11], before[:, :11])
     assert torch.equal(after[..., others], before[..., others])

@@ -19,8 +19,8 @@ LENGTHS = [3, 7, 1, 7, 4]
 LAYERS: dict[str, Callable[..., MinGRU | MinLSTM]] = {
     "mingru": MinGRU,
     "minlstm": MinLSTM,
-    "mingru_signed": lambda *sizes, **options: MinGRU(*sizes, signed=True, **options),
-    "minlstm_unnormalised": lambda *sizes, **options: MinLSTM(*sizes, normalize=False, **options),
+    "mingru, signed": lambda *sizes, **options: MinGRU(*sizes, signed=True, **options),
+    "minlstm, unnormalized": lambda *sizes, **options: MinLSTM(*sizes, normalize=False, **options),
 }
 Result = tuple[list[Tensor], Tensor]
 Form = Callable[[MinGRU | MinLSTM, list[Tensor], Tensor | None], Result]

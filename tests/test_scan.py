@@ -10,29 +10,23 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import laws
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import CELLS, GATES, TOLERANCE, gated_scan, mode, poisoned, relative_error, threads
 from torch import Tensor
 
-from minrnn.ops import CANDIDATES, GATES, gated_scan, scan
+import minrnn.ops
+from minrnn.ops import CANDIDATES, scan
 from minrnn.ops.registry import ENGINES, load
 
 HERE = Path(__file__).parent
 
-# A cell is a gate with one of its candidates; the identity gate has none.
-CELLS = [
-    (gate, candidate)
-    for gate, candidate in itertools.product(GATES, CANDIDATES)
-    if GATES[gate].has_candidate or candidate == "positive"
-]
 # tests/test_triton.py holds the GPU's engine to the same laws.
 LOADED = {name: load(name) for name, (_, device, _) in ENGINES.items() if device != "cuda"}
 MODULES = {name: module for name, module in LOADED.items() if isinstance(module, ModuleType)}
-
-# Largest error relative to the largest value: about one rounding of the output.
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 INSTRUCTION_SETS = ["baseline", "avx2", "avx512", "avx512_bf16"]  # as in csrc/isa.h
 
@@ -45,21 +39,7 @@ def inputs(
     gate: str, B: int, T: int, D: int, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Pre-activations, an initial state of both signs, and sparse resets."""
-    generator = torch.Generator().manual_seed(seed)
-    pre = [torch.randn(B, T, D, generator=generator, dtype=torch.float64) for _ in GATES[gate].pre]
-    if gate == "identity":
-        pre[0] = pre[0].sigmoid()
-    h0 = torch.randn(B, D, generator=generator, dtype=torch.float64)
-    reset = torch.rand(B, T, generator=generator) < 0.1
-    return [x.to(dtype) for x in pre], h0.to(dtype), reset
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    assert actual.shape == expected.shape
-    assert actual.isfinite().all(), "the engine left or produced a value that is not finite"
-    return float(
-        (actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30)
-    )
+    return laws.inputs(gate, B, T, D, dtype, seed)[:3]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -113,59 +93,36 @@ def test_engine(gate: str, candidate: str, reverse: bool, dtype: torch.dtype, T:
     D = 37 if T < 1000 else 5
     pre, h0, reset = inputs(gate, 3, T, D, dtype)
     dh = torch.randn(3, T, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
-    arguments = (h0, reset, gate, candidate, reverse)
+    arguments = (h0, reset, *mode(gate, candidate, reverse))
     exact = MODULES["reference"].forward([x.double() for x in pre], h0.double(), *arguments[1:])
     h = exact.to(dtype)
     gradients = MODULES["reference"].backward(
         dh.double(), [x.double() for x in pre], h.double(), h0.double(), *arguments[1:]
     )
     for name, module in MODULES.items():
-        with Poisoned():
+        with poisoned():
             assert relative_error(module.forward(pre, *arguments), exact) < TOLERANCE[dtype], name
             actual = module.backward(dh, pre, h, *arguments)
         for x, y in zip(actual, gradients, strict=True):
             assert relative_error(x, y) < 2.5 * TOLERANCE[dtype], name
 
 
-class Poisoned:
-    """Within it, torch fills uninitialised memory with NaN, so that an unwritten output shows."""
-
-    def __enter__(self) -> None:
-        torch.use_deterministic_algorithms(True)
-
-    def __exit__(self, *_: object) -> None:
-        torch.use_deterministic_algorithms(False)
-
-
-class Threads:
-    """A number of threads for the engine, taken back at the end."""
-
-    def __init__(self, number: int) -> None:
-        self.number, self.before = number, torch.get_num_threads()
-
-    def __enter__(self) -> None:
-        torch.set_num_threads(self.number)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self.before)
-
-
 @compiled
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("num_threads", [1, 3])
 @pytest.mark.parametrize(
     "shape", [(1, 5000, 3), (1, 3000, 70), (2, 1500, 33), (5, 64, 700), (64, 40, 20)], ids=str
 )
-def test_engine_partitions(gate: str, threads: int, shape: tuple[int, int, int]) -> None:
+def test_engine_partitions(gate: str, num_threads: int, shape: tuple[int, int, int]) -> None:
     """Cutting batch, channels and time over threads changes nothing but the last bits."""
     pre, h0, reset = inputs(gate, *shape)
     dh = torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    with Threads(threads):
+    with threads(num_threads):
         for reverse in (False, True):
-            arguments = (h0, reset, gate, "positive", reverse)
+            arguments = (h0, reset, *mode(gate, "positive", reverse))
             expected = MODULES["reference"].forward(pre, *arguments)
             gradients = MODULES["reference"].backward(dh, pre, expected, *arguments)
-            with Poisoned():
+            with poisoned():
                 h = MODULES["cpp"].forward(pre, *arguments)
                 again = MODULES["cpp"].forward(pre, *arguments)
                 actual = MODULES["cpp"].backward(dh, pre, h, *arguments)
@@ -185,11 +142,11 @@ def test_chunks_of_time(gate: str, shift: float, turned: bool, reverse: bool) ->
     pre, h0, _ = inputs(gate, 1, 9000, 40, torch.float32)
     pre[0] += -shift if (GATES[gate].pre[0] == "z") != turned else shift
     dh = torch.randn(1, 9000, 40, generator=torch.Generator().manual_seed(1))
-    arguments = (None, gate, "positive", reverse)
+    arguments = (None, *mode(gate, "positive", reverse))
     exact = [x.double() for x in pre]
     expected = MODULES["reference"].forward(exact, 50 * h0.double(), *arguments)
     gradients = MODULES["reference"].backward(dh.double(), exact, expected, 50 * h0.double(), *arguments)
-    with Threads(3):
+    with threads(3):
         h = MODULES["cpp"].forward(pre, 50 * h0, *arguments)
         actual = MODULES["cpp"].backward(dh, pre, h, 50 * h0, *arguments)
     assert relative_error(h, expected) < 2e-6
@@ -204,8 +161,8 @@ def test_chunks_never_forget_what_is_not_finite(step: int, value: float) -> None
     """A NaN or an infinity stays in its channel for good, in whichever chunk of time it arises."""
     pre, _, _ = inputs("mingru", 1, 9000, 40, torch.float32)
     pre[1][0, step, 7] = value
-    with Threads(3):
-        h = MODULES["cpp"].forward(pre, None, None, "mingru", "positive", False)
+    with threads(3):
+        h = MODULES["cpp"].forward(pre, None, None, *mode("mingru"))
     expected = torch.zeros(1, 9000, 40, dtype=torch.bool)
     expected[0, step:, 7] = True
     assert torch.equal(~h.isfinite(), expected)
@@ -229,7 +186,7 @@ def check_instruction_set() -> None:
     for (gate, candidate), dtype, D in itertools.product(CELLS, TOLERANCE, (3, 37)):
         pre, h0, reset = inputs(gate, 2, 7, D, dtype)
         dh = torch.randn(2, 7, D, generator=torch.Generator().manual_seed(1)).to(dtype)
-        arguments = (h0.float() if dtype.itemsize == 2 else h0, reset, gate, candidate, False)
+        arguments = (h0.float() if dtype.itemsize == 2 else h0, reset, *mode(gate, candidate, False))
         h = MODULES["reference"].forward(pre, *arguments)
         gradients = MODULES["reference"].backward(dh, pre, h, *arguments)
         actual = MODULES["cpp"].forward(pre, *arguments), *MODULES["cpp"].backward(dh, pre, h, *arguments)
@@ -372,7 +329,7 @@ def test_signed_gates_count_modulo_two(gate: str, dtype: torch.dtype, engine: st
     bits = torch.randint(2, (2, 1000, 5), generator=torch.Generator().manual_seed(0))
     z = (40.0 * (2 * bits - 1)).to(dtype)
     pre = [z] if gate == "mingru_signed" else [-z, z]
-    h = MODULES[engine].forward([*pre, torch.ones_like(z)], None, None, gate, "linear", False)
+    h = MODULES[engine].forward([*pre, torch.ones_like(z)], None, None, *mode(gate, "linear"))
     assert torch.equal(h.round().long(), bits.cumsum(1) % 2)
     assert (h.double() - h.round()).abs().max() < 1e-12
 
@@ -399,7 +356,7 @@ def test_extremes(gate: str, candidate: str, dtype: torch.dtype) -> None:
     grid = torch.cartesian_prod(*[values] * GATES[gate].num_pre)  # (N, k)
     pre = [grid[:, j].reshape(1, 1, -1).contiguous() for j in range(grid.shape[1])]
     h0 = torch.linspace(-2, 2, grid.shape[0], dtype=dtype)[None]
-    arguments = (None, gate, candidate, False)
+    arguments = (None, *mode(gate, candidate, False))
     exact = MODULES["reference"].forward([x.double() for x in pre], h0.double(), *arguments)
     dh = torch.ones_like(exact)
     gradients = MODULES["reference"].backward(dh, [x.double() for x in pre], exact, h0.double(), *arguments)
@@ -431,7 +388,7 @@ def test_half_conversions_are_torchs(dtype: torch.dtype) -> None:
     """Every 16-bit pattern survives a = 0, b = x; a = 1, b = 0 rounds a float32 state as torch does."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     x = bits.view(dtype)[None, None]
-    h = MODULES["cpp"].forward([torch.zeros_like(x), x], None, None, "identity", "positive", False)
+    h = MODULES["cpp"].forward([torch.zeros_like(x), x], None, None, *mode("identity"))
     assert torch.equal(h.isnan(), x.isnan())
     normal = x.isnan() | (
         x.abs() >= torch.finfo(dtype).tiny
@@ -440,7 +397,7 @@ def test_half_conversions_are_torchs(dtype: torch.dtype) -> None:
     assert (h[~normal] - x[~normal]).abs().max() < torch.finfo(dtype).tiny
     h0 = torch.randn(2**16, generator=torch.Generator().manual_seed(1)) * torch.logspace(-9, 5, 2**16)
     keep = [torch.ones_like(x), torch.zeros_like(x)]
-    h = MODULES["cpp"].forward(keep, h0[None], None, "identity", "positive", False)
+    h = MODULES["cpp"].forward(keep, h0[None], None, *mode("identity"))
     assert torch.equal(h.flatten().nan_to_num(1.0), h0.to(dtype).nan_to_num(1.0))
 
 
@@ -526,12 +483,12 @@ def test_opcheck(gate: str, packed: bool) -> None:
     leaves = [x.requires_grad_() for x in pre]
     h0.requires_grad_()
     for arguments in ((leaves, h0, reset), (leaves, None, None)):
-        torch.library.opcheck(torch.ops.minrnn.gated_scan.default, (*arguments, gate, "positive", False))
+        torch.library.opcheck(torch.ops.minrnn.gated_scan.default, (*arguments, *mode(gate)))
     plain = [x.detach() for x in pre]
     h = gated_scan(gate, *plain, h0=h0.detach(), reset=reset)
     torch.library.opcheck(
         torch.ops.minrnn.gated_scan_backward.default,
-        (torch.ones_like(h), plain, h, h0.detach(), reset, gate, "positive", False),
+        (torch.ones_like(h), plain, h, h0.detach(), reset, *mode(gate)),
     )
 
 
@@ -616,6 +573,9 @@ BAD_SCANS = {
 BAD_GATES = {
     "unknown gate": (("mingrew", X, X), {}, ValueError, "did you mean 'mingru'"),
     "unknown candidate": (("mingru", X, X), {"candidate": "positiv"}, ValueError, "did you mean 'positive'"),
+    "unknown form": (("mingru_signed", X, X), {}, ValueError, "did you mean 'mingru'"),
+    "no signed form": (("identity", X, X), {"signed": True}, ValueError, "'identity' has no signed form"),
+    "signed is no flag": (("mingru", X, X), {"signed": 1}, TypeError, "signed must be a bool, got int"),
     "candidate of identity": (("identity", X, X), {"candidate": "tanh"}, ValueError, "no candidate"),
     "too few": (("minlstm", X, X), {}, ValueError, "takes 3 pre-activations"),
     "odd packed": (("mingru", X), {}, ValueError, "multiple of 2"),
@@ -640,4 +600,4 @@ def test_scan_refuses(case: str) -> None:
 def test_gated_scan_refuses(case: str) -> None:
     arguments, keywords, error, message = BAD_GATES[case]
     with pytest.raises(error, match=message):
-        gated_scan(*arguments, **keywords)
+        minrnn.ops.gated_scan(*arguments, **keywords)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from engine_laws import same
+from laws import same
 from selective_laws import NAMES, TOLERANCE, cast, compare, draw, gradients_like
 from torch import Tensor
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from laws import GATES, gated_scan, mode
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -26,7 +27,7 @@ from minrnn.mixers import (
     PairedMinLSTMCell,
 )
 from minrnn.mixers.convolution import CausalConv
-from minrnn.ops import CANDIDATES, GATES, gated_scan, scan, selective_scan
+from minrnn.ops import CANDIDATES, scan, selective_scan
 
 Scalar = Callable[[Tensor], Tensor]
 
@@ -153,7 +154,7 @@ def test_the_operator_itself_is_transformed_alike(word: str) -> None:
     def f(s: Tensor) -> Tensor:
         pre = [wave(s, 1, 4, 2), wave(s, 1, 4, 2, phase=1)]
         operator = torch.ops.minrnn.gated_scan.default
-        return operator(pre, wave(s, 1, 2, phase=9), RESET, "mingru", "tanh", False).pow(2).sum()
+        return operator(pre, wave(s, 1, 2, phase=9), RESET, *mode("mingru", "tanh")).pow(2).sum()
 
     expected = transformed(word, gated("mingru", "tanh", False, ours=False))(POINT)
     torch.testing.assert_close(transformed(word, f)(POINT), expected, rtol=1e-10, atol=1e-10)

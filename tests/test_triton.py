@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+import laws
 import pytest
 import torch
-from engine_laws import CELLS, TOLERANCE, compare, inputs, relative_error
+from laws import CELLS, GATES, TOLERANCE, compare, inputs, relative_error
 
-from minrnn.ops import GATES, engines, reference
+from minrnn.ops import engines, reference
 from minrnn.ops.registry import ENGINES, serving
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'minrnn[gpu]'")
@@ -61,7 +62,7 @@ def in_chunks(
 def test_every_cell(interpreted: ModuleType, gate: str, candidate: str, reverse: bool) -> None:
     """The engine equals the reference, in spans that time does not fill."""
     pre, h0, reset, dh = inputs(gate, 1, 6, 3, torch.float32)
-    compare(interpreted, pre, h0, reset, dh, gate, candidate, reverse)
+    compare(interpreted, pre, h0, reset, dh, *laws.mode(gate, candidate, reverse))
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -69,7 +70,7 @@ def test_every_cell(interpreted: ModuleType, gate: str, candidate: str, reverse:
 def test_every_dtype(interpreted: ModuleType, gate: str, dtype: torch.dtype) -> None:
     """The engine equals the reference without an initial state and resets, in several spans."""
     pre, _, _, dh = inputs(gate, 1, 11, 3, dtype)
-    compare(interpreted, pre, None, None, dh, gate, "positive", False)
+    compare(interpreted, pre, None, None, dh, *laws.mode(gate))
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -80,11 +81,11 @@ def test_chunks(in_chunks: ModuleType, gate: str, reverse: bool) -> None:
     assert in_chunks._cut((B, T, D), GATES[gate].num_pre, 4, 1).chunks > 2
     pre, h0, reset, dh = inputs(gate, B, T, D, torch.float32)
     if reverse:
-        compare(in_chunks, pre, h0, None, dh, gate, "positive", reverse)
+        compare(in_chunks, pre, h0, None, dh, *laws.mode(gate, reverse=reverse))
     else:
         reset[:] = False
         reset[0, 5] = True
-        compare(in_chunks, pre, h0, reset, dh, gate, "positive", reverse)
+        compare(in_chunks, pre, h0, reset, dh, *laws.mode(gate, reverse=reverse))
 
 
 @pytest.mark.parametrize("T", [1, 8])
@@ -119,7 +120,7 @@ def test_extremes(
     grid = torch.cartesian_prod(*[values[:-1]] * (GATES[gate].num_pre - 1), values[1:])
     pre = [grid[:, j].reshape(1, 1, -1).contiguous() for j in range(grid.shape[1])]
     h0 = torch.linspace(-2, 2, grid.shape[0])[None]
-    mode = (None, gate, "positive", False)
+    mode = (None, *laws.mode(gate))
     exact = reference.forward([x.double() for x in pre], h0.double(), *mode)
     known = exact.isfinite()  # the reference's log f - log i has no value where both are -inf
     h = interpreted.forward(pre, h0, *mode)
@@ -158,7 +159,7 @@ def test_errors_do_not_add_up(in_chunks: ModuleType, gate: str, bias: float, con
     pre = [torch.randn(1, 1 if constant else T, D, generator=generator).expand(1, T, D) for _ in range(2)]
     pre[0] = pre[0] + bias
     h0 = torch.randn(1, D, generator=generator)
-    mode = (None, gate, "positive", False)
+    mode = (None, *laws.mode(gate))
     exact = reference.forward([x.double() for x in pre], h0.double(), *mode)
     h = in_chunks.forward(pre, h0, *mode)
     assert relative_error(h, exact) < 4 * 2.0**-24
@@ -220,7 +221,7 @@ def test_programs_that_run_at_once_wait_for_each_other(
     """In whatever order, and however few at a time, they run, all end, and with the same bits."""
     pre, h0, reset, dh = inputs("mingru", 1, 14, 3, torch.float32)
     reset[:, 5:] = False
-    mode = (h0, reset, "mingru", "positive", False)
+    mode = (h0, reset, *laws.mode("mingru"))
     h = in_chunks.forward(pre, *mode)
     gradients = in_chunks.backward(dh, pre, h, *mode)
     pauses = random.Random(0)

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from laws import GATES
 
 from minrnn.benchmarks.scan import traffic
-from minrnn.ops import GATES
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'minrnn[gpu]'")
 
@@ -53,7 +53,9 @@ def script() -> ModuleType:
 def kernels(settings: tuple[Any, ...]) -> dict[str, Any]:
     gate, dtype, shape, capability, optional = settings
     processors = script().CAPABILITIES[capability]
-    return script().build(gate, dtype, shape, capability, processors, optional=optional)
+    return script().build(
+        GATES[gate].gate, dtype, shape, capability, processors, signed=GATES[gate].signed, optional=optional
+    )
 
 
 @builds
@@ -61,11 +63,11 @@ def test_each_row_is_read_and_written_once(settings: tuple[Any, ...]) -> None:
     """The bytes that a program moves are the budget: there is no loop, and no row is exchanged or spilled."""
     gate, dtype, shape, capability, _ = settings
     for direction, kernel in kernels(settings).items():
-        kept, processors = script().rows_kept(gate, direction), script().CAPABILITIES[capability]
+        kept, processors = script().rows_kept(GATES[gate].gate, direction), script().CAPABILITIES[capability]
         cut = script().engine._cut(shape, kept, dtype.itemsize, processors)
         assert kernel.metadata.num_warps == cut.WARPS
         reads, writes = script().rows_moved(kernel, cut.WARPS * cut.STEPS)
-        assert (reads + writes) * dtype.itemsize == traffic(gate, dtype)[direction]
+        assert (reads + writes) * dtype.itemsize == traffic(GATES[gate].gate, dtype)[direction]
         assert writes == (1 if direction == "forward" else GATES[gate].num_pre)
         assert "scf.for" not in kernel.asm["ttgir"]
         # One lane a channel, one warp a span: what a walk needs is in its own registers.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import laws
 import pytest
 import torch
-from engine_laws import CELLS, TOLERANCE, compare, inputs, relative_error
+from laws import CELLS, GATES, TOLERANCE, compare, gated_scan, inputs, relative_error
 from torch import Tensor
 
-from minrnn import gated_scan
-from minrnn.ops import GATES, engines
+from minrnn.ops import engines
 from minrnn.ops.registry import ENGINES, serving
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'minrnn[gpu]'")
@@ -37,7 +37,7 @@ def test_the_engine_serves_the_gpu() -> None:
 @pytest.mark.parametrize("T", [1, 31, 1000])
 def test_every_cell(gate: str, candidate: str, reverse: bool, dtype: torch.dtype, T: int) -> None:
     """The engine equals the reference."""
-    compare(engine, *on_gpu(gate, 3, T, 37, dtype=dtype), gate, candidate, reverse)
+    compare(engine, *on_gpu(gate, 3, T, 37, dtype=dtype), *laws.mode(gate, candidate, reverse))
 
 
 SHAPES = [(1, 20000, 64), (2, 3000, 70), (64, 100, 256), (700, 40, 130), (40, 600, 320)]
@@ -49,9 +49,9 @@ SHAPES = [(1, 20000, 64), (2, 3000, 70), (64, 100, 256), (700, 40, 130), (40, 60
 def test_partitions(gate: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     """However the work is cut, the engine equals the reference."""
     pre, h0, reset, dh = on_gpu(gate, *shape, dtype=dtype)
-    compare(engine, pre, h0, reset, dh, gate, "positive", False)
+    compare(engine, pre, h0, reset, dh, *laws.mode(gate))
     reset[:, 7:] = False
-    compare(engine, pre, None, reset, dh, gate, "positive", True)
+    compare(engine, pre, None, reset, dh, *laws.mode(gate, reverse=True))
 
 
 @pytest.mark.parametrize("shape", [(1, 2**20, 32), (1, 2**17, 256), (8, 2**14, 512)], ids=str)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from laws import GATES
 from test_accuracy import check_accuracy
-
-from minrnn.ops import GATES
 
 
 @pytest.mark.parametrize("gate", GATES)

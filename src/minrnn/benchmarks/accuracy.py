@@ -38,7 +38,7 @@ class AccuracyBench:
 
     lengths: str = "256..1048576"
     """Lengths T; 256..1048576 stands for 256, 512, ... up to 2^20."""
-    gates: tuple[Literal["mingru", "minlstm", "minlstm_unnormalised"], ...] = ("mingru",)
+    gates: tuple[Literal["mingru", "minlstm", "minlstm_unnormalized"], ...] = ("mingru",)
     """Gates of the recurrence."""
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
     """Number formats of inputs and states."""

@@ -62,8 +62,8 @@ def layer_reference(gate: str, x: Tensor, weight: Tensor, dh: Tensor) -> Named:
 
 def _exact(gate: str, pre: list[Tensor], dh: Tensor) -> tuple[Tensor, list[Tensor]]:
     pre = [x.detach().double() for x in pre]
-    h = reference.forward(pre, None, None, gate, "positive", False)
-    *dpre, _ = reference.backward(dh.double(), pre, h, None, None, gate, "positive", False)
+    h = reference.forward(pre, None, None, gate, "positive", False, False)
+    *dpre, _ = reference.backward(dh.double(), pre, h, None, None, gate, "positive", False, False)
     return h, dpre
 
 

@@ -101,7 +101,7 @@ def _log_minlstm(f: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
     return -functional.softplus(difference), -functional.softplus(-difference)
 
 
-def _log_minlstm_unnormalised(f: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
+def _log_minlstm_unnormalized(f: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
     return -functional.softplus(-f), -functional.softplus(-i)
 
 
@@ -109,7 +109,7 @@ def _log_minlstm_unnormalised(f: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
 _LOG_GATES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "mingru": _log_mingru,
     "minlstm": _log_minlstm,
-    "minlstm_unnormalised": _log_minlstm_unnormalised,
+    "minlstm_unnormalized": _log_minlstm_unnormalized,
 }
 
 

@@ -35,7 +35,7 @@ class ScanBench(TimedBench):
     shapes: tuple[str, ...] = ("8x256..4096x512",)
     """BxTxD: batch, length, channels; 64..1024 stands for 64, 128, 256, 512 and 1024."""
     gates: tuple[
-        Literal["mingru", "minlstm", "minlstm_unnormalised", "mingru_signed", "minlstm_signed", "identity"],
+        Literal["mingru", "minlstm", "minlstm_unnormalized", "identity"],
         ...,
     ] = ("mingru",)
     """Gates of the recurrence (identity: the plain scan of a and b)."""

@@ -19,6 +19,7 @@ class MinRNNCell(GatedModule):
         bias: bool,
         candidate: str,
         forget_bias: float | None,
+        signed: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -29,6 +30,7 @@ class MinRNNCell(GatedModule):
             bias=bias,
             candidate=candidate,
             forget_bias=forget_bias,
+            signed=signed,
         )
         self._add_projection("", input_size, device, dtype)
         self.reset_parameters()
@@ -60,4 +62,4 @@ class MinRNNCell(GatedModule):
 
     def _step(self, x: Tensor, h0: Tensor | None) -> Tensor:
         x = x.unsqueeze(1)  # (B, 1, input_size)
-        return self._recurrence(x, "").scan(x, h0).squeeze(1)
+        return self._scan(x, "")(x, h0=h0).squeeze(1)

@@ -1,5 +1,6 @@
 """A causal depthwise convolution over time that can be stopped and resumed anywhere."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from minrnn.mixers.mixer import read_part, sequence_start
-from minrnn.ops.transforms import is_mapped_by_old_vmap, is_plain, is_traced, is_transformed
+from minrnn.ops.operators import Composite
+from minrnn.ops.transforms import is_plain, is_traced
 
 
 class CausalConv(nn.Module):
@@ -72,17 +74,10 @@ class CausalConv(nn.Module):
         return f"{self.weight.shape[1]}, width={self.width}, bias={self.bias is not None}"
 
 
-def _convolve(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # A compiler fuses the plain sums; nested transforms keep all levels in them, and lose some in a Function.
-    if is_traced() or is_transformed():
-        return _sum_taps(_lags(padded, weight.shape[0]), weight, bias)
-    return _Taps.apply(padded, weight, bias)
-
-
-class _Taps(torch.autograd.Function):
+class _Taps(Composite):
     """y[t] = bias + sum_j weight[j] * padded[t + width - 1 - j], channels last.
 
-    A Function because of its backward, which sums the weights' gradient over batch and time as one flat
+    The faster form is due to its backward, which sums the weights' gradient over batch and time as one flat
     axis. Forward and backward at width 4, on one core, against what else torch offers:
 
         (B, T, D)         this     autograd of the same products   conv1d     conv2d, channels last
@@ -91,28 +86,45 @@ class _Taps(torch.autograd.Function):
         (64, 256, 384)    61 ms    118 ms                          102 ms     56 ms
     """
 
-    @staticmethod
-    def forward(ctx: Any, padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(padded, weight)
+    def compose(self, settings: None, padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _sum_taps(_lags(padded, weight.shape[0]), weight, bias)
+
+    def compute(self, settings: None, tensors: Sequence[Any], *, record: bool) -> tuple[Tensor, list[Tensor]]:
+        padded, weight, bias = tensors
         now, *before = _lags(padded, weight.shape[0])
         y = now * weight[0] if bias is None else torch.addcmul(bias, now, weight[0])
         for lag, x in enumerate(before, start=1):
             y.addcmul_(x, weight[lag])  # in place: at large sizes fresh memory would double the time
-        return y
+        return y, []
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        padded, weight = ctx.saved_tensors
-        width = weight.shape[0]
+    def gradients(
+        self,
+        settings: None,
+        needs: Sequence[bool],
+        gradient: Tensor,
+        tensors: Sequence[Any],
+        kept: Sequence[Tensor],
+    ) -> list[Tensor | None]:
+        padded, weight, _ = tensors
         dpadded = dweight = dbias = None
-        if ctx.needs_input_grad[0]:
-            past = width - 1
-            dpadded = _convolve(functional.pad(dy, (0, 0, past, past)), weight.flip(0), None)
-        if ctx.needs_input_grad[1]:
-            dweight = _correlate(_lags(padded, width), dy)
-        if ctx.needs_input_grad[2]:
-            dbias = _total(dy)
-        return dpadded, dweight, dbias
+        if needs[0]:
+            past = weight.shape[0] - 1
+            around = functional.pad(gradient, (0, 0, past, past))
+            dpadded, _ = self.compute(None, (around, weight.flip(0), None), record=False)
+        if needs[1]:
+            dweight = _correlate(_lags(padded, weight.shape[0]), gradient)
+        if needs[2]:
+            dbias = gradient.flatten(0, 1).sum(0)
+        return [dpadded, dweight, dbias]
+
+
+_TAPS = _Taps()
+
+
+def _convolve(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # A compiler fuses the composition; nested transforms keep all their levels in it.
+    fast = not is_traced() and is_plain(padded, weight, bias)
+    return _TAPS(None, padded, weight, bias) if fast else _TAPS.compose(None, padded, weight, bias)
 
 
 def _lags(padded: Tensor, width: int) -> list[Tensor]:
@@ -134,13 +146,6 @@ def _correlate(lags: list[Tensor], dy: Tensor) -> Tensor:
     sums = []
     product: Tensor | None = None
     for x in lags:
-        # One piece of memory for all products, unless more than their numbers is wanted: see the forward.
-        buffer = None if torch.is_grad_enabled() or not is_plain(dy) or is_mapped_by_old_vmap(dy) else product
-        product = torch.mul(dy, x, out=buffer)
-        sums.append(_total(product))
+        product = torch.mul(dy, x, out=product)  # one piece of memory for all products
+        sums.append(product.flatten(0, 1).sum(0))
     return torch.stack(sums)
-
-
-def _total(x: Tensor) -> Tensor:
-    """Sum over batch and time, as one axis where that can be: it is faster."""
-    return x.sum((0, 1)) if is_mapped_by_old_vmap(x) else x.flatten(0, 1).sum(0)

@@ -1,14 +1,15 @@
 """What a layer and a cell share: projections of the input to a gate's pre-activations, and how they start."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from minrnn.mixers.arguments import read_choice, read_dtype, read_flag, read_number, read_size
-from minrnn.mixers.projected import Recurrence
-from minrnn.ops import CANDIDATES, GATES
+from minrnn.ops import CANDIDATES, GATES, projected_scan
 from minrnn.ops.recurrence import FLOATS, STARTS
 from minrnn.ops.transforms import in_autocast
 
@@ -17,15 +18,6 @@ FORGET_BIAS = 1.0
 
 A signed cell's decay, -1 to 1 instead of 0 to 1, starts as far towards +1: at 46 %, and at 0 without it.
 """
-
-_KEEPS = {
-    "mingru": -1,
-    "minlstm": +1,
-    "minlstm_unnormalised": +1,
-    "mingru_signed": -1,
-    "minlstm_signed": +1,
-}
-"""+1 where raising the gate's first pre-activation moves the decay towards +1, -1 where it moves it away."""
 
 
 class GatedModule(nn.Module):
@@ -51,10 +43,13 @@ class GatedModule(nn.Module):
         bias: bool,
         candidate: str,
         forget_bias: float | None,
+        signed: bool,
     ) -> None:
         super().__init__()
         name = type(self).__name__
         self.gate = gate
+        self.signed = read_flag(name, "signed", signed)
+        """Whether decays lie in (-1, 1) instead of (0, 1)."""
         self.input_size = read_size(name, "input_size", input_size)
         self.hidden_size = read_size(name, "hidden_size", hidden_size)
         self.bias = read_flag(name, "bias", bias)
@@ -67,11 +62,6 @@ class GatedModule(nn.Module):
                 f"{name}: forget_bias={forget_bias} needs a bias to live in; drop it or set bias=True"
             )
         self._suffixes: list[str] = []
-
-    @property
-    def signed(self) -> bool:
-        """Whether decays lie in (-1, 1) instead of (0, 1)."""
-        return self.gate.endswith("_signed")
 
     def _add_projection(
         self, suffix: str, columns: int, device: torch.device | str | None, dtype: torch.dtype | None
@@ -89,8 +79,8 @@ class GatedModule(nn.Module):
         kinds = ("weight_ih", "bias_ih") if self.bias else ("weight_ih",)
         return [getattr(self, kind + suffix) for kind in kinds]
 
-    def _recurrence(self, x: Tensor, suffix: str) -> Recurrence:
-        """The recurrence that starts with this projection, to be run on x."""
+    def _scan(self, x: Tensor, suffix: str) -> Callable[..., Tensor]:
+        """Return `projected_scan` of this projection, to be called with x; check the dtype of x."""
         # Read once a call: a parametrized weight is computed anew each time that it is read.
         weight: Tensor = getattr(self, "weight_ih" + suffix)
         bias: Tensor | None = getattr(self, "bias_ih" + suffix) if self.bias else None
@@ -99,7 +89,15 @@ class GatedModule(nn.Module):
                 f"{type(self).__name__}: input must have the weights' dtype, {weight.dtype}, got {x.dtype}; "
                 f"convert the input with .to({weight.dtype}) or the module with .to({x.dtype})"
             )
-        return Recurrence(self.gate, self.candidate, weight, bias, self.recompute)
+        return partial(
+            projected_scan,
+            self.gate,
+            weight=weight,
+            bias=bias,
+            candidate=self.candidate,
+            signed=self.signed,
+            recompute=self.recompute,
+        )
 
     def reset_parameters(self) -> None:
         """Draw parameters from U(-k, k), k = 1 / sqrt(hidden_size), as torch.nn.GRU; add the forget bias.
@@ -107,14 +105,17 @@ class GatedModule(nn.Module):
         With the forget bias the cell starts by forgetting slowly, so that gradients reach far back from the
         first step.
         """
-        bound = 1.0 / math.sqrt(self.hidden_size)
+        bound, gate = 1.0 / math.sqrt(self.hidden_size), GATES[self.gate]
+        assert gate.keeps is not None
+        name, sign = gate.keeps
+        first = gate.pre.index(name) * self.hidden_size
         with torch.no_grad():
             for suffix in self._suffixes:
                 weight, *biases = self._projection(suffix)
                 weight.uniform_(-bound, bound)
                 for bias in biases:
                     bias.uniform_(-bound, bound)
-                    bias[: self.hidden_size] += _KEEPS[self.gate] * self.forget_bias
+                    bias[first : first + self.hidden_size] += sign * self.forget_bias
 
     def extra_repr(self) -> str:
         defaults = {

@@ -1,6 +1,8 @@
 """The shell of `torch.nn.GRU` around a gated scan: everything MinGRU and MinLSTM share but their gate."""
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -9,13 +11,15 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
 from minrnn.mixers.arguments import read_flag, read_probability, read_size
-from minrnn.mixers.calls import is_plain
 from minrnn.mixers.gated import GatedModule
 from minrnn.mixers.mixer import Mixer, State, check_reset
 from minrnn.mixers.ragged import Ragged, read_documents, read_jagged, read_packed
-from minrnn.mixers.sequences import Batch, Joined
+from minrnn.ops.joined import Joined
 
 Input = TypeVar("Input", Tensor, PackedSequence)
+
+Run = Callable[..., tuple[Tensor, Tensor]]
+"""run(scan, x, h0, reverse=...) -> (h, final states), for one layer and direction."""
 
 
 class MinRNN(GatedModule):
@@ -43,6 +47,7 @@ class MinRNN(GatedModule):
         bidirectional: bool,
         candidate: str,
         forget_bias: float | None,
+        signed: bool,
         recompute: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
@@ -54,6 +59,7 @@ class MinRNN(GatedModule):
             bias=bias,
             candidate=candidate,
             forget_bias=forget_bias,
+            signed=signed,
         )
         name = type(self).__name__
         self.num_layers = read_size(name, "num_layers", num_layers)
@@ -129,10 +135,12 @@ class MinRNN(GatedModule):
         self._check_hx(hx, self._state_shape(batch), input.dtype)
         check_reset(type(self).__name__, reset, tuple(input.shape[:-1]))
         if input.dim() == 2:
-            sequences = Batch(_add_batch(reset, 0), time_major=False)
-            output, h_n = self._run_layers(input.unsqueeze(0), _add_batch(hx, 1), sequences)
+            run = partial(_run_batch, reset=_add_batch(reset, 0), time_major=False)
+            output, h_n = self._run_layers(input.unsqueeze(0), _add_batch(hx, 1), run)
             return output.squeeze(0), h_n.squeeze(1)
-        return self._run_layers(input, hx, Batch(reset, time_major=not self.batch_first))
+        if reset is not None and not self.batch_first:
+            reset = reset.transpose(0, 1)
+        return self._run_layers(input, hx, partial(_run_batch, reset=reset, time_major=not self.batch_first))
 
     def _read_ragged(self, input: Tensor | PackedSequence, cu_seqlens: Tensor | None) -> Ragged | None:
         name, ragged = type(self).__name__, None
@@ -157,20 +165,20 @@ class MinRNN(GatedModule):
         if reset is not None:
             raise ValueError(f"{name}: reset goes with sequences of one length; mark starts by their lengths")
         self._check_hx(hx, self._state_shape((ragged.offsets.shape[0] - 1,)), rows.dtype)
-        sequences = Joined(ragged.offsets, rows.shape[0])
-        output, h_n = self._run_layers(rows.unsqueeze(0), hx, sequences)
+        run = partial(_run_joined, joined=Joined(ragged.offsets, rows.shape[0]))
+        output, h_n = self._run_layers(rows.unsqueeze(0), hx, run)
         return ragged.dress(output.squeeze(0)), h_n
 
-    def _run_layers(self, x: Tensor, hx: Tensor | None, sequences: Batch | Joined) -> tuple[Tensor, Tensor]:
+    def _run_layers(self, x: Tensor, hx: Tensor | None, run: Run) -> tuple[Tensor, Tensor]:
         finals: list[Tensor] = []
         for layer in range(self.num_layers):
             if layer > 0:
                 x = functional.dropout(x, self.dropout, self.training)
             outputs = []
             for direction in range(self.num_directions):
-                recurrence = self._recurrence(x, self._suffixes[len(finals)])
+                scan = self._scan(x, self._suffixes[len(finals)])
                 h0 = None if hx is None else hx[len(finals)]
-                h, final = sequences.scan(recurrence, x, h0, reverse=bool(direction))
+                h, final = run(scan, x, h0, reverse=bool(direction))
                 outputs.append(h)
                 finals.append(final)
             x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
@@ -190,6 +198,31 @@ class MinRNN(GatedModule):
             )
 
 
+def _run_batch(
+    scan: Callable[..., Tensor],
+    x: Tensor,
+    h0: Tensor | None,
+    *,
+    reset: Tensor | None,
+    time_major: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Scan sequences of one length; return h in the form of x, and the state after each row's last step."""
+    if reset is not None and reverse:  # a sequence's last step comes first, so the state is forgotten there
+        reset = functional.pad(reset[:, 1:], (0, 1))
+    h = scan(x, h0=h0, reset=reset, reverse=reverse, time_major=time_major)  # (B, T, D)
+    final = h.select(1, 0 if reverse else -1)
+    return h.transpose(0, 1) if time_major else h, final
+
+
+def _run_joined(
+    scan: Callable[..., Tensor], x: Tensor, h0: Tensor | None, *, joined: Joined, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Scan sequences that lie end to end; return h, and the state after each one's last step."""
+    h = scan(x, h0=h0, joined=joined, reverse=reverse)
+    return h, joined.final(h, h0, reverse=reverse)
+
+
 class MinRNNMixer(Mixer):
     """One batch-first MinGRU or MinLSTM layer under the mixers' contract; the state is h `(B, d_hidden)`."""
 
@@ -198,10 +231,6 @@ class MinRNNMixer(Mixer):
 
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         rnn, h0 = self.rnn, None if state is None else state[0]
-        if is_plain(rnn, MinRNN) and len(rnn._suffixes) == 1:
-            # Past the layer's own checks and axes, which take half as long as the rest of a single step.
-            y = rnn._recurrence(x, "_l0").scan(x, h0, reset)
-            return y, (y[:, -1].clone(),)
         y, h_n = rnn(x, None if h0 is None else h0.unsqueeze(0), reset=reset)
         return y, (h_n.squeeze(0),)
 

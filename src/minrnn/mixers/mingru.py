@@ -2,7 +2,6 @@
 
 import torch
 
-from minrnn.mixers.arguments import read_flag
 from minrnn.mixers.cell import MinRNNCell
 from minrnn.mixers.layer import MinRNN, MinRNNMixer
 
@@ -76,7 +75,7 @@ class MinGRU(MinRNN):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            _gate(type(self).__name__, signed),
+            "mingru",
             input_size=input_size,
             hidden_size=hidden_size,
             num_layers=num_layers,
@@ -86,6 +85,7 @@ class MinGRU(MinRNN):
             bidirectional=bidirectional,
             candidate=candidate,
             forget_bias=forget_bias,
+            signed=signed,
             recompute=recompute,
             device=device,
             dtype=dtype,
@@ -139,12 +139,13 @@ class MinGRUCell(MinRNNCell):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            _gate(type(self).__name__, signed),
+            "mingru",
             input_size=input_size,
             hidden_size=hidden_size,
             bias=bias,
             candidate=candidate,
             forget_bias=forget_bias,
+            signed=signed,
             device=device,
             dtype=dtype,
         )
@@ -182,7 +183,3 @@ class MinGRUMixer(MinRNNMixer):
             forget_bias=forget_bias,
             signed=signed,
         )
-
-
-def _gate(name: str, signed: bool) -> str:
-    return "mingru_signed" if read_flag(name, "signed", signed) else "mingru"

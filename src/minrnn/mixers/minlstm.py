@@ -14,7 +14,7 @@ class _Normalised(GatedModule):
     @property
     def normalize(self) -> bool:
         """Whether the gates are made to sum to one."""
-        return self.gate != "minlstm_unnormalised"
+        return self.gate != "minlstm_unnormalized"
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.normalize else ", normalize=False")
@@ -104,6 +104,7 @@ class MinLSTM(_Normalised, MinRNN):
             bidirectional=bidirectional,
             candidate=candidate,
             forget_bias=forget_bias,
+            signed=signed,
             recompute=recompute,
             device=device,
             dtype=dtype,
@@ -167,6 +168,7 @@ class MinLSTMCell(_Normalised, MinRNNCell):
             bias=bias,
             candidate=candidate,
             forget_bias=forget_bias,
+            signed=signed,
             device=device,
             dtype=dtype,
         )
@@ -214,6 +216,4 @@ def _gate(name: str, normalize: bool, signed: bool) -> str:
     if signed and not normalize:
         # f - i lies in (-1, 1) as well, but no source defines it, and f' - i' tracks all that it could.
         raise ValueError(f"{name}: signed must be False with normalize=False, got True; drop one of the two")
-    if signed:
-        return "minlstm_signed"
-    return "minlstm" if normalize else "minlstm_unnormalised"
+    return "minlstm" if normalize else "minlstm_unnormalized"

@@ -329,8 +329,10 @@ class _Translation:
         """Add a block's first branch; return the sizes of its state."""
         mixer = self.module(f"{path}.mixer", MinGRUMixer, MinLSTMMixer)
         rnn = self.module(f"{path}.mixer.rnn", MinGRU, MinLSTM)
-        if rnn.num_layers != 1 or rnn.bidirectional:
-            raise NotFusableError(f"{path}.mixer.rnn has more than one layer or direction")
+        if rnn.num_layers != 1 or rnn.bidirectional or not rnn.batch_first or rnn.input_size != self.width:
+            raise NotFusableError(
+                f"{path}.mixer.rnn is not one batch-first layer over {self.width} channels in one direction"
+            )
         if mixer.d_model != self.width:
             raise NotFusableError(f"{path}.mixer is of {mixer.d_model} channels, not {self.width}")
         gate, candidate, num_pre = self._gate(f"{path}.mixer.rnn", rnn)
@@ -346,7 +348,7 @@ class _Translation:
 
     def _gate(self, path: str, rnn: MinGRU | MinLSTM) -> tuple[int, int, int]:
         """Return the engine's codes of the gate and its candidate, and the gate's pre-activations."""
-        gate = self._engine.GATE_CODES.get(rnn.gate)
+        gate = self._engine.GATE_CODES.get((rnn.gate, rnn.signed))
         candidate = self._engine.CANDIDATE_CODES.get(rnn.candidate)
         if gate is None or candidate is None:
             raise NotFusableError(f"{path} has an unknown gate or candidate")

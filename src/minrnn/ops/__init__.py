@@ -3,6 +3,7 @@
 from minrnn.ops.gates import CANDIDATES as CANDIDATES
 from minrnn.ops.gates import GATES as GATES
 from minrnn.ops.memory import release_memory as release_memory
+from minrnn.ops.projected import projected_scan as projected_scan
 from minrnn.ops.recurrence import gated_scan as gated_scan
 from minrnn.ops.recurrence import scan as scan
 from minrnn.ops.registry import Engine as Engine

@@ -28,14 +28,16 @@ ISA: str = _cpu.isa
 """The instruction set that this processor was given: avx512_bf16, avx512, avx2 or baseline."""
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as in bind.cpp
-GATE_CODES = {
-    name: code
-    for code, name in enumerate(
-        ("identity", "mingru", "minlstm", "minlstm_unnormalised", "mingru_signed", "minlstm_signed")
-    )
+GATE_CODES = {  # by gate and signed
+    ("identity", False): 0,
+    ("mingru", False): 1,
+    ("minlstm", False): 2,
+    ("minlstm_unnormalized", False): 3,
+    ("mingru", True): 4,
+    ("minlstm", True): 5,
 }
 CANDIDATE_CODES = {name: code for code, name in enumerate(("positive", "linear", "tanh"))}
-assert GATE_CODES.keys() == GATES.keys(), "csrc/rows.h and gates.py must hold the same gates"
+assert {gate for gate, _ in GATE_CODES} == GATES.keys(), "csrc/rows.h and gates.py must hold the same gates"
 assert CANDIDATE_CODES.keys() == CANDIDATES.keys(), "csrc/rows.h and gates.py must hold the same candidates"
 
 FusedStep = _cpu.FusedStep
@@ -45,7 +47,13 @@ _LARGE = 4 << 20  # bytes: below this the system's allocator keeps what is freed
 
 
 def forward(
-    pre: list[Tensor], h0: Tensor | None, reset: Tensor | None, gate: str, candidate: str, reverse: bool
+    pre: list[Tensor],
+    h0: Tensor | None,
+    reset: Tensor | None,
+    gate: str,
+    candidate: str,
+    signed: bool,
+    reverse: bool,
 ) -> Tensor:
     """As `reference.forward`, fused: reads each pre-activation once and writes h once."""
     pre = [contiguous_channels(x) for x in pre]
@@ -53,7 +61,7 @@ def forward(
     h = new_output(pre[0], D)
     h0 = initial_state(h0, h.dtype)
     reset = None if reset is None else reset.resolve_neg()
-    _cpu.forward(*_call(pre, h0, reset, gate, candidate, reverse, D), h)
+    _cpu.forward(*_call(pre, h0, reset, gate, candidate, signed, reverse, D), h)
     return h
 
 
@@ -65,6 +73,7 @@ def backward(
     reset: Tensor | None,
     gate: str,
     candidate: str,
+    signed: bool,
     reverse: bool,
 ) -> list[Tensor]:
     """As `reference.backward`, fused: reads pre-activations, h and dh once, writes the gradients once."""
@@ -74,7 +83,7 @@ def backward(
     h0 = initial_state(h0, h.dtype)
     dh0 = h.new_empty(B, D, dtype=state_dtype(h.dtype))
     _cpu.backward(
-        *_call(pre, h0, reset, gate, candidate, reverse, D),
+        *_call(pre, h0, reset, gate, candidate, signed, reverse, D),
         dh,
         h,
         dpre,
@@ -89,13 +98,14 @@ def _call(
     reset: Tensor | None,
     gate: str,
     candidate: str,
+    signed: bool,
     reverse: bool,
     D: int,
 ) -> tuple[object, ...]:
     B, T = pre[0].shape[:2]
     return (
         _DTYPES[pre[0].dtype],
-        GATE_CODES[gate],
+        GATE_CODES[gate, signed],
         CANDIDATE_CODES[candidate],
         GATES[gate].num_pre,
         torch.get_num_threads(),

@@ -1,14 +1,15 @@
-"""The gate equations: pre-activations -> (a, b), as pure functions, with their partial derivatives.
+"""The gates: pre-activations -> (a, b), as pure functions, with their partial derivatives.
 
-A gate turns one step's pre-activations into the decay `a` and the drive `b` of h[t] = a[t] h[t-1] + b[t].
+A gate turns a step's pre-activations into the decay `a` and the input term `b` of h[t] = a[t] h[t-1] + b[t].
 Everything here is element-wise torch code: any shape, device and floating dtype, differentiable to any order.
-The compiled engines hold the same equations as functors (csrc/gates.h); the tests prove them equal.
+The compiled engines hold the same equations (csrc/gates.h, ops/triton); the tests prove them equal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -47,15 +48,26 @@ Partials = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
 
 @dataclass(frozen=True)
 class Gate:
-    """A gate: the names of its pre-activations, its equations, and their partial derivatives.
+    """A gate: its pre-activations, its equations, their partial derivatives, and what a layer has to know.
 
-    `equations(candidate, *pre)` gives (a, b). `partials(candidate, *pre)` gives, for a and then for b, the
-    derivative by each pre-activation, None where it is zero.
+    a = sigmoid(u(pre)),  or with signed  a = 2 sigmoid(u(pre)) - 1 = tanh(u(pre) / 2);    b = b(pre)
     """
 
     pre: tuple[str, ...]
-    equations: Callable[..., tuple[Tensor, Tensor]]
-    partials: Callable[..., Partials]
+    """The names of the pre-activations, in the order in which they are passed."""
+    logit: Callable[..., Tensor] | None
+    """`logit(*pre)` is u, the decay's log-odds; None: a is the first pre-activation itself."""
+    input_term: Callable[..., Tensor]
+    """`input_term(candidate, *pre)` is b."""
+    derivatives: Callable[..., Partials]
+    """`derivatives(candidate, *pre)`: of sigmoid(u), then of b, the derivative with respect to each
+    pre-activation, None where it is zero."""
+    neutral: tuple[float, ...]
+    """Pre-activations of a step that keeps the state: a = 1, b = 0."""
+    keeps: tuple[str, int] | None = None
+    """The pre-activation whose bias sets how long a state is kept, and the sign of its effect on a."""
+    can_be_signed: bool = False
+    """Whether there is a signed form, with decays in (-1, 1)."""
 
     @property
     def num_pre(self) -> int:
@@ -67,16 +79,37 @@ class Gate:
         """Whether the last pre-activation goes through a candidate function."""
         return self.pre[-1] == "candidate"
 
-    def pullback(self, candidate: Candidate, pre: Sequence[Tensor], da: Tensor, db: Tensor) -> list[Tensor]:
-        """Gradients of the pre-activations, given those of a and b."""
-        of_a, of_b = self.partials(candidate, *pre)
+    def equations(self, candidate: Candidate, *pre: Tensor, signed: bool = False) -> tuple[Tensor, Tensor]:
+        """Compute a and b."""
+        if self.logit is None:
+            return pre[0], self.input_term(candidate, *pre)
+        u = self.logit(*pre)
+        # 2 sigmoid(u) - 1 would cancel where the decay changes its sign.
+        return torch.tanh(u / 2) if signed else torch.sigmoid(u), self.input_term(candidate, *pre)
+
+    def partials(self, candidate: Candidate, *pre: Tensor, signed: bool = False) -> Partials:
+        """Compute the derivatives of a, and of b, with respect to each pre-activation, None where zero."""
+        of_a, of_b = self.derivatives(candidate, *pre)
+        return [None if d is None else 2 * d for d in of_a] if signed else of_a, of_b
+
+    def pullback(
+        self,
+        candidate: Candidate,
+        pre: Sequence[Tensor],
+        da: Tensor,
+        db: Tensor,
+        *,
+        signed: bool = False,
+    ) -> list[Tensor]:
+        """Compute the gradients of the pre-activations, given those of a and b."""
+        of_a, of_b = self.partials(candidate, *pre, signed=signed)
         return [_dot((da, db), partial) for partial in zip(of_a, of_b, strict=True)]
 
     def pushforward(
-        self, candidate: Candidate, pre: Sequence[Tensor], tangents: Sequence[Tensor]
+        self, candidate: Candidate, pre: Sequence[Tensor], tangents: Sequence[Tensor], *, signed: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Tangents of a and b, given those of the pre-activations."""
-        of_a, of_b = self.partials(candidate, *pre)
+        """Compute the tangents of a and b, given those of the pre-activations."""
+        of_a, of_b = self.partials(candidate, *pre, signed=signed)
         return _dot(tangents, of_a), _dot(tangents, of_b)
 
 
@@ -86,86 +119,86 @@ def _dot(vectors: Sequence[Tensor], partials: Sequence[Tensor | None]) -> Tensor
     return sum(terms[1:], terms[0]) if terms else torch.zeros_like(vectors[0])
 
 
-def _identity(candidate: Candidate, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    return a, b
-
-
-def _identity_partials(candidate: Candidate, a: Tensor, b: Tensor) -> Partials:
+def _identity_derivatives(candidate: Candidate, a: Tensor, b: Tensor) -> Partials:
     one = torch.ones_like(a)
     return (one, None), (None, one)
 
 
-def _mingru(candidate: Candidate, z: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.sigmoid(-z), torch.sigmoid(z) * candidate.value(c)
+def _mingru_input(candidate: Candidate, z: Tensor, c: Tensor) -> Tensor:
+    return torch.sigmoid(z) * candidate.value(c)
 
 
-def _mingru_partials(candidate: Candidate, z: Tensor, c: Tensor) -> Partials:
+def _mingru_derivatives(candidate: Candidate, z: Tensor, c: Tensor) -> Partials:
     update = torch.sigmoid(z)
     slope = update * torch.sigmoid(-z)
     return (-slope, None), (slope * candidate.value(c), update * candidate.slope(c))
 
 
-def _minlstm(candidate: Candidate, f: Tensor, i: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+def _minlstm_logit(f: Tensor, i: Tensor, c: Tensor) -> Tensor:
     # f / (f + i) = sigmoid(log f - log i): exact where both gates underflow.
-    u = logsigmoid(f) - logsigmoid(i)
-    return torch.sigmoid(u), torch.sigmoid(-u) * candidate.value(c)
+    return logsigmoid(f) - logsigmoid(i)
 
 
-def _minlstm_partials(candidate: Candidate, f: Tensor, i: Tensor, c: Tensor) -> Partials:
-    u = logsigmoid(f) - logsigmoid(i)
+def _minlstm_input(candidate: Candidate, f: Tensor, i: Tensor, c: Tensor) -> Tensor:
+    return torch.sigmoid(-_minlstm_logit(f, i, c)) * candidate.value(c)
+
+
+def _minlstm_derivatives(candidate: Candidate, f: Tensor, i: Tensor, c: Tensor) -> Partials:
+    u = _minlstm_logit(f, i, c)
     slope = torch.sigmoid(u) * torch.sigmoid(-u)
     of_f, of_i = slope * torch.sigmoid(-f), -slope * torch.sigmoid(-i)
     value = candidate.value(c)
     return (of_f, of_i, None), (-of_f * value, -of_i * value, torch.sigmoid(-u) * candidate.slope(c))
 
 
-def _minlstm_unnormalised(candidate: Candidate, f: Tensor, i: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.sigmoid(f), torch.sigmoid(i) * candidate.value(c)
+def _unnormalized_input(candidate: Candidate, f: Tensor, i: Tensor, c: Tensor) -> Tensor:
+    return torch.sigmoid(i) * candidate.value(c)
 
 
-def _minlstm_unnormalised_partials(candidate: Candidate, f: Tensor, i: Tensor, c: Tensor) -> Partials:
+def _unnormalized_derivatives(candidate: Candidate, f: Tensor, i: Tensor, c: Tensor) -> Partials:
     of_f = torch.sigmoid(f) * torch.sigmoid(-f)
     of_i = torch.sigmoid(i) * torch.sigmoid(-i)
     return (of_f, None, None), (None, of_i * candidate.value(c), torch.sigmoid(i) * candidate.slope(c))
 
 
-def _mingru_signed(candidate: Candidate, z: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    # 1 - 2 sigmoid(z) = -tanh(z / 2), which does not cancel where the decay changes its sign.
-    return -torch.tanh(z / 2), torch.sigmoid(z) * candidate.value(c)
-
-
-def _mingru_signed_partials(candidate: Candidate, z: Tensor, c: Tensor) -> Partials:
-    (of_a, _), of_b = _mingru_partials(candidate, z, c)
-    assert of_a is not None
-    return (2 * of_a, None), of_b
-
-
-def _minlstm_signed(candidate: Candidate, f: Tensor, i: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    # With u as in _minlstm, f / (f + i) - i / (f + i) = sigmoid(u) - sigmoid(-u) = tanh(u / 2).
-    u = logsigmoid(f) - logsigmoid(i)
-    return torch.tanh(u / 2), torch.sigmoid(-u) * candidate.value(c)
-
-
-def _minlstm_signed_partials(candidate: Candidate, f: Tensor, i: Tensor, c: Tensor) -> Partials:
-    (of_f, of_i, _), of_b = _minlstm_partials(candidate, f, i, c)
-    assert of_f is not None
-    assert of_i is not None
-    return (2 * of_f, 2 * of_i, None), of_b
-
-
 GATES: dict[str, Gate] = {
     # a and b themselves: the plain scan.
-    "identity": Gate(("a", "b"), _identity, _identity_partials),
-    # a = 1 - z, b = z candidate, z = sigmoid(z_pre): minGRU (arXiv 2410.01201, section 3.1).
-    "mingru": Gate(("z", "candidate"), _mingru, _mingru_partials),
-    # a = f / (f + i), b = i / (f + i) candidate: minLSTM with length independence scaling (section 3.2).
-    "minlstm": Gate(("f", "i", "candidate"), _minlstm, _minlstm_partials),
-    # a = f, b = i candidate.
-    "minlstm_unnormalised": Gate(
-        ("f", "i", "candidate"), _minlstm_unnormalised, _minlstm_unnormalised_partials
+    "identity": Gate(
+        pre=("a", "b"),
+        logit=None,
+        input_term=lambda candidate, a, b: b,
+        derivatives=_identity_derivatives,
+        neutral=(1.0, 0.0),
     ),
-    # a = 1 - 2 z, b = z candidate: minGRU with a decay in (-1, 1), which can track parity (arXiv 2411.12537).
-    "mingru_signed": Gate(("z", "candidate"), _mingru_signed, _mingru_signed_partials),
-    # a = (f - i) / (f + i) = 1 - 2 i / (f + i), b = i / (f + i) candidate: the same of minLSTM.
-    "minlstm_signed": Gate(("f", "i", "candidate"), _minlstm_signed, _minlstm_signed_partials),
+    # a = 1 - z, b = z candidate, z = sigmoid(z_pre): minGRU (arXiv 2410.01201, section 3.1).
+    # Signed, a = 1 - 2 z, it can track parity (arXiv 2411.12537).
+    "mingru": Gate(
+        pre=("z", "candidate"),
+        logit=lambda z, c: -z,
+        input_term=_mingru_input,
+        derivatives=_mingru_derivatives,
+        neutral=(-inf, 0.0),
+        keeps=("z", -1),
+        can_be_signed=True,
+    ),
+    # a = f / (f + i), b = i / (f + i) candidate: minLSTM with length independence scaling (section 3.2).
+    # Signed, a = (f - i) / (f + i).
+    "minlstm": Gate(
+        pre=("f", "i", "candidate"),
+        logit=_minlstm_logit,
+        input_term=_minlstm_input,
+        derivatives=_minlstm_derivatives,
+        neutral=(inf, -inf, 0.0),
+        keeps=("f", +1),
+        can_be_signed=True,
+    ),
+    # a = f, b = i candidate.
+    "minlstm_unnormalized": Gate(
+        pre=("f", "i", "candidate"),
+        logit=lambda f, i, c: f,
+        input_term=_unnormalized_input,
+        derivatives=_unnormalized_derivatives,
+        neutral=(inf, -inf, 0.0),
+        keeps=("f", +1),
+    ),
 }

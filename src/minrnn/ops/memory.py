@@ -22,6 +22,8 @@ from collections.abc import Callable
 
 import torch
 
+from minrnn.ops.torch_private import storage_use_count
+
 __all__ = ["IDLE", "LIMIT", "release_memory", "take"]
 
 IDLE = 10.0
@@ -51,7 +53,7 @@ class _Kept:
 
     def held(self) -> tuple[int, int]:
         """References to the storage: torch's, and Python's."""
-        return torch._C._storage_Use_Count(self.storage._cdata), sys.getrefcount(self.storage)
+        return storage_use_count(self.storage), sys.getrefcount(self.storage)
 
 
 _NOT_HELD = _Kept(torch.UntypedStorage(0, device="cpu")).held()

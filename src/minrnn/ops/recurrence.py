@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minrnn.ops.gated import Mode, apply
+from minrnn.ops.gated import GATED_SCAN, Mode, linear_scan
 from minrnn.ops.gates import CANDIDATES, GATES
 
 __all__ = ["FLOATS", "STARTS", "check_like", "check_tensor", "gated_scan", "scan"]
@@ -42,7 +42,7 @@ def scan(a: Tensor, b: Tensor, h0: Tensor | None = None, *, reverse: bool = Fals
         h, (B, T, D), in the inputs' dtype. The final state is h[:, -1] (h[:, 0] when reversed).
 
     Raises:
-        TypeError: an argument is not a tensor, reverse no bool, or the dtypes differ or are not supported.
+        TypeError: an argument is not a tensor, a flag is not a bool, or a dtype differs or is not supported.
         ValueError: a shape or device does not fit.
 
     >>> import torch
@@ -56,7 +56,7 @@ def scan(a: Tensor, b: Tensor, h0: Tensor | None = None, *, reverse: bool = Fals
     "Parallelizing linear recurrent neural nets over sequence length" (2018), for its use in cells.
     """
     _check("scan", ("a", "b"), (a, b), h0, None)
-    return apply([a, b], h0, None, Mode("identity", "positive", _read_flag("scan", "reverse", reverse)))
+    return linear_scan(a, b, h0, reverse=_read_flag("scan", "reverse", reverse))
 
 
 def gated_scan(
@@ -66,18 +66,18 @@ def gated_scan(
     reset: Tensor | None = None,
     reverse: bool = False,
     candidate: str = "positive",
+    signed: bool = False,
 ) -> Tensor:
     """A gated recurrence in one pass: pre-activations -> gates -> (a, b) -> scan -> h.
 
         "mingru":                a = 1 - z,        b = z * g(c)
         "minlstm":               a = f / (f + i),  b = i / (f + i) * g(c)
-        "minlstm_unnormalised":  a = f,            b = i * g(c)
-        "mingru_signed":         a = 1 - 2 z,      b = z * g(c)
-        "minlstm_signed":        a = (f - i) / (f + i),  b = i / (f + i) * g(c)
+        "minlstm_unnormalized":  a = f,            b = i * g(c)
         "identity":              a, b as given: `scan`, with resets
 
     where z, f and i are the sigmoids of their pre-activations, c is the candidate's pre-activation, and g is
-    "positive" (x + 0.5 for x >= 0, sigmoid(x) below), "linear" (x) or "tanh".
+    "positive" (x + 0.5 for x >= 0, sigmoid(x) below), "linear" (x) or "tanh". With signed, 2 a - 1 takes the
+    place of a: minGRU's decay is 1 - 2 z, minLSTM's (f - i) / (f + i).
 
     Gates are computed in float32 at least and the state is carried in float64; only h is rounded to the
     inputs' dtype. Backward saves the inputs and h, and recomputes the gates.
@@ -91,14 +91,15 @@ def gated_scan(
         reset: (B, T) bool; where True the state is forgotten before that step (document or episode start).
         reverse: run from the last step to the first.
         candidate: the name of g in CANDIDATES.
+        signed: let decays lie in (-1, 1); for "mingru" and "minlstm".
 
     Returns:
         h, (B, T, D), in the inputs' dtype. The final state is h[:, -1] (h[:, 0] when reversed).
 
     Raises:
-        TypeError: an argument is not a tensor, reverse no bool, or the dtypes differ or are not supported.
-        ValueError: an unknown gate or candidate, a wrong number of pre-activations, or a shape or device
-            that does not fit.
+        TypeError: an argument is not a tensor, a flag is not a bool, or a dtype differs or is not supported.
+        ValueError: an unknown gate or candidate, a gate that has no signed form, a wrong number of
+            pre-activations, or a shape or device that does not fit.
 
     >>> import torch
     >>> z, c = torch.zeros(1, 2, 1), torch.ones(1, 2, 1)
@@ -123,8 +124,11 @@ def gated_scan(
             f"or one packed tensor, got {len(pre)}"
         )
     _check("gated_scan", names if len(pre) > 1 else ("pre",), pre, h0, reset, packed=len(names))
-    mode = Mode(gate, candidate, _read_flag("gated_scan", "reverse", reverse))
-    return apply(list(pre), h0, reset, mode)
+    signed, reverse = _read_flag("gated_scan", "signed", signed), _read_flag("gated_scan", "reverse", reverse)
+    if signed and not GATES[gate].can_be_signed:
+        raise ValueError(f"gated_scan: gate {gate!r} has no signed form, got signed=True; leave it out")
+    mode = Mode(gate, candidate, signed, reverse)
+    return GATED_SCAN((*pre, h0, reset), mode)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -84,11 +84,17 @@ def initial_state(h0: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def forward(
-    pre: list[Tensor], h0: Tensor | None, reset: Tensor | None, gate: str, candidate: str, reverse: bool
+    pre: list[Tensor],
+    h0: Tensor | None,
+    reset: Tensor | None,
+    gate: str,
+    candidate: str,
+    signed: bool,
+    reverse: bool,
 ) -> Tensor:
     """h[t] = a[t] h[t-1] + b[t], h[-1] = h0, one step after another."""
     parts = [_in_order(x.to(carry_dtype(x.device)), reverse) for x in split(gate, pre)]
-    a, b = GATES[gate].equations(CANDIDATES[candidate], *parts)
+    a, b = GATES[gate].equations(CANDIDATES[candidate], *parts, signed=signed)
     forget = _forget(reset, reverse)
     h = torch.empty_like(b)
     carry = _initial(h0, a)
@@ -106,6 +112,7 @@ def backward(
     reset: Tensor | None,
     gate: str,
     candidate: str,
+    signed: bool,
     reverse: bool,
 ) -> list[Tensor]:
     """Gradients of every tensor in `pre`, then of h0. The adjoint of a scan is a scan run backwards.
@@ -114,7 +121,7 @@ def backward(
     """
     dtype = carry_dtype(h.device)
     parts = [_in_order(x.to(dtype), reverse) for x in split(gate, pre)]
-    a, b = GATES[gate].equations(CANDIDATES[candidate], *parts)
+    a, b = GATES[gate].equations(CANDIDATES[candidate], *parts, signed=signed)
     forget = _forget(reset, reverse)
     h_prev = torch.cat([_initial(h0, a).unsqueeze(1), _in_order(h.to(dtype), reverse)[:, :-1]], 1)
     if forget is not None:
@@ -126,7 +133,7 @@ def backward(
         carry = a[:, t] * g[:, t]
         if forget is not None:
             carry = carry.masked_fill(forget[:, t], 0)
-    dparts = GATES[gate].pullback(CANDIDATES[candidate], parts, g * h_prev, g)
+    dparts = GATES[gate].pullback(CANDIDATES[candidate], parts, g * h_prev, g, signed=signed)
     dparts = [_in_order(d, reverse) for d in dparts]
     dpre = [torch.cat(dparts, -1)] if len(pre) == 1 else dparts
     return [*(d.to(x.dtype) for d, x in zip(dpre, pre, strict=True)), carry.to(state_dtype(h.dtype))]

@@ -312,7 +312,7 @@ def _recurrence(pre, GATE: tl.constexpr, CANDIDATE: tl.constexpr, EXACT: tl.cons
     elif GATE == "minlstm_signed":
         step = _minlstm_signed(pre, CANDIDATE, EXACT)
     else:
-        tl.static_assert(GATE == "minlstm_unnormalised", "no such gate")
+        tl.static_assert(GATE == "minlstm_unnormalized", "no such gate")
         step = _minlstm_unnormalised(pre, CANDIDATE, EXACT)
     return step
 
@@ -330,7 +330,7 @@ def _partials(pre, h_prev, GATE: tl.constexpr, CANDIDATE: tl.constexpr, EXACT: t
     elif GATE == "minlstm_signed":
         step = _minlstm_signed_partials(pre, h_prev, CANDIDATE, EXACT)
     else:
-        tl.static_assert(GATE == "minlstm_unnormalised", "no such gate")
+        tl.static_assert(GATE == "minlstm_unnormalized", "no such gate")
         step = _minlstm_unnormalised_partials(pre, h_prev, CANDIDATE, EXACT)
     return step
 
@@ -908,7 +908,13 @@ def _processors(device: torch.device) -> int:
 
 
 def forward(
-    pre: list[Tensor], h0: Tensor | None, reset: Tensor | None, gate: str, candidate: str, reverse: bool
+    pre: list[Tensor],
+    h0: Tensor | None,
+    reset: Tensor | None,
+    gate: str,
+    candidate: str,
+    signed: bool,
+    reverse: bool,
 ) -> Tensor:
     """As `reference.forward`, fused: reads each pre-activation once and writes h once."""
     parts = _parts(gate, [contiguous_channels(x) for x in pre])
@@ -918,7 +924,7 @@ def forward(
     with torch.cuda.device_of(h):
         forward_kernel[(B * cut.tiles * cut.chunks,)](
             _strided(h), parts, _flags(reset), _start(h0, h.dtype), _board(h, cut), B, T, D, cut.chunks - 1,
-            **_settings(h.dtype, cut, gate, candidate, reverse),
+            **_settings(h.dtype, cut, gate, candidate, signed, reverse),
         )  # fmt: skip
     return h
 
@@ -931,6 +937,7 @@ def backward(
     reset: Tensor | None,
     gate: str,
     candidate: str,
+    signed: bool,
     reverse: bool,
 ) -> list[Tensor]:
     """As `reference.backward`, fused: reads pre-activations, h and dh once, writes the gradients once."""
@@ -943,14 +950,17 @@ def backward(
     with torch.cuda.device_of(h):
         backward_kernel[(B * cut.tiles * cut.chunks,)](
             _parts(gate, dpre), dh0, _strided(dh), _strided(h), parts, _flags(reset), _start(h0, h.dtype),
-            _board(h, cut), B, T, D, cut.chunks - 1, **_settings(h.dtype, cut, gate, candidate, not reverse),
+            _board(h, cut), B, T, D, cut.chunks - 1,
+            **_settings(h.dtype, cut, gate, candidate, signed, not reverse),
         )  # fmt: skip
     return [*dpre, dh0]
 
 
-def _settings(dtype: torch.dtype, cut: _Cut, gate: str, candidate: str, descending: bool) -> dict[str, Any]:
+def _settings(
+    dtype: torch.dtype, cut: _Cut, gate: str, candidate: str, signed: bool, descending: bool
+) -> dict[str, Any]:
     return {
-        "GATE": gate,
+        "GATE": f"{gate}_signed" if signed else gate,
         "CANDIDATE": candidate,
         "DESCENDING": descending,
         "REAL": _REALS[state_dtype(dtype)],

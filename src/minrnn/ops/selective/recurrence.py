@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from minrnn.ops.recurrence import FLOATS, check_like
-from minrnn.ops.selective.operator import apply
+from minrnn.ops.selective.operator import SELECTIVE_SCAN
 from minrnn.ops.selective.reference import Inputs
 
 __all__ = ["selective_scan"]
@@ -71,7 +71,8 @@ def selective_scan(
     """
     inputs = Inputs(u, delta_pre, A, B, C, D, z, delta_bias, h0, reset)
     _check(inputs)
-    return apply(inputs)
+    y, last, _ = SELECTIVE_SCAN(inputs, False)
+    return y, last
 
 
 def _check(x: Inputs) -> None:

@@ -1,34 +1,113 @@
-"""What the tests of engines compare: inputs, and the reference's results for them."""
+"""What the tests of the recurrence share: gates in all their forms, inputs, and the reference's results."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minrnn.ops import CANDIDATES, GATES, reference
+import minrnn.ops
+from minrnn.ops import CANDIDATES, reference
+from minrnn.ops.gates import Candidate
 
 __all__ = [
     "CELLS",
+    "GATES",
     "INFINITIES",
     "TOLERANCE",
     "compare",
+    "gated_scan",
     "inputs",
+    "mode",
+    "poisoned",
     "relative_error",
     "same",
     "spoiled",
+    "threads",
 ]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A gate, with decays in (0, 1) or signed."""
+
+    gate: str
+    signed: bool
+
+    @property
+    def pre(self) -> tuple[str, ...]:
+        return minrnn.ops.GATES[self.gate].pre
+
+    @property
+    def num_pre(self) -> int:
+        return len(self.pre)
+
+    @property
+    def has_candidate(self) -> bool:
+        return minrnn.ops.GATES[self.gate].has_candidate
+
+    def equations(self, candidate: Candidate, *pre: Tensor) -> tuple[Tensor, Tensor]:
+        return minrnn.ops.GATES[self.gate].equations(candidate, *pre, signed=self.signed)
+
+    def pullback(self, candidate: Candidate, pre: list[Tensor], da: Tensor, db: Tensor) -> list[Tensor]:
+        return minrnn.ops.GATES[self.gate].pullback(candidate, pre, da, db, signed=self.signed)
+
+
+GATES = {
+    gate + "_signed" * signed: Form(gate, signed)
+    for signed in (False, True)
+    for gate in minrnn.ops.GATES
+    if not signed or minrnn.ops.GATES[gate].can_be_signed
+}
+"""Every gate in every form that it has."""
 
 CELLS = [
     (gate, candidate)
     for gate, candidate in itertools.product(GATES, CANDIDATES)
     if GATES[gate].has_candidate or candidate == "positive"
 ]
+
+
+def gated_scan(gate: str, *pre: Tensor, **options: Any) -> Tensor:
+    """Call minrnn.ops.gated_scan; `gate` is a name in GATES above."""
+    return minrnn.ops.gated_scan(GATES[gate].gate, *pre, signed=GATES[gate].signed, **options)
+
+
+def mode(gate: str, candidate: str = "positive", reverse: bool = False) -> tuple[str, str, bool, bool]:
+    """Return the last arguments of the operators and of engines; `gate` is a name in GATES above."""
+    return GATES[gate].gate, candidate, GATES[gate].signed, reverse
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Have torch fill uninitialized memory with NaN, so that an unwritten output shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Give engines a number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 INFINITIES = (torch.inf, -torch.inf)
-# As in test_scan.py: largest error relative to the largest value.
+# Largest error relative to the largest value: about one rounding of the output.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -50,7 +129,9 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Return the largest error relative to the largest value expected."""
     assert actual.shape == expected.shape
     assert actual.isfinite().all(), "the engine left or produced a value that is not finite"
-    return float((actual.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+    return float(
+        (actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30)
+    )
 
 
 def compare(
@@ -68,12 +149,9 @@ def compare(
     expected = reference.forward(exact, start, reset, *mode)
     h = expected.to(dtype)
     gradients = reference.backward(dh.double(), exact, h.double(), start, reset, *mode)
-    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
-    try:
+    with poisoned():
         assert relative_error(engine.forward(pre, h0, reset, *mode), expected) < TOLERANCE[dtype]
         actual = engine.backward(dh, pre, h, h0, reset, *mode)
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert [x.dtype for x in actual] == [*(x.dtype for x in pre), reference.state_dtype(dtype)]
     for x, y in zip(actual, gradients, strict=True):
         assert relative_error(x, y) < 2.5 * TOLERANCE[dtype]

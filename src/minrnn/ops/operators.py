@@ -1,0 +1,451 @@
+"""What an operator is made of, once for all of them.
+
+`Operator` makes a pair of registered operators, forward and backward, of a declaration: schemas, engines,
+shapes, derivatives. They take part in autograd of any order, forward mode, torch.func's transforms, the older
+vmap of torch.autograd, torch.compile and torch.export. `Composite` is a composition of torch's operations
+with a faster form for eager tensors.
+
+Eager calls of an operator go to an autograd.Function, whose overhead is a quarter of a registered operator's.
+Traced and transformed calls go to the registered operator, which compilers and transforms can see.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
+
+from minrnn.ops.registry import Functions, implementations, register
+from minrnn.ops.torch_private import (
+    SingleLevelFunction,
+    add_batch_dim,
+    below_autograd,
+    enable_single_level_autograd_function,
+    is_batched,
+    old_vmap_level,
+    remove_batch_dim,
+    set_forward_mode,
+)
+from minrnn.ops.transforms import (
+    have_tangents,
+    is_plain,
+    is_traced,
+    is_transformed,
+    join,
+    needs_gradients,
+    separate,
+)
+
+__all__ = ["Composite", "Operator"]
+
+_LIBRARY = torch.library.Library("minrnn", "FRAGMENT")
+
+Tensors = Sequence[Any]
+"""Tensors, and None for absent ones."""
+
+
+class Operator(ABC):
+    """The operators `minrnn::<name>` and `minrnn::<name>_backward`, defined by what a subclass declares.
+
+    A call, `operator(tensors, mode)`, is differentiable. `tensors` are all inputs in one sequence, of which
+    the last has no gradient; `mode` is the rest of the arguments. The last of several outputs has no gradient
+    either: it is what backward needs. Arguments are not checked.
+    """
+
+    name: ClassVar[str]
+    schema: ClassVar[str]
+    """Of forward, without the name."""
+    backward_schema: ClassVar[str]
+    """Of backward, which returns the gradients of all tensors but the last, empty for absent ones."""
+    modules: ClassVar[Mapping[str, str]]
+    """The module that computes it, by the engine's name in ENGINES."""
+    shared: ClassVar[frozenset[int]] = frozenset()
+    """Which tensors have no batch: backward sums their gradients over it."""
+
+    def __init__(self) -> None:
+        found = implementations(self.modules, self._engine_functions)
+        for operator, schema in ((self.name, self.schema), (f"{self.name}_backward", self.backward_schema)):
+            _LIBRARY.define(f"{operator}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        register(_LIBRARY, self.name, found)
+        self.forward_op = getattr(torch.ops.minrnn, self.name).default
+        self.backward_op = getattr(torch.ops.minrnn, f"{self.name}_backward").default
+        self._recorded = _recorded(self)
+        self._recorded_at_level = _at_level(self._recorded)
+        self._register(self.name, self.fake, self._differentiable, self._batched)
+        self._register(
+            f"{self.name}_backward", self.fake_backward, self._twice_differentiable, self._batched_backward
+        )
+
+    # -- What a subclass declares
+
+    @abstractmethod
+    def pack(self, tensors: Tensors, mode: Any, *, record: bool) -> tuple[Any, ...]:
+        """Return the arguments of forward; `record`: whether backward will be called."""
+
+    @abstractmethod
+    def unpack(self, arguments: Sequence[Any]) -> tuple[tuple[Any, ...], Any]:
+        """Return (tensors, mode), given the arguments of forward."""
+
+    @abstractmethod
+    def pack_backward(self, gradients: Tensors, kept: Tensor, tensors: Tensors, mode: Any) -> tuple[Any, ...]:
+        """Return the arguments of backward: the outputs' gradients, forward's last output, its arguments."""
+
+    @abstractmethod
+    def unpack_backward(self, arguments: Sequence[Any]) -> tuple[Tensors, Any, tuple[Any, ...], Any]:
+        """Return what `pack_backward` takes, given what it returns."""
+
+    @abstractmethod
+    def fake(self, *arguments: Any) -> Any:
+        """Return forward's outputs, uninitialized."""
+
+    @abstractmethod
+    def fake_backward(self, *arguments: Any) -> list[Tensor]:
+        """Return backward's outputs, uninitialized."""
+
+    @abstractmethod
+    def differentiable_gradients(
+        self, gradients: Tensors, kept: Tensor, tensors: Tensors, mode: Any
+    ) -> list[Tensor]:
+        """Compute backward's outputs by differentiable operations."""
+
+    @abstractmethod
+    def tangents(self, tangents: Tensors, kept: Tensor, tensors: Tensors, mode: Any) -> tuple[Tensor, ...]:
+        """Compute the tangents of the differentiable outputs; None stands for a tangent that is zero."""
+
+    def engine_functions(self, module: ModuleType) -> Functions:
+        """Return what an engine's module implements forward and backward by."""
+        return module.forward, module.backward
+
+    def trim(self, outputs: Any, mode: Any) -> Any:
+        """Return the outputs of a recorded call as those of an unrecorded one."""
+        return outputs
+
+    # -- Calls
+
+    def __call__(self, tensors: Tensors, mode: Any) -> Any:
+        """Compute the outputs, differentiably."""
+        if is_traced() or is_transformed():
+            return self.forward_op(*self.pack(tensors, mode, record=False))
+        if needs_gradients(*tensors):
+            return self._recorded.apply(mode, *tensors)
+        return self.compute(self.pack(tensors, mode, record=False))
+
+    def compute(self, arguments: tuple[Any, ...]) -> Any:
+        """Call forward without autograd, whose check for gradients would take a quarter of a single step."""
+        with below_autograd():
+            return self.forward_op(*arguments)
+
+    def differentiate(self, gradients: Tensors, kept: Tensor, tensors: Tensors, mode: Any) -> list[Tensor]:
+        """Call backward without autograd."""
+        with below_autograd():
+            return self.backward_op(*self.pack_backward(gradients, kept, tensors, mode))
+
+    def gradients(self, gradients: Tensors, kept: Tensor, tensors: Tensors, mode: Any) -> list[Tensor | None]:
+        """Compute the gradients of all tensors, None for absent ones and for the last.
+
+        They are the engine's fused pass, unless they will be differentiated themselves.
+        """
+        if torch.is_grad_enabled() or is_transformed():  # create_graph=True; a transform; forward mode
+            found = self.backward_op(*self.pack_backward(gradients, kept, tensors, mode))
+        else:
+            found = self.differentiate(gradients, kept, tensors, mode)
+        return [*(None if x is None else d.to(x.dtype) for x, d in zip(tensors, found, strict=False)), None]
+
+    # -- Implementations of the registered operators
+
+    def _register(
+        self,
+        operator: str,
+        fake: Callable[..., Any],
+        differentiable: Callable[..., Any],
+        batched: Callable[..., tuple[Any, Any]],
+    ) -> None:
+        torch.library.register_fake(f"minrnn::{operator}", fake, lib=_LIBRARY)
+        _LIBRARY.impl(operator, differentiable, "Autograd")
+        torch.library.register_vmap(f"minrnn::{operator}", _for_any_size(batched), lib=_LIBRARY)
+        _LIBRARY.impl(operator, _for_old_vmap(batched), "Batched")
+
+    def _engine_functions(self, module: ModuleType) -> Functions:
+        """Return the engine's functions, which are not called for a batch without rows."""
+        compute, differentiate = self.engine_functions(module)
+
+        def forward(*arguments: Any) -> Any:
+            first = arguments[0]
+            rows = (first[0] if isinstance(first, list) else first).shape[0]
+            return compute(*arguments) if rows else self.fake(*arguments)
+
+        def backward(gradient: Tensor, *arguments: Any) -> list[Tensor]:
+            if gradient.shape[0]:
+                return differentiate(gradient, *arguments)
+            return [d.zero_() for d in self.fake_backward(gradient, *arguments)]
+
+        return forward, backward
+
+    def _differentiable(self, *arguments: Any) -> Any:
+        """Forward, for the dispatch key Autograd.
+
+        Nested transforms call it at each of their levels with that level's tensors, so that no tangent is
+        lost; torch.autograd.Function.jvp would lose all but the innermost.
+        """
+        tensors, mode = self.unpack(arguments)
+        if needs_gradients(*tensors):
+            return self.trim(self._recorded_at_level.apply(mode, *tensors), mode)
+        if have_tangents(*tensors):
+            primals, tangents = separate(tensors[:-1])
+            primals.append(tensors[-1])
+            outputs = self.forward_op(*self.pack(primals, mode, record=False))
+            if isinstance(outputs, Tensor):
+                return join(outputs, *self.tangents(tangents, outputs, primals, mode))
+            found = self.tangents(tangents, outputs[-1], primals, mode)
+            return *(join(*pair) for pair in zip(outputs, found, strict=False)), outputs[-1]
+        return self.compute(arguments)
+
+    def _twice_differentiable(self, *arguments: Any) -> list[Tensor]:
+        """Backward, for the dispatch key Autograd."""
+        gradients, kept, tensors, mode = self.unpack_backward(arguments)
+        if needs_gradients(*gradients, kept, *tensors) or have_tangents(*gradients, kept, *tensors):
+            return self.differentiable_gradients(gradients, kept, tensors, mode)
+        with below_autograd():
+            return self.backward_op(*arguments)
+
+    def _batched(self, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        """Forward, for torch.func.vmap: the mapped dimension is merged with the batch."""
+        tensors, mode = self.unpack(arguments)
+        dims, _ = self.unpack(in_dims)
+        if any(dims[index] is not None for index in self.shared):
+            return _one_by_one(self.forward_op, info, in_dims, arguments)
+        folded = _fold(info, tensors, dims, self.shared)
+        return _unfold(info, self.forward_op(*self.pack(folded, mode, record=False)))
+
+    def _batched_backward(self, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        """Backward, for torch.func.vmap: many gradients at once."""
+        if self.shared:  # their gradients are sums over the batch, which must not add up what is mapped
+            return _one_by_one(self.backward_op, info, in_dims, arguments)
+        gradients, kept, tensors, mode = self.unpack_backward(arguments)
+        gradient_dims, kept_dim, dims, _ = self.unpack_backward(in_dims)
+        count = len(gradients)
+        *found, kept = _fold(info, (*gradients, *tensors, kept), (*gradient_dims, *dims, kept_dim))
+        folded = self.pack_backward(found[:count], kept, found[count:], mode)
+        return _unfold(info, self.backward_op(*folded))
+
+
+def _recorded(operator: Operator) -> type[Any]:
+    """Make the autograd.Function of an operator: apply(mode, *tensors) -> outputs."""
+
+    class Recorded(SingleLevelFunction):
+        @staticmethod
+        def forward(ctx: Any, mode: Any, *tensors: Any) -> Any:
+            outputs = operator.compute(operator.pack(tensors, mode, record=True))
+            kept = outputs
+            if not isinstance(outputs, Tensor):
+                kept = outputs[-1]
+                ctx.mark_non_differentiable(kept)
+            ctx.mode = mode
+            ctx.save_for_backward(kept, *tensors)
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+            kept, *tensors = ctx.saved_tensors
+            return None, *operator.gradients(gradients, kept, tensors, ctx.mode)
+
+        @staticmethod
+        def jvp(ctx: Any, _mode: None, *tangents: Any) -> Any:
+            kept, *tensors = ctx.saved_tensors
+            found = operator.tangents(tangents, kept, tensors, ctx.mode)
+            return found[0] if len(found) == 1 else (*found, None)
+
+    return Recorded
+
+
+def _at_level(function: type[Any]) -> Any:
+    """Make of an autograd.Function one for an operator's Autograd kernel, at any level of nested transforms.
+
+    A Function's forward records nothing, at no level; here the levels below, whose turn comes within it, do.
+    Its jvp is for tensors that have gradients and tangents at one level, as torch.autograd.forward_ad has
+    them: what backward computes with then has tangents too. Elsewhere it would lose the levels below.
+    """
+
+    class AtLevel(function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            with torch.enable_grad(), set_forward_mode(True):
+                outputs = function.forward(ctx, *arguments)
+            ctx.save_for_forward(*ctx.to_save)
+            return outputs
+
+        @classmethod
+        def apply(cls, *arguments: Any) -> Any:
+            with enable_single_level_autograd_function():
+                return super().apply(*arguments)
+
+    return AtLevel
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Compositions with a faster eager form
+
+
+class Composite(ABC):
+    """A composition of torch's operations, with a faster form where `is_plain` holds and nothing is traced.
+
+    The caller decides that it does, and calls `composite(settings, *tensors)` then, `compose` otherwise.
+    """
+
+    def __init__(self) -> None:
+        self._recorded = _recorded_composite(self)
+
+    @abstractmethod
+    def compose(self, settings: Any, *tensors: Any) -> Tensor:
+        """Compute the output by torch's operations, which define what it is."""
+
+    @abstractmethod
+    def compute(self, settings: Any, tensors: Sequence[Any], *, record: bool) -> tuple[Tensor, list[Tensor]]:
+        """Compute the output in the faster form, and what `gradients` needs of it where `record`."""
+
+    @abstractmethod
+    def gradients(
+        self,
+        settings: Any,
+        needs: Sequence[bool],
+        gradient: Tensor,
+        tensors: Sequence[Any],
+        kept: Sequence[Tensor],
+    ) -> list[Tensor | None]:
+        """Compute the gradients that are needed, of all tensors, None for the others."""
+
+    def __call__(self, settings: Any, *tensors: Tensor | None) -> Tensor:
+        """Compute the output, differentiably."""
+        if needs_gradients(*tensors):
+            return self._recorded.apply(settings, *tensors)
+        return self.compute(settings, tensors, record=False)[0]
+
+
+def _recorded_composite(composite: Composite) -> type[Any]:
+    """Make the autograd.Function of a composite: apply(settings, *tensors) -> output."""
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, settings: Any, *tensors: Any) -> Tensor:
+            output, kept = composite.compute(settings, tensors, record=True)
+            ctx.settings, ctx.count = settings, len(tensors)
+            ctx.save_for_backward(*tensors, *kept)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+            saved = ctx.saved_tensors  # read once: torch.utils.checkpoint hands it out once
+            tensors, kept = saved[: ctx.count], saved[ctx.count :]
+            needs = ctx.needs_input_grad[1:]
+            # With create_graph=True, and for many gradients at once, nothing may be written in place.
+            if torch.is_grad_enabled() or not is_plain(gradient) or is_batched(gradient):
+                return None, *_differentiate(composite, ctx.settings, needs, gradient, tensors)
+            return None, *composite.gradients(ctx.settings, needs, gradient, tensors, kept)
+
+    return Recorded
+
+
+def _differentiate(
+    composite: Composite, settings: Any, needs: Sequence[bool], gradient: Tensor, tensors: Sequence[Any]
+) -> list[Tensor | None]:
+    """Differentiate the composition, computed anew, as torch does."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases: where one argument is computed from another, no gradient must flow on to that other here.
+        aliases = [x if x is None else x.view_as(x) for x in tensors]
+        output = composite.compose(settings, *aliases)
+        wanted: list[Any] = [x for x, needed in zip(aliases, needs, strict=True) if needed]
+        found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=create_graph))
+    return [next(found) if needed else None for needed in needs]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# vmap: torch.func's, and the older one of torch.autograd, behind is_grads_batched=True, vectorize=True and
+# gradcheck's check_batched_grad, which cannot map over operators that take lists of tensors by itself.
+
+
+class _Mapped(NamedTuple):
+    """What a rule of torch.func.vmap needs to know."""
+
+    batch_size: int
+
+
+def _fold(
+    info: Any, tensors: Sequence[Any], dims: Sequence[int | None], shared: frozenset[int] = frozenset()
+) -> list[Any]:
+    """Move the mapped dimension of every tensor to the front and merge it with the batch."""
+
+    def fold(x: Tensor | None, dim: int | None) -> Tensor | None:
+        if x is None:
+            return None
+        size = info.batch_size
+        return (x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+
+    pairs = zip(tensors, dims, strict=True)
+    return [x if index in shared else fold(x, dim) for index, (x, dim) in enumerate(pairs)]
+
+
+def _unfold(info: Any, outputs: Any) -> tuple[Any, Any]:
+    """Take the mapped dimension of outputs, in front, apart from the batch; and say where it is."""
+    return (
+        tree_map(lambda x: x.unflatten(0, (info.batch_size, -1)), outputs),
+        tree_map(lambda _: 0, outputs),
+    )
+
+
+def _one_by_one(
+    function: Callable[..., Any], info: Any, in_dims: Sequence[Any], arguments: Sequence[Any]
+) -> tuple[Any, Any]:
+    """Call the function for each index of the mapped dimension, and stack its outputs."""
+
+    def at(index: int) -> Any:
+        return tree_map(
+            lambda x, dim: x if dim is None else x.select(dim, index), tuple(arguments), tuple(in_dims)
+        )
+
+    results = [function(*at(index)) for index in range(info.batch_size)]
+    stacked = [torch.stack(parts) for parts in zip(*results, strict=True)]
+    outputs = stacked if isinstance(results[0], list) else tuple(stacked)
+    return outputs, tree_map(lambda _: 0, outputs)
+
+
+def _for_any_size(rule: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    """Make of a rule for mapped dimensions of at least 1 a rule for those of size 0 too."""
+
+    def rule_for_any_size(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        if info.batch_size:
+            return rule(info, in_dims, *arguments)
+
+        def widen(x: Any, dim: int | None) -> Any:
+            return x if dim is None else x.new_zeros(*x.shape[:dim], 1, *x.shape[dim + 1 :])
+
+        results, out_dims = rule(_Mapped(1), in_dims, *tree_map(widen, arguments, in_dims))
+        return tree_map(lambda x: x[:0], results), out_dims
+
+    return rule_for_any_size
+
+
+def _for_old_vmap(rule: Callable[..., tuple[Any, Any]]) -> Callable[..., Any]:
+    """Make of a rule for torch.func.vmap a kernel for the dispatch key Batched."""
+
+    def kernel(*arguments: Any) -> Any:
+        level = old_vmap_level()
+        leaves, structure = tree_flatten(arguments)
+        mapped = [isinstance(x, Tensor) for x in leaves]
+        # A tensor that is not mapped gets a dimension of 1.
+        found = [
+            remove_batch_dim(x, level, 1, 0) if is_tensor else x
+            for x, is_tensor in zip(leaves, mapped, strict=True)
+        ]
+        size = max(x.shape[0] for x in found if isinstance(x, Tensor))
+        whole = [x.expand(size, *x.shape[1:]) if isinstance(x, Tensor) else x for x in found]
+        dims = tree_unflatten([0 if is_tensor else None for is_tensor in mapped], structure)
+        results, _ = rule(_Mapped(size), dims, *tree_unflatten(whole, structure))
+        return tree_map_only(Tensor, lambda x: add_batch_dim(x, 0, level), results)
+
+    return kernel

@@ -1,0 +1,411 @@
+"""A linear projection and a gated scan as one function, computed in chunks that stay in the cache.
+
+One after the other, they write k (B, T, D) pre-activations to memory and read them back, and their gradients
+likewise. Here a chunk of pre-activations is computed, used and dropped: in forward where no gradients are
+recorded, in backward always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from minrnn.ops.chunks import WHOLE, Chunk, cut_batch, cut_sequences, steps_at_once
+from minrnn.ops.gated import GATED_SCAN, Mode, new_output
+from minrnn.ops.gates import CANDIDATES, GATES
+from minrnn.ops.joined import Joined
+from minrnn.ops.operators import Composite
+from minrnn.ops.transforms import is_plain, is_traced, is_transformed, needs_gradients
+
+__all__ = ["projected_scan"]
+
+LARGE_BYTES = 32 << 20
+"""Pre-activations from which on they are cut, to save memory. Fewer are computed at once, which is faster: a
+chunk costs some calls, and the C library keeps the memory of a few MiB for the next call in any case."""
+
+MIN_ELEMENTS = 1 << 14
+"""States of a sequence, on average, from which on calls of its own cost less than gates outside the scan."""
+
+
+def projected_scan(
+    gate: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    h0: Tensor | None = None,
+    reset: Tensor | None = None,
+    reverse: bool = False,
+    candidate: str = "positive",
+    signed: bool = False,
+    time_major: bool = False,
+    joined: Joined | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """A recurrence with the projection that feeds it: h = gated_scan(gate, linear(x, weight, bias), ...).
+
+    Arguments are not checked.
+
+    Args:
+        gate: a name in GATES.
+        x: (B, T, C), or (T, B, C) if time_major.
+        weight: (num_pre * D, C), its rows in the order of the gate's pre-activations.
+        bias: (num_pre * D,); none when None.
+        h0: (B, D), the state before the first step; zeros when None. With `joined`, (N, D).
+        reset: (B, T) bool; where True the state is forgotten before that step.
+        reverse: run from the last step to the first.
+        candidate: a name in CANDIDATES.
+        signed: let decays lie in (-1, 1).
+        time_major: how the axes of x are ordered.
+        joined: N sequences that lie end to end in x (1, total, C); without `reset`.
+        recompute: recompute pre-activations and states in backward, so that they need not be kept for it.
+
+    Returns:
+        h, (B, T, D).
+    """
+    settings = _Settings(Mode(gate, candidate, signed, reverse), time_major, recompute)
+    tensors = _Tensors(x, weight, bias, h0, reset)
+    return _scan_rows(settings, tensors) if joined is None else _scan_joined(settings, tensors, joined)
+
+
+class _Settings(NamedTuple):
+    """The arguments of one call that are no tensors."""
+
+    mode: Mode
+    time_major: bool
+    recompute: bool
+    sequences: tuple[Chunk, ...] = (WHOLE,)
+    """The parts that each start from a state of h0."""
+    chunks: tuple[Chunk, ...] = (WHOLE,)
+    """The same parts, cut smaller."""
+
+    def batch_first(self, x: Tensor) -> Tensor:
+        """Return x, or pre-activations or gradients in its form, as (B, T, ...)."""
+        return x.transpose(0, 1) if self.time_major else x
+
+    def scan(self, chunk: Chunk, pre: Tensor, start: Tensor | None, reset: Tensor | None) -> Tensor:
+        """Scan a chunk, given its pre-activations."""
+        return GATED_SCAN((pre, start, None if reset is None else _of(reset, chunk)), self.mode)
+
+    def last(self, h: Tensor) -> Tensor:
+        """Return the state (B, D) after a chunk."""
+        return h.select(1, 0 if self.mode.reverse else -1)
+
+
+class _Tensors(NamedTuple):
+    """The arguments of one call that are tensors."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    h0: Tensor | None
+    reset: Tensor | None
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of one step's pre-activations."""
+        return self.weight.shape[0] * self.weight.element_size()
+
+
+def _scan_rows(settings: _Settings, tensors: _Tensors) -> Tensor:
+    if is_traced() or not (settings.recompute or _is_large(tensors)) or not _can_fuse(tensors):
+        return _composed(settings, tensors, _compose)
+    x = settings.batch_first(tensors.x)
+    size, reverse = steps_at_once(tensors.row_bytes), settings.mode.reverse
+    chunks = cut_batch(*x.shape[:2], size, by_time=_lies_by_time(x), reverse=reverse)
+    return _FUSED(settings._replace(chunks=chunks), *tensors)
+
+
+def _scan_joined(settings: _Settings, tensors: _Tensors, joined: Joined) -> Tensor:
+    x, h0, reverse = tensors.x, tensors.h0, settings.mode.reverse
+    if joined.total == 0:  # there is nothing to scan
+        D = tensors.weight.shape[0] // GATES[settings.mode.gate].num_pre
+        return _project(x, tensors.weight, tensors.bias)[..., :D]
+    if h0 is None:
+        return _scan_rows(settings, tensors._replace(reset=joined.ends if reverse else joined.starts))
+    long = not is_traced() and x.shape[1] * h0.shape[1] >= MIN_ELEMENTS * h0.shape[0]
+    if not long or not _can_fuse(tensors):
+        return _composed(settings, tensors, partial(_compose_joined, joined))
+    offsets = joined.offsets.tolist()
+    sequences = chunks = cut_sequences(offsets, x.shape[1], reverse=reverse)
+    if settings.recompute or _is_large(tensors):
+        chunks = cut_sequences(offsets, steps_at_once(tensors.row_bytes), reverse=reverse)
+    return _FUSED(settings._replace(sequences=sequences, chunks=chunks), *tensors)
+
+
+def _can_fuse(tensors: _Tensors) -> bool:
+    """Whether the fused form applies: eager CPU tensors in float32 or float64, no autocast, no transform.
+
+    In 16 bits the sums of gradients over chunks would be rounded after each. On a GPU, chunks that its cache
+    holds would not occupy it.
+    """
+    x, weight, bias, h0, _ = tensors
+    return (
+        x.is_cpu
+        and x.numel() > 0
+        and x.dtype == weight.dtype
+        and weight.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled("cpu")
+        and is_plain(x, weight, bias, h0)
+    )
+
+
+def _is_large(tensors: _Tensors) -> bool:
+    return tensors.x.shape[0] * tensors.x.shape[1] * tensors.row_bytes >= LARGE_BYTES
+
+
+# ----------------------------------------------------------------------------------------------------------
+# By torch's operations and the scan: differentiable to any order, under any transform
+
+
+def _composed(
+    settings: _Settings, tensors: _Tensors, compose: Callable[[_Settings, _Tensors], Tensor]
+) -> Tensor:
+    """Compose; where recompute asks for it, torch recomputes all of it in backward."""
+    if not settings.recompute or is_transformed() or not needs_gradients(*tensors):
+        return compose(settings, tensors)  # transforms take no hooks on what is saved
+
+    def again(*tensors: Any) -> Tensor:
+        return compose(settings, _Tensors(*tensors))
+
+    return checkpoint(again, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+
+def _compose(settings: _Settings, tensors: _Tensors) -> Tensor:
+    x, weight, bias, h0, reset = tensors
+    pre = settings.batch_first(_project(x, weight, bias))
+    if settings.sequences == (WHOLE,):
+        return settings.scan(WHOLE, pre, h0, reset)
+    parts = [settings.scan(part, _of(pre, part), _entering(part, h0), None) for part in settings.sequences]
+    return torch.cat(parts, 1)
+
+
+def _compose_joined(joined: Joined, settings: _Settings, tensors: _Tensors) -> Tensor:
+    """Start every sequence from a state of its own: its first step's input term b becomes a * h0 + b.
+
+    So the gates are computed here and not inside the scan. On one core that makes a layer's forward and
+    backward 1.5 to 2 times as slow as without h0 (with 32 channels, up to 4), about what padding to the
+    longest costs, and takes more memory. It is for short sequences, whose single calls would cost more, and
+    for compiled graphs, which serve any lengths.
+    """
+    (x, weight, bias, h0, _), mode = tensors, settings.mode
+    assert h0 is not None
+    gate, pre = GATES[mode.gate], _project(x, weight, bias)
+    parts = pre.to(torch.promote_types(pre.dtype, torch.float32)).chunk(gate.num_pre, -1)
+    a, b = gate.equations(CANDIDATES[mode.candidate], *parts, signed=mode.signed)
+    entry, reset = (joined.last, joined.ends) if mode.reverse else (joined.first, joined.starts)
+    entering = a[0].index_select(0, entry) * h0
+    b = b.index_add(1, entry, entering.where(joined.filled, 0).unsqueeze(0))
+    return GATED_SCAN((a, b, None, reset), Mode("identity", "positive", False, mode.reverse)).to(pre.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Fused, in chunks
+
+
+class _Fused(Composite):
+    """h (B, T, D) of (settings, *tensors)."""
+
+    def compose(self, settings: _Settings, *tensors: Any) -> Tensor:
+        return _compose(settings, _Tensors(*tensors))
+
+    def compute(
+        self, settings: _Settings, tensors: Sequence[Any], *, record: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        if not record or settings.recompute:
+            return _scan_chunks(settings, _Tensors(*tensors))
+        h, *kept = _scan_whole(settings, _Tensors(*tensors))
+        return h, kept
+
+    def gradients(
+        self,
+        settings: _Settings,
+        needs: Sequence[bool],
+        gradient: Tensor,
+        tensors: Sequence[Any],
+        kept: Sequence[Tensor],
+    ) -> list[Tensor | None]:
+        """Go through the chunks from the last to the first; use pre-activations' gradients as they come."""
+        inputs = _Tensors(*tensors)
+        pieces = (_recompute_pieces if settings.recompute else _kept_pieces)(settings, inputs, kept)
+        sums = _Sums(settings, needs, inputs)
+        following: Tensor | None = None  # the gradient of the state after the chunk
+        for chunk, pre, h, start in pieces:
+            dh = _of(gradient, chunk)
+            if following is not None:
+                dh = dh.clone()
+                settings.last(dh).add_(following)
+            reset = None if inputs.reset is None else _of(inputs.reset, chunk)
+            dpre, dstart = GATED_SCAN.differentiate((dh,), h, (pre, start, reset), settings.mode)
+            sums.add(chunk, dpre, dstart)
+            following = dstart if chunk.entry is None else None
+        return sums.gradients()
+
+
+_FUSED = _Fused()
+
+
+def _scan_whole(settings: _Settings, tensors: _Tensors) -> tuple[Tensor, Tensor, Tensor]:
+    """h, and what is kept for backward: pre-activations and h.
+
+    Not in chunks: pre-activations that are kept have to be written anyway.
+    """
+    x, weight, bias, h0, reset = tensors
+    x = settings.batch_first(x)
+    # Not by linear, which would have fresh memory mapped for as many.
+    pre, by_time = new_output(x, len(weight)), _lies_by_time(x)
+    _project_into(_matrix(pre, by_time), _matrix(x, by_time), weight, bias)
+    pieces = ((sequence, _of(pre, sequence)) for sequence in settings.sequences)
+    h, _ = _scan_pieces(settings, pieces, pre, h0, reset)
+    return h, pre, h
+
+
+def _scan_chunks(settings: _Settings, tensors: _Tensors) -> tuple[Tensor, list[Tensor]]:
+    """h, and the states from which those chunks go on that do not start from h0."""
+    x, weight, bias, h0, reset = tensors
+    x = settings.batch_first(x)
+    return _scan_pieces(settings, _project_chunks(settings.chunks, x, weight, bias), x, h0, reset)
+
+
+def _project_chunks(
+    chunks: Iterable[Chunk], x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Iterator[tuple[Chunk, Tensor]]:
+    """Each chunk with its pre-activations, which lie where those of the next will."""
+    by_time = _lies_by_time(x)
+    room = x.new_empty(0, len(weight))
+    for chunk in chunks:
+        part = _of(x, chunk)
+        rows = _matrix(part, by_time)
+        if len(room) < len(rows):
+            room = x.new_empty(len(rows), len(weight))
+        pre = room.narrow(0, 0, len(rows))
+        _project_into(pre, rows, weight, bias)
+        B, T = part.shape[:2]
+        yield chunk, pre.view(T, B, -1).transpose(0, 1) if by_time else pre.view(B, T, -1)
+
+
+def _project_into(pre: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if bias is None:
+        torch.mm(rows, weight.t(), out=pre)
+    else:
+        torch.addmm(bias, rows, weight.t(), out=pre)
+
+
+def _scan_pieces(
+    settings: _Settings,
+    pieces: Iterable[tuple[Chunk, Tensor]],
+    like: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Scan one piece after the other into states that lie in memory as `like`."""
+    h: Tensor | None = None
+    last: Tensor | None = None
+    borders: list[Tensor] = []
+    for chunk, pre in pieces:
+        start = _entering(chunk, h0) if last is None or chunk.entry is not None else last.clone()
+        if chunk.entry is None and start is not None:
+            borders.append(start)
+        piece = settings.scan(chunk, pre, start, reset)
+        if chunk is WHOLE:
+            return piece, borders
+        h = new_output(like, piece.shape[2]) if h is None else h
+        _of(h, chunk).copy_(piece)
+        last = settings.last(piece)
+    assert h is not None, "there is no sequence without a step"
+    return h, borders
+
+
+Piece = tuple[Chunk, Tensor, Tensor, Tensor | None]
+"""A chunk, its pre-activations, its states, and the state that it starts from."""
+
+
+def _kept_pieces(settings: _Settings, tensors: _Tensors, kept: Sequence[Tensor]) -> Iterator[Piece]:
+    pre, h = kept
+    start: Tensor | None
+    for chunk in reversed(settings.chunks):
+        if chunk.entry is None:
+            start = h[chunk.rows, chunk.steps.stop if settings.mode.reverse else chunk.steps.start - 1]
+        else:
+            start = _entering(chunk, tensors.h0)
+        yield chunk, _of(pre, chunk), _of(h, chunk), start
+
+
+def _recompute_pieces(settings: _Settings, tensors: _Tensors, borders: Sequence[Tensor]) -> Iterator[Piece]:
+    x, weight, bias, h0, reset = tensors
+    from_last = reversed(borders)
+    for chunk, pre in _project_chunks(reversed(settings.chunks), settings.batch_first(x), weight, bias):
+        start = next(from_last) if chunk.entry is None else _entering(chunk, h0)
+        yield chunk, pre, settings.scan(chunk, pre, start, reset), start
+
+
+class _Sums:
+    """The gradients of x, weight, bias and h0, as far as chunks have contributed to them."""
+
+    def __init__(self, settings: _Settings, needs: Sequence[bool], tensors: _Tensors) -> None:
+        self.settings, self.weight, self.x = settings, tensors.weight, settings.batch_first(tensors.x)
+        self.by_time = _lies_by_time(self.x)
+        needs_x, self.needs_weight, self.needs_bias, needs_h0, _ = needs
+        self.dx = new_output(self.x, self.x.shape[2]) if needs_x else None
+        self.dweight: Tensor | None = None
+        self.dbias: Tensor | None = None
+        # Zeros: a sequence without steps has no chunk.
+        self.dh0 = torch.zeros_like(tensors.h0) if tensors.h0 is not None and needs_h0 else None
+
+    def add(self, chunk: Chunk, dpre: Tensor, dstart: Tensor) -> None:
+        """Add what a chunk contributes, given the gradients of its pre-activations and of its first state."""
+        rows = _matrix(dpre, self.by_time)
+        if self.dx is not None:
+            torch.mm(rows, self.weight, out=_matrix(_of(self.dx, chunk), self.by_time))
+        if self.needs_weight:
+            columns, inputs = rows.t(), _matrix(_of(self.x, chunk), self.by_time)
+            self.dweight = columns @ inputs if self.dweight is None else self.dweight.addmm_(columns, inputs)
+        if self.needs_bias:
+            dbias = rows.sum(0)
+            self.dbias = dbias if self.dbias is None else self.dbias.add_(dbias)
+        if self.dh0 is not None and chunk.entry is not None:
+            self.dh0[chunk.entry] = dstart
+
+    def gradients(self) -> list[Tensor | None]:
+        """Return those of (x, weight, bias, h0, reset), None where they are not needed."""
+        dx = None if self.dx is None else self.settings.batch_first(self.dx)
+        return [dx, self.dweight, self.dbias, self.dh0, None]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Layout in memory
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute the packed pre-activations of x (..., C)."""
+    if not x.is_contiguous() and x.transpose(0, 1).is_contiguous():  # linear would copy it
+        return functional.linear(x.transpose(0, 1), weight, bias).transpose(0, 1)
+    return functional.linear(x, weight, bias)
+
+
+def _lies_by_time(x: Tensor) -> bool:
+    """Whether the rows of a step lie together in memory, and not the steps of a row."""
+    return x.stride(0) < x.stride(1)
+
+
+def _of(x: Tensor, chunk: Chunk) -> Tensor:
+    """A chunk of x (B, T, ...), a view."""
+    return x if chunk is WHOLE else x[chunk.rows, chunk.steps]
+
+
+def _entering(chunk: Chunk, h0: Tensor | None) -> Tensor | None:
+    return h0 if h0 is None or chunk is WHOLE else h0[chunk.entry]
+
+
+def _matrix(x: Tensor, by_time: bool) -> Tensor:
+    """(B, T, C) as B * T rows in the order in which they lie in memory: a view.
+
+    Where they lie in no order it is a copy, which memory from `new_output` never needs.
+    """
+    return (x.transpose(0, 1) if by_time else x).flatten(0, 1)
