@@ -329,8 +329,10 @@ class _Translation:
         """Add a block's first branch; return the sizes of its state."""
         mixer = self.module(f"{path}.mixer", MinGRUMixer, MinLSTMMixer)
         rnn = self.module(f"{path}.mixer.rnn", MinGRU, MinLSTM)
-        if rnn.num_layers != 1 or rnn.bidirectional:
-            raise NotFusableError(f"{path}.mixer.rnn has more than one layer or direction")
+        if rnn.num_layers != 1 or rnn.bidirectional or not rnn.batch_first or rnn.input_size != self.width:
+            raise NotFusableError(
+                f"{path}.mixer.rnn is not one batch-first layer over {self.width} channels in one direction"
+            )
         if mixer.d_model != self.width:
             raise NotFusableError(f"{path}.mixer is of {mixer.d_model} channels, not {self.width}")
         gate, candidate, num_pre = self._gate(f"{path}.mixer.rnn", rnn)
