@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from minrnn.ops import CANDIDATES, GATES
 from minrnn.ops.reference import split
+from minrnn.ops.torch_private import associative_scan
 
 __all__ = ["LAYER_PEERS", "SCAN_PEERS", "LayerPeer", "Peer", "Scan", "ScanPeer"]
 
@@ -158,7 +159,7 @@ def _make_hgrn(name: str) -> Scan:
 
 
 def _make_associative_scan() -> Scan:
-    operator = import_module("torch._higher_order_ops").associative_scan
+    operator = associative_scan()
 
     def combine(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return left[0] * right[0], right[0] * left[1] + right[1]

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+
+from minrnn.ops.torch_private import has_any_global_hook
 
 _calling: Callable[[type[nn.Module]], tuple[Any, ...]] = operator.attrgetter("__call__", "forward")
 
@@ -59,7 +60,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or module._compiled_call_impl is not None
-        or _has_any_global_hook()
+        or has_any_global_hook()
     )
     return not watched
 

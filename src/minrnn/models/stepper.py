@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from minrnn.mixers.calls import callers, is_own, passed
 from minrnn.mixers.convolution import CausalConv
@@ -19,6 +18,7 @@ from minrnn.models.block import ACTIVATIONS, MLP, Block, BlockState
 from minrnn.models.dropout import Dropout
 from minrnn.ops import CANDIDATES, GATES
 from minrnn.ops.chain import Affine, Branch, BranchState, Chain, Links, NoChainError, Norm, serves
+from minrnn.ops.torch_private import has_any_global_hook
 
 ModelState = tuple[BlockState, ...]
 """One state per block."""
@@ -48,7 +48,7 @@ class Stepper:
         Returns:
             The chain's y and the state after it; None where torch has to compute them.
         """
-        if not serves(inputs[0]) or _has_any_global_hook():
+        if not serves(inputs[0]) or has_any_global_hook():
             return None
         if self._last is None or not _holds(*self._last):
             self._last = _read(read)

@@ -18,7 +18,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 
 from minrnn.ops.registry import Functions, implementations, register
 from minrnn.ops.torch_private import (
@@ -30,6 +29,10 @@ from minrnn.ops.torch_private import (
     old_vmap_level,
     remove_batch_dim,
     set_forward_mode,
+    tree_flatten,
+    tree_map,
+    tree_map_only,
+    tree_unflatten,
 )
 from minrnn.ops.transforms import (
     have_tangents,
