@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minrnn.ops import CANDIDATES, GATES
+from minrnn.ops import CANDIDATES, GATES, torch_private
 from minrnn.ops.reference import split
-from minrnn.ops.torch_private import associative_scan
 
 __all__ = ["LAYER_PEERS", "SCAN_PEERS", "LayerPeer", "Peer", "Scan", "ScanPeer"]
 
@@ -159,7 +158,7 @@ def _make_hgrn(name: str) -> Scan:
 
 
 def _make_associative_scan() -> Scan:
-    operator = associative_scan()
+    operator = torch_private.associative_scan()
 
     def combine(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return left[0] * right[0], right[0] * left[1] + right[1]
