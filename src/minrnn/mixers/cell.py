@@ -62,4 +62,4 @@ class MinRNNCell(GatedModule):
 
     def _step(self, x: Tensor, h0: Tensor | None) -> Tensor:
         x = x.unsqueeze(1)  # (B, 1, input_size)
-        return self._scan(x, "")(x, h0=h0).squeeze(1)
+        return self._project_and_scan(x, "", h0=h0).squeeze(1)

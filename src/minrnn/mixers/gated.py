@@ -1,9 +1,7 @@
 """What a layer and a cell share: projections of the input to a gate's pre-activations, and how they start."""
 
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -79,8 +77,8 @@ class GatedModule(nn.Module):
         kinds = ("weight_ih", "bias_ih") if self.bias else ("weight_ih",)
         return [getattr(self, kind + suffix) for kind in kinds]
 
-    def _scan(self, x: Tensor, suffix: str) -> Callable[..., Tensor]:
-        """Return `projected_scan` of this projection, to be called with x; check the dtype of x."""
+    def _project_and_scan(self, x: Tensor, suffix: str, **options: Any) -> Tensor:
+        """Run one recurrence; `options` are the other arguments of `projected_scan`."""
         # Read once a call: a parametrized weight is computed anew each time that it is read.
         weight: Tensor = getattr(self, "weight_ih" + suffix)
         bias: Tensor | None = getattr(self, "bias_ih" + suffix) if self.bias else None
@@ -89,14 +87,15 @@ class GatedModule(nn.Module):
                 f"{type(self).__name__}: input must have the weights' dtype, {weight.dtype}, got {x.dtype}; "
                 f"convert the input with .to({weight.dtype}) or the module with .to({x.dtype})"
             )
-        return partial(
-            projected_scan,
+        return projected_scan(
             self.gate,
-            weight=weight,
-            bias=bias,
+            x,
+            weight,
+            bias,
             candidate=self.candidate,
             signed=self.signed,
             recompute=self.recompute,
+            **options,
         )
 
     def reset_parameters(self) -> None:

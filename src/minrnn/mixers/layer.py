@@ -1,8 +1,6 @@
 """The shell of `torch.nn.GRU` around a gated scan: everything MinGRU and MinLSTM share but their gate."""
 
 import warnings
-from collections.abc import Callable
-from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -17,9 +15,6 @@ from minrnn.mixers.ragged import Ragged, read_documents, read_jagged, read_packe
 from minrnn.ops.joined import Joined
 
 Input = TypeVar("Input", Tensor, PackedSequence)
-
-Run = Callable[..., tuple[Tensor, Tensor]]
-"""run(scan, x, h0, reverse=...) -> (h, final states), for one layer and direction."""
 
 
 class MinRNN(GatedModule):
@@ -135,12 +130,12 @@ class MinRNN(GatedModule):
         self._check_hx(hx, self._state_shape(batch), input.dtype)
         check_reset(type(self).__name__, reset, tuple(input.shape[:-1]))
         if input.dim() == 2:
-            run = partial(_run_batch, reset=_add_batch(reset, 0), time_major=False)
-            output, h_n = self._run_layers(input.unsqueeze(0), _add_batch(hx, 1), run)
+            reset = _add_batch(reset, 0)
+            output, h_n = self._run_layers(input.unsqueeze(0), _add_batch(hx, 1), reset=reset)
             return output.squeeze(0), h_n.squeeze(1)
         if reset is not None and not self.batch_first:
             reset = reset.transpose(0, 1)
-        return self._run_layers(input, hx, partial(_run_batch, reset=reset, time_major=not self.batch_first))
+        return self._run_layers(input, hx, reset=reset, time_major=not self.batch_first)
 
     def _read_ragged(self, input: Tensor | PackedSequence, cu_seqlens: Tensor | None) -> Ragged | None:
         name, ragged = type(self).__name__, None
@@ -165,22 +160,40 @@ class MinRNN(GatedModule):
         if reset is not None:
             raise ValueError(f"{name}: reset goes with sequences of one length; mark starts by their lengths")
         self._check_hx(hx, self._state_shape((ragged.offsets.shape[0] - 1,)), rows.dtype)
-        run = partial(_run_joined, joined=Joined(ragged.offsets, rows.shape[0]))
-        output, h_n = self._run_layers(rows.unsqueeze(0), hx, run)
+        joined = Joined(ragged.offsets, rows.shape[0])
+        output, h_n = self._run_layers(rows.unsqueeze(0), hx, joined=joined)
         return ragged.dress(output.squeeze(0)), h_n
 
-    def _run_layers(self, x: Tensor, hx: Tensor | None, run: Run) -> tuple[Tensor, Tensor]:
+    def _run_layers(
+        self,
+        x: Tensor,
+        hx: Tensor | None,
+        *,
+        reset: Tensor | None = None,
+        time_major: bool = False,
+        joined: Joined | None = None,
+    ) -> tuple[Tensor, Tensor]:
         finals: list[Tensor] = []
         for layer in range(self.num_layers):
             if layer > 0:
                 x = functional.dropout(x, self.dropout, self.training)
             outputs = []
             for direction in range(self.num_directions):
-                scan = self._scan(x, self._suffixes[len(finals)])
-                h0 = None if hx is None else hx[len(finals)]
-                h, final = run(scan, x, h0, reverse=bool(direction))
-                outputs.append(h)
-                finals.append(final)
+                h0, reverse = None if hx is None else hx[len(finals)], bool(direction)
+                h = self._project_and_scan(
+                    x,
+                    self._suffixes[len(finals)],
+                    h0=h0,
+                    reset=_first_met(reset) if reverse else reset,
+                    reverse=reverse,
+                    time_major=time_major,
+                    joined=joined,
+                )  # (B, T, D)
+                if joined is None:
+                    finals.append(h.select(1, 0 if reverse else -1))
+                else:
+                    finals.append(joined.final(h, h0, reverse=reverse))
+                outputs.append(h.transpose(0, 1) if time_major else h)
             x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         # A copy: a view would keep the whole of h alive for as long as the state.
         return x, torch.stack(finals)
@@ -198,29 +211,9 @@ class MinRNN(GatedModule):
             )
 
 
-def _run_batch(
-    scan: Callable[..., Tensor],
-    x: Tensor,
-    h0: Tensor | None,
-    *,
-    reset: Tensor | None,
-    time_major: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """Scan sequences of one length; return h in the form of x, and the state after each row's last step."""
-    if reset is not None and reverse:  # a sequence's last step comes first, so the state is forgotten there
-        reset = functional.pad(reset[:, 1:], (0, 1))
-    h = scan(x, h0=h0, reset=reset, reverse=reverse, time_major=time_major)  # (B, T, D)
-    final = h.select(1, 0 if reverse else -1)
-    return h.transpose(0, 1) if time_major else h, final
-
-
-def _run_joined(
-    scan: Callable[..., Tensor], x: Tensor, h0: Tensor | None, *, joined: Joined, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    """Scan sequences that lie end to end; return h, and the state after each one's last step."""
-    h = scan(x, h0=h0, joined=joined, reverse=reverse)
-    return h, joined.final(h, h0, reverse=reverse)
+def _first_met(reset: Tensor | None) -> Tensor | None:
+    """Move resets `(B, T)` from each sequence's first step to the step that a reversed scan meets first."""
+    return None if reset is None else functional.pad(reset[:, 1:], (0, 1))
 
 
 class MinRNNMixer(Mixer):

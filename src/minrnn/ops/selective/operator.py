@@ -42,7 +42,7 @@ class SelectiveScan(Operator):
     modules = MODULES
     shared = frozenset(Inputs._fields.index(name) for name in ("A", "D", "delta_bias"))
 
-    def pack(self, tensors: Tensors, mode: bool, *, record: bool) -> tuple[Any, ...]:
+    def pack(self, tensors: Tensors, mode: bool, record: bool) -> tuple[Any, ...]:
         return *tensors, record or mode
 
     def unpack(self, arguments: Sequence[Any]) -> tuple[tuple[Any, ...], bool]:
