@@ -1,4 +1,4 @@
-"""What an experiment is: cells that are run one by one, and tables and plots of what they found."""
+"""What an experiment is: trials that are run one by one, and tables and plots of what they found."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Scale = Literal["cpu", "paper", "tiny"]
-MOST_CELLS = 10_000
-"""Seeds of each kind of cell."""
-
 SCALES: tuple[Scale, ...] = get_args(Scale)
 """cpu: two cores, about two hours; paper: the paper's own setting; tiny: seconds, to see that it runs."""
 
+MOST_REPEATS = 10_000
+"""Seeds of each kind of trial."""
+
 Record = dict[str, Any]
-"""What is kept of a finished cell, as JSON: see `ResultsFolder`."""
+"""What is kept of a finished trial, as JSON: see `ResultsFolder`."""
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One run of an experiment, which needs none of the others."""
 
     name: str
     """Tells it from the others of its experiment, and names its file."""
     setting: Mapping[str, Any]
-    """What differs between cells, as JSON: mixer, seed, ..."""
+    """What differs between trials, as JSON: mixer, seed, ..."""
     config: Mapping[str, Any]
     """All that it is computed with, as JSON; a result that was computed with something else is another's."""
 
     @property
     def kind(self) -> tuple[tuple[str, Any], ...]:
-        """The setting but for the seed: cells of a kind take about the same time."""
+        """The setting but for the seed: trials of a kind take about the same time."""
         return tuple((name, value) for name, value in self.setting.items() if name != "seed")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which cells of an experiment, and where they are computed."""
+    """Which trials of an experiment, and where they are computed."""
 
     scale: Scale = "cpu"
     """Size of everything."""
@@ -64,13 +64,13 @@ class Choice:
 
         if self.scale not in SCALES:
             raise ValueError(f"reproduce: scale must be one of {', '.join(SCALES)}, got {self.scale!r}")
-        if self.seeds is not None and not 1 <= self.seeds <= MOST_CELLS:
-            raise ValueError(f"reproduce: seeds must be 1 to {MOST_CELLS}, got {self.seeds}")
+        if self.seeds is not None and not 1 <= self.seeds <= MOST_REPEATS:
+            raise ValueError(f"reproduce: seeds must be 1 to {MOST_REPEATS}, got {self.seeds}")
         if not 0 <= self.threads <= MOST_THREADS:
             raise ValueError(f"reproduce: threads must be 0 to {MOST_THREADS}, got {self.threads}")
 
     def options(self) -> list[str]:
-        """Return the arguments of `minrnn reproduce NAME` that choose the same cells."""
+        """Return the arguments of `minrnn reproduce NAME` that choose the same trials."""
         options = ["--scale", self.scale] if self.scale != "cpu" else []
         options += ["--seeds", str(self.seeds)] if self.seeds is not None else []
         options += ["--mixers", *self.mixers] if self.mixers else []
@@ -82,16 +82,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class Table:
-    """Figures for people."""
+    """A table, rendered as Markdown."""
 
     title: str
-    """What they are; empty where the text around says it."""
+    """Its heading; empty where the surrounding text has one."""
     head: Sequence[str]
-    """Names of the columns; one that holds published figures says so."""
+    """Names of the columns; that of a column of published figures says so."""
     rows: Sequence[Sequence[str]]
-    """Texts."""
+    """The texts of each row."""
     note: str = ""
-    """What one must know to read them."""
+    """Explanation below the table."""
 
     def markdown(self) -> str:
         """Return the table as Markdown, its title above and its note below."""
@@ -102,42 +102,42 @@ class Table:
 
 
 class Watch(Protocol):
-    """Who is told how far it is: see `minrnn.cli.reproduce` for one that draws a bar."""
+    """Receives the progress of an experiment: see `minrnn.cli.reproduce` for one that draws a bar."""
 
     def note(self, text: str) -> None:
-        """Say one line."""
+        """Show one line."""
 
     def begin(self, name: str, number: int, total: int) -> None:
-        """Say that a cell begins, the how manieth of how many."""
+        """Show that a trial begins, its number (from 1) and the number of trials."""
 
     def progress(self, fraction: float, text: str, left: float | None) -> None:
-        """Say how much of the present cell is done, what it is at, and the seconds left of all, if known."""
+        """Show the fraction of the current trial that is done, its state, and the seconds left of all."""
 
 
 @dataclass
 class Silence:
-    """A watch that says nothing."""
+    """A watch that shows nothing."""
 
     def note(self, text: str) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def begin(self, name: str, number: int, total: int) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def progress(self, fraction: float, text: str, left: float | None) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
 
 class Tell(Protocol):
-    """What a cell tells of itself while it is measured."""
+    """Receives the progress of a trial while it is measured."""
 
     def __call__(self, fraction: float, text: str) -> None:
-        """Say how much is done, between 0 and 1, and what goes on."""
+        """Report the fraction that is done, between 0 and 1, and the present state."""
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where a cell is measured."""
+    """Where a trial is measured."""
 
     folder: Path
     """For what it keeps until it is done; what an interrupted measurement has left there may be used."""
@@ -165,15 +165,15 @@ class Experiment(ABC):
             raise ValueError(f"reproduce: {self.name} has one set of data; leave --envs and --data out")
 
     @abstractmethod
-    def cells(self, choice: Choice) -> list[Cell]:
-        """Return the cells that are chosen.
+    def trials(self, choice: Choice) -> list[Trial]:
+        """Return the trials that are chosen.
 
         Raises:
             ValueError: a mixer is unknown; the nearest is named.
         """
 
     def resolved(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a cell's configuration as this version would write it, to compare it with another.
+        """Return a trial's configuration as this version would write it, to compare it with another.
 
         Raises:
             ValueError: this version cannot read it.
@@ -181,8 +181,8 @@ class Experiment(ABC):
         return dict(config)
 
     @abstractmethod
-    def measure(self, cell: Cell, place: Workplace, tell: Tell) -> dict[str, Any]:
-        """Run a cell, or go on with it, and return what it found as JSON.
+    def measure(self, trial: Trial, place: Workplace, tell: Tell) -> dict[str, Any]:
+        """Run a trial, or go on with it, and return what it found as JSON.
 
         Raises:
             NonFiniteLossError: training diverged, which is a finding.
@@ -190,29 +190,31 @@ class Experiment(ABC):
         """
 
     @abstractmethod
-    def estimate(self, cell: Cell, choice: Choice) -> float:
-        """Return about how many seconds a cell will take here, from measuring a small part of it."""
+    def estimate(self, trial: Trial, choice: Choice) -> float:
+        """Return about how many seconds a trial will take here, from measuring a small part of it."""
 
     @abstractmethod
     def tables(self, records: Sequence[Record]) -> list[Table]:
-        """Return what the finished cells found, beside the published figures."""
+        """Return what the finished trials found, beside the published figures."""
 
     @abstractmethod
     def draw(self, records: Sequence[Record]) -> Figure:
-        """Draw what the finished cells found; needs matplotlib."""
+        """Draw what the finished trials found; needs matplotlib."""
 
 
 class Entry(NamedTuple):
     """A line of the table EXPERIMENTS."""
 
     module: str
-    """Where the experiment is; imported when it is wanted, for torch takes its time."""
+    """Module of the experiment; imported on demand, as importing torch is slow."""
     shows: str
     """The paper's table or figure."""
     help: str
     """What is measured, in a line."""
+    attribute: str = "EXPERIMENT"
+    """Name of the experiment in its module."""
 
     def load(self) -> Experiment:
         """Import the experiment."""
-        experiment: Experiment = import_module(self.module).EXPERIMENT
+        experiment: Experiment = getattr(import_module(self.module), self.attribute)
         return experiment

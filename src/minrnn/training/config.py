@@ -168,6 +168,26 @@ class RunConfig:
         values = dataclasses.asdict(self)
         return {**values, "task": {"name": self.task.task, **values["task"]}}
 
+    def override(
+        self,
+        *,
+        model: Mapping[str, Any] | None = None,
+        task: Mapping[str, Any] | None = None,
+        train: Mapping[str, Any] | None = None,
+    ) -> RunConfig:
+        """Return the configuration with these settings, given by name, in place of its own.
+
+        Raises:
+            TypeError: a name is unknown.
+            ValueError: a value is out of range.
+        """
+        return dataclasses.replace(
+            self,
+            model=dataclasses.replace(self.model, **model or {}),
+            task=dataclasses.replace(self.task, **task or {}),
+            train=dataclasses.replace(self.train, **train or {}),
+        )
+
     def resolved(self) -> RunConfig:
         """Return the configuration with those of the task's settings decided that are left to the mixer."""
         if not isinstance(self.task, DecisionsConfig):
