@@ -1,4 +1,4 @@
-"""A shrunken version of every experiment runs: cells, records, tables with their labels, plots."""
+"""A shrunken version of every experiment runs: trials, records, tables with their labels, plots."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ CHOSEN = {
     "stability": ("minlstm",),
     "shakespeare": ("mingru", "minlstm", "transformer"),
     "shakespeare-best": ("mingru", "transformer"),
+    "shakespeare-cpu": ("mingru", "attention"),
     "formal-languages": ("mingru", "gru"),
     "listops": ("minlstm", "gru"),
     "locomotion": ("mingru", "attention", "bc"),
@@ -44,7 +45,7 @@ def choice_of(name: str) -> Choice:
 
 
 def records_of(name: str, root: Path) -> list[Record]:
-    """Return the cells of a shrunken experiment, computed where no test of this process has done it yet."""
+    """Return the trials of a shrunken experiment, computed where no test of this process has done it yet."""
     return reproduce(EXPERIMENTS[name].load(), choice_of(name), root, Silence()).records()
 
 
@@ -66,9 +67,9 @@ def test_a_shrunken_version_runs(name: str, root: Path) -> None:
         pytest.skip(MISSING)
     experiment, choice = EXPERIMENTS[name].load(), choice_of(name)
     folder = reproduce(experiment, choice, root, Silence())
-    cells = experiment.cells(choice)
+    trials = experiment.trials(choice)
     records = folder.records()
-    assert {record["cell"] for record in records} == {cell.name for cell in cells}
+    assert {record["cell"] for record in records} == {trial.name for trial in trials}
     assert all(record["failed"] is None for record in records)
     assert folder.path.name == f"{name}-tiny"
     _check_plots(folder)

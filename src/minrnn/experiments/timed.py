@@ -43,9 +43,9 @@ class TimedExperiment(Experiment):
     """An experiment in which every trial is a setting, and holds the times of all systems.
 
     Systems are measured in turns, so that what else the machine does meets all of them. A trial's result
-    holds `systems`: for each the `seconds` of each phase (median, p10, p90, min and samples), `peak_bytes` (memory
-    at the peak beyond inputs and weights) and its facts, or `failed`, why there is nothing; and `load`, the
-    machine's load averages before.
+    holds `systems`: for each the `seconds` of each phase (median, p10, p90, min and samples), `peak_bytes`
+    (memory at the peak beyond inputs and weights) and its facts, or `failed`, why there is nothing; and
+    `load`, the machine's load averages before.
     """
 
     uncounted = "more where a call takes longer than its share"
