@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -36,7 +36,8 @@ class ReproduceCommand:
     """Seeds of each mixer (None: three of those that matter most, one of the rest)."""
     mixers: tuple[str, ...] = ()
     """Mixers, or variants of them; a wrong name lists them all (none: all)."""
-    trial: tuple[str, ...] = ()
+    # --cell, its name in earlier versions, stands in the commands that committed records hold.
+    trial: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--cell"])] = ()
     """Names of the trials to run (none: all that are not finished)."""
     list_trials: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one command for each trial that is not finished, and run nothing."""

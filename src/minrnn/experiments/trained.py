@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from minrnn.experiments.experiment import Choice, Experiment, Record, Scale, Tell, Trial, Workplace
 from minrnn.experiments.variants import choose, every_mixer, settings_of
-from minrnn.tasks import TASKS
+from minrnn.tasks import make_task
 from minrnn.training import (
     RunConfig,
     RunLog,
@@ -170,7 +170,7 @@ class TrainedExperiment(Experiment, Generic[SizeT]):
     def estimate(self, trial: Trial, choice: Choice) -> float:
         config = _placed(trial, choice)
         device = choose_device(config.train.device)
-        task = TASKS[config.task.task](config.task)
+        task = make_task(config.task)
         model = task.make_model(task.model_config(config.model)).to(device)
         whole = config.train.batch_size
 

@@ -1,26 +1,14 @@
 """What to learn: the table TASKS, and each task's configuration and batches."""
 
-from collections.abc import Callable
-
 from minrnn.tasks.decisions import DecisionsConfig, DecisionsTask
 from minrnn.tasks.formal_languages import LANGUAGES, FormalLanguageConfig, FormalLanguageTask
 from minrnn.tasks.labelled import LabelledTask
 from minrnn.tasks.listops import ListOpsConfig, ListOpsTask
+from minrnn.tasks.registry import TASKS, make_task
 from minrnn.tasks.selective_copying import SelectiveCopyingConfig, SelectiveCopyingTask
-from minrnn.tasks.task import IGNORED, Batch, Task, TokenTask
+from minrnn.tasks.task import IGNORED, Batch, Task, TaskConfig, TokenTask
 from minrnn.tasks.text import TextConfig, TextTask
 from minrnn.tasks.vocabulary import VOCABULARIES, Vocabulary
-
-TaskConfig = TextConfig | SelectiveCopyingConfig | FormalLanguageConfig | ListOpsConfig | DecisionsConfig
-
-TASKS: dict[str, Callable[..., Task]] = {
-    TextConfig.task: TextTask,
-    SelectiveCopyingConfig.task: SelectiveCopyingTask,
-    FormalLanguageConfig.task: FormalLanguageTask,
-    ListOpsConfig.task: ListOpsTask,
-    DecisionsConfig.task: DecisionsTask,
-}
-"""Every task by the name that its configuration bears: `TASKS[config.task](config)`."""
 
 __all__ = [
     "IGNORED",
@@ -43,4 +31,5 @@ __all__ = [
     "TextTask",
     "TokenTask",
     "Vocabulary",
+    "make_task",
 ]
