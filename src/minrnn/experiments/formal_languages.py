@@ -11,13 +11,15 @@ from minrnn.experiments.experiment import Record, Table
 from minrnn.experiments.plots import draw_lines, finish, new_figure
 from minrnn.experiments.published import Published, recalled
 from minrnn.experiments.trained import (
+    CONSTANT_RATE,
+    TINY_TRAIN,
     GridPoint,
     Size,
     TrainedExperiment,
     bests,
     by_kind,
-    evaluated_every,
     spread,
+    train_settings,
 )
 from minrnn.experiments.variants import ROUNDED, every_mixer
 from minrnn.models import SequenceModel
@@ -84,44 +86,25 @@ class FormalLanguages(TrainedExperiment[LanguageSize]):
         "they are scaled; those on xLSTM count chance as 0, as recalled."
     )
     recipe = "formal-languages"
+    common_train: ClassVar = {"eval_tokens": 0}
     sizes: ClassVar = {
         "cpu": LanguageSize(
             task={"eval_sequences": 512},
-            train={
-                "steps": 1500,
-                "batch_size": 32,
-                "precision": "bfloat16-products",
-                "eval_tokens": 0,
-                "log_every": 50,
-            },
+            train={"steps": 1500, "batch_size": 32, "precision": "bfloat16-products", "log_every": 50},
             test_sequences=1024,
         ),
         "paper": LanguageSize(
             model={"d_model": 256},
             task={"eval_sequences": 2048},
-            train={
-                "steps": 500_000,
-                "batch_size": 256,
-                "learning_rate": 3e-4,
-                "min_learning_rate_ratio": 1.0,
-                "warmup_steps": 0,
-                "eval_tokens": 0,
-                **evaluated_every(5000, logs=10),
-            },
+            train=train_settings(
+                every=5000, logs=10, steps=500_000, batch_size=256, learning_rate=3e-4, **CONSTANT_RATE
+            ),
             test_sequences=8192,
         ),
         "tiny": LanguageSize(
             model={"d_model": 8},
             task={"eval_sequences": 64, "eval_max_length": 48},
-            train={
-                "steps": 2,
-                "batch_size": 4,
-                "min_learning_rate_ratio": 0.1,
-                "warmup_steps": 1,
-                "precision": "bfloat16-products",
-                "eval_tokens": 0,
-                **evaluated_every(1, logs=10),
-            },
+            train={**TINY_TRAIN, "precision": "bfloat16-products"},
             test_sequences=64,
             test_lengths=(40, 48),
             languages=("parity", "bucket-sort"),

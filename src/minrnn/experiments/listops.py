@@ -11,14 +11,15 @@ from minrnn.experiments.experiment import Record, Table
 from minrnn.experiments.plots import draw_lines, finish, new_figure
 from minrnn.experiments.published import Published, recalled, shown
 from minrnn.experiments.trained import (
+    TINY_TRAIN,
     GridPoint,
     Size,
     TrainedExperiment,
     bests,
     by_kind,
-    evaluated_every,
     points,
     spread,
+    train_settings,
 )
 from minrnn.experiments.variants import ROUNDED
 from minrnn.models import SequenceModel
@@ -77,44 +78,41 @@ class ListOps(TrainedExperiment[Size]):
     sizes: ClassVar = {
         "cpu": Size(
             task={"num_test": 2000},
-            train={
-                "steps": 1500,
-                "warmup_steps": 100,
-                "precision": "bfloat16-products",
-                "eval_tokens": 500,
-                **evaluated_every(250, logs=5),
-            },
+            train=train_settings(
+                every=250,
+                logs=5,
+                steps=1500,
+                warmup_steps=100,
+                precision="bfloat16-products",
+                eval_tokens=500,
+            ),
         ),
         "paper": Size(
             model={"d_model": 128, "num_layers": 8, "dropout": 0.1},
             task=asdict(ListOpsConfig()),
-            train={
-                "steps": 250_000,
-                "learning_rate": 1e-3,
-                "min_learning_rate_ratio": 0.0,
-                "warmup_steps": 25_000,
-                **evaluated_every(5000, logs=5),
-            },
+            train=train_settings(
+                every=5000,
+                logs=5,
+                steps=250_000,
+                warmup_steps=25_000,
+                learning_rate=1e-3,
+                min_learning_rate_ratio=0.0,
+            ),
         ),
         "tiny": Size(
             model={"d_model": 8, "num_layers": 1},
-            task={
-                "max_length": 16,
-                "min_length": 2,
-                "max_depth": 3,
-                "max_args": 3,
-                "num_train": 50,
-                "num_validation": 64,
-                "num_test": 64,
-            },
-            train={
-                "steps": 2,
-                "batch_size": 4,
-                "min_learning_rate_ratio": 0.1,
-                "warmup_steps": 1,
-                "precision": "bfloat16-products",
-                **evaluated_every(1, logs=5),
-            },
+            task=asdict(
+                ListOpsConfig(
+                    max_length=16,
+                    min_length=2,
+                    max_depth=3,
+                    max_args=3,
+                    num_train=50,
+                    num_validation=64,
+                    num_test=64,
+                )
+            ),
+            train={**TINY_TRAIN, "precision": "bfloat16-products"},
             seeds=1,
         ),
     }

@@ -14,7 +14,7 @@ import numpy as np
 from minrnn.experiments import scores
 from minrnn.experiments.experiment import Choice, Record, Table, Trial
 from minrnn.experiments.scores import BC, BEST_TENTH, ENVIRONMENTS, HIGHEST, MEAN, QUALITIES, score
-from minrnn.experiments.trained import GridPoint, Size, TrainedExperiment, evaluated_every
+from minrnn.experiments.trained import TINY_TRAIN, GridPoint, Size, TrainedExperiment, train_settings
 from minrnn.experiments.variants import every_mixer
 from minrnn.files import nearest
 from minrnn.models import DecisionModel, Policy
@@ -78,31 +78,24 @@ class Locomotion(TrainedExperiment[ActingSize]):
     )
     recipe = "decisions"
     sizes: ClassVar = {
-        "cpu": ActingSize(
-            train={"steps": 800, **evaluated_every(200, logs=5)},
-            episodes=10,
-        ),
+        "cpu": ActingSize(train=train_settings(every=200, logs=5, steps=800), episodes=10),
         "paper": ActingSize(
             task={"tokens": "interleaved"},
-            train={
-                "steps": 100_000,
-                "min_learning_rate_ratio": 1.0,
-                "warmup_steps": 10_000,
-                **evaluated_every(5000, logs=5),
-            },
+            train=train_settings(
+                every=5000, logs=5, steps=100_000, min_learning_rate_ratio=1.0, warmup_steps=10_000
+            ),
             seeds=5,
             other_seeds=5,
             episodes=100,
             exceptions={
-                "hopper-medium": (256, 1e-4),
-                "hopper-medium-replay": (256, 1e-4),
+                **dict.fromkeys(("hopper-medium", "hopper-medium-replay"), (256, 1e-4)),
                 "walker2d-medium": (128, 1e-4),
             },
         ),
         "tiny": ActingSize(
             model={"d_model": 8, "num_layers": 1},
             task={"window": 5},
-            train={"steps": 2, "batch_size": 4, "warmup_steps": 1, **evaluated_every(1, logs=5)},
+            train=TINY_TRAIN,
             episodes=2,
             environments={"pendulum": "Pendulum-v1"},
         ),

@@ -10,13 +10,15 @@ from minrnn.experiments.experiment import Record, Table
 from minrnn.experiments.plots import draw_lines, finish, new_figure
 from minrnn.experiments.published import Published, published, recalled, shown
 from minrnn.experiments.trained import (
+    CONSTANT_RATE,
+    TINY_TRAIN,
     GridPoint,
     Size,
     TrainedExperiment,
     bests,
     by_kind,
-    evaluated_every,
     spread,
+    train_settings,
 )
 from minrnn.experiments.variants import ROUNDED, every_mixer
 from minrnn.models import SequenceModel
@@ -86,33 +88,26 @@ class SelectiveCopying(TrainedExperiment[CopyingSize]):
         "forget bias of 3, which is `minlstm-unnormalised` here."
     )
     recipe = "selective-copying"
+    common_train: ClassVar = {"eval_tokens": 0}
     sizes: ClassVar = {
-        "cpu": CopyingSize(train={"eval_tokens": 0, "log_every": 50}),
+        "cpu": CopyingSize(train={"log_every": 50}),
         "paper": CopyingSize(
             model={"expansion": 6.0, "dropout": 0.1},
             task={"length": 4096, "num_tokens": 16, "eval_sequences": 12_800},
-            train={
-                "steps": 400_000,
-                "batch_size": 64,
-                "learning_rate": 1e-4,
-                "min_learning_rate_ratio": 1.0,
-                "warmup_steps": 0,
-                "precision": "float32",
-                "eval_tokens": 0,
-                **evaluated_every(5000, logs=10),
-            },
+            train=train_settings(
+                every=5000,
+                logs=10,
+                steps=400_000,
+                batch_size=64,
+                precision="float32",
+                learning_rate=1e-4,
+                **CONSTANT_RATE,
+            ),
         ),
         "tiny": CopyingSize(
             model={"d_model": 8, "expansion": 1.0},
             task={"length": 12, "num_tokens": 2, "eval_sequences": 64},
-            train={
-                "steps": 2,
-                "batch_size": 4,
-                "min_learning_rate_ratio": 0.1,
-                "warmup_steps": 1,
-                "eval_tokens": 0,
-                **evaluated_every(1, logs=10),
-            },
+            train=TINY_TRAIN,
             depths=(1, 2),
             other_depths=(1, 2),
         ),

@@ -21,9 +21,9 @@ from minrnn.experiments.trained import (
     TrainedExperiment,
     bests,
     by_kind,
-    evaluated_every,
     points,
     spread,
+    train_settings,
 )
 from minrnn.experiments.variants import every_mixer
 from minrnn.files import read_json
@@ -65,8 +65,9 @@ RIVAL: dict[str, Any] = {"d_model": 192, "num_heads": 6, "mlp_activation": "gelu
 ATTENTION_TRAIN: dict[str, Any] = {"precision": "bfloat16", "learning_rate": 2e-3}
 """Attention in autocast takes half the time of float32, other mixers no less; its best rate is lower."""
 
+SHORT_TRAIN = train_settings(every=1, logs=1, steps=2, batch_size=2, eval_tokens=64)
+
 TINY_TASK: dict[str, Any] = {"source": str(Path(__file__)), "vocabulary": "bytes", "window": 16}
-TINY_TRAIN: dict[str, Any] = {"steps": 2, "batch_size": 2, "eval_tokens": 64, **evaluated_every(1, logs=5)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,40 +101,30 @@ class Shakespeare(TrainedExperiment[TextSize]):
         "products rounded to bfloat16. The paper states neither the window nor the schedule: paper has "
         "nanoGPT's window of 256 and a cosine to a tenth after 100 steps."
     )
+    common_train: ClassVar = {"beta2": 0.99}
     attention_train = ATTENTION_TRAIN
     sizes: ClassVar = {
         "cpu": TextSize(
             model={"d_model": 192, "expansion": 1.0, "mlp_ratio": 1.75, "dropout": 0.0},
-            task={"held_out": 0.1},
-            train={
-                "steps": 1500,
-                "batch_size": 4,
-                "learning_rate": 3e-3,
-                "min_learning_rate_ratio": 0.05,
-                "beta2": 0.99,
-                "grad_clip": 1.0,
-                "precision": "bfloat16-products",
-                "eval_tokens": 16_384,
-                **evaluated_every(50, logs=5),
-            },
+            train=train_settings(
+                every=50,
+                logs=5,
+                steps=1500,
+                batch_size=4,
+                learning_rate=3e-3,
+                min_learning_rate_ratio=0.05,
+                grad_clip=1.0,
+                precision="bfloat16-products",
+                eval_tokens=16_384,
+            ),
             num_heads=4,
         ),
-        "paper": TextSize(
-            task={"held_out": 0.1},
-            train={"beta2": 0.99, **evaluated_every(25, logs=5)},
-            num_heads=6,
-        ),
+        "paper": TextSize(train=train_settings(every=25, logs=5), num_heads=6),
         "tiny": TextSize(
             model={"d_model": 8, "num_layers": 1, "expansion": 1.0, "mlp_ratio": 1.0, "dropout": 0.0},
-            task={**TINY_TASK, "held_out": 0.1},
-            train={
-                **TINY_TRAIN,
-                "learning_rate": 3e-3,
-                "warmup_steps": 1,
-                "beta2": 0.99,
-                "grad_clip": 1.0,
-                "precision": "bfloat16-products",
-            },
+            task=TINY_TASK,
+            train=SHORT_TRAIN
+            | {"learning_rate": 3e-3, "warmup_steps": 1, "grad_clip": 1.0, "precision": "bfloat16-products"},
             num_heads=2,
             seeds=1,
         ),
@@ -146,7 +137,7 @@ class Shakespeare(TrainedExperiment[TextSize]):
         model = {"num_heads": size.num_heads} if mixer in WITH_HEADS else {}
         widened = {} if mixer in WIDENED else {"expansion": 1.0}
         config = super().config(size, mixer).override(model=model | widened)
-        return config.override(task={"best_in_windows": mixer in BEST_IN_WINDOWS})
+        return config.override(task={"held_out": 0.1, "best_in_windows": mixer in BEST_IN_WINDOWS})
 
     def grid(self, size: TextSize, mixer: str) -> Iterator[GridPoint]:
         config, ours = self.config(size, mixer), self.config(size, "mingru")
@@ -242,7 +233,7 @@ class ShakespeareBest(RecipeRuns):
     window, losses = 256, (1.35, 1.7)
     sizes: ClassVar = {
         **dict.fromkeys(("cpu", "paper"), Size(seeds=1)),
-        "tiny": Size(model={"d_model": 12, "num_layers": 1}, task=TINY_TASK, train=TINY_TRAIN, seeds=1),
+        "tiny": Size(model={"d_model": 12, "num_layers": 1}, task=TINY_TASK, train=SHORT_TRAIN, seeds=1),
     }
 
     def mixers(self) -> Sequence[str]:
@@ -291,7 +282,7 @@ class ShakespeareCPU(RecipeRuns):
     window, losses = 64, (1.45, 2.2)
     sizes: ClassVar = {
         **dict.fromkeys(("cpu", "paper"), Size()),
-        "tiny": Size(model={"d_model": 16, "num_layers": 1}, task=TINY_TASK, train=TINY_TRAIN, seeds=1),
+        "tiny": Size(model={"d_model": 16, "num_layers": 1}, task=TINY_TASK, train=SHORT_TRAIN, seeds=1),
     }
 
     def tables(self, records: Sequence[Record]) -> list[Table]:

@@ -17,9 +17,9 @@ from minrnn.experiments.trained import (
     TrainedExperiment,
     bests,
     by_kind,
-    evaluated_every,
     points,
     spread,
+    train_settings,
 )
 from minrnn.experiments.variants import ROUNDED
 from minrnn.models import SequenceModel
@@ -56,11 +56,11 @@ class Stability(TrainedExperiment[Size]):
         "paper does not say on which task and with which seeds its figure was made; paper here is its "
         "selective copying, with two layers."
     )
-    recipe = "selective-copying"
+    recipe, common_train = SelectiveCopying.recipe, SelectiveCopying.common_train
     sizes: ClassVar = {
         "cpu": Size(
             task={"length": 64, "num_tokens": 4, "eval_sequences": 256},
-            train={"steps": 2000, "eval_tokens": 0, **evaluated_every(100, logs=10)},
+            train=train_settings(every=100, logs=10, steps=2000),
             seeds=5,
         ),
         **{scale: replace(SelectiveCopying.sizes[scale], seeds=5) for scale in ("paper", "tiny")},

@@ -27,14 +27,16 @@ from minrnn.training import (
 from minrnn.training.threads import cpu_threads
 
 __all__ = [
+    "CONSTANT_RATE",
+    "TINY_TRAIN",
     "GridPoint",
     "Size",
     "TrainedExperiment",
     "bests",
     "by_kind",
-    "evaluated_every",
     "points",
     "spread",
+    "train_settings",
     "training_seconds",
 ]
 
@@ -83,21 +85,31 @@ class GridPoint:
     """Seeds, where the choice names no number."""
 
 
-def evaluated_every(steps: int, *, logs: int) -> dict[str, int]:
-    """Return the training settings of a run that is evaluated and saved every so many steps.
+def train_settings(*, every: int, logs: int, **others: Any) -> dict[str, Any]:
+    """Return fields of TrainConfig for a run that is evaluated and saved at the same steps.
 
     Args:
-        steps: steps between evaluations, and between checkpoints.
+        every: steps between evaluations, and between checkpoints.
         logs: points of the learning curve between two evaluations, at most one a step.
+        others: further fields.
     """
-    return {"eval_every": steps, "checkpoint_every": steps, "log_every": max(1, steps // logs)}
+    return {"eval_every": every, "checkpoint_every": every, "log_every": max(1, every // logs), **others}
+
+
+CONSTANT_RATE: dict[str, Any] = {"min_learning_rate_ratio": 1.0, "warmup_steps": 0}
+"""Fields of TrainConfig for a learning rate that is the same at every step."""
+
+TINY_TRAIN = train_settings(
+    every=1, logs=1, steps=2, batch_size=4, warmup_steps=1, min_learning_rate_ratio=0.1, eval_tokens=0
+)
+"""Fields of TrainConfig at the tiny scale."""
 
 
 class TrainedExperiment(Experiment, Generic[SizeT]):
     """A grid over a recipe: every trial is trained by the training loop, resumes as runs do, and is measured.
 
-    A trial's configuration is the recipe's, overridden first by the scale (`Size`), then by the mixer or
-    variant, then by the point of the grid, and last by the seed.
+    A trial's configuration is the recipe's, overridden by the scale (`Size`), then by the mixer or variant,
+    the point of the grid, and the seed.
 
     A trial's result holds, beside what `examine` adds: parameters, step, tokens, seconds (of the whole run,
     over all sittings), training_seconds (without evaluations), the metrics of the last weights, `best` (the
@@ -110,6 +122,8 @@ class TrainedExperiment(Experiment, Generic[SizeT]):
     """Name of the recipe."""
     sizes: ClassVar[Mapping[Scale, Any]]
     """Each scale, a `SizeT`."""
+    common_train: ClassVar[Mapping[str, Any]] = {}
+    """Training settings in which every scale differs from the recipe."""
     attention_train: ClassVar[Mapping[str, Any]] = {"precision": "float32"}
     """Training settings of attention where that of the others rounds products to bfloat16.
 
@@ -133,10 +147,12 @@ class TrainedExperiment(Experiment, Generic[SizeT]):
 
     def config(self, size: SizeT, mixer: str) -> RunConfig:
         """Return the recipe at a scale, with a mixer or variant."""
-        config = load_recipe(self.recipe).override(model=size.model, task=size.task, train=size.train)
+        settings = {**self.common_train, **size.train}
+        config = load_recipe(self.recipe).override(model=size.model, task=size.task, train=settings)
         config = config.override(model=settings_of(mixer))
-        rounds = config.train.precision == "bfloat16-products"
-        return config.override(train=self.attention_train) if rounds and _attends(config) else config
+        if config.model.mixer == "attention" and config.train.precision == "bfloat16-products":
+            config = config.override(train=self.attention_train)
+        return config
 
     def trials(self, choice: Choice) -> list[Trial]:
         size: SizeT = self.sizes[choice.scale]
@@ -306,10 +322,6 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "curve": curve[every - 1 :: every] if curve else [],
         "evaluations": evaluations,
     }
-
-
-def _attends(config: RunConfig) -> bool:
-    return config.model.mixer == "attention"
 
 
 def _trials(point: GridPoint, seeds: int) -> Iterator[Trial]:
