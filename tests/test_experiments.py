@@ -42,6 +42,7 @@ from minrnn.experiments.page import experiments, write_page
 from minrnn.experiments.parameters import FORMULAS, count_weights, parameter_table
 from minrnn.experiments.plots import save_figure
 from minrnn.experiments.published import LABELS, Published, shown
+from minrnn.experiments.records import spread
 from minrnn.experiments.results import ResultsFolder
 from minrnn.experiments.runner import command_of, estimate, forecast, interleaved, pick, reproduce
 from minrnn.experiments.timed import exponent
@@ -49,7 +50,6 @@ from minrnn.experiments.trained import (
     LONGEST_PROBE,
     PROBE_SEQUENCES,
     TrainedExperiment,
-    spread,
     step_seconds,
     training_seconds,
 )

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from minrnn.experiments.experiment import Record, Table
 from minrnn.experiments.plots import draw_lines, finish, new_figure
 from minrnn.experiments.published import Published, recalled
+from minrnn.experiments.records import bests, by_kind, spread
 from minrnn.experiments.trained import (
     CONSTANT_RATE,
     TINY_TRAIN,
     GridPoint,
     Size,
     TrainedExperiment,
-    bests,
-    by_kind,
-    spread,
     train_settings,
 )
 from minrnn.experiments.variants import ROUNDED, every_mixer
@@ -86,25 +84,31 @@ class FormalLanguages(TrainedExperiment[LanguageSize]):
         "they are scaled; those on xLSTM count chance as 0, as recalled."
     )
     recipe = "formal-languages"
-    common_train: ClassVar = {"eval_tokens": 0}
+    common_train: ClassVar = {"precision": "bfloat16-products", "eval_tokens": 0}
     sizes: ClassVar = {
         "cpu": LanguageSize(
             task={"eval_sequences": 512},
-            train={"steps": 1500, "batch_size": 32, "precision": "bfloat16-products", "log_every": 50},
+            train={"steps": 1500, "batch_size": 32, "log_every": 50},
             test_sequences=1024,
         ),
         "paper": LanguageSize(
             model={"d_model": 256},
             task={"eval_sequences": 2048},
             train=train_settings(
-                every=5000, logs=10, steps=500_000, batch_size=256, learning_rate=3e-4, **CONSTANT_RATE
+                every=5000,
+                logs=10,
+                steps=500_000,
+                batch_size=256,
+                learning_rate=3e-4,
+                precision="float32",
+                **CONSTANT_RATE,
             ),
             test_sequences=8192,
         ),
         "tiny": LanguageSize(
             model={"d_model": 8},
             task={"eval_sequences": 64, "eval_max_length": 48},
-            train={**TINY_TRAIN, "precision": "bfloat16-products"},
+            train=TINY_TRAIN,
             test_sequences=64,
             test_lengths=(40, 48),
             languages=("parity", "bucket-sort"),

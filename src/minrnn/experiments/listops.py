@@ -10,17 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from minrnn.experiments.experiment import Record, Table
 from minrnn.experiments.plots import draw_lines, finish, new_figure
 from minrnn.experiments.published import Published, recalled, shown
-from minrnn.experiments.trained import (
-    TINY_TRAIN,
-    GridPoint,
-    Size,
-    TrainedExperiment,
-    bests,
-    by_kind,
-    points,
-    spread,
-    train_settings,
-)
+from minrnn.experiments.records import bests, by_kind, points, spread
+from minrnn.experiments.trained import TINY_TRAIN, GridPoint, Size, TrainedExperiment, train_settings
 from minrnn.experiments.variants import ROUNDED
 from minrnn.models import SequenceModel
 from minrnn.tasks import ListOpsConfig, ListOpsTask
@@ -39,6 +30,10 @@ BLOCKS: dict[str, dict[str, Any]] = {
 """What a block has beside its mixer."""
 
 ABLATED = "minlstm"
+
+TINY_TASK = ListOpsConfig(
+    max_length=16, min_length=2, max_depth=3, max_args=3, num_train=50, num_validation=64, num_test=64
+)
 
 THREE_SEEDS = ("mingru", "minlstm", "lstm")
 """Ours, and the strongest baseline."""
@@ -75,17 +70,11 @@ class ListOps(TrainedExperiment[Size]):
         "are not known; paper has 0.1 and 1."
     )
     recipe = "listops"
+    common_train: ClassVar = {"precision": "bfloat16-products"}
     sizes: ClassVar = {
         "cpu": Size(
             task={"num_test": 2000},
-            train=train_settings(
-                every=250,
-                logs=5,
-                steps=1500,
-                warmup_steps=100,
-                precision="bfloat16-products",
-                eval_tokens=500,
-            ),
+            train=train_settings(every=250, logs=5, steps=1500, warmup_steps=100, eval_tokens=500),
         ),
         "paper": Size(
             model={"d_model": 128, "num_layers": 8, "dropout": 0.1},
@@ -97,22 +86,13 @@ class ListOps(TrainedExperiment[Size]):
                 warmup_steps=25_000,
                 learning_rate=1e-3,
                 min_learning_rate_ratio=0.0,
+                precision="float32",
             ),
         ),
         "tiny": Size(
             model={"d_model": 8, "num_layers": 1},
-            task=asdict(
-                ListOpsConfig(
-                    max_length=16,
-                    min_length=2,
-                    max_depth=3,
-                    max_args=3,
-                    num_train=50,
-                    num_validation=64,
-                    num_test=64,
-                )
-            ),
-            train={**TINY_TRAIN, "precision": "bfloat16-products"},
+            task=asdict(TINY_TASK),
+            train=TINY_TRAIN,
             seeds=1,
         ),
     }

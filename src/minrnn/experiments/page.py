@@ -12,10 +12,10 @@ from typing import Any
 from minrnn.experiments import EXPERIMENTS
 from minrnn.experiments.experiment import Choice, Experiment, Record, Table
 from minrnn.experiments.parameters import parameter_table
+from minrnn.experiments.records import bests, by_kind
 from minrnn.experiments.results import ResultsFolder
 from minrnn.experiments.runner import command_of
 from minrnn.experiments.shakespeare import earlier_runs
-from minrnn.experiments.trained import bests, by_kind
 from minrnn.files import read_json, replace_text
 
 __all__ = ["write_page"]

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from minrnn.experiments.experiment import Record, Table
 from minrnn.experiments.plots import draw_lines, finish, new_figure
 from minrnn.experiments.published import Published, published, recalled, shown
+from minrnn.experiments.records import bests, by_kind, spread
 from minrnn.experiments.trained import (
     CONSTANT_RATE,
     TINY_TRAIN,
     GridPoint,
     Size,
     TrainedExperiment,
-    bests,
-    by_kind,
-    spread,
     train_settings,
 )
 from minrnn.experiments.variants import ROUNDED, every_mixer

@@ -8,23 +8,15 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from minrnn.experiments.experiment import Record, Table
 from minrnn.experiments.plots import draw_lines, finish, new_figure
 from minrnn.experiments.published import LABELS, Published, published, shown
-from minrnn.experiments.trained import (
-    GridPoint,
-    Size,
-    TrainedExperiment,
-    bests,
-    by_kind,
-    points,
-    spread,
-    train_settings,
-)
+from minrnn.experiments.records import bests, by_kind, points, spread
+from minrnn.experiments.trained import GridPoint, Size, TrainedExperiment, train_settings
 from minrnn.experiments.variants import every_mixer
 from minrnn.files import read_json
 from minrnn.models import ModelConfig, SequenceModel
@@ -101,7 +93,7 @@ class Shakespeare(TrainedExperiment[TextSize]):
         "products rounded to bfloat16. The paper states neither the window nor the schedule: paper has "
         "nanoGPT's window of 256 and a cosine to a tenth after 100 steps."
     )
-    common_train: ClassVar = {"beta2": 0.99}
+    common_train: ClassVar = {"beta2": 0.99, "precision": "bfloat16-products"}
     attention_train = ATTENTION_TRAIN
     sizes: ClassVar = {
         "cpu": TextSize(
@@ -114,17 +106,15 @@ class Shakespeare(TrainedExperiment[TextSize]):
                 learning_rate=3e-3,
                 min_learning_rate_ratio=0.05,
                 grad_clip=1.0,
-                precision="bfloat16-products",
                 eval_tokens=16_384,
             ),
             num_heads=4,
         ),
-        "paper": TextSize(train=train_settings(every=25, logs=5), num_heads=6),
+        "paper": TextSize(train=train_settings(every=25, logs=5, precision="float32"), num_heads=6),
         "tiny": TextSize(
             model={"d_model": 8, "num_layers": 1, "expansion": 1.0, "mlp_ratio": 1.0, "dropout": 0.0},
             task=TINY_TASK,
-            train=SHORT_TRAIN
-            | {"learning_rate": 3e-3, "warmup_steps": 1, "grad_clip": 1.0, "precision": "bfloat16-products"},
+            train={**SHORT_TRAIN, "learning_rate": 3e-3, "warmup_steps": 1, "grad_clip": 1.0},
             num_heads=2,
             seeds=1,
         ),
@@ -308,30 +298,21 @@ class ShakespeareCPU(RecipeRuns):
         ]
 
 
-class _EarlierRun(TypedDict):
-    """Keys that are read of a run's file that was written before there was this experiment."""
-
-    mixer: str
-    seed: int
-    val_loss_windowed_64: float
-
-
 def earlier_runs(folder: Path) -> list[Record]:
-    """Return the runs of the recipe shakespeare-cpu whose files are not records yet, as records.
+    """Return the runs of the recipe shakespeare-cpu that are older than this experiment, as records.
 
     Args:
-        folder: of one file for each mixer and seed: results.json, with the loss in windows of 64.
-
-    Raises:
-        ValueError: a file is damaged.
+        folder: holds a file for each mixer and seed: results.json, with the loss in windows of 64.
     """
-    records = []
-    for path in sorted(folder.glob("*.json")):
-        run = read_json(path, _EarlierRun)
-        setting = {"mixer": run["mixer"], "seed": run["seed"]}
-        result = {**run, "test": {"val_loss_windowed": run["val_loss_windowed_64"]}}
-        records.append({"setting": setting, "failed": None, "result": result})
-    return records
+    runs = [read_json(path, dict[str, Any]) for path in sorted(folder.glob("*.json"))]
+    return [
+        {
+            "setting": {"mixer": run["mixer"], "seed": run["seed"]},
+            "failed": None,
+            "result": {**run, "test": {"val_loss_windowed": run["val_loss_windowed_64"]}},
+        }
+        for run in runs
+    ]
 
 
 def count(config: ModelConfig) -> int:

@@ -10,17 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from minrnn.experiments.experiment import Record, Table
 from minrnn.experiments.plots import band, finish, new_figure
+from minrnn.experiments.records import bests, by_kind, points, spread
 from minrnn.experiments.selective_copying import UNNORMALISED, SelectiveCopying
-from minrnn.experiments.trained import (
-    GridPoint,
-    Size,
-    TrainedExperiment,
-    bests,
-    by_kind,
-    points,
-    spread,
-    train_settings,
-)
+from minrnn.experiments.trained import GridPoint, Size, TrainedExperiment, train_settings
 from minrnn.experiments.variants import ROUNDED
 from minrnn.models import SequenceModel
 from minrnn.training import RunConfig

@@ -171,25 +171,18 @@ class RunConfig:
         values = dataclasses.asdict(self)
         return {**values, "task": {"name": self.task.task, **values["task"]}}
 
-    def override(
-        self,
-        *,
-        model: Mapping[str, Any] | None = None,
-        task: Mapping[str, Any] | None = None,
-        train: Mapping[str, Any] | None = None,
-    ) -> RunConfig:
-        """Return the configuration with these settings, given by name, in place of its own.
+    def override(self, **tables: Mapping[str, Any]) -> RunConfig:
+        """Return the configuration with other settings: `config.override(model={"num_layers": 2})`.
+
+        Args:
+            tables: model, task or train, each with the fields that change.
 
         Raises:
-            TypeError: a name is unknown.
+            TypeError: a field is unknown.
             ValueError: a value is out of range.
         """
-        return dataclasses.replace(
-            self,
-            model=dataclasses.replace(self.model, **model or {}),
-            task=dataclasses.replace(self.task, **task or {}),
-            train=dataclasses.replace(self.train, **train or {}),
-        )
+        changed = {table: dataclasses.replace(getattr(self, table), **tables[table]) for table in tables}
+        return dataclasses.replace(self, **changed)
 
     def resolved(self) -> RunConfig:
         """Return the configuration with those of the task's settings decided that are left to the mixer."""
