@@ -156,7 +156,7 @@ def _reproduce(name: str, args: Sequence[str]) -> int:
         command.envs,
         command.data,
     )
-    choose_device(choice.device)  # a wrong name is said before anything is begun
+    choose_device(choice.device)  # refuses a wrong name before anything begins
     experiment = entry.load()
     experiment.check(choice)
     if command.list_trials:
@@ -169,14 +169,14 @@ def _reproduce(name: str, args: Sequence[str]) -> int:
         try:
             reproduce(experiment, choice, command.output, watch, only=command.trial)
         except Interrupted as stop:
-            with contextlib.suppress(OSError):  # whoever has asked by leaving does not read it
+            with contextlib.suppress(OSError):  # the terminal may be gone
                 watch.note(f"{stop}; the same command goes on")
             return 128 + stop.signum
     return 0
 
 
 def _list_trials(experiment: Experiment, choice: Choice, command: ReproduceCommand) -> int:
-    """Print a command for each trial; what is finished is a comment, so that a shell may run the list."""
+    """Print a command for each trial, commented out where it is finished, so that a shell can run the list."""
     from minrnn.experiments.results import ResultsFolder
     from minrnn.experiments.runner import command_of, pick
 
@@ -188,7 +188,7 @@ def _list_trials(experiment: Experiment, choice: Choice, command: ReproduceComma
 
 
 def _estimate(experiment: Experiment, choice: Choice, command: ReproduceCommand) -> None:
-    """Print the command and about how long it takes here, from finished trials or a part of each kind."""
+    """Print the command and about how long it takes on this machine."""
     from minrnn.benchmarks.report import load_averages
     from minrnn.experiments.results import ResultsFolder
     from minrnn.experiments.runner import command_of, estimate, pick
@@ -221,7 +221,7 @@ def _duration(seconds: float) -> str:
 
 
 class _Bar:
-    """A bar over the present trial, with the time left of all; other notes stay above it."""
+    """A progress bar of the current trial, with the time left of all; notes are printed above it."""
 
     def __init__(self, console: Console) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TaskProgressColumn())

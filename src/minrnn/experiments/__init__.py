@@ -1,4 +1,4 @@
-"""Every table and figure of the paper by one command: the table EXPERIMENTS."""
+"""The registry EXPERIMENTS: every table and figure of the paper, each reproduced by one command."""
 
 from minrnn.experiments.experiment import Entry
 

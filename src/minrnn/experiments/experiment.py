@@ -1,4 +1,4 @@
-"""What an experiment is: trials that are run one by one, and tables and plots of what they found."""
+"""The interface of an experiment: trials that run one by one, and tables and plots of their results."""
 
 from __future__ import annotations
 
@@ -20,47 +20,47 @@ MOST_REPEATS = 10_000
 """Seeds of each kind of trial."""
 
 Record = dict[str, Any]
-"""What is kept of a finished trial, as JSON: see `ResultsFolder`."""
+"""The result of a finished trial and how it was made, as JSON: see `ResultsFolder`."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of an experiment, which needs none of the others."""
+    """One run of an experiment, independent of the others."""
 
     name: str
-    """Tells it from the others of its experiment, and names its file."""
+    """Unique in its experiment; names its file."""
     setting: Mapping[str, Any]
     """What differs between trials, as JSON: mixer, seed, ..."""
     config: Mapping[str, Any]
-    """All that it is computed with, as JSON; a result that was computed with something else is another's."""
+    """All settings, as JSON; a result with other settings is not this trial's."""
 
     @property
     def kind(self) -> tuple[tuple[str, Any], ...]:
-        """The setting but for the seed: trials of a kind take about the same time."""
+        """The setting without the seed: trials of a kind take about the same time."""
         return tuple((name, value) for name, value in self.setting.items() if name != "seed")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which trials of an experiment, and where they are computed."""
+    """Which trials of an experiment, and the device they run on."""
 
     scale: Scale = "cpu"
-    """Size of everything."""
+    """Size of models, data and training."""
     seeds: int | None = None
-    """Seeds of each mixer; None is the experiment's own number."""
+    """Seeds of each mixer; None: the experiment's own number."""
     mixers: tuple[str, ...] = ()
-    """Mixers and their variants by name; none are all."""
+    """Mixers and their variants by name; empty: all."""
     device: str = "auto"
     """auto (a GPU when there is one), cpu, cuda, ..."""
     threads: int = 0
-    """CPU threads; 0 is as many as torch chooses."""
+    """CPU threads; 0: as many as torch chooses."""
     envs: tuple[str, ...] = ()
-    """Environments by name, where an experiment has several; none are all."""
+    """Environments by name, where an experiment has several; empty: all."""
     data: str = ""
-    """Kind of data, where an experiment has several; empty is its own choice."""
+    """Kind of data, where an experiment has several; empty: its own choice."""
 
     def __post_init__(self) -> None:
-        from minrnn.training.threads import MOST_THREADS  # here, for it takes torch along
+        from minrnn.training.threads import MOST_THREADS  # here, as it imports torch
 
         if self.scale not in SCALES:
             raise ValueError(f"reproduce: scale must be one of {', '.join(SCALES)}, got {self.scale!r}")
@@ -137,30 +137,30 @@ class Tell(Protocol):
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where a trial is measured."""
+    """The place of a measurement."""
 
     folder: Path
-    """For what it keeps until it is done; what an interrupted measurement has left there may be used."""
+    """For files until the trial is finished; those that an interrupted measurement left may be used."""
     choice: Choice = field(default_factory=Choice)
-    """Its device and threads."""
+    """The device and threads."""
 
 
 class Experiment(ABC):
-    """A table or a figure of the paper, made again."""
+    """A table or a figure of the paper, reproduced."""
 
     name: ClassVar[str]
     """Its key in EXPERIMENTS."""
     title: ClassVar[str]
     """Heading of its part of RESULTS.md."""
     question: ClassVar[str]
-    """What it shows, and how that is measured, in a paragraph."""
+    """What is asked, and how it is measured, in a paragraph."""
     changes: ClassVar[str]
-    """What its cpu scale changed, and what the paper leaves open."""
+    """How the cpu scale differs from the paper, and what the paper does not state."""
     uncounted: ClassVar[str]
-    """What an estimate of its time leaves out."""
+    """What estimates of its time do not include."""
 
     def check(self, choice: Choice) -> None:
-        """Raise ValueError for a choice that this experiment does not leave."""
+        """Raise ValueError for a choice that this experiment does not offer."""
         if choice.envs or choice.data:
             raise ValueError(f"reproduce: {self.name} has one set of data; leave --envs and --data out")
 
@@ -173,7 +173,7 @@ class Experiment(ABC):
         """
 
     def resolved(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a trial's configuration as this version would write it, to compare it with another.
+        """Return a trial's configuration in the form of this version, to be compared with another.
 
         Raises:
             ValueError: this version cannot read it.
@@ -182,28 +182,28 @@ class Experiment(ABC):
 
     @abstractmethod
     def measure(self, trial: Trial, place: Workplace, tell: Tell) -> dict[str, Any]:
-        """Run a trial, or go on with it, and return what it found as JSON.
+        """Run or resume a trial, and return its result as JSON.
 
         Raises:
-            NonFiniteLossError: training diverged, which is a finding.
-            Interrupted: a signal asked for a stop, and what was done is in the folder.
+            NonFiniteLossError: training diverged.
+            Interrupted: a signal asked for a stop; the state is saved in the folder.
         """
 
     @abstractmethod
     def estimate(self, trial: Trial, choice: Choice) -> float:
-        """Return about how many seconds a trial will take here, from measuring a small part of it."""
+        """Return about how many seconds a trial takes on this machine, by timing a small part of it."""
 
     @abstractmethod
     def tables(self, records: Sequence[Record]) -> list[Table]:
-        """Return what the finished trials found, beside the published figures."""
+        """Return tables of the finished trials' results, beside the published figures."""
 
     @abstractmethod
     def draw(self, records: Sequence[Record]) -> Figure:
-        """Draw what the finished trials found; needs matplotlib."""
+        """Plot the finished trials' results; needs matplotlib."""
 
 
 class Entry(NamedTuple):
-    """A line of the table EXPERIMENTS."""
+    """An entry of the registry EXPERIMENTS."""
 
     module: str
     """Module of the experiment; imported on demand, as importing torch is slow."""

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 THREE_SEEDS = ("mingru", "minlstm", "rnn", BC)
 """Ours, cloning, and the strongest baseline by one seed of all here."""
 
+SLOW = {"train": {"learning_rate": 1e-4}}
+WIDE = {**SLOW, "model": {"d_model": 256}}
+"""The paper's settings for some data sets of D4RL."""
+
 FIRST_SEED = 1000
 """Of the episodes that are reported."""
 
@@ -45,8 +49,8 @@ class ActingSize(Size):
     """Episodes that a trained policy plays for each return that it is asked for."""
     environments: Mapping[str, str] = field(default_factory=lambda: ENVIRONMENTS)
     """Environments by their names in D4RL."""
-    exceptions: Mapping[str, tuple[int, float]] = field(default_factory=dict)
-    """Width and learning rate of data sets that have others."""
+    exceptions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Tables of settings, as `RunConfig.override` takes them, of the data sets that have others."""
 
 
 class Locomotion(TrainedExperiment[ActingSize]):
@@ -87,10 +91,7 @@ class Locomotion(TrainedExperiment[ActingSize]):
             seeds=5,
             other_seeds=5,
             episodes=100,
-            exceptions={
-                **dict.fromkeys(("hopper-medium", "hopper-medium-replay"), (256, 1e-4)),
-                "walker2d-medium": (128, 1e-4),
-            },
+            exceptions={"hopper-medium": WIDE, "hopper-medium-replay": WIDE, "walker2d-medium": SLOW},
         ),
         "tiny": ActingSize(
             model={"d_model": 8, "num_layers": 1},
@@ -140,9 +141,7 @@ class Locomotion(TrainedExperiment[ActingSize]):
         for data, qualities in QUALITIES.items():
             for env, quality in product(size.environments, qualities):
                 of_data = config.override(task={"data": _source(env, size.environments[env], quality, data)})
-                if f"{env}-{quality}" in size.exceptions:
-                    width, rate = size.exceptions[f"{env}-{quality}"]
-                    of_data = of_data.override(model={"d_model": width}, train={"learning_rate": rate})
+                of_data = of_data.override(**size.exceptions.get(f"{env}-{quality}", {}))
                 setting = {"mixer": mixer, "env": env, "quality": quality, "data": data}
                 yield GridPoint(f"{mixer}-{env}-{quality}-{data}", setting, of_data.resolved(), seeds)
 

@@ -15,13 +15,13 @@ from minrnn.files import lock, read_json, write_json
 FORMAT = 1
 
 LONGEST_SUMMARY = 120.0
-"""Seconds to wait for another process that writes what is shared: config.json, tables and plots."""
+"""Seconds to wait for another process that writes the shared files: config.json, tables and plots."""
 
 __all__ = ["ResultsFolder"]
 
 
 class ResultsFolder:
-    """What an experiment has found at one scale.
+    """The results of an experiment at one scale.
 
     `cells/NAME.json` is the record of a finished trial: experiment, scale, cell (the trial's name), setting
     and config as `Trial` has them, `result` (null where `failed` gives the reason), seconds, command, device,
@@ -41,13 +41,13 @@ class ResultsFolder:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep other processes from writing what is shared while the block does."""
+        """Lock the folder's shared files against other processes."""
         self.path.mkdir(parents=True, exist_ok=True)
         with lock(self.path / ".lock", wait=LONGEST_SUMMARY):
             yield
 
     def begin(self, experiment: Experiment, trials: Sequence[Trial]) -> None:
-        """Write or add to config.json."""
+        """Add trials to config.json."""
         path = self.path / "config.json"
         with self.alone():
             known = read_json(path, _Configs)["cells"] if path.is_file() else {}
@@ -58,7 +58,7 @@ class ResultsFolder:
         """Return the record of an experiment's trial, or None where it is not finished.
 
         Raises:
-            ValueError: there is one that was computed with another configuration, or is damaged.
+            ValueError: the record has another configuration, or is damaged.
         """
         path = self._file(trial.name)
         if not path.is_file():
@@ -77,7 +77,7 @@ class ResultsFolder:
         return [_read(path) for path in sorted((self.path / "cells").glob("*.json"))]
 
     def save(self, trial: Trial, record: Mapping[str, Any]) -> None:
-        """Write a trial's record, whole or not at all, and clear up what it went on from."""
+        """Write a trial's record atomically, and remove the files that it would have resumed from."""
         path = self._file(trial.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         about = {"format": FORMAT, "experiment": self.name, "scale": self.scale, "cell": trial.name}
@@ -86,12 +86,12 @@ class ResultsFolder:
         shutil.rmtree(self.unfinished(trial), ignore_errors=True)
 
     def tidy(self) -> None:
-        """Remove the folder of unfinished trials where there are none."""
-        with contextlib.suppress(OSError):  # others are at work
+        """Remove the folder of unfinished trials if it is empty."""
+        with contextlib.suppress(OSError):  # not empty
             (self.path / "unfinished").rmdir()
 
     def unfinished(self, trial: Trial) -> Path:
-        """Return the folder that a trial works in."""
+        """Return the folder of a trial's files until it is finished."""
         return self.path / "unfinished" / trial.name
 
     def _file(self, name: str) -> Path:
@@ -99,13 +99,13 @@ class ResultsFolder:
 
 
 class _Configs(TypedDict):
-    """What is read of config.json."""
+    """The keys of config.json that are read."""
 
     cells: dict[str, dict[str, Any]]
 
 
 class _Record(TypedDict):
-    """What every record holds; see `ResultsFolder`."""
+    """The keys of every record; see `ResultsFolder`."""
 
     format: int
     experiment: str

@@ -1,4 +1,4 @@
-"""Trial after trial: what is finished is left alone, what was interrupted goes on, and the tables follow."""
+"""Runs trials one by one: skips finished ones, resumes interrupted ones, writes tables and plots."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from minrnn.training.threads import cpu_threads
 __all__ = ["command_of", "estimate", "forecast", "interleaved", "pick", "reproduce", "write_summary"]
 
 ROUNDS = 5
-"""How often each kind of trial is timed for an estimate, in turns: what else runs meets all of them."""
+"""Times that each kind of trial is timed for an estimate; the kinds take turns, as load varies."""
 
 ROUND_SECONDS = 30.0
-"""No further round begins after so many seconds."""
+"""No round begins after so many seconds."""
 
 K = TypeVar("K")
 
@@ -33,23 +33,24 @@ K = TypeVar("K")
 def reproduce(
     experiment: Experiment, choice: Choice, root: Path, watch: Watch, *, only: Sequence[str] = ()
 ) -> ResultsFolder:
-    """Run the trials of an experiment that are not finished yet, one by one, and show what they found.
+    """Run the trials of an experiment that are not finished yet, and write its tables and plots.
 
-    Several processes may do so in one folder: each trial is claimed by who computes it, and left to it.
+    Several processes may work in one folder: each claims the trial that it runs, and skips those that others
+    have claimed.
 
     Args:
-        experiment: what is made again.
-        choice: which trials, and where they are computed.
+        experiment: the experiment.
+        choice: which trials, and the device they run on.
         root: the folder of all experiments' results.
-        watch: told how far it is.
-        only: names of trials; none are all that are chosen.
+        watch: receives the progress.
+        only: names of trials; empty: all that are chosen.
 
     Returns:
-        The experiment's results, tables and plot written.
+        The folder of the experiment's results.
 
     Raises:
         ValueError: a mixer, a trial or another choice is unknown, or a finished trial has other settings.
-        Interrupted: a signal asked for a stop, and the trial's state is saved; the same call goes on with it.
+        Interrupted: a signal asked for a stop, and the trial's state is saved; the same call resumes it.
         OSError: a file cannot be written.
     """
     experiment.check(choice)
@@ -63,12 +64,12 @@ def reproduce(
     number = len(trials) - len(pending)
     left: list[Trial] = []  # to other processes
     try:
-        for again in (False, True):  # one of those may have ended since
+        for again in (False, True):  # another process may have given a trial up
             for index, trial in enumerate(pending):
                 number += not again
                 try:
                     with claim(folder.unfinished(trial), watch.note):
-                        if folder.record(trial, experiment) is None:  # nobody has finished it since
+                        if folder.record(trial, experiment) is None:  # nor has another process finished it
                             watch.begin(trial.name, number, len(trials))
                             _run(experiment, trial, pending[index + 1 :], choice, root, folder, watch)
                 except InUseError as error:
@@ -76,7 +77,7 @@ def reproduce(
                     if again:
                         watch.note(f"{trial.name}: left to others ({error.strerror})")
             pending, left = left, []
-    finally:  # an interrupted run shows what there is
+    finally:  # after an interruption too
         folder.tidy()
         write_summary(experiment, folder, watch)
     return folder
@@ -106,10 +107,9 @@ def command_of(experiment: str, choice: Choice, root: Path, trial: str | None = 
 
 
 def forecast(trial: Trial, records: Sequence[Record]) -> float | None:
-    """Return the seconds that a trial is likely to take, from the finished ones that are most like it.
+    """Return the mean seconds of the finished trials that are most similar to a trial, or None without any.
 
-    Those of the same kind first (all but the seed the same), then of the same mixer, then all; None where
-    nothing is finished.
+    Trials of the same kind (all but the seed equal) come first, then those of the same mixer, then all.
     """
     mixer = dict(trial.kind).get("mixer")
     tests = (
@@ -135,14 +135,14 @@ def estimate(
     tell: Callable[[str], object],
     now: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Return about how many seconds trials take here.
+    """Return about how many seconds trials take on this machine.
 
     Args:
-        experiment: theirs.
-        trials: all that are meant.
-        choice: where they are computed.
-        records: of finished trials; those of a kind that this machine has finished say it best.
-        tell: told which kind of trial is timed.
+        experiment: the experiment.
+        trials: the trials.
+        choice: the device they run on.
+        records: of finished trials; where one of the same kind ran on this machine, its time is the estimate.
+        tell: receives the name of the kind that is being timed.
         now: the time in seconds.
     """
     with cpu_threads(choice.threads):
@@ -173,12 +173,12 @@ def _computed_on(about: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def interleaved(estimates: Mapping[K, Callable[[], float]], now: Callable[[], float]) -> dict[K, float]:
-    """Ask for each estimate several times, in turns, and return the lowest of each.
+    """Make each estimate several times, in turns, and return the lowest of each.
 
-    One look at a busy machine may see anything; of several, spread over the time, one may be undisturbed.
+    On a busy machine a single estimate may be far too high; of several, spread over time, one may be right.
 
     Args:
-        estimates: what to ask, by name.
+        estimates: functions that return an estimate in seconds, by name.
         now: the time in seconds, which bounds the rounds after the first.
     """
     began = now()
@@ -192,7 +192,7 @@ def interleaved(estimates: Mapping[K, Callable[[], float]], now: Callable[[], fl
 
 
 def write_summary(experiment: Experiment, folder: ResultsFolder, watch: Watch) -> None:
-    """Write tables.md and the plots of what is finished, if anything is; what fails is said alone."""
+    """Write tables.md and the plots of the finished trials; report what cannot be written."""
     if not (folder.path / "cells").is_dir():
         return
     no_tables = no_plot = None
@@ -218,13 +218,13 @@ def _write_tables(experiment: Experiment, records: Sequence[Record], path: Path)
 
 
 class _Clock:
-    """Tells a watch how long it still takes: the present trial by its own pace, later ones by others."""
+    """Estimates the time left: of the current trial by its own pace, of later ones from finished trials."""
 
     def __init__(self, trial: Trial, later: Sequence[Trial], records: Sequence[Record], watch: Watch) -> None:
         self._expected = forecast(trial, records)
         self._later = [forecast(other, records) for other in later]
         self._watch = watch
-        self._first: tuple[float, float] | None = None  # time and fraction when it was first under way
+        self._first: tuple[float, float] | None = None  # time and fraction at the first progress
 
     def __call__(self, fraction: float, text: str) -> None:
         whole = self._whole(fraction)
@@ -234,7 +234,7 @@ class _Clock:
         self._watch.progress(fraction, text, left)
 
     def _whole(self, fraction: float) -> float | None:
-        """Return the seconds of the whole trial; one that goes on does not begin at 0."""
+        """Return the seconds of the whole trial; a resumed one does not begin at a fraction of 0."""
         now = time.perf_counter()
         if fraction > 0 and self._first is None:
             self._first = now, fraction
@@ -252,7 +252,7 @@ def _run(
     folder: ResultsFolder,
     watch: Watch,
 ) -> None:
-    """Measure a trial and save its record; a training that diverges is a finding too."""
+    """Measure a trial and save its record; one that diverges is recorded as failed."""
     tell = _Clock(trial, later, folder.records(), watch)
     tell(0.0, "")
     place = folder.unfinished(trial)

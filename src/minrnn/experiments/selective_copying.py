@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from statistics import mean
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from minrnn.experiments.experiment import Record, Table
@@ -213,13 +214,11 @@ def _best_depths(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def _loss(runs: Sequence[Record]) -> float:
-    losses = bests(runs, "best", "val_loss")
-    return sum(losses) / len(losses)
+    return mean(bests(runs, "best", "val_loss"))
 
 
 def _mean(runs: Sequence[Record], length: str = "x1") -> float:
-    found = bests(runs, "test", length, "accuracy")
-    return sum(found) / len(found)
+    return mean(bests(runs, "test", length, "accuracy"))
 
 
 def _accuracy(runs: Sequence[Record], length: str = "x1") -> str:

@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 CURVE_POINTS = 80
-"""Points that are kept of a learning curve: enough to plot, and few enough to keep every run's."""
+"""Points that are kept of a learning curve."""
 
 PROBE_SEQUENCES = 4
 """Sequences of the step that is timed first for an estimate."""
@@ -45,7 +45,7 @@ PROBES = 3
 """Steps that are timed of each size."""
 
 LONGEST_PROBE = 10.0
-"""Seconds; where a step of a whole batch takes longer, it is extrapolated from smaller ones."""
+"""Seconds; a step of a whole batch that takes longer is extrapolated from smaller ones, not timed."""
 
 SizeT = TypeVar("SizeT", bound="Size")
 
@@ -71,7 +71,7 @@ class GridPoint:
     """A point of an experiment's grid, which is trained with several seeds."""
 
     name: str
-    """Begins the names of its trials."""
+    """Prefix of the names of its trials."""
     setting: Mapping[str, Any]
     """What distinguishes it from others, including `mixer`."""
     config: RunConfig
@@ -159,7 +159,7 @@ class TrainedExperiment(Experiment, Generic[SizeT]):
         ]
 
     def resolved(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a run's configuration with the settings that are newer than it, at their defaults."""
+        """Return a run's configuration, with defaults for settings that it lacks because they are newer."""
         return _without_place(RunConfig.from_dict(config))
 
     def measure(self, trial: Trial, place: Workplace, tell: Tell) -> dict[str, Any]:
@@ -202,13 +202,13 @@ class TrainedExperiment(Experiment, Generic[SizeT]):
 def step_seconds(seconds: Callable[[int], float], whole: int) -> float:
     """Return about how long a step of a whole batch takes.
 
-    The first step, in which memory is taken and code is loaded, does not count, and of others the shortest
-    does: what else the machine does only ever adds, and threads that wait for each other add a hundredfold. A
-    step costs something however few sequences it has, so that one of few, taken in proportion, would say too
-    much: where a whole one takes too long to be tried, what a sequence adds is told from two sizes.
+    The first step, which allocates memory and loads code, is discarded, and of the others the fastest counts:
+    other load only ever adds time. A step has a fixed cost, whatever its number of sequences, so that scaling
+    a small one in proportion would overestimate: where a step of a whole batch takes too long to be timed, it
+    is extrapolated linearly from two sizes.
 
     Args:
-        seconds: takes a step of so many sequences, and returns its time.
+        seconds: takes a step of a number of sequences, and returns its time.
         whole: sequences in a batch.
     """
     few = min(whole, PROBE_SEQUENCES)
@@ -251,7 +251,7 @@ PROVENANCE = ("recipe", "mixer", "device", "machine", "versions", "commit")
 
 
 def training_seconds(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
-    """Return the seconds spent on training alone up to each line of metrics.jsonl that tells its speed."""
+    """Return the seconds of training, without evaluations, up to each line of metrics.jsonl with a speed."""
     seconds, tokens, found = 0.0, 0, []
     for line in metrics:
         if "tokens_per_second" in line:
@@ -286,7 +286,7 @@ def _trials(point: GridPoint, seeds: int) -> Iterator[Trial]:
 
 
 def _without_place(config: RunConfig) -> dict[str, Any]:
-    """Return a configuration as JSON, without what says where it is computed."""
+    """Return a configuration as JSON, without device and threads."""
     values = config.to_dict()
     return {**values, "train": {k: v for k, v in values["train"].items() if k not in ("device", "threads")}}
 
@@ -297,7 +297,7 @@ def _placed(trial: Trial, choice: Choice) -> RunConfig:
 
 
 def _rounded(value: Any) -> Any:
-    """Return JSON values with floats of six digits, which is more than any of them is good for."""
+    """Return JSON values with floats rounded to six significant digits."""
     if isinstance(value, float) and isfinite(value):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
