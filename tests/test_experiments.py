@@ -814,6 +814,9 @@ def test_the_list_of_trials_is_a_list_of_commands(capsys: pytest.CaptureFixture[
     again = capsys.readouterr().out.splitlines()
     assert again[1] == f"# finished: {commands[1]}"
     assert [again[0], *again[2:]] == [commands[0], *commands[2:]]
+    # As committed records have it, whose commands are of earlier versions.
+    assert main(["reproduce", *chosen, "--list-trials", "--cell", "minlstm-conv-seed0"]) == 0
+    assert capsys.readouterr().out.splitlines() == [again[1]]
 
 
 def test_commands_choose_the_same_trials() -> None:

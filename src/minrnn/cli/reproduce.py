@@ -176,7 +176,7 @@ def _reproduce(name: str, args: Sequence[str]) -> int:
 
 
 def _list_trials(experiment: Experiment, choice: Choice, command: ReproduceCommand) -> int:
-    """Print a command for each trial, commented out where it is finished, so that a shell can run the list."""
+    """Print a command for each trial, as a comment where it is finished, so that a shell can run the list."""
     from minrnn.experiments.results import ResultsFolder
     from minrnn.experiments.runner import command_of, pick
 
