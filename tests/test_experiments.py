@@ -36,7 +36,7 @@ from minrnn.experiments import (
     shakespeare,
     stability,
 )
-from minrnn.experiments.experiment import SCALES, Choice, Experiment, Record, Silence, Table, Trial
+from minrnn.experiments.experiment import SCALES, Choice, Experiment, Record, Table, Trial, Watch
 from minrnn.experiments.loops import LOOPS
 from minrnn.experiments.page import experiments, write_page
 from minrnn.experiments.parameters import FORMULAS, count_weights, parameter_table
@@ -84,6 +84,10 @@ class SelectiveCopying(selective_copying.SelectiveCopying):
 
 
 CHOICE = Choice("tiny", seeds=1, mixers=("mingru",), device="cpu")
+
+
+class Silence(Watch):
+    """Shows nothing."""
 
 
 class StopAt(Silence):

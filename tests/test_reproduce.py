@@ -11,7 +11,7 @@ import pytest
 from episode_files import MISSING, write_pendulum_data
 
 from minrnn.experiments import EXPERIMENTS
-from minrnn.experiments.experiment import Choice, Experiment, Record, Silence, Table
+from minrnn.experiments.experiment import Choice, Experiment, Record, Table, Watch
 from minrnn.experiments.published import LABELS
 from minrnn.experiments.results import ResultsFolder
 from minrnn.experiments.runner import reproduce
@@ -30,6 +30,10 @@ CHOSEN = {
     "acting": ("mingru", "s4d", "attention", "attention-sliding", "attention-whole"),
 }
 LABEL = re.compile("|".join(map(re.escape, LABELS.values())))
+
+
+class Silence(Watch):
+    """Shows nothing."""
 
 
 @pytest.fixture(scope="module")

@@ -114,20 +114,6 @@ class Watch(Protocol):
         """Show the fraction of the current trial that is done, its state, and the seconds left of all."""
 
 
-@dataclass
-class Silence:
-    """A watch that shows nothing."""
-
-    def note(self, text: str) -> None:
-        """Do nothing."""
-
-    def begin(self, name: str, number: int, total: int) -> None:
-        """Do nothing."""
-
-    def progress(self, fraction: float, text: str, left: float | None) -> None:
-        """Do nothing."""
-
-
 class Tell(Protocol):
     """Receives the progress of a trial while it is measured."""
 

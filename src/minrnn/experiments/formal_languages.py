@@ -11,14 +11,7 @@ from minrnn.experiments.experiment import Record, Table
 from minrnn.experiments.plots import draw_lines, finish, new_figure
 from minrnn.experiments.published import Published, recalled
 from minrnn.experiments.records import bests, by_kind, spread
-from minrnn.experiments.trained import (
-    CONSTANT_RATE,
-    TINY_TRAIN,
-    GridPoint,
-    Size,
-    TrainedExperiment,
-    train_settings,
-)
+from minrnn.experiments.trained import PAPER_TRAIN, TINY_TRAIN, GridPoint, Size, TrainedExperiment, training
 from minrnn.experiments.variants import ROUNDED, every_mixer
 from minrnn.models import SequenceModel
 from minrnn.tasks import LANGUAGES, FormalLanguageConfig, FormalLanguageTask
@@ -93,14 +86,8 @@ class FormalLanguages(TrainedExperiment[LanguageSize]):
         "paper": LanguageSize(
             model={"d_model": 256},
             task={"eval_sequences": 2048},
-            train=train_settings(
-                every=5000,
-                logs=10,
-                steps=500_000,
-                batch_size=256,
-                learning_rate=3e-4,
-                precision="float32",
-                **CONSTANT_RATE,
+            train=training(
+                every=5000, logs=10, steps=500_000, batch_size=256, learning_rate=3e-4, **PAPER_TRAIN
             ),
             test_sequences=8192,
         ),

@@ -11,7 +11,7 @@ from minrnn.experiments.experiment import Record, Table
 from minrnn.experiments.plots import draw_lines, finish, new_figure
 from minrnn.experiments.published import Published, recalled, shown
 from minrnn.experiments.records import bests, by_kind, points, spread
-from minrnn.experiments.trained import TINY_TRAIN, GridPoint, Size, TrainedExperiment, train_settings
+from minrnn.experiments.trained import TINY_TRAIN, GridPoint, Size, TrainedExperiment, training
 from minrnn.experiments.variants import ROUNDED
 from minrnn.models import SequenceModel
 from minrnn.tasks import ListOpsConfig, ListOpsTask
@@ -74,12 +74,12 @@ class ListOps(TrainedExperiment[Size]):
     sizes: ClassVar = {
         "cpu": Size(
             task={"num_test": 2000},
-            train=train_settings(every=250, logs=5, steps=1500, warmup_steps=100, eval_tokens=500),
+            train=training(every=250, logs=5, steps=1500, warmup_steps=100, eval_tokens=500),
         ),
         "paper": Size(
             model={"d_model": 128, "num_layers": 8, "dropout": 0.1},
             task=asdict(ListOpsConfig()),
-            train=train_settings(
+            train=training(
                 every=5000,
                 logs=5,
                 steps=250_000,

@@ -14,7 +14,7 @@ import numpy as np
 from minrnn.experiments import scores
 from minrnn.experiments.experiment import Choice, Record, Table, Trial
 from minrnn.experiments.scores import BC, BEST_TENTH, ENVIRONMENTS, HIGHEST, MEAN, QUALITIES, score
-from minrnn.experiments.trained import TINY_TRAIN, GridPoint, Size, TrainedExperiment, train_settings
+from minrnn.experiments.trained import TINY_TRAIN, GridPoint, Size, TrainedExperiment, training
 from minrnn.experiments.variants import every_mixer
 from minrnn.files import nearest
 from minrnn.models import DecisionModel, Policy
@@ -82,10 +82,10 @@ class Locomotion(TrainedExperiment[ActingSize]):
     )
     recipe = "decisions"
     sizes: ClassVar = {
-        "cpu": ActingSize(train=train_settings(every=200, logs=5, steps=800), episodes=10),
+        "cpu": ActingSize(train=training(every=200, logs=5, steps=800), episodes=10),
         "paper": ActingSize(
             task={"tokens": "interleaved"},
-            train=train_settings(
+            train=training(
                 every=5000, logs=5, steps=100_000, min_learning_rate_ratio=1.0, warmup_steps=10_000
             ),
             seeds=5,

@@ -11,14 +11,7 @@ from minrnn.experiments.experiment import Record, Table
 from minrnn.experiments.plots import draw_lines, finish, new_figure
 from minrnn.experiments.published import Published, published, recalled, shown
 from minrnn.experiments.records import bests, by_kind, spread
-from minrnn.experiments.trained import (
-    CONSTANT_RATE,
-    TINY_TRAIN,
-    GridPoint,
-    Size,
-    TrainedExperiment,
-    train_settings,
-)
+from minrnn.experiments.trained import PAPER_TRAIN, TINY_TRAIN, GridPoint, Size, TrainedExperiment, training
 from minrnn.experiments.variants import ROUNDED, every_mixer
 from minrnn.models import SequenceModel
 from minrnn.tasks import SelectiveCopyingConfig, SelectiveCopyingTask
@@ -93,14 +86,8 @@ class SelectiveCopying(TrainedExperiment[CopyingSize]):
         "paper": CopyingSize(
             model={"expansion": 6.0, "dropout": 0.1},
             task={"length": 4096, "num_tokens": 16, "eval_sequences": 12_800},
-            train=train_settings(
-                every=5000,
-                logs=10,
-                steps=400_000,
-                batch_size=64,
-                precision="float32",
-                learning_rate=1e-4,
-                **CONSTANT_RATE,
+            train=training(
+                every=5000, logs=10, steps=400_000, batch_size=64, learning_rate=1e-4, **PAPER_TRAIN
             ),
         ),
         "tiny": CopyingSize(

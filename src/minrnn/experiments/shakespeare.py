@@ -16,7 +16,7 @@ from minrnn.experiments.experiment import Record, Table
 from minrnn.experiments.plots import draw_lines, finish, new_figure
 from minrnn.experiments.published import LABELS, Published, published, shown
 from minrnn.experiments.records import bests, by_kind, points, spread
-from minrnn.experiments.trained import GridPoint, Size, TrainedExperiment, train_settings
+from minrnn.experiments.trained import GridPoint, Size, TrainedExperiment, training
 from minrnn.experiments.variants import every_mixer
 from minrnn.files import read_json
 from minrnn.models import ModelConfig, SequenceModel
@@ -57,7 +57,7 @@ RIVAL: dict[str, Any] = {"d_model": 192, "num_heads": 6, "mlp_activation": "gelu
 ATTENTION_TRAIN: dict[str, Any] = {"precision": "bfloat16", "learning_rate": 2e-3}
 """Attention in autocast takes half the time of float32, other mixers no less; its best rate is lower."""
 
-SHORT_TRAIN = train_settings(every=1, logs=1, steps=2, batch_size=2, eval_tokens=64)
+SHORT_TRAIN = training(every=1, logs=1, steps=2, batch_size=2, eval_tokens=64)
 
 TINY_TASK: dict[str, Any] = {"source": str(Path(__file__)), "vocabulary": "bytes", "window": 16}
 
@@ -98,7 +98,7 @@ class Shakespeare(TrainedExperiment[TextSize]):
     sizes: ClassVar = {
         "cpu": TextSize(
             model={"d_model": 192, "expansion": 1.0, "mlp_ratio": 1.75, "dropout": 0.0},
-            train=train_settings(
+            train=training(
                 every=50,
                 logs=5,
                 steps=1500,
@@ -110,7 +110,7 @@ class Shakespeare(TrainedExperiment[TextSize]):
             ),
             num_heads=4,
         ),
-        "paper": TextSize(train=train_settings(every=25, logs=5, precision="float32"), num_heads=6),
+        "paper": TextSize(train=training(every=25, logs=5, precision="float32"), num_heads=6),
         "tiny": TextSize(
             model={"d_model": 8, "num_layers": 1, "expansion": 1.0, "mlp_ratio": 1.0, "dropout": 0.0},
             task=TINY_TASK,

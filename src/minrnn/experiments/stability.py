@@ -12,7 +12,7 @@ from minrnn.experiments.experiment import Record, Table
 from minrnn.experiments.plots import band, finish, new_figure
 from minrnn.experiments.records import bests, by_kind, points, spread
 from minrnn.experiments.selective_copying import UNNORMALISED, SelectiveCopying
-from minrnn.experiments.trained import GridPoint, Size, TrainedExperiment, train_settings
+from minrnn.experiments.trained import GridPoint, Size, TrainedExperiment, training
 from minrnn.experiments.variants import ROUNDED
 from minrnn.models import SequenceModel
 from minrnn.training import RunConfig
@@ -52,7 +52,7 @@ class Stability(TrainedExperiment[Size]):
     sizes: ClassVar = {
         "cpu": Size(
             task={"length": 64, "num_tokens": 4, "eval_sequences": 256},
-            train=train_settings(every=100, logs=10, steps=2000),
+            train=training(every=100, logs=10, steps=2000),
             seeds=5,
         ),
         **{scale: replace(SelectiveCopying.sizes[scale], seeds=5) for scale in ("paper", "tiny")},

@@ -26,12 +26,12 @@ from minrnn.training import (
 from minrnn.training.threads import cpu_threads
 
 __all__ = [
-    "CONSTANT_RATE",
+    "PAPER_TRAIN",
     "TINY_TRAIN",
     "GridPoint",
     "Size",
     "TrainedExperiment",
-    "train_settings",
+    "training",
     "training_seconds",
 ]
 
@@ -80,7 +80,7 @@ class GridPoint:
     """Seeds, where the choice names no number."""
 
 
-def train_settings(*, every: int, logs: int, **others: Any) -> dict[str, Any]:
+def training(*, every: int, logs: int, **others: Any) -> dict[str, Any]:
     """Return fields of TrainConfig for a run that is evaluated and saved at the same steps.
 
     Args:
@@ -91,10 +91,10 @@ def train_settings(*, every: int, logs: int, **others: Any) -> dict[str, Any]:
     return {"eval_every": every, "checkpoint_every": every, "log_every": max(1, every // logs), **others}
 
 
-CONSTANT_RATE: dict[str, Any] = {"min_learning_rate_ratio": 1.0, "warmup_steps": 0}
-"""Fields of TrainConfig for a learning rate that is the same at every step."""
+PAPER_TRAIN: dict[str, Any] = {"precision": "float32", "min_learning_rate_ratio": 1.0, "warmup_steps": 0}
+"""Fields of TrainConfig where the paper states no schedule: a constant learning rate, in float32."""
 
-TINY_TRAIN = train_settings(
+TINY_TRAIN = training(
     every=1, logs=1, steps=2, batch_size=4, warmup_steps=1, min_learning_rate_ratio=0.1, eval_tokens=0
 )
 """Fields of TrainConfig at the tiny scale."""
