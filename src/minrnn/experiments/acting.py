@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minrnn.benchmarks.timing import Phases, clock
-from minrnn.experiments.experiment import Cell, Record, Table, Tell, Workplace
+from minrnn.experiments.experiment import Record, Table, Tell, Trial, Workplace
 from minrnn.experiments.inference import state_bytes
 from minrnn.experiments.plots import draw_lines, finish, new_figure
 from minrnn.experiments.timed import System, TimedExperiment, TimedSize, series
@@ -77,9 +77,9 @@ class Acting(TimedExperiment):
     def inputs(self, setting: Mapping[str, Any], device: torch.device) -> Tensor:
         return torch.randn(setting["steps"], OBSERVATION, device=device)
 
-    def measure(self, cell: Cell, place: Workplace, tell: Tell) -> dict[str, Any]:
+    def measure(self, trial: Trial, place: Workplace, tell: Tell) -> dict[str, Any]:
         with cpu_threads(1):  # so little work is not worth dividing
-            return super().measure(cell, place, tell)
+            return super().measure(trial, place, tell)
 
     def build(self, system: str, setting: Mapping[str, Any], inputs: Tensor) -> System:
         model = policy_model(system, setting["D"]).to(inputs.device).eval()

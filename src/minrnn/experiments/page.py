@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from minrnn.experiments import EXPERIMENTS
 from minrnn.experiments.experiment import Choice, Experiment, Record, Table
 from minrnn.experiments.parameters import parameter_table
+from minrnn.experiments.records import bests, by_kind
 from minrnn.experiments.results import ResultsFolder
 from minrnn.experiments.runner import command_of
+from minrnn.experiments.shakespeare import earlier_runs
 from minrnn.files import read_json, replace_text
 
 __all__ = ["write_page"]
 
 REPORTED = ("cpu", "paper")
 """Scales that mean something; tiny is not reported."""
+
+SHOWN_ABOVE = ("shakespeare-cpu",)
+"""Experiments whose earlier runs have a table in the page's own text."""
 
 READING = "reading.md"
 """In an experiment's folder: what somebody read in its tables, if anybody did."""
@@ -77,7 +82,7 @@ def experiments(results: Path, beside: Path) -> str:
         folders = [ResultsFolder(results, name, scale) for scale in REPORTED]
         found = {folder: records for folder in folders if (records := folder.records())}
         if not found:
-            missing.append(f"`{name}` ({entry.shows})")
+            missing += [f"`{name}` ({entry.shows})"] if name not in SHOWN_ABOVE else []
             continue
         experiment = entry.load()
         parts = [f"## {experiment.title}", experiment.question, f"*Changed:* {experiment.changes}"]
@@ -158,17 +163,6 @@ def _machine(record: Record) -> str:
     return f"{record['device']}, torch {torch}"
 
 
-class _ShakespeareRun(TypedDict):
-    """What is read of a run's file."""
-
-    mixer: str
-    parameters: int
-    val_loss: float
-    val_loss_windowed: float
-    val_loss_windowed_64: float
-    seconds: float
-
-
 class _Benchmarks:
     """The tables of what was measured by `minrnn bench` and by the scripts in benchmarks/."""
 
@@ -182,30 +176,15 @@ class _Benchmarks:
         return read_json(self.folder / f"{name}.json", dict[str, Any])
 
     def _shakespeare(self) -> dict[str, str]:
-        runs: dict[str, list[dict[str, Any]]] = {}
-        for path in sorted((self.folder / "shakespeare-cpu").glob("*.json")):
-            result: dict[str, Any] = {**read_json(path, _ShakespeareRun)}
-            runs.setdefault(result["mixer"], []).append(result)
-        rows = []
-        for mixer, results in sorted(runs.items(), key=lambda item: _mean(item[1], "val_loss")):
-            losses = [result["val_loss"] for result in results]
-            rows.append(
-                [
-                    mixer,
-                    f"{results[0]['parameters']:,}",
-                    str(len(results)),
-                    f"**{statistics.mean(losses):.3f}**",
-                    f"{min(losses):.3f} to {max(losses):.3f}",
-                    f"{_mean(results, 'val_loss_windowed'):.3f}",
-                    f"{_mean(results, 'val_loss_windowed_64'):.3f}",
-                    f"{_mean(results, 'seconds') / 60:.1f}",
-                ]
-            )
-        head = ["mixer", "parameters", "seeds", "state carried", "lowest to highest"]
-        head += ["windows of 256", "windows of 64", "minutes"]
-        seconds = {mixer: _mean(results, "seconds") for mixer, results in runs.items()}
+        records = earlier_runs(self.folder / "shakespeare-cpu")
+        (table,) = EXPERIMENTS["shakespeare-cpu"].load().tables(records)
+        runs = by_kind(records, "mixer")
+        seconds = {mixer: statistics.mean(bests(found, "seconds")) for (mixer,), found in runs.items()}
         ratios = [seconds[slow] / seconds["mingru"] for slow in ("rnn", "gru", "lstm") if slow in seconds]
-        return {"shakespeare": _markdown(head, rows), "slowdown": f"{min(ratios):.1f} to {max(ratios):.1f}"}
+        return {
+            "shakespeare": _markdown(table.head, table.rows),
+            "slowdown": f"{min(ratios):.1f} to {max(ratios):.1f}",
+        }
 
     def _speed(self) -> dict[str, str]:
         reports = {
@@ -346,10 +325,6 @@ def _shares(report: Mapping[str, Any]) -> str:
         "speed of one thread",
     ]
     return _markdown(head, rows)
-
-
-def _mean(results: Iterable[Mapping[str, Any]], key: str) -> float:
-    return statistics.mean(result[key] for result in results)
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

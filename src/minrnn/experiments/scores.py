@@ -11,7 +11,7 @@ import numpy as np
 from minrnn.experiments.experiment import Record, Table
 from minrnn.experiments.plots import colour, draw_lines, finish, new_figure
 from minrnn.experiments.published import Published, recalled, shown
-from minrnn.experiments.trained import by_kind, spread
+from minrnn.experiments.records import by_kind, spread
 from minrnn.tasks.locomotion import normalised_score
 
 if TYPE_CHECKING:

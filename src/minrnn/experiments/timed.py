@@ -1,4 +1,4 @@
-"""Experiments whose cells are timings: in each setting all systems are measured in turns, in one process."""
+"""Experiments whose trials are timings: in each setting all systems are measured in turns, in one process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from minrnn.benchmarks.report import load_averages
 from minrnn.benchmarks.timing import Task, interleave, old_objects_set_aside, peak_bytes, summary
-from minrnn.experiments.experiment import Cell, Choice, Experiment, Record, Scale, Tell, Workplace
+from minrnn.experiments.experiment import Choice, Experiment, Record, Scale, Tell, Trial, Workplace
 from minrnn.experiments.variants import choose
 from minrnn.training import choose_device
 
@@ -40,12 +40,12 @@ class System:
 
 
 class TimedExperiment(Experiment):
-    """An experiment in which every cell is a setting, and holds the times of all systems.
+    """An experiment in which every trial is a setting, and holds the times of all systems.
 
-    Systems are measured in turns, so that what else the machine does meets all of them. A cell's result holds
-    `systems`: for each the `seconds` of each phase (median, p10, p90, min and samples), `peak_bytes` (memory
-    at the peak beyond inputs and weights) and its facts, or `failed`, why there is nothing; and `load`, the
-    machine's load averages before.
+    Systems are measured in turns, so that what else the machine does meets all of them. A trial's result
+    holds `systems`: for each the `seconds` of each phase (median, p10, p90, min and samples), `peak_bytes`
+    (memory at the peak beyond inputs and weights) and its facts, or `failed`, why there is nothing; and
+    `load`, the machine's load averages before.
     """
 
     uncounted = "more where a call takes longer than its share"
@@ -58,22 +58,22 @@ class TimedExperiment(Experiment):
 
     @abstractmethod
     def settings(self, size: Any) -> Iterator[dict[str, Any]]:
-        """Yield what differs between cells, in the order in which they are run."""
+        """Yield what differs between trials, in the order in which they are run."""
 
     @abstractmethod
     def inputs(self, setting: Mapping[str, Any], device: torch.device) -> Any:
-        """Draw what all systems are given, once for a cell: a copy for each would fill the memory."""
+        """Draw what all systems are given, once for a trial: a copy for each would fill the memory."""
 
     @abstractmethod
     def build(self, system: str, setting: Mapping[str, Any], inputs: Any) -> System:
         """Make what is timed, on the device of its inputs."""
 
-    def cells(self, choice: Choice) -> list[Cell]:
+    def trials(self, choice: Choice) -> list[Trial]:
         size = self.sizes[choice.scale]
         systems = choose(choice.mixers, self.systems())
         budget = {"seconds": size.seconds, "samples": size.samples}
         return [
-            Cell(
+            Trial(
                 "-".join(f"{name}{value}" for name, value in setting.items()),
                 setting,
                 {**setting, **budget, "systems": systems},
@@ -81,35 +81,35 @@ class TimedExperiment(Experiment):
             for setting in self.settings(size)
         ]
 
-    def measure(self, cell: Cell, place: Workplace, tell: Tell) -> dict[str, Any]:
+    def measure(self, trial: Trial, place: Workplace, tell: Tell) -> dict[str, Any]:
         device = choose_device(place.choice.device)
         load = load_averages()
-        names, found = list(cell.config["systems"]), {}
+        names, found = list(trial.config["systems"]), {}
         ready: dict[str, System] = {}
         torch.manual_seed(0)
-        inputs = self.inputs(cell.setting, device)
+        inputs = self.inputs(trial.setting, device)
         for index, name in enumerate(names):
             tell(0.2 * index / len(names), f"warming up {name}")
             torch.manual_seed(0)
             try:
-                system = self.build(name, cell.setting, inputs)
+                system = self.build(name, trial.setting, inputs)
                 system.task()
             except RuntimeError as error:  # what torch says where memory is short, or a shape is not served
                 found[name] = {"failed": (str(error).splitlines() or [""])[0]}
             else:
                 ready[name] = system
         with old_objects_set_aside():
-            found |= self._times(cell, ready, device, tell)
+            found |= self._times(trial, ready, device, tell)
         return {"systems": {name: found[name] for name in names}, "load": load}
 
     def _times(
-        self, cell: Cell, ready: Mapping[str, System], device: torch.device, tell: Tell
+        self, trial: Trial, ready: Mapping[str, System], device: torch.device, tell: Tell
     ) -> dict[str, Any]:
         tasks = {name: system.task for name, system in ready.items()}
         if not tasks:
             return {}
         rounds = _Rounds(tell)
-        taken = interleave(tasks, cell.config["seconds"], cell.config["samples"], rounds)
+        taken = interleave(tasks, trial.config["seconds"], trial.config["samples"], rounds)
         found = {}
         for index, (name, system) in enumerate(ready.items()):
             tell(0.9 + 0.1 * index / len(ready), f"measuring the memory of {name}")
@@ -122,9 +122,9 @@ class TimedExperiment(Experiment):
             }
         return found
 
-    def estimate(self, cell: Cell, choice: Choice) -> float:
-        budget: float = cell.config["seconds"]
-        return budget * len(cell.config["systems"])
+    def estimate(self, trial: Trial, choice: Choice) -> float:
+        budget: float = trial.config["seconds"]
+        return budget * len(trial.config["systems"])
 
 
 class _Rounds:
@@ -145,7 +145,7 @@ def series(
     """Return for each system its median seconds, or another figure, against an entry of the setting.
 
     Args:
-        records: finished cells.
+        records: finished trials.
         x: the entry that runs from left to right.
         value: a phase of the call, or the name of a figure beside the phases.
         setting: what the other entries must be.

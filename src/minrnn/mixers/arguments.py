@@ -7,14 +7,8 @@ from typing import Any
 
 import torch
 
+from minrnn.files import as_python
 from minrnn.ops.recurrence import FLOATS
-
-
-def as_python(value: Any) -> Any:
-    """Return a number or a flag of numpy's as Python's, and anything else as it is."""
-    is_number = isinstance(value, numbers.Number) and hasattr(value, "item")
-    is_flag = str(getattr(value, "dtype", None)) == "bool" and value.shape == ()
-    return value.item() if is_number or is_flag else value
 
 
 def read_size(name: str, key: str, value: Any, least: int = 1) -> int:

@@ -11,12 +11,13 @@ import importlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
+
+from minrnn.files import nearest
 
 __all__ = [
     "ENGINES",
@@ -61,9 +62,9 @@ def forced() -> str | None:
     """
     name = os.environ.get("MINRNN_ENGINE", "")
     if name and name not in ENGINES:
-        near = get_close_matches(name, ENGINES, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"MINRNN_ENGINE must be one of {', '.join(ENGINES)}, got {name!r}{hint}")
+        raise ValueError(
+            f"MINRNN_ENGINE must be one of {', '.join(ENGINES)}, got {name!r}{nearest(name, ENGINES)}"
+        )
     return name or None
 
 
