@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from minrnn.benchmarks.plots import draw_lines, finish, new_figure
 from minrnn.experiments.experiment import Record, Table
-from minrnn.experiments.plots import draw_lines, finish, new_figure
 from minrnn.experiments.published import Published, published, recalled, shown
 from minrnn.experiments.trained import Plan, TrainedExperiment, bests, by_kind, spread
 from minrnn.experiments.variants import ROUNDED, every_mixer, model_of, precision_of

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from minrnn.benchmarks.plots import draw_lines, finish, new_figure
 from minrnn.experiments.experiment import Record, Table
-from minrnn.experiments.plots import draw_lines, finish, new_figure
 from minrnn.experiments.published import Published, published, shown
 from minrnn.experiments.trained import Plan, TrainedExperiment, bests, by_kind, points, spread
 from minrnn.experiments.variants import every_mixer, model_of

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from minrnn.benchmarks.plots import draw_lines, finish, new_figure
 from minrnn.experiments.experiment import Record, Table
-from minrnn.experiments.plots import draw_lines, finish, new_figure
 from minrnn.experiments.published import LABELS, published
 from minrnn.experiments.trained import Plan, TrainedExperiment, bests, by_kind, points, spread
 from minrnn.experiments.variants import model_of
