@@ -221,7 +221,8 @@ def test_accuracy_is_measured_for_each_kind_of_forgetting(plotting: None) -> Non
             assert max(result["error"].values()) <= limit, result
     assert document["half_lives"]["medium"] == pytest.approx(1)
     table = BENCHES["accuracy"].load().render(document)
-    assert "| system | forgetting | T = 16 | T = 32 | T = 64 |" in table
+    assert "| gate | system | forgetting | T = 16 | T = 32 | T = 64 |" in table
+    assert len(table.splitlines()) == 2 + len(results) // 3
     assert Path("out/it.png").exists()
 
 

@@ -97,17 +97,17 @@ def bench_accuracy(options: AccuracyBench, command: Sequence[str], console: Cons
 
 def render(document: Document) -> str:
     """Return the table: the error of h of each system and kind of forgetting at some lengths."""
-    errors_of = {
-        (result["system"], result["dtype"], result["forgetting"], result["T"]): result["error"]["h"]
-        for result in document["results"]
-    }
-    measured = sorted({T for *_, T in errors_of})
+    results = document["results"]
+    keys = [*(["gate"] if len({result["gate"] for result in results}) > 1 else []), "system", "forgetting"]
+    measured = sorted({result["T"] for result in results})
     shown = [T for T in SHOWN_LENGTHS if T in measured] or measured
-    rows = [
-        [f"{system} {dtype}", forgetting, *(_text(errors_of[system, dtype, forgetting, T]) for T in shown)]
-        for system, dtype, forgetting in dict.fromkeys(key[:3] for key in errors_of)
-    ]
-    return Table("", ["system", "forgetting", *(f"T = {T:,}" for T in shown)], rows).markdown()
+    rows: dict[tuple[str, ...], dict[int, str]] = {}
+    for result in results:
+        named = {**result, "system": f"{result['system']} {result['dtype']}"}
+        row = rows.setdefault(tuple(named[key] for key in keys), {})
+        row[result["T"]] = _text(result["error"]["h"])
+    cells = [[*names, *(row[T] for T in shown)] for names, row in rows.items()]
+    return Table("", [*keys, *(f"T = {T:,}" for T in shown)], cells).markdown()
 
 
 BENCH = Bench(AccuracyBench, bench_accuracy, render)

@@ -40,7 +40,7 @@ class DecodeBench(TimedBench):
     shapes: tuple[str, ...] = ("1x512", "8x512", "64x512")
     """BxD: sequences and channels; 64..1024 stands for 64, 128, 256, 512 and 1024."""
     cells: tuple[Literal["mingru", "minlstm"], ...] = ("mingru", "minlstm")
-    """Cells; a GRU takes part beside mingru, an LSTM beside minlstm."""
+    """Cells; mingru is compared with a GRU, minlstm with an LSTM."""
 
 
 def bench_decode(options: DecodeBench, command: Sequence[str], console: Console) -> Report:

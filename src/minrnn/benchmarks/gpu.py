@@ -244,7 +244,7 @@ class Stage(NamedTuple):
     kind: Kind
     cases: Callable[[Sweep], Iterator[Case]]
     systems: Callable[[Case, Mapping[str, Any]], dict[str, System]]
-    """(case, scan peers that can take part) -> systems."""
+    """(case, scan peers that are available) -> systems."""
 
 
 def _case(gate: str, shape: Shape, dtype: Dtype, sweep: Sweep) -> Case:

@@ -52,13 +52,13 @@ class LayerBench(TimedBench):
     A step is forward, and backward to the input and all weights, given the gradient of the output; there is
     no optimizer. Layers of the same equations are first compared with a float64 loop. The limit is the
     training step of Linear(D, 2 D), or 3 D for minLSTM: the matrix product that our layer begins with. Our
-    layer takes part a second time with recompute=True, which keeps less for backward.
+    layer is also timed with recompute=True, which keeps less for backward.
     """
 
     shapes: tuple[str, ...] = ("16x64..4096x256",)
     """BxTxD: batch, length, hidden channels; 64..1024 stands for 64, 128, 256, 512 and 1024."""
     cells: tuple[Literal["mingru", "minlstm"], ...] = ("mingru",)
-    """Cells; a GRU takes part beside mingru, an LSTM beside minlstm."""
+    """Cells; mingru is compared with a GRU, minlstm with an LSTM."""
     input_size: int = 0
     """Channels of the input (0: as many as hidden ones)."""
 
@@ -131,7 +131,7 @@ def layer_systems(case: Case, peers: Mapping[str, LayerPeer], input_size: int) -
 
     Args:
         case: cell, shape (B, T, D), dtype, device and seed.
-        peers: who takes part.
+        peers: the layers to compare with.
         input_size: channels of the input.
     """
     torch.manual_seed(case.seed)

@@ -44,7 +44,7 @@ class TimedBench:
     peers: tuple[str, ...] = ("all",)
     """Peers to compare with: names (a wrong one lists them all), all that are installed, or none."""
     seconds: float = 5.0
-    """Seconds to spend on a system; every system takes part in three rounds at least, however slow it is."""
+    """Seconds to spend on a system; at least three rounds are measured, however slow it is."""
     samples: int = 30
     """Measurements of a system at most, while the seconds last."""
     seed: int = 0

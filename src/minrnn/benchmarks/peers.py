@@ -1,4 +1,4 @@
-"""Other implementations (peers), one small adapter each. A peer takes part where it is installed."""
+"""Other implementations (peers), one small adapter each. A peer is measured where it is installed."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Peer:
     """The properties of every peer."""
 
     package: str = "torch"
-    """What to install for it."""
+    """The package to install."""
     module: str = "torch"
-    """What that package is imported as."""
+    """The module of that package."""
     gates: tuple[str, ...]
     """The gates, or the cells, that it can be measured beside."""
     inexact: str = ""

@@ -87,7 +87,7 @@ def scan_systems(case: Case, peers: Mapping[str, ScanPeer], packed: bool) -> dic
 
     Args:
         case: gate, shape (B, T, D), dtype, device and seed.
-        peers: who takes part.
+        peers: the scans to compare with.
         packed: whether the pre-activations are side by side in one tensor.
     """
     pre, dh = draw_inputs(case, packed)

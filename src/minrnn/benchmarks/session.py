@@ -87,7 +87,7 @@ def run(
         options: what to measure.
         gates: of the recurrence.
         table: all peers.
-        systems: builds what takes part in a case, given the peers that can.
+        systems: builds the systems of a case, given the peers that compute its gate.
         command: the arguments that repeat it.
         console: where its tables are drawn.
 
@@ -128,7 +128,7 @@ def measure_case(
     Args:
         kind: which benchmark.
         case: the setting.
-        systems: builds what takes part.
+        systems: builds the systems.
         seconds: see `interleave`.
         samples: see `interleave`.
         report: what is added to.

@@ -54,7 +54,7 @@ class StepBench(TimedBench):
     )
     """BxDxL: rows, width, layers; 64..1024 stands for 64, 128, 256, 512 and 1024."""
     cells: tuple[Literal["mingru", "minlstm"], ...] = ("mingru",)
-    """Mixers; a GRU takes part beside mingru, an LSTM beside minlstm."""
+    """Mixers; mingru is compared with a GRU, minlstm with an LSTM."""
 
 
 def bench_step(options: StepBench, command: Sequence[str], console: Console) -> Report:

@@ -23,7 +23,7 @@ REPORTED = ("cpu", "paper")
 """Scales that mean something; tiny is not reported."""
 
 READING = "reading.md"
-"""In an experiment's folder: what somebody read in its tables, if anybody did."""
+"""In an experiment's folder: a written interpretation of its tables, if there is one."""
 
 
 def write_page(page: Path, benchmarks: Path, results: Path, target: Path) -> None:
@@ -40,10 +40,12 @@ def write_page(page: Path, benchmarks: Path, results: Path, target: Path) -> Non
         ValueError: it names a table that does not exist, or a file is damaged.
     """
     text = page.read_text(encoding="utf-8")
-    with _of_this_version(results):
-        given: dict[str, Any] = {"experiments": experiments(results, target.parent)}
+    given: dict[str, Any] = {}
     with _of_this_version(benchmarks):
         given["shakespeare"] = _shakespeare(benchmarks / "shakespeare-cpu")
+    with _of_this_version(results):
+        given["experiments"] = experiments(results, target.parent)
+    with _of_this_version(benchmarks):
         written = text.format_map(_Figures(page, benchmarks, given))
     replace_text(target, written)
 

@@ -25,7 +25,7 @@ class TimedSize:
     """The settings of a scale, and how long it is measured."""
 
     seconds: float
-    """For each system, in each setting; however slow it is, it takes part in three rounds."""
+    """For each system, in each setting; at least three rounds are measured, however slow it is."""
     samples: int
     """Measurements of a system at most."""
 
