@@ -23,6 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from minrnn.benchmarks.loops import LOOPS
+from minrnn.benchmarks.plots import save_figure
 from minrnn.cli.main import main
 from minrnn.cli.reproduce import _Bar, _duration
 from minrnn.experiments import (
@@ -37,10 +39,8 @@ from minrnn.experiments import (
     stability,
 )
 from minrnn.experiments.experiment import SCALES, Choice, Experiment, Record, Table, Trial, Watch
-from minrnn.experiments.loops import LOOPS
 from minrnn.experiments.page import experiments, write_page
 from minrnn.experiments.parameters import FORMULAS, count_weights, parameter_table
-from minrnn.experiments.plots import save_figure
 from minrnn.experiments.published import LABELS, Published, shown
 from minrnn.experiments.records import spread
 from minrnn.experiments.results import ResultsFolder
@@ -711,7 +711,7 @@ def _as_cpu(folder: ResultsFolder) -> Path:
 def test_the_page_holds_tables_plots_commands_and_machines(tmp_path: Path) -> None:
     folder = reproduce(SelectiveCopying(), CHOICE, tmp_path / "results", Silence())
     target = tmp_path / "RESULTS.md"
-    page, benchmarks = REPOSITORY / "benchmarks" / "page.md", REPOSITORY / "benchmarks" / "results"
+    page, benchmarks = REPOSITORY / "docs" / "results.md.template", REPOSITORY / "benchmarks" / "results"
     write_page(page, benchmarks, _as_cpu(folder), target)
     text = target.read_text()
     assert "## Selective copying (tables 1 and 2)" in text
@@ -739,7 +739,7 @@ def test_trials_of_several_machines_are_told_apart(tmp_path: Path) -> None:
 def test_results_md_is_what_the_report_writes(tmp_path: Path) -> None:
     """But for the experiments, whose section is made again whenever their results are."""
     target = tmp_path / "RESULTS.md"
-    page, benchmarks = REPOSITORY / "benchmarks" / "page.md", REPOSITORY / "benchmarks" / "results"
+    page, benchmarks = REPOSITORY / "docs" / "results.md.template", REPOSITORY / "benchmarks" / "results"
     write_page(page, benchmarks, tmp_path / "results", target)
     committed = (REPOSITORY / "RESULTS.md").read_text(encoding="utf-8")
     written = target.read_text(encoding="utf-8")
@@ -799,7 +799,7 @@ def test_mistakes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "runtime has one set of data" in error_of(capsys, "runtime", "--envs", "hopper")
     assert "data must be among local" in error_of(capsys, "locomotion", "--data", "own")
     assert "--list must stand alone" in error_of(capsys, "--list", "runtime")
-    assert "page.md: No such file" in error_of(capsys, "report")
+    assert "results.md.template: No such file" in error_of(capsys, "report")
     assert list(Path.cwd().iterdir()) == []
 
 

@@ -63,8 +63,8 @@ class ReportCommand:
     """Folder of the experiments' results."""
     benchmarks: Path = Path("benchmarks", "results")
     """Folder of the benchmarks' results."""
-    page: Path = Path("benchmarks", "page.md")
-    """Text in which tables take the place of their names."""
+    page: Path = Path("docs", "results.md.template")
+    """Text with the names of tables in their places."""
     write: Path = Path("RESULTS.md")
     """File to write."""
 

@@ -9,6 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, get_args
 
+from minrnn.benchmarks.tables import Table as Table
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -78,27 +80,6 @@ class Choice:
         options += ["--threads", str(self.threads)] if self.threads else []
         options += ["--envs", *self.envs] if self.envs else []
         return options + (["--data", self.data] if self.data else [])
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table, rendered as Markdown."""
-
-    title: str
-    """Its heading; empty where the surrounding text has one."""
-    head: Sequence[str]
-    """Names of the columns; that of a column of published figures says so."""
-    rows: Sequence[Sequence[str]]
-    """The texts of each row."""
-    note: str = ""
-    """Explanation below the table."""
-
-    def markdown(self) -> str:
-        """Return the table as Markdown, its title above and its note below."""
-        lines = [self.head, ["---"] * len(self.head), *self.rows]
-        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        title = f"**{self.title}**" if self.title else ""
-        return "\n\n".join(part for part in (title, text, self.note) if part)
 
 
 class Watch(Protocol):

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from statistics import mean
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from minrnn.benchmarks.plots import draw_lines, finish, new_figure
 from minrnn.experiments.experiment import Record, Table
-from minrnn.experiments.plots import draw_lines, finish, new_figure
 from minrnn.experiments.published import Published, recalled
 from minrnn.experiments.records import bests, by_kind, spread
 from minrnn.experiments.trained import PAPER_TRAIN, TINY_TRAIN, GridPoint, Size, TrainedExperiment, training

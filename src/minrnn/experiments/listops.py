@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 from statistics import mean
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from minrnn.benchmarks.plots import draw_lines, finish, new_figure
 from minrnn.experiments.experiment import Record, Table
-from minrnn.experiments.plots import draw_lines, finish, new_figure
 from minrnn.experiments.published import Published, recalled, shown
 from minrnn.experiments.records import bests, by_kind, points, spread
 from minrnn.experiments.trained import TINY_TRAIN, GridPoint, Size, TrainedExperiment, training

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from minrnn.benchmarks.plots import save_figure
 from minrnn.experiments.experiment import Choice, Experiment, Record, Trial, Watch, Workplace
-from minrnn.experiments.plots import save_figure
 from minrnn.experiments.results import ResultsFolder
 from minrnn.files import InUseError, claim, nearest, replace_text
 from minrnn.training import NonFiniteLossError, attempt, choose_device, provenance

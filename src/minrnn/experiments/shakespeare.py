@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from minrnn.benchmarks.plots import draw_lines, finish, new_figure
 from minrnn.experiments.experiment import Record, Table
-from minrnn.experiments.plots import draw_lines, finish, new_figure
 from minrnn.experiments.published import LABELS, Published, published, shown
 from minrnn.experiments.records import bests, by_kind, points, spread
 from minrnn.experiments.trained import GridPoint, Size, TrainedExperiment, training

@@ -8,8 +8,8 @@ from itertools import pairwise
 from statistics import mean
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from minrnn.benchmarks.plots import band, finish, new_figure
 from minrnn.experiments.experiment import Record, Table
-from minrnn.experiments.plots import band, finish, new_figure
 from minrnn.experiments.records import bests, by_kind, points, spread
 from minrnn.experiments.selective_copying import UNNORMALISED, SelectiveCopying
 from minrnn.experiments.trained import GridPoint, Size, TrainedExperiment, training
