@@ -15,8 +15,6 @@ from minrnn.ops import torch_private
 
 PACKAGE = Path(minrnn.__file__ or "").parent
 HOME = PACKAGE / "ops" / "torch_private.py"
-OPTIONAL = {"dlpack_exchange"}
-"""Names that are None where torch lacks what they stand for."""
 
 
 def private_uses(tree: ast.Module) -> list[str]:
@@ -61,7 +59,7 @@ def test_private_uses_are_seen() -> None:
 
 @pytest.mark.parametrize("name", torch_private.__all__)
 def test_each_is_there(name: str) -> None:
-    assert name in OPTIONAL or getattr(torch_private, name) is not None
+    assert getattr(torch_private, name) is not None
 
 
 def test_each_does_what_its_name_says() -> None:

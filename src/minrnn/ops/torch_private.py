@@ -21,7 +21,6 @@ __all__ = [
     "add_batch_dim",
     "associative_scan",
     "below_autograd",
-    "dlpack_exchange",
     "enable_single_level_autograd_function",
     "forward_mode_is_active",
     "functorch_is_active",
@@ -56,9 +55,6 @@ functorch_is_active = torch._C._are_functorch_transforms_active
 
 jit_tracing_state = torch._C._get_tracing_state
 """The state of torch.jit.trace; None where it is not active."""
-
-dlpack_exchange: Any = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-"""DLPack's table of C functions; None in versions of torch without it."""
 
 remove_batch_dim = torch._remove_batch_dim
 add_batch_dim = torch._add_batch_dim

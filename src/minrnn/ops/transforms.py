@@ -64,17 +64,11 @@ def is_transformed() -> bool:
 
 
 def is_observed() -> bool:
-    """Whether a compiler, a tracer, autograd, a transform, autocast or a dispatch mode is active.
+    """Whether a compiler, a tracer, a transform, autocast or a dispatch mode is active.
 
     Each of them acts on torch's operations, which a call of the compiled engine would hide from it.
     """
-    return (
-        is_traced()
-        or torch.is_grad_enabled()
-        or is_transformed()
-        or has_dispatch_modes()
-        or torch.is_autocast_enabled("cpu")
-    )
+    return is_traced() or is_transformed() or has_dispatch_modes() or torch.is_autocast_enabled("cpu")
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
