@@ -22,7 +22,7 @@ except ModuleNotFoundError as error:
         "reinstall minrnn (pip install --verbose shows what fails)"
     ) from error
 
-__all__ = ["CANDIDATE_CODES", "GATE_CODES", "ISA", "Chain", "backward", "forward", "layouts", "new_output"]
+__all__ = ["CANDIDATE_CODES", "GATE_CODES", "ISA", "FusedStep", "backward", "forward", "new_output"]
 
 ISA: str = _cpu.isa
 """The instruction set that this processor was given: avx512_bf16, avx512, avx2 or baseline."""
@@ -38,8 +38,8 @@ CANDIDATE_CODES = {name: code for code, name in enumerate(("positive", "linear",
 assert GATE_CODES.keys() == GATES.keys(), "csrc/rows.h and gates.py must hold the same gates"
 assert CANDIDATE_CODES.keys() == CANDIDATES.keys(), "csrc/rows.h and gates.py must hold the same candidates"
 
-Chain, layouts = _cpu.Chain, _cpu.layouts
-"""Residual branches: see chain.py, which makes sure of their tensors."""
+FusedStep = _cpu.FusedStep
+"""A model's step (csrc/decode.h): models/fused_step.py builds it and checks its tensors."""
 
 _LARGE = 4 << 20  # bytes: below this the system's allocator keeps what is freed
 
