@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shlex
+import subprocess
 import sys
 from dataclasses import fields, replace
 from itertools import pairwise
@@ -520,6 +521,25 @@ def test_help_lists_the_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
         main(["bench", "--help"])
     text = capsys.readouterr().out
     assert all(f"  {name} " in text and entry.help in text for name, entry in BENCHES.items())
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    program = (
+        "import sys; from minrnn.cli.main import main\ntry: main(['bench', '--help'])\nexcept SystemExit "
+        "as stop: sys.exit(stop.code or ', '.join({'torch', 'numpy', 'rich'} & sys.modules.keys()) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_kernels_ask_for_triton(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "minrnn.benchmarks.compiled", raising=False)
+    assert main(["bench", "kernels"]) == 1
+    assert "bench kernels: needs Triton, pip install 'minrnn[gpu]'" in capsys.readouterr().err
+    assert list(workplace.iterdir()) == []
 
 
 def test_compiled_peers_are_the_eager_ones_compiled() -> None:

@@ -58,10 +58,14 @@ def bench_kernels(options: KernelsBench, command: Sequence[str], console: Consol
         The report, with a result for each kernel.
 
     Raises:
-        ImportError: Triton is not installed.
+        ValueError: an option cannot be used.
+        RuntimeError: Triton is not installed.
     """
     shapes = parse_shapes(options.shapes, "BTD")
-    compiled = import_module("minrnn.benchmarks.compiled")  # which needs Triton
+    try:
+        compiled = import_module("minrnn.benchmarks.compiled")
+    except ImportError as error:
+        raise RuntimeError(f"bench kernels: needs Triton, pip install 'minrnn[gpu]' ({error})") from error
     report = Report("kernels", options.output, command, asdict(options), torch.device("cpu"), console)
     for capability, gate, dtype, shape in product(
         options.capabilities, options.gates, options.dtypes, shapes

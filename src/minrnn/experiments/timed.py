@@ -99,15 +99,16 @@ class TimedExperiment(Experiment):
 
 
 class _Rounds:
-    """Converts the progress text of `interleave` to a fraction."""
+    """Converts the progress text of `time_in_turns` to a fraction."""
 
     def __init__(self, tell: Tell) -> None:
-        self._tell = tell
+        self._tell, self._done = tell, 0.0
 
     def __call__(self, text: str) -> None:
-        number, of, total = [*text.split(), "", ""][1:4]
-        done = int(number) / int(total) if of == "of" else 0.0
-        self._tell(0.2 + 0.7 * done, text)
+        words = text.split()
+        if words[0] == "round":  # N of M
+            self._done = int(words[1]) / int(words[3])
+        self._tell(0.2 + 0.7 * self._done, text)
 
 
 def series(
