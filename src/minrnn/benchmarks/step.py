@@ -64,12 +64,11 @@ def render(document: Document) -> str:
     """Return the table: the time of a step in one call, in torch's operations, and of torch's recurrence."""
     rows = []
     for result in document["results"]:
-        times = {
-            name: 1e3 * record["seconds"]["step"]["median"] for name, record in result["systems"].items()
-        }
+        records = result["systems"].items()
+        times = {n: 1e3 * record["seconds"]["step"]["median"] for n, record in records if "seconds" in record}
+        cells = [f"{times[name]:.3g}" if name in times else record["status"] for name, record in records]
         ratio = f"{times[TORCH] / times[OURS]:.1f}" if TORCH in times else ""
-        sizes = [f"{size:,}" for size in result["shape"].values()]
-        rows.append([*sizes, *(f"{time:.3g}" for time in times.values()), ratio])
+        rows.append([*(f"{size:,}" for size in result["shape"].values()), *cells, ratio])
     names = {OURS: "in one call, ms", TORCH: "in torch's operations, ms", "gru": "a GRU in torch, ms"}
     systems = [names.get(name, f"{name}, ms") for name in document["results"][0]["systems"]]
     head = ["rows", "width", "layers", *systems, "torch's operations, times the call"]
