@@ -1,13 +1,14 @@
-"""`minrnn bench step`: a step of a whole model from a carried state, by the compiled engine and in torch."""
+"""`minrnn bench step`: a step of a whole model from a carried state, by a Decoder and by its forward."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from minrnn.benchmarks.bench import OURS, Bench, Document
 from minrnn.benchmarks.check import errors
@@ -18,8 +19,7 @@ from minrnn.benchmarks.report import Report
 from minrnn.benchmarks.session import Case, Kind, run
 from minrnn.benchmarks.tables import Table
 from minrnn.benchmarks.workloads import Step, run_steps, steps_in_a_row
-from minrnn.models import ModelConfig, SequenceModel
-from minrnn.ops import chain
+from minrnn.models import Decoder, ModelConfig, SequenceModel
 
 __all__ = ["BENCH", "StepBench"]
 
@@ -27,10 +27,8 @@ KIND = Kind("step", "BDL", across="D", limit=None, phases=("step",), unit="us", 
 VOCABULARY = 256
 CHECKED_STEPS = 8
 
-R = TypeVar("R")
-
 TORCH = "torch"
-"""Our model, stepped through torch's operations."""
+"""The model's own forward, in torch's operations."""
 
 STEP_PEERS = {
     TORCH: Peer(gates=("mingru", "minlstm")),
@@ -42,11 +40,11 @@ STEP_PEERS = {
 
 @dataclass(frozen=True)
 class StepBench(TimedBench):
-    """Time one step (T = 1) of a model from a carried state, in one call of the compiled engine and in torch.
+    """Time one step (T = 1) of a model from a carried state, by a Decoder and by the model's forward.
 
     The models are those of `minrnn train` (convolution, mixer, MLP), untrained; a step takes a token for each
     row and returns logits. Both ways are first compared with the model in float64. Beside them is the model
-    with torch's GRU or LSTM.
+    with torch's GRU or LSTM. A Decoder steps in one call of the compiled engine, or says why it cannot.
     """
 
     shapes: tuple[str, ...] = tuple(
@@ -87,17 +85,45 @@ def _systems(case: Case, peers: Mapping[str, Peer]) -> dict[str, System]:
     model = _model(case.gate, case)
     exact = {"h": _model(case.gate, case).double()(tokens)[0]}
 
-    def compare(step: Step) -> dict[str, float]:
-        return errors({"h": run_steps(step, tokens)}, exact)
+    def system(step: Step, is_comparable: bool = True) -> System:
+        def compare() -> dict[str, float]:
+            return errors({"h": run_steps(_keeping_time(step), tokens)}, exact)
 
-    systems = {OURS: System(steps_in_a_row(model, tokens[:, :1]), lambda: compare(model))}
+        return System(steps_in_a_row(step, tokens[:, 0]), compare if is_comparable else None)
+
+    systems = {OURS: system(_fused(model).step)}
     for name in peers:
-        if name == TORCH:
-            workload = steps_in_a_row(model, tokens[:, :1])
-            systems[name] = System(_in_torch(workload), _in_torch(lambda: compare(model)))
-        else:
-            systems[name] = System(steps_in_a_row(_model(name, case), tokens[:, :1]))
+        own = name == TORCH
+        systems[name] = system(_forward(model if own else _model(name, case)), is_comparable=own)
     return systems
+
+
+def _fused(model: SequenceModel) -> Decoder:
+    """Return a decoder, whose backend has to be the compiled engine."""
+    decoder = Decoder(model)
+    if decoder.backend != "cpp":
+        raise RuntimeError(f"bench step: the compiled engine must take the steps, but {decoder.reason}")
+    return decoder
+
+
+def _forward(model: SequenceModel) -> Step:
+    """Return the step of the model itself, (B,) -> (B, V) as a Decoder's."""
+
+    def step(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        logits, state = model(tokens.unsqueeze(1), state)
+        return logits[:, 0], state
+
+    return step
+
+
+def _keeping_time(step: Step) -> Step:
+    """Return a step from (B, 1) to (B, 1, V)."""
+
+    def stepped(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        logits, state = step(tokens[:, 0], state)
+        return logits.unsqueeze(1), state
+
+    return stepped
 
 
 def _model(mixer: str, case: Case) -> SequenceModel:
@@ -105,16 +131,3 @@ def _model(mixer: str, case: Case) -> SequenceModel:
     _, width, layers = case.shape.values()
     config = ModelConfig(vocab_size=VOCABULARY, d_model=width, num_layers=layers, mixer=mixer)
     return SequenceModel(config).eval().to(case.device, case.torch_dtype)
-
-
-def _in_torch(call: Callable[[], R]) -> Callable[[], R]:
-    """Return a call that steps through torch's operations."""
-
-    def called() -> R:
-        engine, chain._cpu = chain._cpu, None
-        try:
-            return call()
-        finally:
-            chain._cpu = engine
-
-    return called
