@@ -68,11 +68,11 @@ struct Branch {
     Norm norm;
     Convolution conv;
     Projection up, down;
-    int gate;  // negative: an activation instead
-    int candidate, num_pre;
+    Mode mode;  // gate negative: an activation instead
+    int num_pre;
     Activation activation;
     bool residual;
-    bool recurrent() const { return gate >= 0; }
+    bool recurrent() const { return mode.gate >= 0; }
     // Floats that a step needs for each row.
     int64_t room() const { return 2 * up.in + up.out + 3 * down.in; }
 };
@@ -104,7 +104,7 @@ inline void project(const ChainKernels &kernels, const Projection &p, int64_t ro
 // next_h = gate(pre, h), row by row, by the kernels of every other length. Returns whether it is finite.
 inline bool advance(const RowTable &table, const Branch &b, int64_t rows, const float *pre, const BranchStates &states,
                     CarryRow<float> carry) {
-    const RowKernels<float> &kernels = table.of(b.gate, b.candidate, float());
+    const RowKernels<float> &kernels = table.of<float>(b.mode);
     const int64_t D = b.down.in;
     for (int64_t r = 0; r < rows; ++r, pre += b.up.out) {
         fill(carry, D, 0.0f);
@@ -198,11 +198,6 @@ inline bool run(const Chain &chain, const RowTable &table, const ChainKernels &k
     return kernels.moderate(rows * chain.end.out, y);
 }
 
-#define MINRNN_DECLARE_CHAIN(isa)     \
-    namespace isa {                    \
-    extern const ChainKernels chain;  \
-    }
-MINRNN_FOR_EACH_ISA(MINRNN_DECLARE_CHAIN)
-#undef MINRNN_DECLARE_CHAIN
+MINRNN_KERNELS(ChainKernels, chain)
 
 }  // namespace minrnn

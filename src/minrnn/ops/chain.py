@@ -177,7 +177,7 @@ class Chain:
             raise NoChainError("Chain: needs the compiled engine and a branch")
         self._tensors: list[Tensor] = []
         self._width = _matrix(branches[0].up).shape[1]
-        self._chain = _cpu.Chain(self._width)
+        self._chain = _cpu.compiled.decode.Chain(self._width)
         self._inputs = [self._width]
         if start is not None:
             self._inputs = [_matrix(part).shape[1] for part in start.parts]
@@ -262,8 +262,9 @@ class Chain:
             D,
             self._projection(branch.up, self._width, wide),
             self._projection(branch.down, D, self._width),
-            _cpu.GATE_CODES[branch.function, branch.signed] if gated else -1,
+            _cpu.GATE_CODES[branch.function] if gated else -1,
             _cpu.CANDIDATE_CODES[branch.candidate],
+            branch.signed,
             branch.inputs,
             0 if gated else _ACTIVATIONS[branch.function],
             branch.residual,
@@ -290,7 +291,7 @@ class Chain:
     def _where(self) -> list[Any]:
         """Find all that `_is_readable` asks for."""
         tensors = self._tensors
-        found = None if _exchange is None else _cpu.layouts(_exchange, tensors)
+        found = None if _exchange is None else _cpu.compiled.decode.layouts(_exchange, tensors)
         if found is None:  # strides and a number of elements say what a shape is, and faster
             looks = (Tensor.data_ptr, Tensor.stride, Tensor.numel, _dtype)
             found = [list(map(look, tensors)) for look in looks]
