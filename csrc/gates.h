@@ -167,11 +167,8 @@ template <bool is_signed, class V> MINRNN_INLINE DecayOf<V, is_signed> decay_of_
         return {forgotten.negative, flip_sign(forgotten.small, forgotten.x)};
 }
 
-// x times the derivative of the decay with respect to what is kept.
-template <bool is_signed, class V> MINRNN_INLINE V times_slope(V x) {
-    if constexpr (is_signed) return 2 * x;
-    return x;
-}
+// The derivative of the decay with respect to what is kept.
+template <class V, bool is_signed> constexpr RealOf<V> kSlope = is_signed ? 2 : 1;
 
 template <class V, class A = Decay<V>> struct Recurrence {
     A a;
@@ -251,7 +248,7 @@ template <template <class> class Candidate, bool is_signed> struct MinGRU {
     static MINRNN_INLINE Gradients<V, DecayOf<V, is_signed>> backward(V z_pre, V c_pre, V, V h_prev, V dh) {
         const Sigmoid<V> z(z_pre);
         const Candidate<V> c(c_pre);
-        return {dh * (c.value - times_slope<is_signed>(h_prev)) * (z.large * z.small), dh * (z.value() * c.slope), V{},
+        return {dh * (c.value - kSlope<V, is_signed> * h_prev) * (z.large * z.small), dh * (z.value() * c.slope), V{},
                 decay_of_complement<is_signed>(z)};
     }
 };
@@ -293,7 +290,7 @@ template <template <class> class Candidate, bool is_signed> struct MinLSTM {
     static MINRNN_INLINE Gradients<V, DecayOf<V, is_signed>> backward(V f_pre, V i_pre, V c_pre, V h_prev, V dh) {
         const Shares<V> share(f_pre, i_pre);
         const Candidate<V> c(c_pre);
-        const V d = dh * (times_slope<is_signed>(h_prev) - c.value) * (share.f * share.i);
+        const V d = dh * (kSlope<V, is_signed> * h_prev - c.value) * (share.f * share.i);
         return {d * share.f_complement, -d * share.i_complement, dh * (share.i * c.slope),
                 decay<is_signed>(share.f, share.i)};
     }
