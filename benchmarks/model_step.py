@@ -1,17 +1,18 @@
-"""One step of a model (T = 1) from a carried state, in one call and in torch's operations, and a GRU's.
+"""One step of a model from a carried state: by a Decoder, by the model's own forward, and a GRU's.
 
     taskset -c 0 python benchmarks/model_step.py --shapes 1x128x3 16x192x4
 
 The models are those of `minrnn train` (convolution, mixer, MLP; float32), with weights as they start; a step
-takes a token for each row and gives logits. Both ways are compared with the model in float64 first.
+takes a token for each row and gives logits. A Decoder's steps and the model's are first compared with the
+model in float64.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,7 @@ from torch import Tensor
 
 from minrnn.benchmarks.options import parse_shapes
 from minrnn.benchmarks.timing import Phases, Task, clock, interleave, old_objects_set_aside, summary
-from minrnn.models import ModelConfig, SequenceModel
-from minrnn.ops import chain
+from minrnn.models import Decoder, ModelConfig, SequenceModel
 from minrnn.training.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results" / "model-step.json"
@@ -30,6 +30,9 @@ VOCABULARY = 256
 STEPS = 8
 """Steps of a sample, and steps that are compared."""
 TOLERANCE = 1e-5
+
+Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
+"""(tokens (B,), state) -> (logits (B, V), state)."""
 
 SHAPES = ["1x128x3", "1x192x4", "1x512x6", "1x1024x8", "16x128x3", "16x192x4", "16x512x6", "16x1024x8"]
 
@@ -48,7 +51,7 @@ def main() -> None:
     report = {"benchmark": "model-step", "dtype": "float32", "cases": cases, **provenance(CPU)}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(report, indent=1) + "\n")
-    print("rows x width x layers: milliseconds in one call, in torch's operations, of a GRU in torch's")
+    print("rows x width x layers: milliseconds by a Decoder, by the model's forward, of a GRU in torch")
     for case in cases:
         times = (1e3 * system["seconds"]["median"] for system in case["systems"].values())
         print("x".join(map(str, case["shape"].values())), *(f"{time:.3f}" for time in times))
@@ -61,14 +64,9 @@ def measure(shape: tuple[int, ...], seconds: float, samples: int) -> dict[str, A
     model, gru = build("mingru", width, layers), build("gru", width, layers)
     with torch.no_grad():
         exact, _ = build("mingru", width, layers).double()(tokens)
-    errors = {"one call": compare(model, tokens, exact)}
-    with in_torch():
-        errors["torch"] = compare(model, tokens, exact)
-    tasks: dict[str, Task] = {
-        "one call": lambda: take_steps(model, tokens),
-        "torch": lambda: take_steps_in_torch(model, tokens),
-        "gru": lambda: take_steps(gru, tokens),
-    }
+    steps: dict[str, Step] = {"one call": decoder(model), "torch": forward(model), "gru": forward(gru)}
+    errors = {name: compare(steps[name], tokens, exact) for name in ("one call", "torch")}
+    tasks: dict[str, Task] = {name: partial(take_steps, step, tokens) for name, step in steps.items()}
     with old_objects_set_aside():
         taken = interleave(tasks, seconds, samples, lambda text: print(text, flush=True))
     systems: dict[str, Any] = {
@@ -84,42 +82,45 @@ def build(mixer: str, width: int, layers: int) -> SequenceModel:
     return SequenceModel(config).eval()
 
 
-@contextmanager
-def in_torch() -> Iterator[None]:
-    """Leave every step to torch's operations."""
-    engine, chain._cpu = chain._cpu, None
-    try:
-        yield
-    finally:
-        chain._cpu = engine
+def decoder(model: SequenceModel) -> Step:
+    """Return the step of a Decoder, which has to be the engine's."""
+    found = Decoder(model)
+    if found.backend != "cpp":
+        raise RuntimeError(f"the compiled engine must take the steps, but {found.reason}")
+    return found.step
+
+
+def forward(model: SequenceModel) -> Step:
+    """Return the step of the model itself."""
+
+    def step(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        logits, state = model(tokens.unsqueeze(1), state)
+        return logits[:, 0], state
+
+    return step
 
 
 @torch.no_grad()
-def compare(model: SequenceModel, tokens: Tensor, exact: Tensor) -> float:
+def compare(step: Step, tokens: Tensor, exact: Tensor) -> float:
     """Return the largest error of the logits, relative to the largest of them."""
     state, logits = None, []
-    for t in range(tokens.shape[1]):
-        y, state = model(tokens[:, t : t + 1], state)
+    for now in tokens.unbind(1):
+        y, state = step(now, state)
         logits.append(y)
-    error = float((torch.cat(logits, dim=1).double() - exact).abs().max() / exact.abs().max())
+    error = float((torch.stack(logits, dim=1).double() - exact).abs().max() / exact.abs().max())
     if not error <= TOLERANCE:
         raise RuntimeError(f"a step differs from the model in float64 by {error:.1e} of the largest logit")
     return error
 
 
 @torch.inference_mode()
-def take_steps(model: SequenceModel, tokens: Tensor) -> Phases:
+def take_steps(step: Step, tokens: Tensor) -> Phases:
     """Time a step, as the mean of some."""
-    pieces, state = tokens.split(1, dim=1), None
+    pieces, state = tokens.unbind(1), None
     start = clock(CPU)
     for piece in pieces:
-        _, state = model(piece, state)
+        _, state = step(piece, state)
     return {"step": (clock(CPU) - start) / len(pieces)}
-
-
-def take_steps_in_torch(model: SequenceModel, tokens: Tensor) -> Phases:
-    with in_torch():
-        return take_steps(model, tokens)
 
 
 if __name__ == "__main__":

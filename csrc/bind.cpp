@@ -9,7 +9,7 @@ namespace minrnn {
 
 void bind_scan(nb::module_ m, Isa isa);       // scan_bind.cpp
 void bind_selective(nb::module_ m, Isa isa);  // selective_bind.cpp
-void bind_decode(nb::module_ m, Isa isa);     // chain_bind.cpp
+void bind_decode(nb::module_ m, Isa isa);     // decode_bind.cpp
 
 }  // namespace minrnn
 

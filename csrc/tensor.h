@@ -101,45 +101,6 @@ inline Resets resets(nb::handle x, int64_t batch, int64_t T) {
     return {v.data, v.strides[0], v.strides[1]};
 }
 
-// DLPack's exchange protocol, which gives all of a tensor's layout at a hundredth of the cost of asking torch's methods:
-// the head of DLPackExchangeAPI and DLTensor, as in dlpack.h of every version 1.
-struct DlTensor {
-    void *data;
-    int32_t device_type, device, ndim;
-    uint8_t type_code, bits;
-    uint16_t lanes;
-    const int64_t *shape, *strides;
-    uint64_t byte_offset;
-};
-
-struct DlExchange {
-    uint32_t major, minor;
-    void *previous, *allocate, *from_python, *to_python;
-    int (*look)(void *tensor, DlTensor *found);
-};
-
-// Addresses, dtypes, shapes and strides of tensors, as bytes that differ where these do; None where torch does not say.
-inline nb::object layouts(nb::handle protocol, nb::list tensors) {
-    const auto *exchange = static_cast<DlExchange *>(PyCapsule_GetPointer(protocol.ptr(), "dlpack_exchange_api"));
-    if (!exchange) throw nb::python_error();
-    if (exchange->major != 1 || !exchange->look) return nb::none();
-    std::string found;
-    const auto add = [&](const void *part, std::size_t size) { found.append(static_cast<const char *>(part), size); };
-    for (nb::handle tensor : tensors) {
-        DlTensor x{};
-        if (exchange->look(tensor.ptr(), &x)) {
-            PyErr_Clear();
-            return nb::none();
-        }
-        const int64_t numbers[] = {reinterpret_cast<intptr_t>(x.data), static_cast<int64_t>(x.byte_offset),
-                                   x.device_type, x.type_code, x.bits, x.lanes, x.ndim};
-        add(numbers, sizeof numbers);
-        add(x.shape, x.ndim * sizeof *x.shape);
-        add(x.strides, x.ndim * sizeof *x.strides);
-    }
-    return nb::bytes(found.data(), found.size());
-}
-
 // An allocation of the engine's own that fails raises RuntimeError, as torch's allocations do.
 inline void translate_bad_alloc() {
     nb::register_exception_translator([](const std::exception_ptr &thrown, void *) {

@@ -21,6 +21,7 @@ from selective_laws import NAMES, draw, gradients_like
 from torch import Tensor
 
 import minrnn
+from minrnn.models import DecisionConfig, DecisionModel, Decoder, ModelConfig, SequenceModel, fused_step
 from minrnn.ops import gated_scan, memory, release_memory
 from minrnn.ops.registry import load
 
@@ -150,53 +151,66 @@ def test_every_tensor_of_the_selective_scan(dtype: torch.dtype, spoil: Callable[
 
 
 @pytest.mark.parametrize("spoil", [freed, shortened, late])
-def test_every_tensor_of_a_models_step(spoil: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"mixer": "minlstm", "norm": "rms", "mlp_activation": "swiglu"}], ids=str
+)
+def test_every_tensor_of_a_models_step(options: dict[str, Any], spoil: Callable[[Tensor], Tensor]) -> None:
     """When it is read first, as far as it is a weight; at each step, as far as it is not."""
-    chain = importlib.import_module("minrnn.ops.chain")
-    D = 6
-    pair = lambda out, into: chain.Affine(torch.randn(out, into), torch.randn(out))  # noqa: E731
-    norm = lambda: chain.Norm("layer", 1e-5, chain.Affine(torch.randn(D), torch.randn(D)))  # noqa: E731
-    conv = pair(3, D)._replace(bias=torch.randn(D))
-    links = chain.Links(
-        [chain.Branch(norm(), conv, pair(2 * D, D), "mingru", "positive", pair(D, D), True)],
-        chain.Start([pair(D, 5)], norm()),
-        chain.End(norm(), pair(4, D)),
-    )  # fmt: skip
-    good = chain.Chain(links)
-    x, window, h = torch.randn(2, 5), torch.randn(2, 2, D), torch.randn(2, D)
-    good.step([x], [chain.BranchState(window, h)])
-    for given in (
-        ([spoil(x)], [chain.BranchState(window, h)]),
-        ([x], [chain.BranchState(spoil(window), h)]),
-        ([x], [chain.BranchState(window, spoil(h))]),
-    ):
+
+    def build() -> SequenceModel:
+        return SequenceModel(ModelConfig(vocab_size=5, d_model=6, num_layers=1, conv_width=3, **options))
+
+    decoder, tokens = Decoder(build()), torch.tensor([1, 4])
+    assert decoder.backend == "cpp"
+    _, (((window,), (h,)),) = decoder.step(tokens)
+    for state in ((((spoil(window),), (h,)),), (((window,), (spoil(h),)),)):
+        for rows in (None, torch.tensor([0, 1])):
+            with pytest.raises(RuntimeError, match="storage"):
+                decoder.step(tokens, state, rows)
+    found = 0
+    for name in dict(build().named_parameters()):
+        model = build()
+        parameter = model.get_parameter(name)
+        parameter.data = spoil(parameter.data)
         with pytest.raises(RuntimeError, match="storage"):
-            good.step(*given)
+            Decoder(model)
+        found += 1
+    assert found >= 13
 
-    def rebuilt(part: Any, path: list[int]) -> Any:
-        """The links with the tensor at this path spoilt."""
-        if isinstance(part, Tensor):
-            return spoil(part)
-        changed = [rebuilt(p, path[1:]) if i == path[0] else p for i, p in enumerate(part)]
-        return changed if isinstance(part, list) else type(part)(*changed)
 
-    def paths(part: Any) -> list[list[int]]:
-        if isinstance(part, Tensor):
-            return [[]]
-        inside = enumerate(part) if isinstance(part, (list, tuple)) else ()
-        return [[i, *rest] for i, p in inside for rest in paths(p)]
-
-    found = paths(links)
-    assert len(found) == 16
-    for path in found:
+def test_every_tensor_of_a_policys_step() -> None:
+    trunk = ModelConfig(d_model=6, num_layers=1, conv_width=0)
+    model = DecisionModel(DecisionConfig(trunk, observation_size=4, action_size=2))
+    decoder = Decoder(model)
+    assert decoder.backend == "cpp"
+    for name in dict(model.named_parameters()):
+        other = DecisionModel(model.config)
+        parameter = other.get_parameter(name)
+        parameter.data = freed(parameter.data)
         with pytest.raises(RuntimeError, match="storage"):
-            chain.Chain(rebuilt(links, path))
+            Decoder(other)
 
 
 def test_a_models_step_reads_no_negated_view() -> None:
     """What is stored otherwise than it reads is for torch's operations."""
-    chain = importlib.import_module("minrnn.ops.chain")
-    assert not chain._is_readable(torch._neg_view(torch.ones(3)), 3)
+    assert fused_step._is_readable(torch.ones(3), (3,))
+    assert not fused_step._is_readable(torch._neg_view(torch.ones(3)), (3,))
+
+
+def test_indices_of_a_models_step_are_checked_where_they_are_read() -> None:
+    """Whoever passes them: tokens of the vocabulary, and rows that the pool's memory holds."""
+    decoder = Decoder(SequenceModel(ModelConfig(vocab_size=5, d_model=6, num_layers=1)))
+    assert decoder._fused is not None
+    pool = decoder.new_state(2)
+    for row in (-1, 2, 1 << 60):
+        with pytest.raises(IndexError, match=r"rows must lie in 0 \.\. 1"):
+            decoder._fused.run(torch.tensor([1]), 1, pool, [row])
+    for rows in ([0, 1], [0, 1, 0]):
+        with pytest.raises(ValueError, match="one token and one row"):
+            decoder._fused.run(torch.tensor([1]), 1, pool, rows)
+    for token in (-1, 5, 1 << 60):
+        with pytest.raises(IndexError, match=r"tokens must lie in 0 \.\. 4"):
+            decoder._fused.run(torch.tensor([token]), 1, pool, [0])
 
 
 def test_what_reaches_the_border_through_the_operator_is_measured_too() -> None:

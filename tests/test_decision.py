@@ -295,7 +295,7 @@ def test_interleaved_tokens_are_as_many_and_in_the_order_of_their_source() -> No
     steps = Steps(rewards(), observations(), torch.zeros(B, T, A), torch.zeros(B, T, dtype=torch.int64))
 
     def embed(steps: Steps) -> torch.Tensor:
-        return model._embed(model._numbers(steps), steps.times)
+        return model._embed(model.embedding_inputs(steps), steps.times)
 
     x = embed(steps)
     assert x.shape == (B, 3 * T, 8)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
+import copy
 import itertools
 from types import ModuleType
+from typing import Any
 
 import laws
 import pytest
@@ -12,6 +13,7 @@ import torch
 from laws import CELLS, GATES, INFINITIES, TOLERANCE, inputs, same, spoiled
 from selective_laws import NAMES, draw, gradients_like
 
+from minrnn.models import Decoder, ModelConfig, SequenceModel
 from minrnn.ops import reference
 from minrnn.ops.registry import load
 from minrnn.ops.selective import reference as selective_reference
@@ -115,24 +117,25 @@ def test_no_number_depends_on_a_later_infinity(gate: str) -> None:
 
 
 @compiled
-@pytest.mark.parametrize("gate", [gate for gate in GATES if gate != "identity"])
-def test_a_models_step(gate: str) -> None:
-    """The chained step leaves them to torch's operations, and so to gated_scan."""
-    chain = importlib.import_module("minrnn.ops.chain")
-    k, D = GATES[gate].num_pre, 7
-    eye = torch.eye(D)
-    branch = chain.Branch(
-        chain.Norm("none", 0.0, chain.Affine()), None, chain.Affine(eye.repeat(k, 1), torch.randn(k * D)),
-        GATES[gate].gate, "linear", chain.Affine(eye), False, GATES[gate].signed,
-    )  # fmt: skip
-    links = chain.Chain(chain.Links([branch]))
-    x, h = torch.randn(3, D), torch.randn(3, D)
-    _, [state] = links.step([x], [chain.BranchState(None, h)])
-    pre = torch.nn.functional.linear(x, *branch.up)[:, None]
-    same(state.h, reference.forward([pre], h, None, *laws.mode(gate, "linear"))[:, 0], 2e-6)
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("mixer", ["mingru", "minlstm"])
+def test_a_models_step(mixer: str, signed: bool) -> None:
+    """The fused step leaves them to torch's operations, and so to gated_scan."""
+    options: dict[str, Any] = {"conv_width": 0, "mlp_ratio": 0, "norm": "none", "candidate": "linear"}
+    config = ModelConfig(9, 7, num_layers=1, mixer=mixer, signed=signed, **options)
+    model, tokens, h = SequenceModel(config), torch.arange(3), torch.randn(3, 7)
+    decoder = Decoder(model)
+    _, (((), (after,)),) = decoder.step(tokens, (((), (h,)),))
+    with torch.no_grad():
+        _, (((), (exact,)),) = copy.deepcopy(model).double()(tokens[:, None], (((), (h.double(),)),))
+    torch.testing.assert_close(after.double(), exact, rtol=0, atol=2e-6)
+    assert decoder._fused is not None
     for number in (torch.inf, -torch.inf, torch.nan):
         h[1, 3] = number
-        assert links.step([x], [chain.BranchState(None, h)]) is None
+        assert decoder._fused.run(tokens, 3, (((), (h,)),), None) is None
+        pool = (((), (h.clone(),)),)
+        assert decoder._fused.run(tokens, 3, pool, [0, 1, 2]) is None
+        assert torch.equal(pool[0][1][0].nan_to_num(), h.nan_to_num())
 
 
 @compiled

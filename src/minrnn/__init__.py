@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from minrnn.mixers import PairedMinLSTM as PairedMinLSTM
     from minrnn.mixers import PairedMinLSTMCell as PairedMinLSTMCell
     from minrnn.mixers import convert_rnns as convert_rnns
+    from minrnn.models import DecisionConfig as DecisionConfig
+    from minrnn.models import DecisionModel as DecisionModel
+    from minrnn.models import Decoder as Decoder
     from minrnn.models import ModelConfig as ModelConfig
+    from minrnn.models import Policy as Policy
     from minrnn.models import SequenceModel as SequenceModel
     from minrnn.models import generate as generate
     from minrnn.models import load_checkpoint as load_checkpoint
@@ -56,7 +60,17 @@ else:
             "PairedMinLSTMCell",
             "convert_rnns",
         ),
-        "models": ("ModelConfig", "SequenceModel", "generate", "load_checkpoint", "save_checkpoint"),
+        "models": (
+            "DecisionConfig",
+            "DecisionModel",
+            "Decoder",
+            "ModelConfig",
+            "Policy",
+            "SequenceModel",
+            "generate",
+            "load_checkpoint",
+            "save_checkpoint",
+        ),
         "ops": ("CANDIDATES", "GATES", "engines", "gated_scan", "release_memory", "scan"),
         "tasks": ("TASKS", "TextConfig", "TextTask"),
         "training": ("RunConfig", "RunLog", "TrainConfig", "train"),

@@ -15,7 +15,7 @@ from minrnn.experiments.plots import draw_lines, finish, new_figure
 from minrnn.experiments.published import published
 from minrnn.experiments.timed import System, TimedExperiment, TimedSize, exponent, series
 from minrnn.experiments.variants import every_mixer, model_of
-from minrnn.models import SequenceModel
+from minrnn.models import Decoder, SequenceModel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,21 +72,22 @@ class Inference(TimedExperiment):
         prompt, device = inputs, inputs.device
         config = model_of(system, vocab_size=VOCABULARY, d_model=setting["D"], num_layers=LAYERS)
         model = SequenceModel(config).to(device).eval()
+        decoder = Decoder(model)
 
         @torch.inference_mode()
         def generate() -> Phases:
             start = clock(device)
-            logits, state = model(prompt)
-            token = logits[:, -1:].argmax(dim=-1)
+            logits, state = decoder.prefill(prompt)
+            token = logits.argmax(dim=-1)
             middle = clock(device)
             for _ in range(TOKENS):
-                logits, state = model(token, state)
+                logits, state = decoder.step(token, state)
                 token = logits.argmax(dim=-1)
             end = clock(device)
             return {"context": middle - start, "token": (end - middle) / TOKENS, "whole": end - start}
 
         with torch.inference_mode():
-            _, state = model(prompt)
+            _, state = decoder.prefill(prompt)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         return System(generate, {"parameters": parameters, "state_bytes": state_bytes(state)})
 

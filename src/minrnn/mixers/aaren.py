@@ -12,6 +12,10 @@ from minrnn.mixers.mixer import Mixer, PartForm, State
 from minrnn.ops import gated_scan
 from minrnn.ops.transforms import without_autocast
 
+EMPTY = -1e30
+"""The running logsumexp of no scores: exp(EMPTY - s) is 0 for any score s, and of EMPTY itself, unlike of
+-inf, 1."""
+
 FIRST = 100.0
 """The gate's logit where nothing came before: 1 - z is 4e-44, so z is 1 in every floating type."""
 
@@ -63,6 +67,10 @@ class AarenMixer(Mixer):
     def state_form(self, dtype: torch.dtype) -> tuple[PartForm, ...]:
         (o,) = super().state_form(dtype)
         return o, ((self.num_heads,), torch.float64)
+
+    def empty_state(self, batch: int, like: Tensor) -> State:
+        o, lse = super().empty_state(batch, like)
+        return o, lse.fill_(EMPTY)
 
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         v = self.value(x)  # (B, T, d_hidden)

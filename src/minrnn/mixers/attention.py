@@ -59,6 +59,11 @@ class AttentionMixer(Mixer):
         token: PartForm = ((None, self.d_hidden), dtype)
         return token, token, ((), torch.int64), ((), torch.int64)
 
+    def empty_state(self, batch: int, like: Tensor) -> State:
+        keys, values, length, position = super().empty_state(batch, like)
+        shape = batch, max(self.window - 1, 0), self.d_hidden
+        return keys.new_zeros(shape), values.new_zeros(shape), length, position
+
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         B, T, _ = x.shape
         q, new_keys, new_values = self.qkv(x).chunk(3, dim=-1)  # (B, T, d_hidden) each

@@ -72,6 +72,22 @@ class Mixer(nn.Module):
         """Say what each tensor of the state is, for inputs of a dtype: here, h `(B, d_hidden)`."""
         return (((self.d_hidden,), torch.promote_types(dtype, torch.float32)),)
 
+    def empty_state(self, batch: int, like: Tensor) -> State:
+        """Make the state before a sequence's first step: a call with it is a call with None.
+
+        Args:
+            batch: rows of the state.
+            like: has the dtype of the mixer's inputs and the state's device.
+
+        Returns:
+            Tensors of the shapes in `state_form`. Where a size is not fixed there it is the largest that a
+            call returns, or 0 where nothing bounds it.
+        """
+        form = self.state_form(like.dtype)
+        return tuple(
+            like.new_zeros(batch, *(size or 0 for size in shape), dtype=dtype) for shape, dtype in form
+        )
+
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         """Do the work of `forward`, on checked arguments."""
         raise NotImplementedError(f"{type(self).__name__} must define mix")

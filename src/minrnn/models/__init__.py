@@ -9,6 +9,7 @@ from minrnn.models.decision import TOKENS as TOKENS
 from minrnn.models.decision import DecisionConfig as DecisionConfig
 from minrnn.models.decision import DecisionModel as DecisionModel
 from minrnn.models.decision import Steps as Steps
+from minrnn.models.decoder import Decoder as Decoder
 from minrnn.models.generation import generate as generate
 from minrnn.models.sequence import ModelConfig as ModelConfig
 from minrnn.models.sequence import ModelState as ModelState

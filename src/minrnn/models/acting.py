@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minrnn.mixers.arguments import read_number
 from minrnn.models.decision import NOTHING_DONE, DecisionConfig, DecisionModel, Steps
-from minrnn.models.evaluation import call_in_evaluation
+from minrnn.models.decoder import Decoder
 from minrnn.models.sequence import ModelState
 
 
@@ -25,7 +25,8 @@ class Policy:
     are kept and read anew for every action, as Decision Transformer does. Either way the actions are those of
     one call over the episode so far, or over its last `window` steps.
 
-    The model runs in evaluation mode, as in `generate`. Of discrete actions the likeliest is taken.
+    The model runs in evaluation mode, as in `generate`, and is read once, by a `Decoder`: see there what may
+    change in it later. Of discrete actions the likeliest is taken.
 
     Args:
         model: what chooses.
@@ -61,6 +62,7 @@ class Policy:
         if target is None and config.conditioned:
             raise ValueError("Policy: target_return must be given, as the model has none of its own")
         self.model = model
+        self.decoder = Decoder(model)
         self.target_return = target
         self._memory: _Memory | None = None
 
@@ -99,7 +101,7 @@ class Policy:
             memory = _Memory.at_start(self.model, observations, self.target_return)
         else:
             memory = memory.after(self._read_reward(reward, starts), starts, self.target_return)
-        actions, self._memory = _choose(self.model, memory, observations)
+        actions, self._memory = _choose(self.decoder, memory, observations)
         return actions
 
     def _read_observation(self, observation: Any) -> tuple[Tensor, bool]:
@@ -209,22 +211,24 @@ class _Memory:
         return Steps(*(part.unsqueeze(1) for part in parts))
 
 
-def _choose(model: DecisionModel, memory: _Memory, observations: Tensor) -> tuple[Tensor, _Memory]:
+def _choose(decoder: Decoder, memory: _Memory, observations: Tensor) -> tuple[Tensor, _Memory]:
     """Return the actions, `(B, A)` or `(B,)`, and what is remembered after them."""
-    now = memory.now(observations)
+    now, config = memory.now(observations), decoder.model.config
+    assert isinstance(config, DecisionConfig)
     context: ModelState | Steps
-    if model.config.window:
+    if config.window:
         assert memory.context is None or isinstance(memory.context, Steps)
-        context = _recent(memory.context, now, model.config.window)
-        outputs, _ = call_in_evaluation(model, context, reset=_starts_within(context))
+        context = _recent(memory.context, now, config.window)
+        outputs, _ = decoder.prefill(context, reset=_starts_within(context))
     else:
         assert not isinstance(memory.context, Steps)
-        reset = None if memory.starts is None else memory.starts.unsqueeze(1)
-        outputs, context = call_in_evaluation(model, now, memory.context, reset=reset)
-    last = outputs[:, -1]
-    if not _are_finite(last):
+        if memory.starts is None:
+            outputs, context = decoder.step(now, memory.context)
+        else:
+            outputs, context = decoder.prefill(now, memory.context, reset=memory.starts.unsqueeze(1))
+    if not _are_finite(outputs):
         raise RuntimeError("act: the model's actions are not finite; its training has diverged")
-    actions = last.argmax(dim=-1) if model.config.discrete else last
+    actions = outputs.argmax(dim=-1) if config.discrete else outputs
     return actions, _Memory(memory.returns, actions, memory.times, context)
 
 

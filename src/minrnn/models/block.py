@@ -118,5 +118,11 @@ class Block(nn.Module):
             x = self._join(x, dropout(mlp(mlp_norm(x))))
         return x, (windows, carried)
 
+    def empty_state(self, batch: int, like: Tensor) -> BlockState:
+        """Make the state before a sequence's first step, for inputs of the dtype and device of `like`."""
+        conv = self.conv
+        windows = () if conv is None else (like.new_zeros(batch, conv.width - 1, conv.weight.shape[1]),)
+        return windows, self.mixer.empty_state(batch, like)
+
     def _join(self, x: Tensor, branch: Tensor) -> Tensor:
         return x + branch if self.residual else branch

@@ -21,14 +21,13 @@ from minrnn.models.dropout import Dropout
 from minrnn.models.sequence import (
     EMBEDDING_STD,
     ModelConfig,
+    ModelState,
     check_state,
     check_types,
     make_blocks,
     make_norm,
     run_blocks,
 )
-from minrnn.models.stepper import ModelState, Reading, Stepper
-from minrnn.ops.chain import End, Links, Start
 from minrnn.ops.recurrence import check_tensor
 from minrnn.ops.transforms import is_plain, is_traced
 
@@ -182,7 +181,6 @@ class DecisionModel(nn.Module):
         if self.embed_time is not None:
             # Near zero: a time that no episode of the data reaches then says nothing rather than noise.
             nn.init.normal_(self.embed_time.weight, std=EMBEDDING_STD)
-        self._stepper = Stepper()
         self.register_buffer("observation_mean", torch.zeros(config.observation_size))
         self.register_buffer("observation_std", torch.ones(config.observation_size))
         self.register_buffer("action_bound", torch.ones(config.action_size))
@@ -207,12 +205,14 @@ class DecisionModel(nn.Module):
             ValueError: a shape is not as above, the state is of another model, a time has no embedding, or
                 (on the CPU) a discrete action before is none.
         """
-        self._check(steps, state, reset)
-        inputs, stepped = self._numbers(steps), None
-        if steps.times.shape[1] == 1 and reset is None:
-            stepped = self._stepper.step(self._links, list(inputs.values()), state)
-        y, state = stepped or self._compute(inputs, steps.times, state, reset)
-        return (y if self.config.discrete else self.action_bound * y.tanh()), state
+        self.check_steps(steps)
+        check_state("DecisionModel", state, len(self.blocks), steps.times.shape[0])
+        check_reset("DecisionModel", reset, tuple(steps.times.shape))
+        count = TOKENS[self.config.tokens]
+        x = self._embed(self.embedding_inputs(steps), steps.times)
+        x = self.dropout(self.embed_norm(x))  # (B, count * T, d_model)
+        x, state = run_blocks(self.blocks, x, state, reset=_first_of(count, reset))
+        return self.to_actions(self.head(self.norm(x[:, count - 1 :: count]))), state
 
     def set_statistics(self, mean: Tensor, std: Tensor, bound: Tensor | None = None) -> None:
         """Take over the data's statistics.
@@ -236,41 +236,26 @@ class DecisionModel(nn.Module):
         for _, numbers, buffer in known:
             buffer.copy_(numbers)
 
-    def _compute(
-        self, inputs: dict[str, Tensor], times: Tensor, state: ModelState | None, reset: Tensor | None
-    ) -> tuple[Tensor, ModelState]:
-        """Compute the head's output for each step, `(B, T, A)`, and the state after the last."""
-        count = TOKENS[self.config.tokens]
-        x = self.dropout(self.embed_norm(self._embed(inputs, times)))  # (B, count * T, d_model)
-        x, state = run_blocks(self.blocks, x, state, reset=_first_of(count, reset))
-        return self.head(self.norm(x[:, count - 1 :: count])), state
-
-    def _links(self, reading: Reading) -> Links:
-        """Find what makes of the inputs of a step with one token the head's output."""
-        reading.module(self, "embed_time", type(None))
-        reading.require(reading.setting(self, "config").tokens != "interleaved")
-        reading.no_dropout(self)
-        parts = [reading.linear(self, name) for name in self._embeddings]
-        start = Start(parts, reading.norm(self, "embed_norm"))
-        end = End(reading.norm(self, "norm"), reading.linear(self, "head"))
-        return Links(reading.blocks(self), start, end)
-
     @property
-    def _embeddings(self) -> tuple[str, ...]:
-        """The embeddings of what a step is read from, in the tokens' order."""
+    def embeddings(self) -> tuple[str, ...]:
+        """The names of the linear layers that embed a step, in the order of its tokens."""
         if self.config.conditioned:
             return "embed_previous", "embed_return", "embed_observation"
         return ("embed_observation",)
 
-    def _numbers(self, steps: Steps) -> dict[str, Tensor]:
-        """Find the numbers that each embedding takes, `(B, T, ...)`."""
+    def embedding_inputs(self, steps: Steps) -> dict[str, Tensor]:
+        """Return the input of each of `embeddings`, `(B, T, ...)`: scaled and standardized numbers."""
         observations = steps.observations.to(self.observation_mean.dtype)
         observations = (observations - self.observation_mean) / self.observation_std
         if not self.config.conditioned:
             return {"embed_observation": observations}
         returns = (steps.returns.to(observations.dtype) / self.config.return_scale).unsqueeze(-1)
         found = (self._previous(steps.previous), returns, observations)
-        return dict(zip(self._embeddings, found, strict=True))
+        return dict(zip(self.embeddings, found, strict=True))
+
+    def to_actions(self, y: Tensor) -> Tensor:
+        """Turn the head's outputs into actions: bounded, unless they are logits of discrete ones."""
+        return y if self.config.discrete else self.action_bound * y.tanh()
 
     def _embed(self, inputs: dict[str, Tensor], times: Tensor) -> Tensor:
         """Return the tokens of all steps, `(B, count * T, d_model)`."""
@@ -289,7 +274,8 @@ class DecisionModel(nn.Module):
         chosen = functional.one_hot(previous.clamp(min=0), self.config.action_size)
         return (chosen * (previous != NOTHING_DONE).unsqueeze(-1)).to(self.action_bound.dtype)
 
-    def _check(self, steps: Steps, state: ModelState | None, reset: Tensor | None) -> None:
+    def check_steps(self, steps: Steps) -> None:
+        """Raise unless `steps` are those of a call; the errors are those of `forward`."""
         config = self.config
         if not isinstance(steps, Steps):
             raise TypeError(f"DecisionModel: steps must be Steps, got {type(steps).__name__}")
@@ -304,8 +290,6 @@ class DecisionModel(nn.Module):
                 raise ValueError(
                     f"DecisionModel: {name} must be ({text}) with T >= 1, got {tuple(found.shape)}"
                 )
-        check_state("DecisionModel", state, len(self.blocks), B)
-        check_reset("DecisionModel", reset, (B, T))
         self._check_integers(steps)
 
     def _check_integers(self, steps: Steps) -> None:

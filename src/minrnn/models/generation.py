@@ -6,12 +6,9 @@ import torch
 from torch import Tensor
 
 from minrnn.mixers.arguments import read_number, read_size
-from minrnn.models.evaluation import call_in_evaluation
-from minrnn.models.sequence import ModelConfig, ModelState, SequenceModel
+from minrnn.models.decoder import Decoder
+from minrnn.models.sequence import ModelConfig, SequenceModel
 from minrnn.ops.recurrence import check_tensor
-
-PROMPT_CHUNK = 4096
-"""Tokens of a prompt read at once: its logits are dropped, so a long prompt need not hold them all."""
 
 
 def generate(
@@ -29,9 +26,9 @@ def generate(
         p = softmax(logits / temperature), cut to the top_k likeliest tokens, then to the fewest that hold
         top_p
 
-    The model runs in evaluation mode, whatever mode it is in; one that is in it already is called as it is,
-    with any dropouts that were put in training mode by themselves. With a recurrent mixer, memory and time
-    per token do not depend on how many tokens came before.
+    The model is read once, by a `Decoder`, and runs in evaluation mode, whatever mode it is in; one that is
+    in it already runs as it is, with any dropouts that were put in training mode by themselves. With a
+    recurrent mixer, memory and time per token do not depend on how many tokens came before.
 
     Args:
         model: what predicts.
@@ -67,7 +64,7 @@ def generate(
             f"generate: generator must be a torch.Generator or None, got {type(generator).__name__}"
         )
     # Checked here, not in the generator below, whose body would not run before the first token is asked for.
-    return _stream(model, prompt_ids, num_tokens, temperature, top_k, top_p, generator)
+    return _stream(Decoder(model), prompt_ids, num_tokens, temperature, top_k, top_p, generator)
 
 
 def choose(
@@ -92,7 +89,7 @@ def choose(
 
 @torch.no_grad()
 def _stream(
-    model: SequenceModel,
+    decoder: Decoder,
     prompt_ids: Tensor,
     num_tokens: int,
     temperature: float,
@@ -100,26 +97,12 @@ def _stream(
     top_p: float,
     generator: torch.Generator | None,
 ) -> Iterator[Tensor]:
-    logits, state = _read_prompt(model, prompt_ids)
+    logits, state = decoder.prefill(prompt_ids)
     for step in range(num_tokens):
-        token = choose(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        token = choose(logits.float(), temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         yield token
         if step + 1 < num_tokens:
-            logits, state = _advance(model, token.unsqueeze(1), state)
-
-
-def _read_prompt(model: SequenceModel, prompt_ids: Tensor) -> tuple[Tensor, ModelState]:
-    state: ModelState | None = None
-    for piece in prompt_ids.split(PROMPT_CHUNK, dim=1):
-        logits, state = _advance(model, piece, state)
-    assert state is not None  # the prompt holds a token
-    return logits, state
-
-
-def _advance(model: SequenceModel, tokens: Tensor, state: ModelState | None) -> tuple[Tensor, ModelState]:
-    """Run the model in evaluation mode; return the logits of the last step `(B, V)` and the state."""
-    logits, state = call_in_evaluation(model, tokens, state)
-    return logits[:, -1].float(), state
+            logits, state = decoder.step(token, state)
 
 
 def _check_prompt(prompt_ids: Tensor, vocab_size: int) -> None:

@@ -19,9 +19,10 @@ from minrnn.mixers.convolution import CausalConv
 from minrnn.mixers.mixer import check_reset
 from minrnn.models.block import ACTIVATIONS, MLP, Block, BlockState
 from minrnn.models.dropout import Dropout
-from minrnn.models.stepper import ModelState, Reading, Stepper
-from minrnn.ops.chain import Affine, End, Links
 from minrnn.ops.recurrence import check_tensor
+
+ModelState = tuple[BlockState, ...]
+"""One state per block."""
 
 NORMS = ("layer", "rms", "none")
 
@@ -206,7 +207,6 @@ class SequenceModel(nn.Module):
             None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         )
         nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
-        self._stepper = Stepper()
 
     def forward(
         self, tokens: Tensor, state: ModelState | None = None, *, reset: Tensor | None = None
@@ -230,10 +230,6 @@ class SequenceModel(nn.Module):
         """
         self._check(tokens, state, reset)
         x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
-        if tokens.shape[1] == 1 and reset is None:
-            stepped = self._stepper.step(self._links, [x], state)
-            if stepped is not None:
-                return stepped
         x, state = run_blocks(self.blocks, x, state, reset=reset)
         return self._predict(self.norm(x)), state
 
@@ -245,15 +241,6 @@ class SequenceModel(nn.Module):
             return functional.linear(y, embedding.weight)
         # What stands in its place need not have such a matrix; it is then what that makes of all tokens.
         return functional.linear(y, embedding(torch.arange(self.config.vocab_size, device=y.device)))
-
-    def _links(self, reading: Reading) -> Links:
-        """Find what follows the embedding."""
-        head = reading.module(self, "head", nn.Linear, type(None))
-        if head is None:
-            projection = Affine(reading.tensor(reading.module(self, "embedding", nn.Embedding), "weight"))
-        else:
-            projection = reading.affine(head)
-        return Links(reading.blocks(self), end=End(reading.norm(self, "norm"), projection))
 
     def _check(self, tokens: Tensor, state: ModelState | None, reset: Tensor | None) -> None:
         check_tensor("SequenceModel", "tokens", tokens)

@@ -80,40 +80,46 @@ class _Selective(ModuleType):
         /,
     ) -> None: ...
 
-_Affine = tuple[_Optional, _Optional]  # weight and bias
-_Norm = tuple[int, float, _Affine]  # kind, eps, scale
+_Weights = tuple[_Optional, _Optional]  # weight and bias
+_Norm = tuple[int, float, _Weights]  # kind, eps, scale
+_Mode = tuple[int, int, bool]  # gate, candidate, signed; a negative gate: an activation
 _State = tuple[_Optional, _Optional, _Optional, _Optional]  # window and h, each before and after the step
 
-class _Chain:
+class _FusedStep:
     def __init__(self, d_model: int, /) -> None: ...
-    def start(self, parts: Sequence[tuple[int, _Affine]], norm: _Norm, /) -> None: ...
-    def branch(
+    def embed(self, count: int, weight: Tensor, /) -> None: ...
+    def project(self, parts: Sequence[tuple[int, _Weights]], norm: _Norm, /) -> None: ...
+    def add_branch(
         self,
         norm: _Norm,
         conv_width: int,
-        conv: _Affine,
+        conv: _Weights,
         wide: int,
         D: int,
-        up: _Affine,
-        down: _Affine,
-        gate: int,
-        candidate: int,
-        signed: bool,
+        up: _Weights,
+        down: _Weights,
+        mode: _Mode,
         num_pre: int,
         activation: int,
         residual: bool,
         /,
     ) -> None: ...
-    def end(self, norm: _Norm, out: int, part: _Affine, /) -> None: ...
-    def step(
-        self, num_rows: int, threads: int, inputs: Sequence[Tensor], states: Sequence[_State], y: Tensor, /
+    def output(self, norm: _Norm, out: int, part: _Weights, /) -> None: ...
+    def run(
+        self,
+        num_rows: int,
+        threads: int,
+        tokens: Sequence[int],
+        numbers: Sequence[Tensor],
+        states: Sequence[_State],
+        pool_rows: int,
+        rows: Sequence[int],
+        y: Tensor,
+        /,
     ) -> bool: ...
 
 class _Decode(ModuleType):
-    Chain: type[_Chain]
-
-    @staticmethod
-    def layouts(protocol: object, tensors: list[Tensor], /) -> bytes | None: ...
+    FusedStep: type[_FusedStep]
 
 scan: _Scan
 selective: _Selective

@@ -61,13 +61,12 @@ def is_transformed() -> bool:
 
 
 def is_observed() -> bool:
-    """Whether something beside the caller wants to see torch's operations or to change them.
+    """Whether something beside autograd sees torch's operations or changes them.
 
-    That is a compiler, a tracer, autograd, a transform, autocast, or a mode that counts or replaces them.
+    That is a compiler, a tracer, a transform, autocast, or a mode that counts or replaces operations.
     """
     return (
         is_traced()
-        or torch.is_grad_enabled()
         or is_transformed()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0

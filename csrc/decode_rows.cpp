@@ -1,5 +1,5 @@
-// The loops of a chain's step, compiled with -DMINRNN_ISA=<name> and that instruction set's flags.
-#include "chain.h"
+// The loops of a model's step, compiled with -DMINRNN_ISA=<name> and that instruction set's flags.
+#include "decode.h"
 
 #include <cmath>
 
@@ -156,7 +156,7 @@ void activate(Activation kind, int64_t n, const float *x, float *y) {
 }  // namespace
 
 namespace MINRNN_ISA {
-extern constexpr ChainKernels chain{normalise, convolve, project, activate, moderate};
+extern constexpr DecodeKernels decode{normalise, convolve, project, activate, moderate};
 }
 
 }  // namespace minrnn

@@ -1,0 +1,298 @@
+"""Decoding: a model's single steps from a carried state, for one batch or for rows of a large pool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from minrnn.mixers.arguments import read_size
+from minrnn.mixers.mixer import check_reset
+from minrnn.models.block import Block
+from minrnn.models.decision import DecisionConfig, DecisionModel, Steps
+from minrnn.models.evaluation import call_in_evaluation
+from minrnn.models.fused_step import NotFusableError, fuse
+from minrnn.models.sequence import ModelConfig, ModelState, SequenceModel, check_state, map_state
+from minrnn.ops.recurrence import check_tensor
+from minrnn.ops.transforms import is_observed
+
+PROMPT_CHUNK = 4096
+"""Tokens of a prompt read at once: only its last outputs are kept, so a long one need not hold them all."""
+
+
+class Decoder:
+    """Takes single steps of a model from a carried state, in one call of the compiled engine where it can.
+
+        outputs, state = decoder.prefill(prompt)           (B, T) -> (B, V), as model(prompt)
+        outputs, state = decoder.step(tokens, state)       (B,) -> (B, V), as model(tokens[:, None], state)
+
+    States are the model's own: nested tuples of tensors whose first axis is the batch, as `model(...)` takes
+    and returns them. A server that holds many states keeps them in one *pool* of N rows, from `new_state`:
+    `step(tokens, pool, rows)` advances B rows of it in place, and touches no other.
+
+    A step is one call where the blocks' mixers are minGRU or minLSTM and the model is in float32 on the CPU:
+    `backend` is then "cpp". Otherwise it is "torch", `reason` says why, and a step calls the model. Either
+    way steps are in evaluation mode, without gradients. The results of the two differ in rounding only. With
+    "cpp", three kinds of step still call the model: of more than `most_rows` rows, where torch is faster; of
+    states that are not contiguous float32 tensors on the CPU; and those in which a number comes near overflow
+    or is not finite, so that they overflow as the model does.
+
+    The model is read once, here, and has to stay as it is while the decoder lives. With "cpp":
+
+    - values that change in place, as by an optimizer or `load_state_dict`, are used from the next step on;
+    - tensors that move in memory, as by `model.to(...)`, `model.double()`, `share_memory()` or an assignment
+      to `.data`, make the next step raise RuntimeError;
+    - everything else that is changed later is not seen: parameters and modules that are replaced, settings,
+      hooks, parametrizations, and dropouts put in training mode. Make a new decoder.
+
+    With "torch" all of it is seen, as each step calls the model; its mode is changed for that call alone. A
+    copy of a decoder is one of a copy of the model, and reads that anew.
+
+    Args:
+        model: a SequenceModel or DecisionModel, in any mode. One that is wrapped, as by torch.compile, has
+            the backend "torch": its wrapper is called.
+
+    Raises:
+        TypeError: it is neither.
+        RuntimeError: the memory of one of its tensors was freed.
+
+    Example:
+        >>> from minrnn.models import ModelConfig, SequenceModel
+        >>> decoder = Decoder(SequenceModel(ModelConfig(vocab_size=10, d_model=8)))
+        >>> logits, state = decoder.prefill(torch.tensor([[1, 2, 3], [4, 5, 6]]))
+        >>> logits, state = decoder.step(logits.argmax(dim=-1), state)
+        >>> logits.shape
+        torch.Size([2, 10])
+        >>> pool = decoder.new_state(1000)
+        >>> logits, pool = decoder.step(torch.tensor([7, 8]), pool, torch.tensor([41, 7]))
+        >>> logits.shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, model: SequenceModel | DecisionModel) -> None:
+        config = getattr(model, "config", None)  # also where the model is wrapped, as by torch.compile
+        if not isinstance(config, ModelConfig | DecisionConfig):
+            kind = type(model).__name__
+            raise TypeError(f"Decoder: model must be a SequenceModel or DecisionModel, got {kind}")
+        self.model = model
+        self._reads_steps = isinstance(config, DecisionConfig)
+        self._reason: str | None = None
+        self._fused = None
+        try:
+            self._fused = fuse(model)
+        except NotFusableError as error:
+            self._reason = str(error)
+
+    @property
+    def backend(self) -> str:
+        """What takes the steps: "cpp", the compiled engine, or "torch", the model itself."""
+        return "cpp" if self.reason is None else "torch"
+
+    @property
+    def reason(self) -> str | None:
+        """Why the backend is "torch", in one sentence; None where it is "cpp".
+
+        It is "torch" as well while autocast, a transform, a tracer or a mode of torch is active.
+        """
+        if self._reason is None and is_observed():
+            return "autocast, a transform, a tracer or a mode of torch is active, which sees each operation"
+        return self._reason
+
+    @property
+    def most_rows(self) -> int:
+        """Rows up to which the compiled engine is faster than torch; it takes no steps of more. 0: none."""
+        return 0 if self._fused is None else self._fused.most_rows
+
+    def step(
+        self, inputs: Tensor | Steps, state: ModelState | None = None, rows: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """Take one step of B rows.
+
+        Args:
+            inputs: tokens `(B,)`, int64, below vocab_size; of a DecisionModel, Steps of T = 1.
+            state: what the model or the decoder returned; None is the empty state. It is not changed, unless
+                `rows` are given.
+            rows: `(B,)`, int64, all different: the rows of the state, a pool of N >= B, that are advanced, in
+                place. The others are neither read nor written.
+
+        Returns:
+            Logits `(B, V)`, or a DecisionModel's outputs `(B, A)`, and the state after the step; with `rows`
+            it is the pool.
+
+        Raises:
+            TypeError: an argument has the wrong type or dtype.
+            ValueError: a shape is not as above, a row is not in the pool or is given twice, or (attention
+                without a window) the state grows by a step, so that it has no pool.
+            IndexError: a token is not in the vocabulary.
+            RuntimeError: the model's tensors have moved in memory.
+        """
+        batch = self._read_batch(inputs)
+        indices = None if rows is None else _read_rows("Decoder.step", rows, batch, state)
+        if self._fused is not None and not is_observed():
+            stepped = self._fused.run(inputs, batch, state, indices)
+            if stepped is not None:
+                return stepped
+        return self._step_model(inputs, state, rows)
+
+    def prefill(
+        self, inputs: Tensor | Steps, state: ModelState | None = None, *, reset: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """Read T tokens of B rows at once, through the model's parallel forward; one token is a step.
+
+        Args:
+            inputs: tokens `(B, T)`, int64; of a DecisionModel, Steps.
+            state: as in `step`; it is not changed.
+            reset: `(B, T)`, bool; where True, everything before step t is forgotten.
+
+        Returns:
+            The outputs after the last token, `(B, V)` or `(B, A)`, and the state after it.
+
+        Raises:
+            TypeError: an argument has the wrong type or dtype.
+            ValueError: a shape is not as above.
+        """
+        B, T = self._read_shape("Decoder.prefill", inputs)
+        if T == 0:
+            raise ValueError("Decoder.prefill: the prompt must hold a token or a step, got none")
+        check_reset("Decoder.prefill", reset, (B, T))
+        for start in range(0, T, PROMPT_CHUNK):
+            now = slice(start, start + PROMPT_CHUNK)
+            piece = inputs[:, now] if isinstance(inputs, Tensor) else Steps(*(x[:, now] for x in inputs))
+            outputs, state = self._read(piece, state, None if reset is None else reset[:, now])
+        assert state is not None
+        return outputs, state
+
+    def new_state(self, num_rows: int) -> ModelState:
+        """Make an empty state: a pool of rows, or what stands for None before a batch's first step.
+
+        Raises:
+            TypeError: num_rows is no integer.
+            ValueError: it is below 1.
+            AttributeError: a block, convolution or mixer was replaced by a module that has no empty state.
+        """
+        num_rows = read_size("Decoder.new_state", "num_rows", num_rows)
+        like, blocks = next(self.model.parameters()).detach(), cast("Iterable[Block]", self.model.blocks)
+        return tuple(block.empty_state(num_rows, like) for block in blocks)
+
+    @torch.no_grad()
+    def reset(self, state: ModelState, rows: Tensor) -> None:
+        """Make rows of a pool empty again, in place.
+
+        Args:
+            state: the pool, from `new_state`.
+            rows: `(R,)`, int64, all different.
+
+        Raises:
+            TypeError: an argument has the wrong type or dtype.
+            ValueError: a row is not in the pool or is given twice, or the state is no pool of this model.
+        """
+        check_tensor("Decoder.reset", "rows", rows)
+        _read_rows("Decoder.reset", rows, rows.numel(), state)
+        check_state("Decoder.reset", state, len(self.model.blocks), _num_rows("Decoder.reset", state))
+        empty = map_state(lambda part: part.expand(len(rows), *part.shape[1:]), self.new_state(1))
+        _write("Decoder.reset", state, rows, empty)
+
+    def __reduce__(self) -> tuple[type[Decoder], tuple[Any]]:
+        return Decoder, (self.model,)
+
+    @torch.no_grad()
+    def _step_model(
+        self, inputs: Tensor | Steps, state: ModelState | None, rows: Tensor | None
+    ) -> tuple[Tensor, ModelState]:
+        """Take a step by a call of the model."""
+        before = state
+        if rows is not None and state is not None:
+            check_state("Decoder.step", state, len(self.model.blocks), _num_rows("Decoder.step", state))
+            before = map_state(lambda part: part.index_select(0, rows), state)
+        inputs = inputs.unsqueeze(1) if isinstance(inputs, Tensor) else inputs
+        outputs, after = call_in_evaluation(self.model, inputs, before)
+        if rows is not None:
+            _write("Decoder.step", state, rows, after)
+            after = state
+        return outputs[:, -1], after
+
+    @torch.no_grad()
+    def _read(
+        self, inputs: Tensor | Steps, state: ModelState | None, reset: Tensor | None
+    ) -> tuple[Tensor, ModelState]:
+        """Read a piece of a prompt."""
+        if reset is None and self._read_shape("Decoder.prefill", inputs)[1] == 1:
+            return self.step(inputs[:, 0] if isinstance(inputs, Tensor) else inputs, state)
+        outputs, state = call_in_evaluation(self.model, inputs, state, reset=reset)
+        return outputs[:, -1].clone(), state  # a view would keep the outputs of the whole prompt
+
+    def _read_batch(self, inputs: Any) -> int:
+        """Return the rows of a step's inputs."""
+        if self._reads_steps:
+            batch, T = self._read_shape("Decoder.step", inputs)
+            if T != 1:
+                raise ValueError(f"Decoder.step: steps must be (B, T, ...) with T = 1, got T = {T}")
+            return batch
+        check_tensor("Decoder.step", "tokens", inputs)
+        if inputs.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"Decoder.step: tokens must be int64, got {inputs.dtype}")
+        if inputs.dim() != 1 or len(inputs) == 0:
+            raise ValueError(f"Decoder.step: tokens must be (B,) with B >= 1, got {tuple(inputs.shape)}")
+        return len(inputs)
+
+    def _read_shape(self, function: str, inputs: Any) -> tuple[int, int]:
+        """Return B and T; the model checks all else."""
+        name, leading = "tokens", inputs
+        if self._reads_steps:
+            if not isinstance(inputs, Steps):
+                raise TypeError(f"{function}: steps must be Steps, got {type(inputs).__name__}")
+            name, leading = "times", inputs.times
+        check_tensor(function, name, leading)
+        if leading.dim() != 2:
+            raise ValueError(f"{function}: {name} must be (B, T), got {tuple(leading.shape)}")
+        return leading.shape[0], leading.shape[1]
+
+
+def _read_rows(function: str, rows: Any, batch: int, state: Any) -> list[int]:
+    """Check rows of a pool and return their indices."""
+    check_tensor(function, "rows", rows)
+    if rows.dtype != torch.int64:
+        raise TypeError(f"{function}: rows must be int64, got {rows.dtype}")
+    if rows.shape != (batch,):
+        raise ValueError(f"{function}: rows must be ({batch},), got {tuple(rows.shape)}")
+    indices, size = rows.tolist(), _num_rows(function, state)
+    if indices and not 0 <= min(indices) <= max(indices) < size:
+        raise ValueError(
+            f"{function}: rows must lie in 0 .. {size - 1}, got {min(indices)} .. {max(indices)}"
+        )
+    if len(set(indices)) != len(indices):
+        raise ValueError(f"{function}: rows must be different from each other, got one twice")
+    return indices
+
+
+def _num_rows(function: str, state: Any) -> int:
+    """Return the rows of a pool: of its last tensor, as of all."""
+    part = state
+    while isinstance(part, tuple) and part:
+        part = part[-1]
+    if not isinstance(part, Tensor) or part.dim() == 0:
+        raise TypeError(f"{function}: rows need a state, as from new_state, got {type(state).__name__}")
+    return part.shape[0]
+
+
+def _write(function: str, pool: Any, rows: Tensor, values: Any) -> None:
+    """Write values into rows of a pool, all or none."""
+    parts, new = list(_tensors(pool)), list(_tensors(values))
+    forms = [tuple(part.shape[1:]) for part in parts], [tuple(part.shape[1:]) for part in new]
+    if forms[0] != forms[1]:
+        raise ValueError(
+            f"{function}: the state of a row must keep its shapes, as from new_state (attention needs a "
+            f"window), got {forms[0]} before and {forms[1]} after"
+        )
+    for part, value in zip(parts, new, strict=True):
+        part.index_copy_(0, rows, value.to(part.dtype))
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    if isinstance(state, Tensor):
+        yield state
+    else:
+        for part in state:
+            yield from _tensors(part)

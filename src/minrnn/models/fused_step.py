@@ -1,0 +1,393 @@
+"""A model's step as one call of the compiled engine (csrc/decode.h), and its translation from the modules.
+
+    x = embedding[token]     or     x = norm(sum_k W_k u_k + b_k)      input
+    x = [x +] W_out f(W_in conv(norm(x)) + b_in) + b_out               residual branches
+    y = W norm(x) + b                                                  output
+
+f is a gate, whose state the step advances, or an activation. In torch a step is some sixty small operations,
+which take longer to call than to compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from types import ModuleType, NoneType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from minrnn.mixers.calls import is_plain
+from minrnn.mixers.convolution import CausalConv
+from minrnn.mixers.mingru import MinGRU, MinGRUMixer
+from minrnn.mixers.minlstm import MinLSTM, MinLSTMMixer
+from minrnn.models.block import GATED, MLP, Block, BlockState
+from minrnn.models.decision import DecisionModel, Steps
+from minrnn.models.dropout import Dropout
+from minrnn.models.sequence import ModelState, SequenceModel
+from minrnn.ops import CANDIDATES, GATES
+from minrnn.ops.registry import forced, load
+
+__all__ = ["FusedStep", "NotFusableError", "fuse"]
+
+MOST_NUMBERS = 1 << 14
+"""Numbers in x, rows times channels, up to which a fused step takes less time than torch's operations: x then
+stays in the nearest caches while the weights are read once. Beyond, torch's matrix products are faster, which
+block both operands.
+
+On one thread of a Xeon, of torch's time: one row takes 0.17 (width 128, 3 layers) to 0.78 (width 1024, 8
+layers, whose weights come from memory at 15 GB/s); at this bound 0.86 to 0.95."""
+
+_ACTIVATIONS = {"gelu": 0, "relu": 1, "silu": 2, "swiglu": 3}  # as in decode.h
+_NORMS = {nn.Identity: 0, nn.LayerNorm: 1, nn.RMSNorm: 2}
+_PLAIN = (Tensor, nn.Parameter)
+
+Weights = tuple[Tensor | None, Tensor | None]
+"""A weight and a bias, either of which may be absent."""
+
+Norm = tuple[int, float, Weights]
+"""Kind, epsilon, and the scale of each channel."""
+
+Inputs = tuple[list[int], list[Tensor]]
+"""Tokens of each row, or the inputs `(B, 1, ...)` of each projection."""
+
+
+class NotFusableError(Exception):
+    """Why a model's step cannot be fused, in one sentence."""
+
+
+class _StateForm(NamedTuple):
+    """What a block carries."""
+
+    past: int | None
+    """Steps before the present one in the convolution's window; None: no convolution."""
+    D: int
+    """Channels of the gate's state."""
+    has_mlp: bool
+    """Whether the block has a second branch, which carries nothing."""
+
+
+class FusedStep:
+    """The step of one model. It reads the model's tensors where they lie in memory.
+
+    Args:
+        step: the compiled engine's.
+        width: d_model.
+        num_outputs: channels of y.
+        forms: the state of each block.
+        tensors: all that `step` reads.
+        read: turns the arguments of the model's step into the engine's; None where the engine cannot read
+            them.
+        finish: turns y into the model's outputs.
+    """
+
+    def __init__(
+        self,
+        step: Any,
+        width: int,
+        num_outputs: int,
+        forms: Sequence[_StateForm],
+        tensors: Sequence[Tensor],
+        read: Callable[[Any], Inputs | None],
+        finish: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.most_rows = MOST_NUMBERS // width
+        self._step, self._width, self._num_outputs, self._forms = step, width, num_outputs, forms
+        self._read, self._finish = read, finish
+        self._like = torch.empty(0)
+        # The storages stay alive even where a tensor is given another one: the engine holds addresses.
+        self._tensors, self._storages = tensors, [x.untyped_storage() for x in tensors]
+        self._addresses = list(map(Tensor.data_ptr, tensors))
+
+    def run(
+        self, inputs: Tensor | Steps, batch: int, state: ModelState | None, rows: list[int] | None
+    ) -> tuple[Tensor, ModelState] | None:
+        """Take a step, or leave it to torch.
+
+        Args:
+            inputs: tokens `(B,)`, or steps of T = 1.
+            batch: B.
+            state: as of `SequenceModel`; with `rows`, a pool, whose rows are advanced in place.
+            rows: B distinct rows of the pool, in its range.
+
+        Returns:
+            The outputs `(B, ...)` and the state after the step. None, and nothing has changed, for more rows
+            than `most_rows`, where a number came near overflow or was not finite (the result then depends on
+            the order of torch's sums), and for tensors that are not contiguous, in float32 and on the CPU.
+
+        Raises:
+            RuntimeError: a tensor of the model has moved in memory.
+            IndexError: a token is not in the vocabulary.
+        """
+        if batch > self.most_rows:
+            return None
+        # By far the cheapest check that no address is stale: 60 ns for a tensor.
+        if list(map(Tensor.data_ptr, self._tensors)) != self._addresses:
+            raise RuntimeError(
+                "Decoder: the model's tensors must stay where they were in memory when the decoder was made, "
+                "and have been moved or replaced; make a new Decoder"
+            )
+        if state is not None and not self._is_state(state, batch if rows is None else None):
+            return None
+        read = self._read(inputs)
+        if read is None:
+            return None
+        after = self._new_state(batch) if rows is None or state is None else state
+        y = self._like.new_empty(batch, self._num_outputs)
+        states, pool_rows = self._branch_states(state, after), after[0][1][0].shape[0]
+        if not self._step.run(batch, torch.get_num_threads(), *read, states, pool_rows, rows or [], y):
+            return None
+        return self._finish(y), after
+
+    def _new_state(self, batch: int) -> ModelState:
+        """Make room for a state."""
+        empty = self._like.new_empty
+        return tuple(
+            (() if past is None else (empty(batch, past, self._width),), (empty(batch, D),))
+            for past, D, _ in self._forms
+        )
+
+    def _branch_states(self, before: ModelState | None, after: ModelState) -> list[Any]:
+        """List each branch's window and h before and after the step, None for what is absent."""
+        states: list[Any] = []
+        for index, form in enumerate(self._forms):
+            window, h = (None, None) if before is None else _window_and_h(before[index])
+            next_window, next_h = _window_and_h(after[index])
+            states.append((window, next_window, h, next_h))
+            states += [(None,) * 4] * form.has_mlp
+        return states
+
+    def _is_state(self, state: Any, batch: int | None) -> bool:
+        """Whether these are tensors that the engine reads, all of one batch."""
+        if type(state) is not tuple or len(state) != len(self._forms):
+            return False
+        for block, (past, D, _) in zip(state, self._forms, strict=True):
+            if type(block) is not tuple or len(block) != 2:
+                return False
+            windows, hidden = block
+            if type(windows) is not tuple or type(hidden) is not tuple:
+                return False
+            if len(windows) != (past is not None) or len(hidden) != 1:
+                return False
+            if not _is_readable(hidden[0], (batch, D)):
+                return False
+            batch = hidden[0].shape[0]
+            if windows and not _is_readable(windows[0], (batch, past, self._width)):
+                return False
+        return True
+
+
+def fuse(model: nn.Module) -> FusedStep:
+    """Translate a model to its fused step.
+
+    Raises:
+        NotFusableError: it has a part that the engine does not know or cannot read, or there is no engine.
+        RuntimeError: the memory of one of its tensors was freed or shortened.
+    """
+    engine = load("cpp")
+    if isinstance(engine, ImportError):
+        raise NotFusableError(f"the compiled engine is missing: {engine}")
+    if forced() not in (None, "cpp"):
+        raise NotFusableError(f"the compiled engine is set aside by MINRNN_ENGINE={forced()}")
+    if type(model) is SequenceModel:
+        return _fuse_sequence_model(model, _Translation(model, model.config.d_model, engine))
+    if type(model) is DecisionModel:
+        return _fuse_decision_model(model, _Translation(model, model.config.trunk.d_model, engine))
+    kind = type(model).__name__
+    raise NotFusableError(f"the model is of class {kind}, not SequenceModel or DecisionModel")
+
+
+def _fuse_sequence_model(model: SequenceModel, parts: _Translation) -> FusedStep:
+    if parts.module("embedding", nn.Embedding).max_norm is not None:
+        raise NotFusableError("embedding has a max_norm, so that a step changes its weight")
+    embedding = parts.tensor("embedding.weight", None, parts.width)
+    parts.step.embed(len(embedding), embedding)
+    is_tied = parts.module("head", nn.Linear, NoneType) is None
+    output = (embedding, None) if is_tied else parts.linear("head", None, parts.width)
+
+    def read(tokens: Tensor) -> Inputs | None:
+        return (tokens.tolist(), []) if tokens.is_cpu else None
+
+    return parts.finish(output, read, lambda logits: logits)
+
+
+def _fuse_decision_model(model: DecisionModel, parts: _Translation) -> FusedStep:
+    config = model.config
+    if config.tokens == "interleaved":
+        raise NotFusableError("a step of interleaved tokens is three steps of the blocks")
+    parts.module("embed_time", NoneType)
+    for name in ("observation_mean", "observation_std"):
+        parts.tensor(name, config.observation_size)
+    parts.tensor("action_bound", config.action_size)
+    sizes = {
+        "embed_previous": config.action_size,
+        "embed_return": 1,
+        "embed_observation": config.observation_size,
+    }
+    inputs = [sizes[name] for name in model.embeddings]
+    weights = [parts.linear(name, parts.width, sizes[name]) for name in model.embeddings]
+    parts.step.project(list(zip(inputs, weights, strict=True)), parts.norm("embed_norm"))
+
+    def read(steps: Steps) -> Inputs | None:
+        model.check_steps(steps)
+        numbers = list(model.embedding_inputs(steps).values())
+        readable = [_is_readable(x, (None, 1, size)) for x, size in zip(numbers, inputs, strict=True)]
+        return ([], numbers) if all(readable) else None
+
+    return parts.finish(parts.linear("head", None, parts.width), read, model.to_actions)
+
+
+class _Translation:
+    """Reads a model, part by part, into the engine's step. Parts are named by their paths in the model."""
+
+    def __init__(self, model: nn.Module, width: int, engine: ModuleType) -> None:
+        self.width, self.step = width, engine.compiled.decode.FusedStep(width)
+        self._model, self._engine = model, engine
+        self._tensors: list[Tensor] = []
+        self._check_plain("the model", model)
+
+    def finish(
+        self, output: Weights, read: Callable[[Any], Inputs | None], finish: Callable[[Tensor], Tensor]
+    ) -> FusedStep:
+        """Read the blocks and what follows them."""
+        self._check_dropout("dropout")
+        count = len(self.module("blocks", nn.ModuleList))
+        if count == 0:
+            raise NotFusableError("the model has no blocks")
+        forms = [self._add_block(f"blocks.{index}") for index in range(count)]
+        assert output[0] is not None
+        num_outputs = len(output[0])
+        self.step.output(self.norm("norm"), num_outputs, output)
+        return FusedStep(self.step, self.width, num_outputs, forms, self._tensors, read, finish)
+
+    def module(self, path: str, *kinds: type) -> Any:
+        """Find a part of one of these classes, of which a call computes what its class says."""
+        module = self._find(path)
+        if type(module) not in kinds:
+            known = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
+            raise NotFusableError(f"{path} is of class {type(module).__name__}, not {known}")
+        if module is not None:
+            self._check_plain(path, module)
+        return module
+
+    def norm(self, path: str) -> Norm:
+        """Find a norm over the channels."""
+        norm = self.module(path, *_NORMS)
+        kind = _NORMS[type(norm)]
+        if type(norm) is nn.Identity:
+            return kind, 0.0, (None, None)
+        if tuple(norm.normalized_shape) != (self.width,):
+            raise NotFusableError(f"{path} is over {tuple(norm.normalized_shape)} channels, not {self.width}")
+        weight = self._optional(f"{path}.weight", self.width)
+        if type(norm) is nn.LayerNorm:
+            return kind, norm.eps, (weight, self._optional(f"{path}.bias", self.width))
+        eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps  # torch's default
+        return kind, eps, (weight, None)
+
+    def linear(self, path: str, outputs: int | None, inputs: int | None) -> Weights:
+        """Find a linear layer; sizes are checked, but for None."""
+        self.module(path, nn.Linear)
+        weight = self.tensor(f"{path}.weight", outputs, inputs)
+        return weight, self._optional(f"{path}.bias", len(weight))
+
+    def tensor(self, path: str, *shape: int | None) -> Tensor:
+        """Find a tensor that the engine can read; its sizes are checked, but for None."""
+        x = self._find(path)
+        if not _is_readable(x, shape):
+            sizes = ", ".join("any" if size is None else str(size) for size in shape)
+            found = f"{tuple(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+            raise NotFusableError(f"{path} is {found}, not contiguous, ({sizes}), float32 and on the CPU")
+        self._tensors.append(x)
+        return x
+
+    def _optional(self, path: str, *shape: int | None) -> Tensor | None:
+        return None if self._find(path) is None else self.tensor(path, *shape)
+
+    def _find(self, path: str) -> Any:
+        try:
+            return attrgetter(path)(self._model)
+        except AttributeError as error:
+            raise NotFusableError(f"{path} is missing") from error
+
+    def _check_plain(self, path: str, module: nn.Module) -> None:
+        if not is_plain(module, type(module)) or "mix" in vars(module):
+            raise NotFusableError(f"{path} has hooks, is compiled, or has another forward than its class")
+
+    def _check_dropout(self, path: str) -> None:
+        """Go on only if the dropout does nothing in a step, which is in evaluation mode."""
+        if self.module(path, Dropout).training and not self._model.training:
+            raise NotFusableError(f"{path} is in training mode in a model that is not")
+
+    def _add_block(self, path: str) -> _StateForm:
+        block = self.module(path, Block)
+        self._check_dropout(f"{path}.dropout")
+        past, D = self._add_mixer(path, block.residual)
+        return _StateForm(past, D, self._add_mlp(path, block.residual))
+
+    def _add_mixer(self, path: str, residual: bool) -> tuple[int | None, int]:
+        """Add a block's first branch; return the sizes of its state."""
+        mixer = self.module(f"{path}.mixer", MinGRUMixer, MinLSTMMixer)
+        rnn = self.module(f"{path}.mixer.rnn", MinGRU, MinLSTM)
+        if rnn.num_layers != 1 or rnn.bidirectional:
+            raise NotFusableError(f"{path}.mixer.rnn has more than one layer or direction")
+        down = self.linear(f"{path}.down", self.width, mixer.d_hidden)
+        mode, num_pre = self._mode(f"{path}.mixer.rnn", rnn)
+        rows, D = num_pre * mixer.d_hidden, mixer.d_hidden
+        up = self.tensor(f"{path}.mixer.rnn.weight_ih_l0", rows, mixer.d_model)
+        bias = self._optional(f"{path}.mixer.rnn.bias_ih_l0", rows) if rnn.bias else None
+        conv_width, conv = self._convolution(f"{path}.conv")
+        norm = self.norm(f"{path}.mixer_norm")
+        self.step.add_branch(norm, conv_width, conv, rows, D, (up, bias), down, mode, num_pre, 0, residual)
+        return conv_width - 1 if conv_width else None, D
+
+    def _mode(self, path: str, rnn: MinGRU | MinLSTM) -> tuple[tuple[int, int, bool], int]:
+        """Return the engine's codes of the gate and its candidate, signed, and the gate's pre-activations."""
+        if rnn.gate not in GATES or rnn.candidate not in CANDIDATES:
+            raise NotFusableError(f"{path} has an unknown gate or candidate")
+        if rnn.signed not in (False, GATES[rnn.gate].can_be_signed):
+            raise NotFusableError(f"{path} has a gate without a signed form")
+        mode = self._engine.GATE_CODES[rnn.gate], self._engine.CANDIDATE_CODES[rnn.candidate], rnn.signed
+        return mode, GATES[rnn.gate].num_pre
+
+    def _convolution(self, path: str) -> tuple[int, Weights]:
+        """Return a convolution's width, 0 where there is none, and its weights."""
+        conv = self.module(path, CausalConv, NoneType)
+        if conv is None:
+            return 0, (None, None)
+        weight = self.tensor(f"{path}.weight", conv.width, self.width)
+        return conv.width, (weight, self._optional(f"{path}.bias", self.width))
+
+    def _add_mlp(self, path: str, residual: bool) -> bool:
+        """Add a block's second branch; return whether there is one."""
+        mlp = self.module(f"{path}.mlp", MLP, NoneType)
+        if mlp is None:
+            return False
+        if mlp.activation not in _ACTIVATIONS:
+            raise NotFusableError(f"{path}.mlp has an unknown activation")
+        down = self.linear(f"{path}.mlp.down", self.width, None)
+        assert down[0] is not None
+        inner, num_inputs = down[0].shape[1], 2 if mlp.activation in GATED else 1
+        up = self.linear(f"{path}.mlp.up", num_inputs * inner, self.width)
+        norm, activation = self.norm(f"{path}.mlp_norm"), _ACTIVATIONS[mlp.activation]
+        rows, no_conv = num_inputs * inner, (0, (None, None))
+        self.step.add_branch(norm, *no_conv, rows, inner, up, down, (-1, 0, False), num_inputs, activation, residual)
+        return True
+
+
+def _window_and_h(state: BlockState) -> tuple[Tensor | None, Tensor]:
+    windows, (h,) = state
+    return windows[0] if windows else None, h
+
+
+def _is_readable(x: Any, shape: Sequence[int | None]) -> bool:
+    """Whether an address and a shape say all about x; a size of None may be any."""
+    return (
+        type(x) in _PLAIN
+        and x.dtype is torch.float32
+        and x.is_cpu
+        and x.is_contiguous()
+        and len(x.shape) == len(shape)
+        and all(size is None or size == found for size, found in zip(shape, x.shape, strict=True))
+        and not x.is_neg()
+    )
