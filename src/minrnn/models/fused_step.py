@@ -370,8 +370,8 @@ class _Translation:
         inner, num_inputs = down[0].shape[1], 2 if mlp.activation in GATED else 1
         up = self.linear(f"{path}.mlp.up", num_inputs * inner, self.width)
         norm, activation = self.norm(f"{path}.mlp_norm"), _ACTIVATIONS[mlp.activation]
-        rows, no_conv = num_inputs * inner, (0, (None, None))
-        self.step.add_branch(norm, *no_conv, rows, inner, up, down, (-1, 0, False), num_inputs, activation, residual)
+        rows, no_conv, no_gate = num_inputs * inner, (0, (None, None)), (-1, 0, False)
+        self.step.add_branch(norm, *no_conv, rows, inner, up, down, no_gate, num_inputs, activation, residual)
         return True
 
 
