@@ -452,6 +452,24 @@ def test_a_pools_steps_have_the_bits_of_a_batchs(cell: MinCell) -> None:
 
 
 @every_mixer
+@every_kind
+def test_prompts_are_read_into_rows_of_a_pool(kind: str, mixer: str) -> None:
+    model = model_of(kind, mixer, **pool_options(mixer))
+    decoder, inputs, rows = Decoder(model), inputs_of(model), torch.tensor([4, 0, 2])
+    pool, state = decoder.new_state(5), decoder.new_state(3)
+    for steps in (3, 1, 2):
+        before, prompt = map_state(torch.clone, pool), up_to(inputs, steps)
+        ours, returned = decoder.prefill(prompt, pool, rows)
+        theirs, state = decoder.prefill(prompt, state)
+        assert returned is pool
+        assert_equal((ours, map_state(lambda part: part[rows], pool)), (theirs, state))
+        for part, old in zip(tensors_of(pool), tensors_of(before), strict=True):
+            assert torch.equal(part[[1, 3]], old[[1, 3]])
+    with pytest.raises(ValueError, match=r"Decoder.prefill: rows must lie in 0 \.\. 4"):
+        decoder.prefill(inputs, pool, rows + 3)
+
+
+@every_mixer
 def test_rows_are_made_empty_again(mixer: str) -> None:
     model = model_of("sequence", mixer, **pool_options(mixer))
     decoder, tokens = Decoder(model), make_tokens(4, 3)

@@ -20,6 +20,7 @@ from minrnn.mixers import MIXERS, MinGRU
 from minrnn.models import (
     DecisionConfig,
     DecisionModel,
+    Decoder,
     Model,
     ModelConfig,
     Policy,
@@ -106,7 +107,17 @@ def at_work(model: Model) -> Tensor:
     return torch.stack(outputs)
 
 
-USES = (in_training, in_steps_without_gradients, in_steps, at_work)
+def decoded(model: Model) -> Tensor:
+    """By a decoder that is made now."""
+    decoder, inputs, state, outputs = Decoder(model), make_inputs(model, 3), None, []
+    for t in range(3):
+        step = Steps(*(part[:, t : t + 1] for part in inputs)) if isinstance(inputs, Steps) else inputs[:, t]
+        y, state = decoder.step(step, state)
+        outputs.append(y)
+    return torch.stack(outputs, dim=1)
+
+
+USES = (in_training, in_steps_without_gradients, in_steps, at_work, decoded)
 
 
 def parts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

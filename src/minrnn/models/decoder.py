@@ -30,7 +30,8 @@ class Decoder:
 
     States are the model's own: nested tuples of tensors whose first axis is the batch, as `model(...)` takes
     and returns them. A server that holds many states keeps them in one *pool* of N rows, from `new_state`:
-    `step(tokens, pool, rows)` advances B rows of it in place, and touches no other.
+    `prefill(prompt, pool, rows)` and `step(tokens, pool, rows)` advance B rows of it in place, and touch no
+    other; `reset(pool, rows)` makes rows empty again.
 
     A step is one call where the blocks' mixers are minGRU or minLSTM and the model is in float32 on the CPU:
     `backend` is then "cpp". Otherwise it is "torch", `reason` says why, and a step calls the model. Either
@@ -137,32 +138,46 @@ class Decoder:
         return self._step_model(inputs, state, rows)
 
     def prefill(
-        self, inputs: Tensor | Steps, state: ModelState | None = None, *, reset: Tensor | None = None
+        self,
+        inputs: Tensor | Steps,
+        state: ModelState | None = None,
+        rows: Tensor | None = None,
+        *,
+        reset: Tensor | None = None,
     ) -> tuple[Tensor, ModelState]:
         """Read T tokens of B rows at once, through the model's parallel forward; one token is a step.
 
         Args:
             inputs: tokens `(B, T)`, int64; of a DecisionModel, Steps.
-            state: as in `step`; it is not changed.
+            state: as in `step`.
+            rows: as in `step`.
             reset: `(B, T)`, bool; where True, everything before step t is forgotten.
 
         Returns:
-            The outputs after the last token, `(B, V)` or `(B, A)`, and the state after it.
+            The outputs after the last token, `(B, V)` or `(B, A)`, and the state after it; with `rows` it is
+            the pool.
 
         Raises:
             TypeError: an argument has the wrong type or dtype.
-            ValueError: a shape is not as above.
+            ValueError: a shape is not as above, or rows and pool are not as in `step`.
+            RuntimeError: one token is read, and the model's tensors have moved in memory.
         """
         B, T = self._read_shape("Decoder.prefill", inputs)
         if T == 0:
             raise ValueError("Decoder.prefill: the prompt must hold a token or a step, got none")
         check_reset("Decoder.prefill", reset, (B, T))
+        after = state
+        if rows is not None:
+            _read_rows("Decoder.prefill", rows, B, state)
+            after = self._take("Decoder.prefill", state, rows)
         for start in range(0, T, PROMPT_CHUNK):
             now = slice(start, start + PROMPT_CHUNK)
             piece = inputs[:, now] if isinstance(inputs, Tensor) else Steps(*(x[:, now] for x in inputs))
-            outputs, state = self._read(piece, state, None if reset is None else reset[:, now])
-        assert state is not None
-        return outputs, state
+            outputs, after = self._read(piece, after, None if reset is None else reset[:, now])
+        if rows is not None:
+            after = _write("Decoder.prefill", state, rows, after)
+        assert after is not None
+        return outputs, after
 
     def new_state(self, num_rows: int) -> ModelState:
         """Make an empty state: a pool of rows, or what stands for None before a batch's first step.
@@ -190,7 +205,7 @@ class Decoder:
         """
         check_tensor("Decoder.reset", "rows", rows)
         _read_rows("Decoder.reset", rows, rows.numel(), state)
-        check_state("Decoder.reset", state, len(self.model.blocks), _num_rows("Decoder.reset", state))
+        self._check_pool("Decoder.reset", state)
         empty = map_state(lambda part: part.expand(len(rows), *part.shape[1:]), self.new_state(1))
         _write("Decoder.reset", state, rows, empty)
 
@@ -202,16 +217,10 @@ class Decoder:
         self, inputs: Tensor | Steps, state: ModelState | None, rows: Tensor | None
     ) -> tuple[Tensor, ModelState]:
         """Take a step by a call of the model."""
-        before = state
-        if rows is not None and state is not None:
-            check_state("Decoder.step", state, len(self.model.blocks), _num_rows("Decoder.step", state))
-            before = map_state(lambda part: part.index_select(0, rows), state)
+        before = state if rows is None else self._take("Decoder.step", state, rows)
         inputs = inputs.unsqueeze(1) if isinstance(inputs, Tensor) else inputs
         outputs, after = call_in_evaluation(self.model, inputs, before)
-        if rows is not None:
-            _write("Decoder.step", state, rows, after)
-            after = state
-        return outputs[:, -1], after
+        return outputs[:, -1], after if rows is None else _write("Decoder.step", state, rows, after)
 
     @torch.no_grad()
     def _read(
@@ -222,6 +231,14 @@ class Decoder:
             return self.step(inputs[:, 0] if isinstance(inputs, Tensor) else inputs, state)
         outputs, state = call_in_evaluation(self.model, inputs, state, reset=reset)
         return outputs[:, -1].clone(), state  # a view would keep the outputs of the whole prompt
+
+    def _take(self, function: str, pool: Any, rows: Tensor) -> ModelState:
+        """Copy rows of a pool."""
+        self._check_pool(function, pool)
+        return map_state(lambda part: part.index_select(0, rows), pool)
+
+    def _check_pool(self, function: str, pool: Any) -> None:
+        check_state(function, pool, len(self.model.blocks), _num_rows(function, pool))
 
     def _read_batch(self, inputs: Any) -> int:
         """Return the rows of a step's inputs."""
@@ -277,8 +294,9 @@ def _num_rows(function: str, state: Any) -> int:
     return part.shape[0]
 
 
-def _write(function: str, pool: Any, rows: Tensor, values: Any) -> None:
-    """Write values into rows of a pool, all or none."""
+@torch.no_grad()
+def _write(function: str, pool: Any, rows: Tensor, values: Any) -> Any:
+    """Write values into rows of a pool, all or none, and return it."""
     parts, new = list(_tensors(pool)), list(_tensors(values))
     forms = [tuple(part.shape[1:]) for part in parts], [tuple(part.shape[1:]) for part in new]
     if forms[0] != forms[1]:
@@ -288,6 +306,7 @@ def _write(function: str, pool: Any, rows: Tensor, values: Any) -> None:
         )
     for part, value in zip(parts, new, strict=True):
         part.index_copy_(0, rows, value.to(part.dtype))
+    return pool
 
 
 def _tensors(state: Any) -> Iterator[Tensor]:
