@@ -27,7 +27,7 @@ from unittest import mock
 import torch
 import triton
 
-import minrnn.ops.triton as engine
+import minrnn.ops.triton.engine as engine
 from minrnn.benchmarks.scan import traffic
 from minrnn.ops import GATES
 

@@ -1,20 +1,22 @@
 """Carries: how programs hand the state on to one another.
 
-*Order.* Programs take chunks from a counter, in the order of time, so a program waits only for programs that have
-started. Programs that have started make progress while others wait (CUDA guarantees this from sm_70), so the first
-unfinished chunk is always finished, and with it all of them, in whatever order and however few at a time the device
-starts programs. Where B and D fill the device, a chunk waits for the one before it, which has mostly finished long
-before. Elsewhere that would be a chain of as many messages as chunks; there, GROUP chunks publish their spans as
-soon as they have read their input, each joins those of its group before it, and one carry goes from group to group.
-What is joined with what depends only on shape and device: equal calls give equal bits.
+*Order.* Programs take chunks from a counter, in the order of time, so a program waits only for programs that
+have started. Programs that have started make progress while others wait (CUDA guarantees this from sm_70), so
+the first unfinished chunk is always finished, and with it all of them, in whatever order and however few at a
+time the device starts programs. Where B and D fill the device, a chunk waits for the one before it, which has
+mostly finished long before. Elsewhere that would be a chain of as many messages as chunks; there, GROUP
+chunks publish their spans as soon as they have read their input, each joins those of its group before it, and
+one carry goes from group to group. What is joined with what depends only on shape and device: equal calls
+give equal bits.
 
-*Messages.* Each group has a word of bits. Data is written, a barrier orders the program's writes, then one lane
-sets the bit, with a release at device scope. A reader's lane polls the word, with acquires, until it holds the
-bits; a barrier lets the program's other lanes read the data. Only that lane's value decides how often the program
-polls, so all of its warps agree.
+*Messages.* Each group has a word of bits. Data is written, a barrier orders the program's writes, then one
+lane sets the bit, with a release at device scope. A reader's lane polls the word, with acquires, until it
+holds the bits; a barrier lets the program's other lanes read the data. Only that lane's value decides how
+often the program polls, so all of its warps agree.
 
-*Workspace.* None where one program holds all of time, else a tuple: words (the counter of programs, then one word
-for each group and unit), the chunks' spans, and the groups' carries. A unit is a tile of channels of one batch row.
+*Workspace.* None where one program holds all of time, else a tuple: words (the counter of programs, then one
+word for each group and unit), the chunks' spans, and the groups' carries. A unit is a tile of channels of one
+batch row.
 """
 
 from __future__ import annotations
@@ -134,13 +136,15 @@ def starts(
 ):  # fmt: skip
     """The pairs with which the spans begin, given the state with which the first chunk begins.
 
-    `at` is where channels are in a (batch, channels) array of `size` numbers, `inside` whether they are there.
+    `at` says where channels are in a (batch, channels) array of `size` numbers, `inside` which are there.
     """
     if WARPS > 1:
         span = prefixes(span, RESETS, SIGNED)
     carry = (start, tl.full(start.shape, 0.0, start.dtype))
     if workspace is not None:
-        carry = _carry(workspace, span, start, place, last, at, inside, size, WARPS, GROUP, RESETS, SIGNED)
+        carry = _carry(
+            workspace, span, start, place, last, at, inside, size, WARPS, GROUP, RESETS, SIGNED
+        )  # fmt: skip
     if WARPS > 1:
         high, low = apply(span, carry, RESETS, SIGNED)
         high = shifted(high)

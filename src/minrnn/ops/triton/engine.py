@@ -1,19 +1,20 @@
 """The GPU engine of the gated scan: the same equations as csrc/gates.h, in one pass over memory.
 
-*Memory traffic.* A program holds a chunk in registers: WARPS spans of STEPS steps of 32 channels of one batch row,
-with a lane for each channel. It loads all of it at once, joins the steps to spans and the spans to one function of
-the state before them, gets that state, and walks through the steps to write each output. Forward reads every
-pre-activation and writes h once; backward reads the pre-activations, h and dh and writes the gradients once. Gates
-are computed once in each direction; resets and direction are part of the same kernel.
+*Memory traffic.* A program holds a chunk in registers: WARPS spans of STEPS steps of 32 channels of one batch
+row, with a lane for each channel. It loads all of it at once, joins the steps to spans and the spans to one
+function of the state before them, gets that state, and walks through the steps to write each output. Forward
+reads every pre-activation and writes h once; backward reads the pre-activations, h and dh and writes the
+gradients once. Gates are computed once in each direction; resets and direction are part of the same kernel.
 
-*Numerics.* Gates are computed in float32. A span is (1 - a, a, b), with 1 - a as exact as a. From a zero state,
-steps make at most a share 1 - a of the largest state; so is the error of joining spans in a tree, and it is
-forgotten at the rate 1 - a: it does not grow with T. Signed decays have 1 + a in its place where a is negative; near
--1 their b is no small share, and rounding it costs as much as rounding a step's b. Carries between programs are
-pairs of floats, and where h is float32, so is the state between steps: only a step's change is rounded, and what is
-lost where the change is added to the state goes into the next change (Kahan's compensation). Doubles are not used:
-they run at half of float32's rate at best, and at a 64th on most devices. Pairs cannot hold infinities: a state that
-overflows becomes NaN. Outputs of 16 bits need neither the pairs between steps nor fully accurate exponentials.
+*Numerics.* Gates are computed in float32. A span is (1 - a, a, b), with 1 - a as exact as a. From a zero
+state, steps make at most a share 1 - a of the largest state; so is the error of joining spans in a tree, and
+it is forgotten at the rate 1 - a: it does not grow with T. Signed decays have 1 + a in its place where a is
+negative; near -1 their b is no small share, and rounding it costs as much as rounding a step's b. Carries
+between programs are pairs of floats, and where h is float32, so is the state between steps: only a step's
+change is rounded, and what is lost where the change is added to the state goes into the next change (Kahan's
+compensation). Doubles are not used: they run at half of float32's rate at best, and at a 64th on most
+devices. Pairs cannot hold infinities: a state that overflows becomes NaN. Outputs of 16 bits need neither the
+pairs between steps nor fully accurate exponentials.
 
 How the state goes from program to program: carries.py. Offsets are 64-bit, and T is not limited.
 """

@@ -1,8 +1,8 @@
 """Loads and stores of sequences by tiles.
 
-Steps count in the order of the recurrence in forward passes and in the opposite one in backward passes: step i is
-at time i, or where DESCENDING at T - 1 - i. A sequence is a tuple (pointer, batch stride, time stride), an absent
-one None.
+Steps count in the order of the recurrence in forward passes and in the opposite one in backward passes: step
+i is at time i, or where DESCENDING at T - 1 - i. A sequence is a tuple (pointer, batch stride, time stride),
+an absent one None.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Tile(NamedTuple):
 def load(sequence, tile, ahead, other, DESCENDING: tl.constexpr):
     """The tile's rows, or those `ahead` steps later."""
     ptr = _at(sequence, tile, tile.first + ahead, DESCENDING)
-    if tile.full:  # noqa: SIM108  # Triton's conditional expressions evaluate both sides
+    if tile.full:  # a conditional expression would evaluate both sides
         x = tl.load(ptr)
     else:
         x = tl.load(ptr, mask=tile.inside & (tile.r + ahead < tile.rows), other=other)

@@ -1,8 +1,8 @@
 """Spans: (1 - a, a, b) of some steps together, which turn the state before them into a * state + b.
 
-Where a reset forgets the state before, infinities and NaN included, 1 - a is written as infinity. The spans of
-signed decays (SIGNED) hold the rest in its place, so that they are as exact near -1 as near 1, and their a is not
-used.
+Where a reset forgets the state before, infinities and NaN included, 1 - a is written as infinity. The spans
+of signed decays (SIGNED) hold the rest in its place, so that they are as exact near -1 as near 1, and their a
+is not used.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The state of a step: decays as one number each, and states as pairs of floats (high, low).
 
-DECAY says what decays are: "any" number (the gate "identity"), a "share" in [0, 1], or "signed", which is twice a
-share less one. Signed decays have in the place of 1 - a, here and in spans.py, the rest a - keep with keep = 1 or
--1, of full relative accuracy. The rest's sign gives keep, so it is never zero: Triton has no literal of minus zero,
-and a sum with zeros would lose its sign.
+DECAY says what decays are: "any" number (the gate "identity"), a "share" in [0, 1], or "signed", which is
+twice a share less one. Signed decays have in the place of 1 - a, here and in spans.py, the rest a - keep with
+keep = 1 or -1, of full relative accuracy. The rest's sign gives keep, so it is never zero: Triton has no
+literal of minus zero, and a sum with zeros would lose its sign.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def kept(rest):
 def encode(a, complement, DECAY: tl.constexpr, EXACT: tl.constexpr):
     """The decay as one number, for `advance`.
 
-    A share is a itself, or where 1 - a is the smaller, that, negated, minus zero included. A signed decay is its
-    rest.
+    A share is a itself, or where 1 - a is the smaller, that, negated, minus zero included. A signed decay is
+    its rest.
     """
     if EXACT and DECAY == "signed":
         return complement

@@ -1,14 +1,16 @@
 """The GPU engine of the selective scan: one lane for each number of the state.
 
-A program holds BLOCK_D channels of one batch row, all N numbers of each, in registers, and walks through time. It
-loads STEPS steps at once, so that it waits once for all of them, and computes their decays before the state arrives.
-Time is not cut: the N numbers of each channel make enough lanes. Forward writes the state before every chunk of CHUNK
-steps. Backward goes through the chunks from the last to the first. In a chunk it first walks forward to find the
-state before every STEPS steps, and then, from the last of these to the first, computes their states again, keeps
-them in registers and walks back. So the states of all steps are never in memory.
+A program holds BLOCK_D channels of one batch row, all N numbers of each, in registers, and walks through
+time. It loads STEPS steps at once, so that it waits once for all of them, and computes their decays before
+the state arrives. Time is not cut: the N numbers of each channel make enough lanes. Forward writes the state
+before every chunk of CHUNK steps. Backward goes through the chunks from the last to the first. In a chunk it
+first walks forward to find the state before every STEPS steps, and then, from the last of these to the first,
+computes their states again, keeps them in registers and walks back. So the states of all steps are never in
+memory.
 
 Sums over channels, for the gradients of B and C, are added up by a program for the tiles of channels that it
-computes one after another, and then over programs in a fixed order: equal calls give equal bits. Offsets are 64-bit.
+computes one after another, and then over programs in a fixed order: equal calls give equal bits. Offsets are
+64-bit.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ __all__ = ["backward", "forward"]
 
 _LANES = 128  # of a program: numbers of states, each with a lane of its own
 _FORWARD_STEPS, _BACKWARD_STEPS = 8, 4  # loaded at once; more would not fit into registers
-_PROGRAMS = 4  # of backward per multiprocessor; each group of them has its own part of the gradients of B and C
+_PROGRAMS = 4  # of backward per multiprocessor; more of them make more partial sums of dB and dC
 
 
 def forward(given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:

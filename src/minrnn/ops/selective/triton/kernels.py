@@ -63,9 +63,11 @@ def forward_kernel(
 
 
 @triton.jit
-def _rewalk(scratch_ptr, slot, h, x, begin, tile, REAL: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr):
-    # Walk forward through the chunk that begins with the state h, and store the state before every STEPS steps.
-    # A lane later reads what it wrote itself, so this needs no barrier.
+def _rewalk(
+    scratch_ptr, slot, h, x, begin, tile, REAL: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr
+):
+    # Walk forward through the chunk that begins with the state h, and store the state before every STEPS
+    # steps. A lane later reads what it wrote itself, so this needs no barrier.
     SIZE: tl.constexpr = h.shape[0] * h.shape[1]
     low = tl.full(h.shape, 0.0, REAL)
     for block in range(CHUNK // STEPS - 1):
@@ -82,8 +84,8 @@ def _walk_back(
     g, g_low, drate, dskip, dbias, dx, dy, h, x, first, tile, row, N, known,
     REAL: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    # Compute the states of STEPS steps again, from the state h before them, and then, from the last step to the
-    # first, all gradients. Return the pair g before these steps, and the sums over time so far.
+    # Compute the states of STEPS steps again, from the state h before them, and then, from the last step to
+    # the first, all gradients. Return the pair g before these steps, and the sums over time so far.
     rows = load_steps(x, dy, tile, first, True, REAL, STEPS)
     deltas, slopes, terms = discretize(rows, tile, first, STEPS)
     walked = walk((h, tl.full(h.shape, 0.0, REAL)), deltas, terms, rows, tile.rate, STEPS)

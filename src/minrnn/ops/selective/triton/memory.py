@@ -1,7 +1,7 @@
 """Loads and stores of the selective scan's kernels.
 
-The inputs come as `reference.Inputs` whose sequences are tuples (pointer, batch stride, time stride), whose other
-fields are pointers, and in which None stands for what is absent.
+The inputs come as `reference.Inputs` whose sequences are tuples (pointer, batch stride, time stride), whose
+other fields are pointers, and in which None stands for what is absent.
 """
 
 from __future__ import annotations

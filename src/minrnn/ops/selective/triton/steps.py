@@ -1,7 +1,7 @@
 """Steps of the selective scan, forward and backward.
 
-The recurrence is that of csrc/selective_rows.cpp: decays are 2^n (1 + e) with e of full relative accuracy, states and
-adjoints are pairs of floats (high, low), and the error does not grow with T.
+The recurrence is that of csrc/selective_rows.cpp: decays are 2^n (1 + e) with e of full relative accuracy,
+states and adjoints are pairs of floats (high, low), and the error does not grow with T.
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ def silu(x):
 
 @triton.jit
 def discretize(rows, tile, first, STEPS: tl.constexpr):
-    """Step sizes, their slopes, and input terms without B; all zero after the end of time, which keeps the state."""
+    """Step sizes, their slopes, and input terms without B.
+
+    They are zero after the end of time, which keeps the state.
+    """
     deltas, slopes, terms = (), (), ()
     for i in tl.static_range(STEPS):
         pre = rows.delta_pre[i]
