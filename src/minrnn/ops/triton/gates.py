@@ -1,12 +1,10 @@
-"""The gates and candidates as Triton functions, in two tables that the engine reads when it launches a
-kernel.
+"""The gates and candidates as Triton functions, in two tables from which the engine picks those of a kernel.
 
 A gate's function maps a step's pre-activations and the state before it to (a, rest, b, factors). The rest is
-1 - a, or of the signed mode as states.py says; a gate with that mode makes both by `decay`, and multiplies
-h_prev by 1 + SIGNED, the derivative of its decay by the share. The factors are the numbers by which the
-adjoint of h is multiplied to give the pre-activations' gradients; forward passes do not use them, and the
-compiler drops them. A candidate's function gives its value and its slope. To add a gate, write its function
-and its row in GATE_FUNCTIONS.
+1 - a; a gate that can be signed gets a and the rest from `decay`, and multiplies h_prev by 1 + SIGNED, the
+derivative of 2 a - 1. The factors are the numbers that the adjoint of h is multiplied by to give the
+pre-activations' gradients; forward passes do not use them, and the compiler drops them. A candidate's
+function gives its value and its slope. To add a gate, write its function and its row in GATE_FUNCTIONS.
 """
 
 from __future__ import annotations

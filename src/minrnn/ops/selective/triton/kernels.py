@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 
 from minrnn.ops.selective.triton.memory import load_steps, load_tile, put
-from minrnn.ops.selective.triton.steps import adjoin, discretize, forget, silu, walk
+from minrnn.ops.selective.triton.steps import adjoin, discretize, silu, walk
 from minrnn.ops.triton.elementary import total
+from minrnn.ops.triton.states import select
 
 __all__ = ["backward_kernel", "forward_kernel"]
 
@@ -101,7 +102,7 @@ def _walk_back(
         adjoint, next_g, g = adjoin(g, incoming[:, None] * rows.C[i][None, :], walked.e[i], walked.scale[i])
         to_exponent = next_g * walked.before[i]
         if rows.resets is not None:
-            g = forget(g, rows.resets[i])
+            g = select(rows.resets[i], (0.0, 0.0), g)
         drate += to_exponent * deltas[i][:, None]
         by_term = total(adjoint * rows.B[i][None, :], 1)
         by_rate = total(to_exponent * tile.rate, 1) * _LN_2

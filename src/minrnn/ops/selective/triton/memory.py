@@ -54,9 +54,7 @@ class Rows(NamedTuple):
 
 
 @triton.jit
-def load_tile(
-    x, b, index, T, D, N, REAL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
+def load_tile(x, b, index, T, D, N, REAL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
     """The tile of channels with this index."""
     d = index * BLOCK_D + tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)

@@ -11,7 +11,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-__all__ = ["Walk", "adjoin", "discretize", "forget", "silu", "walk"]
+from minrnn.ops.triton.states import select
+
+__all__ = ["Walk", "adjoin", "discretize", "silu", "walk"]
 
 # ----------------------------------------------------------------------------------------------------------
 # Elementary functions
@@ -81,12 +83,6 @@ def discretize(rows, tile, first, STEPS: tl.constexpr):
 
 
 @triton.jit
-def forget(pair, flag):
-    """The pair, or zeros where a reset forgets it."""
-    return tl.where(flag, 0.0, pair[0]), tl.where(flag, 0.0, pair[1])
-
-
-@triton.jit
 def _advance(state, e, scale, term):
     kept = scale * state[0]
     change = (e * kept + term) + scale * state[1]
@@ -112,7 +108,7 @@ def walk(state, deltas, terms, rows, rate, STEPS: tl.constexpr):
     before, after, es, scales = (), (), (), ()
     for i in tl.static_range(STEPS):
         if rows.resets is not None:
-            state = forget(state, rows.resets[i])
+            state = select(rows.resets[i], (0.0, 0.0), state)
         e, scale = _decay(deltas[i][:, None] * rate)
         before = before + (state[0],)
         state = _advance(state, e, scale, terms[i][:, None] * rows.B[i][None, :])
