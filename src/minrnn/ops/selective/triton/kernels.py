@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from minrnn.ops.selective.triton.memory import load_steps, load_tile, put
-from minrnn.ops.selective.triton.steps import adjoin, discretize, silu, walk
+from minrnn.ops.selective.triton.steps import adjoin, silu, walk
 from minrnn.ops.triton.elementary import total
 from minrnn.ops.triton.states import select
 
@@ -24,10 +24,10 @@ def _border(b, chunk, T, D, N, tile, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _output(after, C, u, tile):
+def _output(after, C, u, x, tile):
     # A step's output, before z multiplies it.
     y = total(after * C[None, :], 1)
-    if tile.skip is not None:
+    if x.D is not None:
         y += tile.skip * u
     return y
 
@@ -51,12 +51,11 @@ def forward_kernel(
             if start % CHUNK == 0:
                 tl.store(borders_ptr + _border(b, start // CHUNK, T, D, N, tile, CHUNK), h, mask=tile.inside)
         rows = load_steps(x, None, tile, first, True, REAL, STEPS)
-        deltas, _, terms = discretize(rows, tile, first, STEPS)
-        walked = walk((h, low), deltas, terms, rows, tile.rate, STEPS)
+        walked = walk((h, low), x, rows, tile, first, STEPS)
         h, low = walked.state
         for i in tl.static_range(STEPS):
-            out = _output(walked.after[i], rows.C[i], rows.u[i], tile)
-            if rows.z is not None:
+            out = _output(walked.after[i], rows.C[i], rows.u[i], x, tile)
+            if x.z is not None:
                 gate, _ = silu(rows.z[i])
                 out *= gate
             put(y, tile, first + i, out)
@@ -75,8 +74,7 @@ def _rewalk(
         tl.store(scratch_ptr + block * SIZE + slot, h)
         first = tl.cast(begin + block * STEPS, tl.int64)
         rows = load_steps(x, None, tile, first, False, REAL, STEPS)
-        deltas, _, terms = discretize(rows, tile, first, STEPS)
-        h, low = walk((h, low), deltas, terms, rows, tile.rate, STEPS).state
+        h, low = walk((h, low), x, rows, tile, first, STEPS).state
     tl.store(scratch_ptr + (CHUNK // STEPS - 1) * SIZE + slot, h)
 
 
@@ -88,34 +86,33 @@ def _walk_back(
     # Compute the states of STEPS steps again, from the state h before them, and then, from the last step to
     # the first, all gradients. Return the pair g before these steps, and the sums over time so far.
     rows = load_steps(x, dy, tile, first, True, REAL, STEPS)
-    deltas, slopes, terms = discretize(rows, tile, first, STEPS)
-    walked = walk((h, tl.full(h.shape, 0.0, REAL)), deltas, terms, rows, tile.rate, STEPS)
+    walked = walk((h, tl.full(h.shape, 0.0, REAL)), x, rows, tile, first, STEPS)
     g = (g, g_low)
     for i in tl.static_range(STEPS - 1, -1, -1):
         t = first + i
         incoming = rows.dy[i]
-        if rows.z is not None:
-            out = _output(walked.after[i], rows.C[i], rows.u[i], tile)
+        if x.z is not None:
+            out = _output(walked.after[i], rows.C[i], rows.u[i], x, tile)
             gate, slope = silu(rows.z[i])
             put(dx.z, tile, t, incoming * out * slope)
             incoming = incoming * gate
         adjoint, next_g, g = adjoin(g, incoming[:, None] * rows.C[i][None, :], walked.e[i], walked.scale[i])
         to_exponent = next_g * walked.before[i]
-        if rows.resets is not None:
+        if x.reset is not None:
             g = select(rows.resets[i], (0.0, 0.0), g)
-        drate += to_exponent * deltas[i][:, None]
+        drate += to_exponent * walked.delta[i][:, None]
         by_term = total(adjoint * rows.B[i][None, :], 1)
         by_rate = total(to_exponent * tile.rate, 1) * _LN_2
-        to_u = by_term * deltas[i]
-        if tile.skip is not None:
+        to_u = by_term * walked.delta[i]
+        if x.D is not None:
             to_u += tile.skip * incoming
             dskip += incoming * rows.u[i]
         put(dx.u, tile, t, to_u)
-        to_pre = (by_rate + by_term * rows.u[i]) * slopes[i]
-        if tile.bias is not None:
+        to_pre = (by_rate + by_term * rows.u[i]) * walked.slope[i]
+        if x.delta_bias is not None:
             dbias += tl.where(t < tile.T, to_pre, 0.0)
         put(dx.delta_pre, tile, t, to_pre)
-        dB = total(adjoint * terms[i][:, None], 0)
+        dB = total(adjoint * walked.term[i][:, None], 0)
         dC = total(incoming[:, None] * walked.after[i], 0)
         at = row + t * N
         _add_rows((dx.B + at, dx.C + at), (dB, dC), tile.in_n & (t < tile.T), known)

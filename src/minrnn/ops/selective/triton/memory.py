@@ -1,7 +1,8 @@
 """Loads and stores of the selective scan's kernels.
 
 The inputs come as `reference.Inputs` whose sequences are tuples (pointer, batch stride, time stride), whose
-other fields are pointers, and in which None stands for what is absent.
+other fields are pointers, and in which None stands for what is absent. What is loaded of it is then an empty
+tuple or 0, because before Triton 3.7 functions of kernels could not return None.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ class Tile(NamedTuple):
     rate: tl.tensor
     """A in powers of two: the decay is 2^(delta rate)."""
     skip: tl.tensor
-    """D, or None."""
+    """D, or 0."""
     bias: tl.tensor
-    """Of delta_pre, or None."""
+    """Of delta_pre, or 0."""
 
 
 class Rows(NamedTuple):
-    """What STEPS steps read: of each sequence a tuple of as many rows, or None."""
+    """What STEPS steps read: of each sequence a tuple of as many rows, or an empty one."""
 
     u: tl.tensor
     delta_pre: tl.tensor
@@ -71,7 +72,7 @@ def load_tile(x, b, index, T, D, N, REAL: tl.constexpr, BLOCK_D: tl.constexpr, B
 @triton.jit
 def _load_vector(ptr, d, in_d, REAL: tl.constexpr):
     if ptr is None:
-        return None
+        return 0.0
     else:
         return tl.load(ptr + d, mask=in_d, other=0.0).to(REAL)
 
@@ -87,7 +88,7 @@ def put(sequence, tile, t, x):
 def _load_rows(sequence, tile, first, column, inside, REAL: tl.constexpr, STEPS: tl.constexpr):
     # Zeros after the end of time.
     if sequence is None:
-        return None
+        return ()
     else:
         rows = ()
         for i in tl.static_range(STEPS):
@@ -98,9 +99,9 @@ def _load_rows(sequence, tile, first, column, inside, REAL: tl.constexpr, STEPS:
 
 @triton.jit
 def _load_resets(reset, tile, first, STEPS: tl.constexpr):
-    # Whether each step forgets; None where none does.
+    # Whether each step forgets.
     if reset is None:
-        return None
+        return ()
     else:
         flags = ()
         for i in tl.static_range(STEPS):

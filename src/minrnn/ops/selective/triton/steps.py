@@ -13,7 +13,7 @@ import triton.language as tl
 
 from minrnn.ops.triton.states import select
 
-__all__ = ["Walk", "adjoin", "discretize", "silu", "walk"]
+__all__ = ["Walk", "adjoin", "silu", "walk"]
 
 # ----------------------------------------------------------------------------------------------------------
 # Elementary functions
@@ -64,15 +64,13 @@ def silu(x):
 
 
 @triton.jit
-def discretize(rows, tile, first, STEPS: tl.constexpr):
-    """Step sizes, their slopes, and input terms without B.
-
-    They are zero after the end of time, which keeps the state.
-    """
+def _discretize(x, rows, tile, first, STEPS: tl.constexpr):
+    # Step sizes, their slopes, and input terms without B. They are zero after the end of time, which keeps
+    # the state.
     deltas, slopes, terms = (), (), ()
     for i in tl.static_range(STEPS):
         pre = rows.delta_pre[i]
-        if tile.bias is not None:
+        if x.delta_bias is not None:
             pre += tile.bias
         delta, slope = _softplus(pre)
         delta = tl.where(first + i < tile.T, delta, 0.0)
@@ -93,29 +91,39 @@ def _advance(state, e, scale, term):
 
 
 class Walk(NamedTuple):
-    """What STEPS steps make: the last state, and for each step states and decays, as tuples."""
+    """What STEPS steps make: the last state, and tuples of what each step has made."""
 
     state: tl.tensor
     before: tl.tensor
+    """The states before the steps."""
     after: tl.tensor
+    """The states after them."""
     e: tl.tensor
     scale: tl.tensor
+    """Decays are scale (1 + e)."""
+    delta: tl.tensor
+    """The step sizes."""
+    slope: tl.tensor
+    """Their derivatives by delta_pre."""
+    term: tl.tensor
+    """The input terms, without B."""
 
 
 @triton.jit
-def walk(state, deltas, terms, rows, rate, STEPS: tl.constexpr):
+def walk(state, x, rows, tile, first, STEPS: tl.constexpr):
     """Advance the state by STEPS steps."""
+    deltas, slopes, terms = _discretize(x, rows, tile, first, STEPS)
     before, after, es, scales = (), (), (), ()
     for i in tl.static_range(STEPS):
-        if rows.resets is not None:
+        if x.reset is not None:
             state = select(rows.resets[i], (0.0, 0.0), state)
-        e, scale = _decay(deltas[i][:, None] * rate)
+        e, scale = _decay(deltas[i][:, None] * tile.rate)
         before = before + (state[0],)
         state = _advance(state, e, scale, terms[i][:, None] * rows.B[i][None, :])
         after = after + (state[0],)
         es = es + (e,)
         scales = scales + (scale,)
-    return Walk(state, before, after, es, scales)
+    return Walk(state, before, after, es, scales, deltas, slopes, terms)
 
 
 # ----------------------------------------------------------------------------------------------------------
