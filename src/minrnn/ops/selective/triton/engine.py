@@ -44,8 +44,8 @@ def forward(given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     settings, tiles = _settings(x, _FORWARD_STEPS)
     with torch.cuda.device_of(y):
         forward_kernel[(batch * tiles,)](
-            strided(y), last, borders if save else None, _pointers(x), T, channels, N, tiles, SAVE=save,
-            **settings,
+            strided(y), last, borders if save else None, _pointers(x), flags(x.reset), T, channels, N, tiles,
+            SAVE=save, **settings,
         )  # fmt: skip
     return y, last, borders
 
@@ -71,7 +71,7 @@ def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[
     with torch.cuda.device_of(du):
         backward_kernel[(batch * groups,)](
             _pointers(dx)._replace(B=dB, C=dC), carry, scratch, strided(contiguous_channels(dy)), borders,
-            _pointers(x)._replace(h0=None), T, channels, N, tiles, tiles_each, **settings,
+            _pointers(x)._replace(h0=None), flags(x.reset), T, channels, N, tiles, tiles_each, **settings,
         )  # fmt: skip
     narrow = x.u.dtype
     return [
@@ -97,10 +97,10 @@ def _readable(x: Inputs) -> Inputs:
 
 
 def _pointers(x: Inputs) -> Inputs:
-    """The inputs as the kernels take them: sequences with their strides."""
+    """The inputs as the kernels take them: sequences with their strides, without the resets."""
     arguments: list[Any] = [
         strided(x.u), strided(x.delta_pre), x.A, strided(x.B), strided(x.C), x.D,
-        None if x.z is None else strided(x.z), x.delta_bias, x.h0, flags(x.reset),
+        None if x.z is None else strided(x.z), x.delta_bias, x.h0, None,
     ]  # fmt: skip
     return Inputs(*arguments)
 

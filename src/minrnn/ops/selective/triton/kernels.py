@@ -34,8 +34,8 @@ def _output(after, C, u, x, tile):
 
 @triton.jit(do_not_specialize=_SIZES)
 def forward_kernel(
-    y, last_ptr, borders_ptr, x, T, D, N, tiles, REAL: tl.constexpr, SAVE: tl.constexpr, CHUNK: tl.constexpr,
-    STEPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    y, last_ptr, borders_ptr, x, reset, T, D, N, tiles, REAL: tl.constexpr, SAVE: tl.constexpr,
+    CHUNK: tl.constexpr, STEPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y and the final state."""
     program = tl.program_id(0)
@@ -50,7 +50,7 @@ def forward_kernel(
         if SAVE:  # noqa: SIM102  # Triton evaluates both sides of an `and`
             if start % CHUNK == 0:
                 tl.store(borders_ptr + _border(b, start // CHUNK, T, D, N, tile, CHUNK), h, mask=tile.inside)
-        rows = load_steps(x, None, tile, first, True, REAL, STEPS)
+        rows = load_steps(x, reset, None, tile, first, True, REAL, STEPS)
         walked = walk((h, low), x, rows, tile, first, STEPS)
         h, low = walked.state
         for i in tl.static_range(STEPS):
@@ -64,7 +64,7 @@ def forward_kernel(
 
 @triton.jit
 def _rewalk(
-    scratch_ptr, slot, h, x, begin, tile, REAL: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr
+    scratch_ptr, slot, h, x, reset, begin, tile, REAL: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr
 ):
     # Walk forward through the chunk that begins with the state h, and store the state before every STEPS
     # steps. A lane later reads what it wrote itself, so this needs no barrier.
@@ -73,19 +73,19 @@ def _rewalk(
     for block in range(CHUNK // STEPS - 1):
         tl.store(scratch_ptr + block * SIZE + slot, h)
         first = tl.cast(begin + block * STEPS, tl.int64)
-        rows = load_steps(x, None, tile, first, False, REAL, STEPS)
+        rows = load_steps(x, reset, None, tile, first, False, REAL, STEPS)
         h, low = walk((h, low), x, rows, tile, first, STEPS).state
     tl.store(scratch_ptr + (CHUNK // STEPS - 1) * SIZE + slot, h)
 
 
 @triton.jit
 def _walk_back(
-    g, g_low, drate, dskip, dbias, dx, dy, h, x, first, tile, row, N, known,
+    g, g_low, drate, dskip, dbias, dx, dy, h, x, reset, first, tile, row, N, known,
     REAL: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     # Compute the states of STEPS steps again, from the state h before them, and then, from the last step to
     # the first, all gradients. Return the pair g before these steps, and the sums over time so far.
-    rows = load_steps(x, dy, tile, first, True, REAL, STEPS)
+    rows = load_steps(x, reset, dy, tile, first, True, REAL, STEPS)
     walked = walk((h, tl.full(h.shape, 0.0, REAL)), x, rows, tile, first, STEPS)
     g = (g, g_low)
     for i in tl.static_range(STEPS - 1, -1, -1):
@@ -98,7 +98,7 @@ def _walk_back(
             incoming = incoming * gate
         adjoint, next_g, g = adjoin(g, incoming[:, None] * rows.C[i][None, :], walked.e[i], walked.scale[i])
         to_exponent = next_g * walked.before[i]
-        if x.reset is not None:
+        if len(rows.resets) > 0:
             g = select(rows.resets[i], (0.0, 0.0), g)
         drate += to_exponent * walked.delta[i][:, None]
         by_term = total(adjoint * rows.B[i][None, :], 1)
@@ -138,7 +138,7 @@ def _accumulate(ptr, x, mask):
 
 @triton.jit(do_not_specialize=_SIZES)
 def backward_kernel(
-    dx, carry_ptr, scratch_ptr, dy, borders_ptr, x, T, D, N, tiles, tiles_each, REAL: tl.constexpr,
+    dx, carry_ptr, scratch_ptr, dy, borders_ptr, x, reset, T, D, N, tiles, tiles_each, REAL: tl.constexpr,
     CHUNK: tl.constexpr, STEPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """g[t] = dy[t] C[t] + a[t+1] g[t+1], and the gradients that it gives; a[t+1] g[t+1] is carried.
@@ -164,7 +164,7 @@ def backward_kernel(
             tile = load_tile(x, b, group * tiles_each + member, T, D, N, REAL, BLOCK_D, BLOCK_N)
             border = borders_ptr + _border(b, chunk, T, D, N, tile, CHUNK)
             h = tl.load(border, mask=tile.inside, other=0.0).to(REAL)
-            _rewalk(scratch_ptr, slot, h, x, chunk * CHUNK, tile, REAL, CHUNK, STEPS)
+            _rewalk(scratch_ptr, slot, h, x, reset, chunk * CHUNK, tile, REAL, CHUNK, STEPS)
             carry = carry_ptr + b * D * N + tile.number
             g = tl.load(carry, mask=tile.inside, other=0.0).to(REAL)
             g_low = tl.load(carry + size, mask=tile.inside, other=0.0).to(REAL)
@@ -176,7 +176,23 @@ def backward_kernel(
                 first = tl.cast(chunk * CHUNK + block * STEPS, tl.int64)
                 h = tl.load(scratch_ptr + block * BLOCK_D * BLOCK_N + slot)
                 g, g_low, drate, dskip, dbias = _walk_back(
-                    g, g_low, drate, dskip, dbias, dx, dy, h, x, first, tile, row, N, member > 0, REAL, STEPS
+                    g,
+                    g_low,
+                    drate,
+                    dskip,
+                    dbias,
+                    dx,
+                    dy,
+                    h,
+                    x,
+                    reset,
+                    first,
+                    tile,
+                    row,
+                    N,
+                    member > 0,
+                    REAL,
+                    STEPS,
                 )
             tl.store(carry, g, mask=tile.inside)
             tl.store(carry + size, g_low, mask=tile.inside)

@@ -99,7 +99,7 @@ def _load_rows(sequence, tile, first, column, inside, REAL: tl.constexpr, STEPS:
 
 @triton.jit
 def _load_resets(reset, tile, first, STEPS: tl.constexpr):
-    # Whether each step forgets.
+    # Whether each step forgets. Not a field of x: Triton 3.6 loses a stride of 1 in there.
     if reset is None:
         return ()
     else:
@@ -112,7 +112,7 @@ def _load_resets(reset, tile, first, STEPS: tl.constexpr):
 
 
 @triton.jit
-def load_steps(x, dy, tile, first, OUTPUTS: tl.constexpr, REAL: tl.constexpr, STEPS: tl.constexpr):
+def load_steps(x, reset, dy, tile, first, OUTPUTS: tl.constexpr, REAL: tl.constexpr, STEPS: tl.constexpr):
     """What STEPS steps read: to advance the state, and where OUTPUTS are wanted, for those too."""
     d, in_d, n, in_n = tile.d, tile.in_d, tile.n, tile.in_n
     u = _load_rows(x.u, tile, first, d, in_d, REAL, STEPS)
@@ -121,4 +121,4 @@ def load_steps(x, dy, tile, first, OUTPUTS: tl.constexpr, REAL: tl.constexpr, ST
     C = _load_rows(x.C if OUTPUTS else None, tile, first, n, in_n, REAL, STEPS)
     dy = _load_rows(dy, tile, first, d, in_d, REAL, STEPS)
     z = _load_rows(x.z if OUTPUTS else None, tile, first, d, in_d, REAL, STEPS)
-    return Rows(u, delta_pre, B, C, dy, z, _load_resets(x.reset, tile, first, STEPS))
+    return Rows(u, delta_pre, B, C, dy, z, _load_resets(reset, tile, first, STEPS))

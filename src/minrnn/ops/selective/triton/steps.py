@@ -115,7 +115,7 @@ def walk(state, x, rows, tile, first, STEPS: tl.constexpr):
     deltas, slopes, terms = _discretize(x, rows, tile, first, STEPS)
     before, after, es, scales = (), (), (), ()
     for i in tl.static_range(STEPS):
-        if x.reset is not None:
+        if len(rows.resets) > 0:
             state = select(rows.resets[i], (0.0, 0.0), state)
         e, scale = _decay(deltas[i][:, None] * tile.rate)
         before = before + (state[0],)
