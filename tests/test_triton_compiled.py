@@ -139,7 +139,7 @@ def test_one_kernel_serves_every_length() -> None:
         for B, T in ((64, 4096), (64, 5000), (65, 4096), (66, 2**20)):
             with torch.device("meta"):
                 pre = torch.empty(B, T, 2 * 512)
-            engine.forward([pre], None, None, "mingru", "positive", False)
+            engine.forward([pre], None, None, "mingru", "positive", False, False)
     assert len({kernel.hash for kernel in built}) == 1
 
 

@@ -22,7 +22,7 @@ import triton
 from minrnn.benchmarks.scan import traffic
 from minrnn.ops import GATES
 
-engine: Any = importlib.import_module("minrnn.ops.triton")
+engine: Any = importlib.import_module("minrnn.ops.triton.engine")
 
 CAPABILITIES = {80: 108, 90: 132}  # compute capability: multiprocessors of the A100 and the H100
 

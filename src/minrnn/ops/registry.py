@@ -49,7 +49,7 @@ class Engine:
 # name: (module, device type, key of torch's dispatcher)
 ENGINES: dict[str, tuple[str, str, str]] = {
     "cpp": ("minrnn.ops.cpu", "cpu", "CPU"),
-    "triton": ("minrnn.ops.triton", "cuda", "CUDA"),
+    "triton": ("minrnn.ops.triton.engine", "cuda", "CUDA"),
     "reference": ("minrnn.ops.reference", "any", "CompositeExplicitAutograd"),
 }
 

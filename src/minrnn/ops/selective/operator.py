@@ -24,7 +24,7 @@ __all__ = ["MODULES", "SELECTIVE_SCAN"]
 
 MODULES = {
     "cpp": "minrnn.ops.selective.cpu",
-    "triton": "minrnn.ops.selective.triton",
+    "triton": "minrnn.ops.selective.triton.engine",
     "reference": "minrnn.ops.selective.reference",
 }
 """The modules that compute the selective scan, by the engine's name in minrnn.ops.registry.ENGINES."""
