@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from minrnn.mixers import PairedMinLSTM as PairedMinLSTM
     from minrnn.mixers import PairedMinLSTMCell as PairedMinLSTMCell
     from minrnn.mixers import convert_rnns as convert_rnns
+    from minrnn.mixers import from_mingru_pytorch as from_mingru_pytorch
     from minrnn.models import ModelConfig as ModelConfig
     from minrnn.models import SequenceModel as SequenceModel
     from minrnn.models import generate as generate
@@ -55,6 +56,7 @@ else:
             "PairedMinLSTM",
             "PairedMinLSTMCell",
             "convert_rnns",
+            "from_mingru_pytorch",
         ),
         "models": ("ModelConfig", "SequenceModel", "generate", "load_checkpoint", "save_checkpoint"),
         "ops": ("CANDIDATES", "GATES", "engines", "gated_scan", "release_memory", "scan"),

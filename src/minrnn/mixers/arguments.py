@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from minrnn.files import nearest
 from minrnn.ops.recurrence import FLOATS
 
 
@@ -74,10 +75,11 @@ def read_choice(name: str, key: str, value: Any, known: Collection[str]) -> str:
     """Return one of the names that are known.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: it is none of them; the nearest one is named.
     """
     if not isinstance(value, str) or value not in known:
-        raise ValueError(f"{name}: {key} must be one of {', '.join(known)}, got {value!r}")
+        hint = nearest(str(value), known)
+        raise ValueError(f"{name}: {key} must be one of {', '.join(known)}, got {value!r}{hint}")
     return value
 
 

@@ -8,62 +8,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minrnn.mixers.arguments import read_choice, read_flag
-from minrnn.mixers.layer import Input
+from minrnn.mixers.cell import MinRNNCellBase
+from minrnn.mixers.layer import MinRNNBase
 from minrnn.mixers.mingru import MinGRU, MinGRUCell
-from minrnn.mixers.minlstm import MinLSTM, MinLSTMCell
+from minrnn.mixers.paired import PairedMinLSTM, PairedMinLSTMCell
 from minrnn.ops import CANDIDATES
-
-Pair = tuple[Tensor, Tensor]
-"""torch.nn.LSTM's state, (h, c)."""
-
-
-class PairedMinLSTM(MinLSTM):
-    """A `MinLSTM` that takes and returns `torch.nn.LSTM`'s pair of states, (h, c).
-
-    What nn.LSTM carries along is c[t] = f[t] c[t-1] + i[t] g[t]. A minLSTM has the same recurrence and drops
-    the output gate behind it, so its h is its c:
-
-    - it returns h_n twice, as (h_n, c_n);
-    - of (h_0, c_0) it starts from c_0. h_0 must fit but is not read: in nn.LSTM nothing but `weight_hh`
-      reads it, which a minLSTM does not have.
-
-    A pair that it returned, passed to it again, continues where it stopped.
-    """
-
-    def forward(  # type: ignore[override]  # a pair, as torch.nn.LSTM's
-        self,
-        input: Input,
-        hx: Pair | None = None,
-        *,
-        reset: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> tuple[Input, Pair]:
-        """Run `MinLSTM.forward`, with hx = (h_0, c_0), and return output, (h_n, c_n).
-
-        Raises:
-            TypeError: hx is not a pair of tensors, or as `MinLSTM.forward`.
-            ValueError: h_0 has not the shape of c_0, or as `MinLSTM.forward`.
-        """
-        c_0 = _carried(type(self).__name__, hx)
-        output, h_n = super().forward(input, c_0, reset=reset, cu_seqlens=cu_seqlens)
-        return output, (h_n, h_n.clone())  # two tensors: the caller may change one in place
-
-
-class PairedMinLSTMCell(MinLSTMCell):
-    """A `MinLSTMCell` that takes and returns `torch.nn.LSTMCell`'s pair (h, c); see `PairedMinLSTM`."""
-
-    def forward(self, input: Tensor, hx: Pair | None = None) -> Pair:  # type: ignore[override]  # the same
-        """Run `MinLSTMCell.forward`, with hx = (h, c), and return (h', c').
-
-        Raises:
-            TypeError: hx is not a pair of tensors.
-            ValueError: h has not the shape of c, or as `MinLSTMCell.forward`.
-        """
-        h = super().forward(input, _carried(type(self).__name__, hx))
-        return h, h.clone()
 
 
 def convert_rnns(module: nn.Module, *, candidate: str = "positive", signed: bool = False) -> nn.Module:
@@ -152,7 +104,7 @@ def _own_attributes(old: Any) -> list[str]:
     return [name for name in vars(old) if name not in usual]
 
 
-def _layer(kind: type[MinGRU] | type[MinLSTM]) -> Callable[[Any, str, bool], nn.Module]:
+def _layer(kind: type[MinRNNBase]) -> Callable[[Any, str, bool], nn.Module]:
     return lambda old, candidate, signed: kind(
         old.input_size,
         old.hidden_size,
@@ -168,7 +120,7 @@ def _layer(kind: type[MinGRU] | type[MinLSTM]) -> Callable[[Any, str, bool], nn.
     )
 
 
-def _cell(kind: type[MinGRUCell] | type[MinLSTMCell]) -> Callable[[Any, str, bool], nn.Module]:
+def _cell(kind: type[MinRNNCellBase]) -> Callable[[Any, str, bool], nn.Module]:
     return lambda old, candidate, signed: kind(
         old.input_size,
         old.hidden_size,
@@ -315,15 +267,3 @@ def _modules_in(value: Any, seen: set[int]) -> Iterator[nn.Module]:
 
 def _where(path: str) -> str:
     return f"module {path!r}" if path else "the module"
-
-
-def _carried(name: str, hx: Pair | None) -> Tensor | None:
-    """Return what a minLSTM starts from, of nn.LSTM's pair."""
-    if hx is None:
-        return None
-    if not isinstance(hx, (tuple, list)) or len(hx) != 2 or not all(isinstance(x, Tensor) for x in hx):
-        raise TypeError(f"{name}: hx must be the pair (h, c) of tensors, got {type(hx).__name__}")
-    h, c = hx
-    if h.shape != c.shape:
-        raise ValueError(f"{name}: h and c must be of one shape, got {tuple(h.shape)} and {tuple(c.shape)}")
-    return c

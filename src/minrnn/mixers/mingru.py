@@ -1,7 +1,5 @@
 """MinGRU: the GRU whose gate looks at the input alone, so that it trains in parallel over time."""
 
-import torch
-
 from minrnn.mixers.cell import MinRNNCell
 from minrnn.mixers.layer import MinRNN, MinRNNMixer
 
@@ -57,39 +55,7 @@ class MinGRU(MinRNN):
         (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        *,
-        candidate: str = "positive",
-        forget_bias: float | None = None,
-        signed: bool = False,
-        recompute: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            "mingru",
-            input_size=input_size,
-            hidden_size=hidden_size,
-            num_layers=num_layers,
-            bias=bias,
-            batch_first=batch_first,
-            dropout=dropout,
-            bidirectional=bidirectional,
-            candidate=candidate,
-            forget_bias=forget_bias,
-            signed=signed,
-            recompute=recompute,
-            device=device,
-            dtype=dtype,
-        )
+    gate = "mingru"
 
 
 class MinGRUCell(MinRNNCell):
@@ -126,29 +92,7 @@ class MinGRUCell(MinRNNCell):
         torch.Size([3, 20])
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        *,
-        candidate: str = "positive",
-        forget_bias: float | None = None,
-        signed: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            "mingru",
-            input_size=input_size,
-            hidden_size=hidden_size,
-            bias=bias,
-            candidate=candidate,
-            forget_bias=forget_bias,
-            signed=signed,
-            device=device,
-            dtype=dtype,
-        )
+    gate = "mingru"
 
 
 class MinGRUMixer(MinRNNMixer):
@@ -163,23 +107,4 @@ class MinGRUMixer(MinRNNMixer):
         bias: as in `MinGRU`.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        d_hidden: int,
-        *,
-        candidate: str = "positive",
-        forget_bias: float | None = None,
-        signed: bool = False,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(d_model, d_hidden)
-        self.rnn = MinGRU(
-            d_model,
-            d_hidden,
-            bias=bias,
-            batch_first=True,
-            candidate=candidate,
-            forget_bias=forget_bias,
-            signed=signed,
-        )
+    layer = MinGRU

@@ -1,26 +1,13 @@
 """MinLSTM: the LSTM whose gates look at the input alone, so that it trains in parallel over time."""
 
-import torch
+from dataclasses import dataclass, field
 
-from minrnn.mixers.arguments import read_flag
 from minrnn.mixers.cell import MinRNNCell
-from minrnn.mixers.gated import GatedModule
 from minrnn.mixers.layer import MinRNN, MinRNNMixer
 
 
-class _Normalised(GatedModule):
-    """Reads from the gate's name whether it is normalised."""
-
-    @property
-    def normalize(self) -> bool:
-        """Whether the gates are made to sum to one."""
-        return self.gate != "minlstm_unnormalized"
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.normalize else ", normalize=False")
-
-
-class MinLSTM(_Normalised, MinRNN):
+@dataclass(eq=False, repr=False)
+class MinLSTM(MinRNN):
     """Apply a multi-layer minLSTM to a sequence; a drop-in for `torch.nn.LSTM`, without the cell state.
 
         f[t] = sigmoid(W_f x[t] + b_f),   i[t] = sigmoid(W_i x[t] + b_i)
@@ -75,43 +62,12 @@ class MinLSTM(_Normalised, MinRNN):
         (torch.Size([5, 3, 40]), torch.Size([2, 3, 20]))
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        *,
-        candidate: str = "positive",
-        forget_bias: float | None = None,
-        normalize: bool = True,
-        signed: bool = False,
-        recompute: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            _gate(type(self).__name__, normalize, signed),
-            input_size=input_size,
-            hidden_size=hidden_size,
-            num_layers=num_layers,
-            bias=bias,
-            batch_first=batch_first,
-            dropout=dropout,
-            bidirectional=bidirectional,
-            candidate=candidate,
-            forget_bias=forget_bias,
-            signed=signed,
-            recompute=recompute,
-            device=device,
-            dtype=dtype,
-        )
+    gate = "minlstm"
+    normalize: bool = field(default=True, kw_only=True)
 
 
-class MinLSTMCell(_Normalised, MinRNNCell):
+@dataclass(eq=False, repr=False)
+class MinLSTMCell(MinRNNCell):
     """Apply one step of a minLSTM; a drop-in for `torch.nn.GRUCell`, as there is no cell state.
 
         h' = f' * h + i' * g(W_h x + b_h),   f = sigmoid(W_f x + b_f),   i = sigmoid(W_i x + b_i)
@@ -148,30 +104,8 @@ class MinLSTMCell(_Normalised, MinRNNCell):
         torch.Size([3, 20])
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        *,
-        candidate: str = "positive",
-        forget_bias: float | None = None,
-        normalize: bool = True,
-        signed: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            _gate(type(self).__name__, normalize, signed),
-            input_size=input_size,
-            hidden_size=hidden_size,
-            bias=bias,
-            candidate=candidate,
-            forget_bias=forget_bias,
-            signed=signed,
-            device=device,
-            dtype=dtype,
-        )
+    gate = "minlstm"
+    normalize: bool = field(default=True, kw_only=True)
 
 
 class MinLSTMMixer(MinRNNMixer):
@@ -187,6 +121,8 @@ class MinLSTMMixer(MinRNNMixer):
         bias: as in `MinLSTM`.
     """
 
+    layer = MinLSTM
+
     def __init__(
         self,
         d_model: int,
@@ -198,22 +134,12 @@ class MinLSTMMixer(MinRNNMixer):
         signed: bool = False,
         bias: bool = True,
     ) -> None:
-        super().__init__(d_model, d_hidden)
-        self.rnn = MinLSTM(
+        self._build(
             d_model,
             d_hidden,
-            bias=bias,
-            batch_first=True,
             candidate=candidate,
             forget_bias=forget_bias,
             normalize=normalize,
             signed=signed,
+            bias=bias,
         )
-
-
-def _gate(name: str, normalize: bool, signed: bool) -> str:
-    normalize, signed = read_flag(name, "normalize", normalize), read_flag(name, "signed", signed)
-    if signed and not normalize:
-        # f - i lies in (-1, 1) as well, but no source defines it, and f' - i' tracks all that it could.
-        raise ValueError(f"{name}: signed must be False with normalize=False, got True; drop one of the two")
-    return "minlstm" if normalize else "minlstm_unnormalized"
