@@ -1,4 +1,4 @@
-"""The gated recurrences that layers, cells and mixers are tested with: every gate that has them, every form."""
+"""The gated recurrences that tests of layers, cells and mixers sweep: every gate, in every form."""
 
 from inspect import signature
 from typing import Any

@@ -5,6 +5,7 @@ import itertools
 import pickle
 import warnings
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -143,6 +144,17 @@ def test_shapes_and_names_are_those_of_torch(
 def test_positional_arguments_mean_what_they_mean_in_torch(name: str) -> None:
     ours, theirs = LAYERS[name](I, H, 2, False, True, 0.25, True), nn.GRU(I, H, 2, False, True, 0.25, True)
     assert repr(ours) == repr(theirs).replace("GRU", type(ours).__name__)
+
+
+@every_layer
+def test_options_are_arguments_and_attributes(name: str) -> None:
+    """All but device and dtype, which the parameters have."""
+    ours = signature(LAYERS[name]).parameters
+    theirs = signature(nn.RNNBase).parameters.keys() - {"mode", "proj_size", "device", "dtype"}
+    assert {key for key, parameter in ours.items() if parameter.kind is not parameter.KEYWORD_ONLY} == theirs
+    layer = LAYERS[name](I, H)
+    assert {key for key in ours if not hasattr(layer, key)} == {"device", "dtype"}
+    assert layer.gate == name
 
 
 @every_layer

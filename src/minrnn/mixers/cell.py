@@ -1,4 +1,4 @@
-"""One step of a gated recurrence as a module with the surface of `torch.nn.GRUCell`."""
+"""The base classes of cells, with the interface of `torch.nn.GRUCell` around one step of a gated scan."""
 
 from dataclasses import KW_ONLY, InitVar, dataclass
 
@@ -11,7 +11,7 @@ from minrnn.ops.recurrence import check_tensor
 
 @dataclass(eq=False, repr=False)
 class MinRNNCellBase(GatedModule):
-    """One step of a gated scan, without a `forward`: as torch.nn.RNNCellBase, but for any form of state."""
+    """One step of a gated scan, without a `forward`, which depends on the form of the state."""
 
     input_size: int
     hidden_size: int
@@ -30,7 +30,7 @@ class MinRNNCellBase(GatedModule):
         return {"": self.input_size}
 
     def _advance(self, input: Tensor, hx: Tensor | None) -> Tensor:
-        """Do the work of `MinRNNCell.forward`."""
+        """Compute `MinRNNCell.forward`."""
         check_tensor(type(self).__name__, "input", input)
         if input.dim() not in (1, 2) or input.shape[-1] != self.input_size:
             raise ValueError(
@@ -52,7 +52,7 @@ for _argument in ("device", "dtype"):  # arguments, not attributes, which their 
 
 
 class MinRNNCell(MinRNNCellBase):
-    """A cell with one tensor as its state; a subclass names the gate."""
+    """One step of a gated scan whose state is one tensor; a subclass names the gate."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Advance the state by one step.

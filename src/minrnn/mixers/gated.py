@@ -1,4 +1,4 @@
-"""What a layer and a cell share: projections of the input to a gate's pre-activations, and how they start."""
+"""What layers and cells share: the parameters of gated recurrences and their initialization."""
 
 import math
 from dataclasses import MISSING, fields
@@ -14,9 +14,10 @@ from minrnn.ops.recurrence import FLOATS, STARTS
 from minrnn.ops.transforms import in_autocast
 
 FORGET_BIAS = 1.0
-"""How far towards keeping the gate starts, in logits; at 1 a cell keeps about 73 % of its state a step.
+"""The default of forget_bias, in logits.
 
-A signed cell's decay, -1 to 1 instead of 0 to 1, starts as far towards +1: at 46 %, and at 0 without it.
+Where the rest of a pre-activation is 0, minGRU's decay is then sigmoid(1) = 0.73 instead of 0.5; signed, 0.46
+instead of 0.
 """
 
 UNNORMALIZED = {"minlstm": "minlstm_unnormalized"}
@@ -98,7 +99,7 @@ class GatedModule(nn.Module):
         return [getattr(self, kind + suffix) for kind in kinds]
 
     def _recurrence(self, x: Tensor, suffix: str) -> Recurrence:
-        """The recurrence that starts with this projection, to be run on x."""
+        """Return the recurrence of this projection, for an input x."""
         # Read once a call: a parametrized weight is computed anew each time that it is read.
         weight: Tensor = getattr(self, "weight_ih" + suffix)
         bias: Tensor | None = getattr(self, "bias_ih" + suffix) if self.bias else None
@@ -112,8 +113,8 @@ class GatedModule(nn.Module):
     def reset_parameters(self) -> None:
         """Draw parameters from U(-k, k), k = 1 / sqrt(hidden_size), as torch.nn.GRU; add the forget bias.
 
-        With the forget bias the cell starts by forgetting slowly, so that gradients reach far back from the
-        first step.
+        With the forget bias the recurrence starts by forgetting slowly, so that from the beginning of
+        training gradients reach far back in time.
         """
         bound, gate = 1.0 / math.sqrt(self.hidden_size), GATES[self.gate]
         assert gate.keeps is not None
@@ -137,7 +138,7 @@ class GatedModule(nn.Module):
         return ", ".join(parts)
 
     def _check_hx(self, hx: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Raise unless the state has this shape, and nothing of it is lost beside an input of this dtype."""
+        """Raise unless the state has this shape and a dtype that goes with an input of this dtype."""
         name = type(self).__name__
         if hx is None:
             return

@@ -1,4 +1,4 @@
-"""The shell of `torch.nn.GRU` around a gated scan: everything MinGRU and MinLSTM share but their gate."""
+"""The base classes of layers, with the interface of `torch.nn.GRU` around gated scans."""
 
 import warnings
 from dataclasses import KW_ONLY, InitVar, dataclass
@@ -21,7 +21,7 @@ Input = TypeVar("Input", Tensor, PackedSequence)
 
 @dataclass(eq=False, repr=False)
 class MinRNNBase(GatedModule):
-    """Layers of one gated scan each, without a `forward`: as torch.nn.RNNBase, but for any form of state."""
+    """Stacked layers of gated scans, without a `forward`, which depends on the form of the state."""
 
     input_size: int
     hidden_size: int
@@ -76,7 +76,7 @@ class MinRNNBase(GatedModule):
     def _run(
         self, input: Input, hx: Tensor | None, reset: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Input, Tensor]:
-        """Do the work of `MinRNN.forward`."""
+        """Compute `MinRNN.forward`."""
         ragged = self._read_ragged(input, cu_seqlens)
         if ragged is not None:
             return self._run_ragged(ragged, hx, reset)
@@ -116,7 +116,7 @@ class MinRNNBase(GatedModule):
         self._check_hx(hx, self._state_shape((ragged.offsets.shape[0] - 1,)), rows.dtype)
         sequences = Joined(ragged.offsets, rows.shape[0])
         output, h_n = self._run_layers(rows.unsqueeze(0), hx, sequences)
-        return ragged.dress(output.squeeze(0)), h_n
+        return ragged.repack(output.squeeze(0)), h_n
 
     def _run_layers(self, x: Tensor, hx: Tensor | None, sequences: Batch | Joined) -> tuple[Tensor, Tensor]:
         finals: list[Tensor] = []
@@ -152,7 +152,7 @@ for _argument in ("device", "dtype"):  # arguments, not attributes, which their 
 
 
 class MinRNN(MinRNNBase):
-    """Layers with one tensor as their state; a subclass names the gate."""
+    """Stacked layers of gated scans whose state is one tensor; a subclass names the gate."""
 
     def forward(
         self,
@@ -170,22 +170,22 @@ class MinRNN(MinRNNBase):
                 `(B, *, input_size)` whatever batch_first is, or joined end to end with `cu_seqlens`; they
                 are not padded.
             hx: h_0, `(num_layers * num_directions, B, hidden_size)`, without B when unbatched; None is zeros.
-            reset: bool, the shape of `input` without its last axis; True where a new sequence starts. What
-                comes before that step is forgotten; in the backward direction, which meets the sequence's
-                last step first, what comes after that last step is forgotten. So no direction sees across a
-                start.
+            reset: bool, the shape of `input` without its last axis; True where a new sequence starts. The
+                forward direction forgets everything before that step; the backward direction, which reads
+                a sequence from its last step, forgets everything after that last step. So no information
+                crosses a start.
             cu_seqlens: `(B + 1,)`, int32 or int64, rising from 0 to total: input holds B sequences end to
-                end, the i-th in steps cu_seqlens[i] to cu_seqlens[i + 1], and is `(total, input_size)` or
-                has a batch of 1 beside. Unlike with `reset`, each has a state of its own in hx and h_n.
+                end, the i-th in steps cu_seqlens[i] to cu_seqlens[i + 1], and is `(total, input_size)`, with
+                or without a batch axis of 1. Unlike with `reset`, each has its own state in hx and h_n.
 
         Returns:
-            output: the last layer's states, `(T, B, num_directions * hidden_size)`, its axes ordered as those
-                of `input`, or in the form in which sequences of different lengths came.
-            h_n: as `hx`: every layer's state after each sequence's own last step (the backward direction's
-                last step is t = 0).
+            output: the last layer's states, `(T, B, num_directions * hidden_size)`, in the layout of `input`,
+                also for sequences of different lengths.
+            h_n: as `hx`: every layer's state after the last step of each sequence (of the backward
+                direction, t = 0).
 
         Raises:
-            TypeError: input or hx is not a tensor, reset is not bool, cu_seqlens is not of ints, or a nested
+            TypeError: input or hx is not a tensor, reset is not bool, cu_seqlens is not integer, or a nested
                 tensor is not jagged.
             ValueError: a shape, the offsets or the dtype do not fit.
         """
@@ -213,7 +213,7 @@ class MinRNNMixer(Mixer):
         self._build(d_model, d_hidden, candidate=candidate, forget_bias=forget_bias, signed=signed, bias=bias)
 
     def _build(self, d_model: int, d_hidden: int, **options: Any) -> None:
-        """Do the work of the constructor, with the layer's options."""
+        """Construct the mixer, with the options of its layer."""
         super().__init__(d_model, d_hidden)
         self.rnn = self.layer(d_model, d_hidden, batch_first=True, **options)
 

@@ -1,4 +1,4 @@
-"""MinLSTM: the LSTM whose gates look at the input alone, so that it trains in parallel over time."""
+"""MinLSTM: the LSTM whose gates depend on the input alone, so that it trains in parallel over time."""
 
 from dataclasses import dataclass, field
 
@@ -8,7 +8,7 @@ from minrnn.mixers.layer import MinRNN, MinRNNMixer
 
 @dataclass(eq=False, repr=False)
 class MinLSTM(MinRNN):
-    """Apply a multi-layer minLSTM to a sequence; a drop-in for `torch.nn.LSTM`, without the cell state.
+    """Apply a multi-layer minLSTM to a sequence; a replacement for `torch.nn.LSTM`, without the cell state.
 
         f[t] = sigmoid(W_f x[t] + b_f),   i[t] = sigmoid(W_i x[t] + b_i)
         h[t] = f'[t] * h[t-1] + i'[t] * g(W_h x[t] + b_h)
@@ -19,13 +19,13 @@ class MinLSTM(MinRNN):
     holds the rows [f; i; candidate], `(3 * hidden_size, input_size)`; there is no `weight_hh`. State in and
     out is h alone, not a pair.
 
-    Where gradients are recorded, the output must not be changed in place, as nn.Dropout(inplace=True) behind
-    the layer would: backward reads it, and raises. (torch.nn.LSTM's may be changed on the CPU.)
+    While gradients are recorded, the output must not be modified in place, for example by a following
+    nn.Dropout(inplace=True): backward reads it and would raise. (On the CPU, torch.nn.LSTM's may be.)
 
     Args:
         input_size: channels of the input.
         hidden_size: channels of the state.
-        num_layers: layers, each fed the states of the one below.
+        num_layers: number of layers; each reads the states of the one below.
         bias: whether the projections have biases `bias_ih_l{k}`.
         batch_first: input and output are `(B, T, ...)` instead of `(T, B, ...)`; h_0 and h_n stay as they
             are.
@@ -33,23 +33,23 @@ class MinLSTM(MinRNN):
         bidirectional: run a second scan backwards in time in each layer and join the outputs.
         candidate: g: "positive" (x + 0.5 for x >= 0, sigmoid(x) below; what the paper trains), "linear"
             (g(x) = x, the paper's plain form) or "tanh".
-        forget_bias: added to f's bias at initialisation, in logits, so that the cell forgets slowly at the
-            start; None is 1.0, or 0 without bias. With signed=True it moves the decay as far towards +1, so
-            that the cell starts by keeping its state, not by turning it over.
-        normalize: let the gates sum to one, which keeps the state's scale the same at every length.
-        signed: let decays lie in (-1, 1), from f' - i' = 1 - 2 i'; needs normalize. With decays in (0, 1) no
-            depth tracks parity at every length; with these one channel does: at i' = 1 and g = 1, h becomes
-            1 - h. The state is then no mean of candidates, and not bounded by them: near i' = 1, those of
-            alternating sign add up.
-        recompute: keep only the input and a few states for backward, and compute the rest again there: of
-            what a layer keeps, a fifth, or two where its output is kept by what follows. A training step
-            takes about a third longer. torch.func's transforms keep everything.
-        device: where the parameters live.
+        forget_bias: added to f's bias at initialization, so that the layer forgets slowly at first; None is
+            1.0, or 0 without bias. With signed=True it moves the decay towards +1 likewise, so that the layer
+            starts by keeping its state and not by flipping its sign.
+        signed: allow decays in (-1, 1), f' - i' = 1 - 2 i'; needs normalize. With decays in (0, 1) no number
+            of layers can track parity at every length; with these, one channel can: at i' = 1 and g = 1, h
+            becomes 1 - h. The state is then not a mean of the candidates and not bounded by them: near i' =
+            1, candidates of alternating sign add up.
+        recompute: save only the input and a few states for backward, and recompute the rest there. The layer
+            then saves a fifth as much, or two fifths where the next module saves the layer's output; a
+            training step takes about a third longer. Under torch.func's transforms everything is saved.
+        normalize: make the gates sum to one, so that the scale of the state does not depend on the length.
+        device: the parameters' device.
         dtype: the parameters' dtype.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: a size is not positive, dropout is no probability, the candidate is unknown, or a
+        ValueError: a size is not positive, dropout is not a probability, the candidate is unknown, or a
             forget_bias is given without bias, or signed is combined with normalize=False.
 
     Source: "Were RNNs All We Needed?", section 3.2 and appendix B; for signed, Grazzi et al., "Unlocking
@@ -68,7 +68,7 @@ class MinLSTM(MinRNN):
 
 @dataclass(eq=False, repr=False)
 class MinLSTMCell(MinRNNCell):
-    """Apply one step of a minLSTM; a drop-in for `torch.nn.GRUCell`, as there is no cell state.
+    """Apply one step of a minLSTM; a drop-in replacement for `torch.nn.GRUCell`, as there is no cell state.
 
         h' = f' * h + i' * g(W_h x + b_h),   f = sigmoid(W_f x + b_f),   i = sigmoid(W_i x + b_i)
         f' = f / (f + i),   i' = i / (f + i)          f' = f,   i' = i   with normalize=False
@@ -85,7 +85,7 @@ class MinLSTMCell(MinRNNCell):
         forget_bias: as in `MinLSTM`.
         normalize: as in `MinLSTM`.
         signed: as in `MinLSTM`.
-        device: where the parameters live.
+        device: the parameters' device.
         dtype: the parameters' dtype.
 
     Raises:
@@ -109,7 +109,7 @@ class MinLSTMCell(MinRNNCell):
 
 
 class MinLSTMMixer(MinRNNMixer):
-    """A minLSTM layer under the mixers' contract: state h `(B, d_hidden)`.
+    """A minLSTM layer as a mixer; the state is h `(B, d_hidden)`.
 
     Args:
         d_model: channels of the input.

@@ -1,4 +1,4 @@
-"""MinLSTM with the pair of states that torch.nn.LSTM has."""
+"""MinLSTM with torch.nn.LSTM's pair of states."""
 
 from dataclasses import dataclass, field
 
@@ -13,16 +13,16 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(eq=False, repr=False)
 class PairedMinLSTM(MinRNNBase):
-    """A `MinLSTM` that takes and returns `torch.nn.LSTM`'s pair of states, (h, c).
+    """A `MinLSTM` with `torch.nn.LSTM`'s pair of states, (h, c).
 
-    What nn.LSTM carries along is c[t] = f[t] c[t-1] + i[t] g[t]. A minLSTM has the same recurrence and drops
-    the output gate behind it, so its h is its c:
+    nn.LSTM's recurrence is c[t] = f[t] c[t-1] + i[t] g[t]. A minLSTM has the same one without the output gate
+    after it, so its h is its c:
 
     - it returns h_n twice, as (h_n, c_n);
-    - of (h_0, c_0) it starts from c_0. h_0 must fit but is not read: in nn.LSTM nothing but `weight_hh`
-      reads it, which a minLSTM does not have.
+    - of (h_0, c_0) it starts from c_0. h_0 must have the right shape but is not read: in nn.LSTM it is only
+      multiplied by `weight_hh`, which a minLSTM does not have.
 
-    A pair that it returned, passed to it again, continues where it stopped.
+    A returned pair, passed in again, continues the sequence. The constructor's arguments are `MinLSTM`'s.
     """
 
     gate = "minlstm"
@@ -40,16 +40,16 @@ class PairedMinLSTM(MinRNNBase):
 
         Raises:
             TypeError: hx is not a pair of tensors, or as `MinLSTM.forward`.
-            ValueError: h_0 has not the shape of c_0, or as `MinLSTM.forward`.
+            ValueError: h_0 and c_0 have different shapes, or as `MinLSTM.forward`.
         """
-        c_0 = _carried(type(self).__name__, hx)
+        c_0 = _read_pair(type(self).__name__, hx)
         output, h_n = self._run(input, c_0, reset, cu_seqlens)
         return output, (h_n, h_n.clone())  # two tensors: the caller may change one in place
 
 
 @dataclass(eq=False, repr=False)
 class PairedMinLSTMCell(MinRNNCellBase):
-    """A `MinLSTMCell` that takes and returns `torch.nn.LSTMCell`'s pair (h, c); see `PairedMinLSTM`."""
+    """A `MinLSTMCell` with `torch.nn.LSTMCell`'s pair of states, (h, c); see `PairedMinLSTM`."""
 
     gate = "minlstm"
     normalize: bool = field(default=True, kw_only=True)
@@ -59,14 +59,14 @@ class PairedMinLSTMCell(MinRNNCellBase):
 
         Raises:
             TypeError: hx is not a pair of tensors.
-            ValueError: h has not the shape of c, or as `MinLSTMCell.forward`.
+            ValueError: h and c have different shapes, or as `MinLSTMCell.forward`.
         """
-        h = self._advance(input, _carried(type(self).__name__, hx))
+        h = self._advance(input, _read_pair(type(self).__name__, hx))
         return h, h.clone()
 
 
-def _carried(name: str, hx: Pair | None) -> Tensor | None:
-    """Return what a minLSTM starts from, of nn.LSTM's pair."""
+def _read_pair(name: str, hx: Pair | None) -> Tensor | None:
+    """Return the state that a minLSTM starts from: c of nn.LSTM's pair."""
     if hx is None:
         return None
     if not isinstance(hx, (tuple, list)) or len(hx) != 2 or not all(isinstance(x, Tensor) for x in hx):
