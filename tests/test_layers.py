@@ -370,6 +370,7 @@ def test_state_may_be_passed_by_torchs_name(name: str) -> None:
         ({"dropout": 1.5}, ValueError, r"dropout must be a probability in \[0, 1\], got 1.5"),
         ({"dropout": True}, ValueError, "dropout must be a probability"),
         ({"candidate": "relu"}, ValueError, "candidate must be one of positive, linear, tanh, got 'relu'"),
+        ({"candidate": "tan"}, ValueError, r"got 'tan'; did you mean 'tanh'\?"),
         ({"bias": False, "forget_bias": 1.0}, ValueError, "forget_bias=1.0 needs a bias"),
         ({"proj_size": 2}, TypeError, "proj_size"),
     ],

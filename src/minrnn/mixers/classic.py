@@ -42,7 +42,7 @@ class ClassicMixer(Mixer):
         if reset is None:
             return self._run(x, state)
         refuse_export(
-            f"{type(self).__name__}: reset must be None in an exported program, as its values split the time axis"
+            f"{type(self).__name__}: reset must be None in an exported program, as its values split time"
         )
         starts = reset.any(dim=0).nonzero().flatten().tolist()
         cuts = sorted({0, x.shape[1], *starts})

@@ -69,7 +69,7 @@ class Mixer(nn.Module):
         return self.mix(x, state, reset)
 
     def state_form(self, dtype: torch.dtype) -> tuple[PartForm, ...]:
-        """Return the form of each tensor of the state for inputs of a dtype; by default, h `(B, d_hidden)`."""
+        """Return the form of the state's tensors for inputs of a dtype; by default, of h `(B, d_hidden)`."""
         return (((self.d_hidden,), torch.promote_types(dtype, torch.float32)),)
 
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
