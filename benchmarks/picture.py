@@ -14,16 +14,16 @@ from matplotlib.axes import Axes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-OURS, PEER, THIRD, LIMIT = "#0b5cd6", "#d1495b", "#e08e26", "#555555"
+BLUE, RED, ORANGE, GRAY = "#0b5cd6", "#d1495b", "#e08e26", "#555555"
 LAYERS = {
-    "minrnn": ("minrnn's MinGRU", OURS),
-    "gru": ("torch.nn.GRU", PEER),
-    "mingru-pytorch": ("minGRU-pytorch (log space)", THIRD),
-    "linear": ("its matrix product alone", LIMIT),
+    "minrnn": ("minrnn's MinGRU", BLUE),
+    "gru": ("torch.nn.GRU", RED),
+    "mingru-pytorch": ("minGRU-pytorch (log space)", ORANGE),
+    "linear": ("its matrix product alone", GRAY),
 }
 # Points, for labels that would meet.
 LIFT = {"torch.nn.GRU": -6, LAYERS["mingru-pytorch"][0]: 5, LAYERS["minrnn"][0]: 6, LAYERS["linear"][0]: -7}
-SYSTEMS = {"minrnn": ("minrnn", OURS), "log-space": ("minGRU-pytorch (log space)", THIRD)}
+SYSTEMS = {"minrnn": ("minrnn", BLUE), "log-space": ("minGRU-pytorch (log space)", ORANGE)}
 
 
 def main() -> None:

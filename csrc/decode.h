@@ -73,11 +73,11 @@ struct Branch {
     Norm norm;
     Convolution conv;
     Projection up, down;
-    int gate;  // negative: an activation instead
-    int candidate, num_pre;
+    Mode mode;  // gate negative: an activation instead
+    int num_pre;
     Activation activation;
     bool residual;
-    bool recurrent() const { return gate >= 0; }
+    bool recurrent() const { return mode.gate >= 0; }
     // Floats of each row: of the convolution's window, of the gate's state, and of what a step computes in between.
     int64_t window_size() const { return std::max<int64_t>(conv.width - 1, 0) * up.in; }
     int64_t state_size() const { return recurrent() ? down.in : 0; }
@@ -117,7 +117,7 @@ struct RowIndex {
 // next_h = gate(pre, h), row by row, by the kernels of every other length. Returns whether it is finite.
 inline bool advance(const RowTable &table, const Branch &b, int64_t rows, RowIndex index, const float *pre,
                     const BranchState &state, CarryRow<float> carry) {
-    const RowKernels<float> &kernels = table.of(b.gate, b.candidate, float());
+    const RowKernels<float> &kernels = table.of<float>(b.mode);
     const int64_t D = b.down.in;
     for (int64_t r = 0; r < rows; ++r, pre += b.up.out) {
         fill(carry, D, 0.0f);
@@ -247,11 +247,6 @@ inline bool run_in_pool(const FusedStep &step, const RowTable &table, const Deco
     return true;
 }
 
-#define MINRNN_DECLARE_DECODE(isa)      \
-    namespace isa {                      \
-    extern const DecodeKernels decode;  \
-    }
-MINRNN_FOR_EACH_ISA(MINRNN_DECLARE_DECODE)
-#undef MINRNN_DECLARE_DECODE
+MINRNN_KERNELS(DecodeKernels, decode)
 
 }  // namespace minrnn

@@ -1,4 +1,4 @@
-// A model's step in the Python module minrnn.ops._cpu: tensors in, nothing out.
+// A model's step in the Python module minrnn.ops._cpu.
 //
 // Shapes and dtypes are trusted: src/minrnn/models/fused_step.py checks them. That a tensor has memory of that extent,
 // and that tokens and rows lie within their tables, is checked here.
@@ -24,19 +24,9 @@ namespace {
 const RowTable *table;
 const DecodeKernels *kernels;
 
-const DecodeKernels *kernels_of(Isa isa) {
-    switch (isa) {
-#ifdef MINRNN_X86
-        case Isa::avx512_bf16: return &avx512_bf16::decode;
-        case Isa::avx512: return &avx512::decode;
-        case Isa::avx2: return &avx2::decode;
-#endif
-        default: return &baseline::decode;
-    }
-}
-
 using Pair = std::pair<nb::handle, nb::handle>;  // weight and bias, either None
 using NormOf = std::tuple<int, float, Pair>;     // kind, eps, scale
+using ModeOf = std::tuple<int, int, bool>;       // gate, candidate, signed; a negative gate: an activation
 using Indices = std::vector<int64_t>;
 
 const float *read(const char *what, nb::handle x, int64_t count) { return reach<const float>(what, x, count); }
@@ -96,17 +86,18 @@ bool run_step(const FusedStep &step, int64_t num_rows, int threads, const Indice
 }
 
 void add_branch(FusedStep &step, const NormOf &of, int64_t conv_width, Pair conv, int64_t wide, int64_t D, Pair up,
-                Pair down, int gate, int candidate, int num_pre, int activation, bool residual) {
+                Pair down, ModeOf mode, int num_pre, int activation, bool residual) {
     const int64_t n = step.d_model;
+    const auto [gate, candidate, is_signed] = mode;
     step.branches.push_back({norm(of, n), {conv_width, weights(conv, conv_width * n, n)}, projection(n, wide, up),
-                             projection(D, n, down), gate, candidate, num_pre, static_cast<Activation>(activation),
-                             residual});
+                             projection(D, n, down), {gate, candidate, is_signed}, num_pre,
+                             static_cast<Activation>(activation), residual});
 }
 
 }  // namespace
 
-void bind_decode(nb::module_ &m, Isa isa, const RowTable &rows) {
-    table = &rows, kernels = kernels_of(isa);
+void bind_decode(nb::module_ m, Isa isa) {
+    table = &rows_of(isa), kernels = &decode_of(isa);
     nb::class_<FusedStep>(m, "FusedStep")
         .def("__init__", [](FusedStep *step, int64_t d_model) { new (step) FusedStep{d_model, {}, {}, {}, {}, {}, {}}; })
         .def("embed", [](FusedStep &step, int64_t count, nb::handle weight) {

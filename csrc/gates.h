@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "lanes.h"
 
@@ -22,7 +23,7 @@ template <> struct ExpConstants<float> {
     static constexpr float negligible = -17.5f;        // 1 + exp(negligible) is 1
     static constexpr float round_shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-    // n * ln2 is not rounded before it is subtracted, so one constant serves: 2.4e-7 relative at the lowest x.
+    // n * ln2 is not rounded before it is subtracted, so one constant is enough: 2.4e-7 relative at the lowest x.
     static constexpr float ln2_high = 0.693147182f, ln2_low = 0;
 #else
     static constexpr float ln2_high = 0.693145752f, ln2_low = 1.42860677e-6f;
@@ -121,7 +122,7 @@ template <class V> struct Tanh {
 // The recurrence h = a h_prev + b.
 //
 // The state is an unevaluated sum hi + lo: in one float, an update far smaller than the state is rounded away, and the
-// error grows with T. A double would serve as well, but its conversions cost three times as much as the second float.
+// error grows with T. A double would do as well, but its conversions cost three times as much as the second float.
 // For the same reason a is not enough where it is near 1: with 1 - a = 1e-6, a float a has one digit of its distance
 // from 1 left. Wherever a is above one half it is therefore given as 1 + m, and m = a - 1 has full relative accuracy.
 
@@ -134,17 +135,6 @@ template <class V> struct Decay {
     V m;
 };
 
-// From a and 1 - a, each of full relative accuracy.
-template <class V> MINRNN_INLINE Decay<V> decay(V a, V forgets) {
-    const BitsOf<V> slow = forgets < RealOf<V>(0.5);
-    return {slow, slow ? -forgets : a};
-}
-// The sigmoid as a decay, and its complement: m is the smaller of the two, negative where a is the larger.
-template <class V> MINRNN_INLINE Decay<V> decay(const Sigmoid<V> &a) { return {~a.negative, flip_sign(a.small, -a.x)}; }
-template <class V> MINRNN_INLINE Decay<V> decay_of_complement(const Sigmoid<V> &z) {
-    return {z.negative, flip_sign(z.small, z.x)};
-}
-
 // A decay in (-1, 1): a = 1 + m, negated where `sign` is negative, with m in [-1, 0] of full relative accuracy, so that
 // it is exact near both ends. Near zero it is off by the rounding of a number near one, and so is a h: what is left of
 // that error is a small share of it after the next step.
@@ -152,15 +142,33 @@ template <class V> struct SignedDecay {
     V sign, m;
 };
 
-// 1 - 2 z.
-template <class V> MINRNN_INLINE SignedDecay<V> decay_of_reflection(const Sigmoid<V> &z) {
-    return {-z.x, -2 * z.small};
+template <class V, bool is_signed> using DecayOf = std::conditional_t<is_signed, SignedDecay<V>, Decay<V>>;
+
+// Decays of two numbers whose sum is one: a = kept in (0, 1), or signed a = kept - forgotten in (-1, 1).
+
+template <bool is_signed, class V> MINRNN_INLINE DecayOf<V, is_signed> decay(V kept, V forgotten) {
+    if constexpr (is_signed) {
+        const V difference = kept - forgotten;
+        return {difference, -2 * (difference < 0 ? kept : forgotten)};
+    } else {
+        const BitsOf<V> slow = forgotten < RealOf<V>(0.5);
+        return {slow, slow ? -forgotten : kept};
+    }
 }
-// f - i, of two that sum to one.
-template <class V> MINRNN_INLINE SignedDecay<V> decay_of_difference(V f, V i) {
-    const V difference = f - i;
-    return {difference, -2 * (difference < 0 ? f : i)};
+// kept: a sigmoid. m is the smaller of it and its complement, negative where the sigmoid is the larger.
+template <class V> MINRNN_INLINE Decay<V> decay(const Sigmoid<V> &kept) {
+    return {~kept.negative, flip_sign(kept.small, -kept.x)};
 }
+// forgotten: a sigmoid.
+template <bool is_signed, class V> MINRNN_INLINE DecayOf<V, is_signed> decay_of_complement(const Sigmoid<V> &forgotten) {
+    if constexpr (is_signed)
+        return {-forgotten.x, -2 * forgotten.small};
+    else
+        return {forgotten.negative, flip_sign(forgotten.small, forgotten.x)};
+}
+
+// The derivative of the decay with respect to what is kept.
+template <class V, bool is_signed> constexpr RealOf<V> kSlope = is_signed ? 2 : 1;
 
 template <class V, class A = Decay<V>> struct Recurrence {
     A a;
@@ -211,7 +219,7 @@ template <class V, class A = Decay<V>> struct Gradients {
     A a;
 };
 
-struct Identity {  // scan(a, b) itself
+struct PlainScan {  // a and b themselves
     static constexpr int num_pre = 2;
 
     template <class V> static MINRNN_INLINE Decay<V> nearest(V a) {
@@ -224,21 +232,24 @@ struct Identity {  // scan(a, b) itself
     }
 };
 
-template <template <class> class Candidate> struct MinGRU {  // a = 1 - z, b = z * candidate
+template <template <class> class, bool> using Identity = PlainScan;
+
+// a = 1 - z, or signed a = 1 - 2 z; b = z * candidate
+template <template <class> class Candidate, bool is_signed> struct MinGRU {
     static constexpr int num_pre = 2;
 
-    template <class V> static MINRNN_INLINE Recurrence<V> forward(V z_pre, V c_pre, V) {
+    template <class V> static MINRNN_INLINE Recurrence<V, DecayOf<V, is_signed>> forward(V z_pre, V c_pre, V) {
         const Sigmoid<V> z(z_pre);
         const Candidate<V> c(c_pre);
-        return {decay_of_complement(z), z.value() * c.value};
+        return {decay_of_complement<is_signed>(z), z.value() * c.value};
     }
 
     template <class V>
-    static MINRNN_INLINE Gradients<V> backward(V z_pre, V c_pre, V, V h_prev, V dh) {
+    static MINRNN_INLINE Gradients<V, DecayOf<V, is_signed>> backward(V z_pre, V c_pre, V, V h_prev, V dh) {
         const Sigmoid<V> z(z_pre);
         const Candidate<V> c(c_pre);
-        return {dh * (c.value - h_prev) * (z.large * z.small), dh * (z.value() * c.slope), V{},
-                decay_of_complement(z)};
+        return {dh * (c.value - kSlope<V, is_signed> * h_prev) * (z.large * z.small), dh * (z.value() * c.slope), V{},
+                decay_of_complement<is_signed>(z)};
     }
 };
 
@@ -265,25 +276,29 @@ template <class V> struct Shares {
     }
 };
 
-template <template <class> class Candidate> struct MinLSTM {  // a = f / (f + i), b = i / (f + i) * candidate
+// a = f / (f + i), or signed a = (f - i) / (f + i); b = i / (f + i) * candidate
+template <template <class> class Candidate, bool is_signed> struct MinLSTM {
     static constexpr int num_pre = 3;
 
-    template <class V> static MINRNN_INLINE Recurrence<V> forward(V f_pre, V i_pre, V c_pre) {
+    template <class V> static MINRNN_INLINE Recurrence<V, DecayOf<V, is_signed>> forward(V f_pre, V i_pre, V c_pre) {
         const Shares<V> share(f_pre, i_pre);
         const Candidate<V> c(c_pre);
-        return {decay(share.f, share.i), share.i * c.value};
+        return {decay<is_signed>(share.f, share.i), share.i * c.value};
     }
 
     template <class V>
-    static MINRNN_INLINE Gradients<V> backward(V f_pre, V i_pre, V c_pre, V h_prev, V dh) {
+    static MINRNN_INLINE Gradients<V, DecayOf<V, is_signed>> backward(V f_pre, V i_pre, V c_pre, V h_prev, V dh) {
         const Shares<V> share(f_pre, i_pre);
         const Candidate<V> c(c_pre);
-        const V d = dh * (h_prev - c.value) * (share.f * share.i);
-        return {d * share.f_complement, -d * share.i_complement, dh * (share.i * c.slope), decay(share.f, share.i)};
+        const V d = dh * (kSlope<V, is_signed> * h_prev - c.value) * (share.f * share.i);
+        return {d * share.f_complement, -d * share.i_complement, dh * (share.i * c.slope),
+                decay<is_signed>(share.f, share.i)};
     }
 };
 
-template <template <class> class Candidate> struct MinLSTMUnnormalised {  // a = f, b = i * candidate
+// a = f, b = i * candidate
+template <template <class> class Candidate, bool is_signed> struct MinLSTMUnnormalized {
+    static_assert(!is_signed);
     static constexpr int num_pre = 3;
 
     template <class V> static MINRNN_INLINE Recurrence<V> forward(V f_pre, V i_pre, V c_pre) {
@@ -298,44 +313,6 @@ template <template <class> class Candidate> struct MinLSTMUnnormalised {  // a =
         const Candidate<V> c(c_pre);
         return {dh * h_prev * (f.large * f.small), dh * c.value * (i.large * i.small), dh * (i.value() * c.slope),
                 decay(f)};
-    }
-};
-
-template <template <class> class Candidate> struct MinGRUSigned {  // a = 1 - 2 z, b = z * candidate
-    static constexpr int num_pre = 2;
-
-    template <class V> static MINRNN_INLINE Recurrence<V, SignedDecay<V>> forward(V z_pre, V c_pre, V) {
-        const Sigmoid<V> z(z_pre);
-        const Candidate<V> c(c_pre);
-        return {decay_of_reflection(z), z.value() * c.value};
-    }
-
-    template <class V>
-    static MINRNN_INLINE Gradients<V, SignedDecay<V>> backward(V z_pre, V c_pre, V, V h_prev, V dh) {
-        const Sigmoid<V> z(z_pre);
-        const Candidate<V> c(c_pre);
-        return {dh * (c.value - 2 * h_prev) * (z.large * z.small), dh * (z.value() * c.slope), V{},
-                decay_of_reflection(z)};
-    }
-};
-
-// a = (f - i) / (f + i), b = i / (f + i) * candidate
-template <template <class> class Candidate> struct MinLSTMSigned {
-    static constexpr int num_pre = 3;
-
-    template <class V> static MINRNN_INLINE Recurrence<V, SignedDecay<V>> forward(V f_pre, V i_pre, V c_pre) {
-        const Shares<V> share(f_pre, i_pre);
-        const Candidate<V> c(c_pre);
-        return {decay_of_difference(share.f, share.i), share.i * c.value};
-    }
-
-    template <class V>
-    static MINRNN_INLINE Gradients<V, SignedDecay<V>> backward(V f_pre, V i_pre, V c_pre, V h_prev, V dh) {
-        const Shares<V> share(f_pre, i_pre);
-        const Candidate<V> c(c_pre);
-        const V d = dh * (2 * h_prev - c.value) * (share.f * share.i);
-        return {d * share.f_complement, -d * share.i_complement, dh * (share.i * c.slope),
-                decay_of_difference(share.f, share.i)};
     }
 };
 

@@ -7,14 +7,35 @@
 
 namespace minrnn {
 
+// From the narrowest to the widest.
 #ifdef MINRNN_X86
-#define MINRNN_FOR_EACH_ISA(declare) declare(baseline) declare(avx2) declare(avx512) declare(avx512_bf16)
+#define MINRNN_FOR_EACH_ISA(X, ...) \
+    X(baseline, __VA_ARGS__) X(avx2, __VA_ARGS__) X(avx512, __VA_ARGS__) X(avx512_bf16, __VA_ARGS__)
 #else
-#define MINRNN_FOR_EACH_ISA(declare) declare(baseline)
+#define MINRNN_FOR_EACH_ISA(X, ...) X(baseline, __VA_ARGS__)
 #endif
 
-enum class Isa { baseline, avx2, avx512, avx512_bf16 };
-constexpr const char *kIsaNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+#define MINRNN_ENUMERATOR(isa, ...) isa,
+enum class Isa { MINRNN_FOR_EACH_ISA(MINRNN_ENUMERATOR) };
+#undef MINRNN_ENUMERATOR
+
+#define MINRNN_NAME(isa, ...) #isa,
+constexpr const char *kIsaNames[] = {MINRNN_FOR_EACH_ISA(MINRNN_NAME)};
+#undef MINRNN_NAME
+
+// MINRNN_KERNELS(Type, name) declares a table of kernels. Its source file is compiled once for each instruction set and
+// defines MINRNN_ISA::name; name_of(isa) returns the one of that instruction set.
+#define MINRNN_DECLARE_KERNELS(isa, Type, name) \
+    namespace isa {                             \
+    extern const Type name;                     \
+    }
+#define MINRNN_ADDRESS_OF_KERNELS(isa, name) &isa::name,
+#define MINRNN_KERNELS(Type, name)                                                                   \
+    MINRNN_FOR_EACH_ISA(MINRNN_DECLARE_KERNELS, Type, name)                                          \
+    inline const Type &name##_of(Isa isa) {                                                          \
+        constexpr const Type *tables[] = {MINRNN_FOR_EACH_ISA(MINRNN_ADDRESS_OF_KERNELS, name)};     \
+        return *tables[static_cast<int>(isa)];                                                       \
+    }
 
 // The widest one that this processor has.
 inline Isa detect_isa() {
@@ -34,8 +55,8 @@ inline Isa choose_isa() {
     const Isa widest = detect_isa();
     const char *name = std::getenv("MINRNN_ISA");
     if (!name || !*name) return widest;
-    for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16})
-        if (isa <= widest && std::string(name) == kIsaNames[static_cast<int>(isa)]) return isa;
+    for (int isa = 0; isa <= static_cast<int>(widest); ++isa)
+        if (std::string(name) == kIsaNames[isa]) return static_cast<Isa>(isa);
     throw std::runtime_error(std::string("MINRNN_ISA must name an instruction set that this processor has, up to ") +
                              kIsaNames[static_cast<int>(widest)] + ", got " + name);
 }

@@ -1,7 +1,7 @@
 // Vectors of neighbouring channels: as many lanes as one register of the instruction set holds.
 //
 // The vector types are the compiler's own (GCC and Clang), so arithmetic, comparisons and `mask ? a : b` work lane by
-// lane on every processor. Only what those cannot say well is written for an instruction set.
+// lane on every processor. Intrinsics are used only where the compiler generates poor code.
 #pragma once
 
 #include <cstdint>
@@ -61,7 +61,7 @@ template <class V> constexpr typename Traits<V>::Int kSign = typename Traits<V>:
 template <class V> MINRNN_INLINE V absolute(V x) { return (V)((BitsOf<V>)x & ~kSign<V>); }
 template <class V> MINRNN_INLINE V minus_absolute(V x) { return (V)((BitsOf<V>)x | kSign<V>); }
 template <class V> MINRNN_INLINE BitsOf<V> has_sign(V x) { return (BitsOf<V>)x < 0; }
-// x, with its sign changed where the other number has one.
+// -x where the other number has its sign bit set, else x.
 template <class V> MINRNN_INLINE V flip_sign(V x, V where) { return (V)((BitsOf<V>)x ^ ((BitsOf<V>)where & kSign<V>)); }
 
 // max(x, bound), and NaN where x is NaN.
@@ -75,7 +75,7 @@ template <class V> MINRNN_INLINE V reciprocal(V x) { return 1 / x; }
 template <> MINRNN_INLINE Floats at_least(Floats x, float bound) {
     return (Floats)_mm512_max_ps(_mm512_set1_ps(bound), (__m512)x);
 }
-// An estimate of 14 bits and one step of Newton's: a third of a division's cost.
+// An estimate of 14 bits and one Newton step: a third of a division's cost.
 template <> MINRNN_INLINE Floats reciprocal(Floats x) {
     const Floats estimate = (Floats)_mm512_rcp14_ps((__m512)x);
     return estimate + estimate * (1 - x * estimate);
@@ -87,7 +87,7 @@ template <> MINRNN_INLINE Floats at_least(Floats x, float bound) {
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
-// Numbers as they lie in memory, to and from the type that is computed with.
+// Loads and stores, with conversion between the dtype in memory and the type that is computed with.
 
 template <class To, class From> MINRNN_INLINE To load_bytes(const From *from) {
     To to;
@@ -182,7 +182,7 @@ MINRNN_INLINE void store(Floats x, float16 *to) {
 }
 #endif
 
-// A register's lanes, or the first n of them: what is missing is read as zero and not written.
+// A register's lanes, or the first n of them: the others are read as zero and not written.
 struct All {};
 
 template <class IO> MINRNN_INLINE auto load(const IO *from, All) { return load(from); }

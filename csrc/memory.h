@@ -1,4 +1,4 @@
-// What the memory of large outputs asks of the system.
+// Huge pages for large outputs.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 namespace minrnn {
 
 // Pages of 2 MiB, where `bytes` from `address` on hold whole ones: fewer faults when they are first written, and fewer
-// misses of the processor's table later. Where the system refuses, only speed is lost.
+// TLB misses later. Where the system refuses, only speed is lost.
 inline void prefer_huge_pages([[maybe_unused]] std::uintptr_t address, [[maybe_unused]] std::uintptr_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr std::uintptr_t page = std::uintptr_t(2) << 20;

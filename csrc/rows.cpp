@@ -21,8 +21,8 @@ template <class Count> struct Block {
     }
 };
 
-// A step's rows. Each kernel below computes one block with `step`, stores what it found with `put`, and moves its rows
-// to the next step with `next`.
+// A step's row. Each kernel below computes one block with `step`, stores the result with `put`, and moves its rows to the
+// next step with `next`.
 template <class X> struct Cursor {
     X *row;
     int64_t stride;
@@ -215,31 +215,30 @@ template <class IO, class G> struct Kernels {
     }
 
     static constexpr RowKernels<IO> table() {
-        return {forward, forward_prefix, backward, backward_prefix, round, finite};
+        return {forward, forward_prefix, backward, backward_prefix, round, finite, G::num_pre};
     }
 };
 
-template <class IO, template <template <class> class> class G, class Set> constexpr void fill(Set &set, Gate gate) {
-    set[gate][kPositive] = Kernels<IO, G<Positive>>::table();
-    set[gate][kLinear] = Kernels<IO, G<Linear>>::table();
-    set[gate][kTanh] = Kernels<IO, G<Tanh>>::table();
+template <class IO, template <template <class> class, bool> class G, bool has_signed>
+constexpr void fill(KernelSet<IO> &set, Gate gate) {
+#define MINRNN_FILL(candidate, ...)                                                  \
+    set.kernels[gate][k##candidate][0] = Kernels<IO, G<candidate, false>>::table();  \
+    if constexpr (has_signed) set.kernels[gate][k##candidate][1] = Kernels<IO, G<candidate, true>>::table();
+    MINRNN_CANDIDATES(MINRNN_FILL)
+#undef MINRNN_FILL
 }
 
-template <class IO, class Set> constexpr void fill_all(Set &set) {
-    for (int c = 0; c < kNumCandidates; ++c) set[kIdentity][c] = Kernels<IO, Identity>::table();
-    fill<IO, MinGRU>(set, kMinGRU);
-    fill<IO, MinLSTM>(set, kMinLSTM);
-    fill<IO, MinLSTMUnnormalised>(set, kMinLSTMUnnormalised);
-    fill<IO, MinGRUSigned>(set, kMinGRUSigned);
-    fill<IO, MinLSTMSigned>(set, kMinLSTMSigned);
+template <class IO> constexpr void fill_all(KernelSet<IO> &set) {
+#define MINRNN_FILL(gate, name, has_signed) fill<IO, gate, has_signed>(set, k##gate);
+    MINRNN_GATES(MINRNN_FILL)
+#undef MINRNN_FILL
 }
 
 constexpr RowTable make_rows() {
     RowTable table{};
-    fill_all<float>(table.single);
-    fill_all<double>(table.full);
-    fill_all<bfloat16>(table.brain);
-    fill_all<float16>(table.half);
+#define MINRNN_FILL(IO, ...) fill_all<IO>(table);
+    MINRNN_DTYPES(MINRNN_FILL)
+#undef MINRNN_FILL
     return table;
 }
 

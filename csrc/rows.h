@@ -1,16 +1,46 @@
 // One time step of a run of neighbouring channels: the innermost loops, chosen by gate, candidate and dtype.
 //
-// rows.cpp is compiled once for each instruction set; the processor decides at load time which copy serves.
+// rows.cpp is compiled once for each instruction set; which copy is used is decided at load time, by the processor.
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 #include "isa.h"
 
 namespace minrnn {
 
-enum Gate : int { kIdentity, kMinGRU, kMinLSTM, kMinLSTMUnnormalised, kMinGRUSigned, kMinLSTMSigned, kNumGates };
-enum Candidate : int { kPositive, kLinear, kTanh, kNumCandidates };
+// The gates: the functor in gates.h, the name in Python, and whether there is a signed form.
+#define MINRNN_GATES(X)                                   \
+    X(Identity, "identity", false)                        \
+    X(MinGRU, "mingru", true)                             \
+    X(MinLSTM, "minlstm", true)                           \
+    X(MinLSTMUnnormalized, "minlstm_unnormalized", false)
+
+// The candidates: the functor in gates.h and the name in Python.
+#define MINRNN_CANDIDATES(X) \
+    X(Positive, "positive")  \
+    X(Linear, "linear")      \
+    X(Tanh, "tanh")
+
+// The dtypes: the type and the name in torch.
+#define MINRNN_DTYPES(X)      \
+    X(float, "float32")       \
+    X(double, "float64")      \
+    X(bfloat16, "bfloat16")   \
+    X(float16, "float16")
+
+#define MINRNN_ENUMERATOR(name, ...) k##name,
+#define MINRNN_NAME(type, name, ...) name,
+enum Gate : int { MINRNN_GATES(MINRNN_ENUMERATOR) kNumGates };
+enum Candidate : int { MINRNN_CANDIDATES(MINRNN_ENUMERATOR) kNumCandidates };
+enum Dtype : int { MINRNN_DTYPES(MINRNN_ENUMERATOR) kNumDtypes };
+constexpr const char *kGateNames[] = {MINRNN_GATES(MINRNN_NAME)};
+constexpr const char *kCandidateNames[] = {MINRNN_CANDIDATES(MINRNN_NAME)};
+constexpr const char *kDtypeNames[] = {MINRNN_DTYPES(MINRNN_NAME)};
+#undef MINRNN_ENUMERATOR
+#undef MINRNN_NAME
 
 // Bits without arithmetic. Enumerations, because the compiler does not vectorise loops over arrays of structs.
 enum class bfloat16 : uint16_t {};
@@ -38,12 +68,12 @@ template <class Real> struct CarryRow {
     Real *hi, *lo;
 };
 
-// Rows of channels, one a step, in the order in which the recurrence meets them: memory's, or its reverse where stride
-// is negative. Then the channels fall as well: processors fetch ahead only where all accesses go one way, and rows that
-// come in falling order with rising channels are read at half the speed.
+// Rows of channels, one for each step, in the order of the recurrence: the order in memory, or its reverse where stride
+// is negative. Then channels are read in reverse as well: hardware prefetching needs accesses in one direction, and
+// rows in falling order with rising channels are read at half the speed.
 template <class X> struct Rows {
     X *first;
-    int64_t stride;  // elements from one step's row to the next one's
+    int64_t stride;  // elements from one step's row to the next
 };
 
 // n channels, steps rows. pre: pre-activations (the third only for gates that have three). carry: the state (forward)
@@ -59,26 +89,34 @@ template <class IO> struct RowKernels {
                      const Gradients &dpre);
     void (*backward_prefix)(int64_t n, int64_t steps, const Pre &pre, Rows<const IO> dh, Carry carry, Carry decay);
     void (*round)(int64_t n, const Real *from, IO *to);
-    bool (*finite)(int64_t n, const Real *row);  // whether all numbers of a row are
+    bool (*finite)(int64_t n, const Real *row);  // whether all numbers of a row are finite
+    int num_pre;                                 // pre-activations of the gate
 };
 
-struct RowTable {
-    RowKernels<float> single[kNumGates][kNumCandidates];
-    RowKernels<double> full[kNumGates][kNumCandidates];
-    RowKernels<bfloat16> brain[kNumGates][kNumCandidates];
-    RowKernels<float16> half[kNumGates][kNumCandidates];
-
-    const RowKernels<float> &of(int gate, int candidate, float) const { return single[gate][candidate]; }
-    const RowKernels<double> &of(int gate, int candidate, double) const { return full[gate][candidate]; }
-    const RowKernels<bfloat16> &of(int gate, int candidate, bfloat16) const { return brain[gate][candidate]; }
-    const RowKernels<float16> &of(int gate, int candidate, float16) const { return half[gate][candidate]; }
+// Selects kernels: indices into the lists above, and whether the decay is signed.
+struct Mode {
+    int gate, candidate;
+    bool is_signed;
 };
 
-#define MINRNN_DECLARE_ROWS(isa) \
-    namespace isa {              \
-    extern const RowTable rows;  \
+template <class IO> struct KernelSet {
+    RowKernels<IO> kernels[kNumGates][kNumCandidates][2];  // last axis: signed; null where there is no such form
+
+    const RowKernels<IO> &of(Mode mode) const {
+        if (mode.gate < 0 || mode.gate >= kNumGates || mode.candidate < 0 || mode.candidate >= kNumCandidates)
+            throw std::invalid_argument("minrnn: no gate " + std::to_string(mode.gate) + " with candidate " +
+                                        std::to_string(mode.candidate));
+        const RowKernels<IO> &found = kernels[mode.gate][mode.candidate][mode.is_signed];
+        if (!found.forward)
+            throw std::invalid_argument(std::string("minrnn: gate '") + kGateNames[mode.gate] + "' has no signed form");
+        return found;
     }
-MINRNN_FOR_EACH_ISA(MINRNN_DECLARE_ROWS)
-#undef MINRNN_DECLARE_ROWS
+};
+
+struct RowTable : KernelSet<float>, KernelSet<double>, KernelSet<bfloat16>, KernelSet<float16> {
+    template <class IO> const RowKernels<IO> &of(Mode mode) const { return KernelSet<IO>::of(mode); }
+};
+
+MINRNN_KERNELS(RowTable, rows)
 
 }  // namespace minrnn

@@ -1,4 +1,4 @@
-// The loops over batch, channels and time. Knows pointers, sizes and strides; nothing of Python or torch.
+// The loops over batch, channels and time. Independent of Python and torch: pointers, sizes and strides.
 #pragma once
 
 #include <algorithm>
@@ -6,49 +6,30 @@
 #include <cstdint>
 #include <vector>
 
+#include "arrays.h"
 #include "rows.h"
 
 namespace minrnn {
 
-// A (B, T, D) array whose channels are contiguous; strides count elements. Null where a gate has no such part.
-template <class X> struct Sequence {
-    X *data;
-    int64_t stride_b, stride_t;
-};
-
-// A (B, D) array whose channels are contiguous.
-template <class Real> struct States {
-    Real *data;
-    int64_t stride_b;
-};
-
-struct Resets {  // (B, T) bytes, or null
-    const uint8_t *data;
-    int64_t stride_b, stride_t;
-    bool at(int64_t b, int64_t t) const { return data && data[b * stride_b + t * stride_t]; }
-};
-
 template <class IO> struct Problem {
     using Real = typename Computed<IO>::Real;
     int64_t B, T, D;
-    int gate, candidate, num_pre, threads;
+    int threads;
     bool reverse;
+    const RowKernels<IO> &kernels;
     Sequence<const IO> pre[3];
     States<const Real> h0;  // null: zeros
     Resets reset;
 };
 
-constexpr int64_t kMaxTile = 2048;       // channels at once: what a row carries stays in the nearest caches
-constexpr int64_t kMinTile = 64;         // channels: four cache lines, below which a row is mostly waiting
-constexpr int64_t kGlance = 256;         // steps at a chunk's end that are tried first for its prefix
-constexpr double kForgotten = 0x1p-64;   // a product of decays below which nothing of a state is left
-constexpr int64_t kSerialBelow = 32768;  // elements: starting threads costs more than this much work
+constexpr int64_t kMaxTile = 2048;      // channels at once: a row's carry stays in the nearest caches
+constexpr int64_t kMinTile = 64;        // channels: four cache lines; narrower rows are bound by latency
+constexpr int64_t kLookback = 256;      // steps at a chunk's end from which its prefix is first computed
+constexpr double kForgotten = 0x1p-64;  // a product of decays below which a state has no effect
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// How B x D x T is cut. `tiles` of `width` channels: as few as fit, because a row that is read in parts is read at half
+// How B x D x T is divided. `tiles` of `width` channels: as few as fit, because a row that is read in parts is read at half
 // the speed or less (measured: 16 GB/s at the full width of 512, 8 at 256, 7 at 64). Where batch and tiles cannot occupy
-// the threads, time is cut as well, into `chunks` of `length` steps.
+// the threads, time is divided as well, into `chunks` of `length` steps.
 struct Partition {
     int64_t width, tiles, length, chunks;
     int threads;
@@ -60,17 +41,17 @@ inline Partition partition(int64_t B, int64_t T, int64_t D, int threads) {
     int64_t width = width_of(ceil_div(D, kMaxTile)), tiles = ceil_div(D, width);
     if (B * tiles >= threads) return {width, tiles, T, 1, threads};
     const int64_t length = ceil_div(T, ceil_div(threads, B * tiles));
-    if (length >= 2 * kGlance) return {width, tiles, length, ceil_div(T, length), threads};
+    if (length >= 2 * kLookback) return {width, tiles, length, ceil_div(T, length), threads};
     width = std::min(D, std::max(kMinTile, width_of(ceil_div(threads, B))));
     return {width, ceil_div(D, width), T, 1, threads};
 }
 
-// One tile of one batch row: channels [d, d + n) of batch b, steps [begin, end) in the order in which the pass runs.
+// One tile of one batch row: channels [d, d + n) of batch b, steps [begin, end) in the order of the pass.
 struct Tile {
     int64_t b, d, n, begin, end;
 };
 
-// What a tile carries from step to step.
+// A tile's carry from step to step.
 template <class Real> struct TileCarry {
     alignas(64) Real hi[kMaxTile], lo[kMaxTile];
     CarryRow<Real> row() { return {hi, lo}; }
@@ -86,18 +67,18 @@ template <class Real> void copy(CarryRow<Real> from, int64_t n, CarryRow<Real> t
     std::copy_n(from.lo, n, to.lo);
 }
 
-#define MINRNN_APART __attribute__((noinline))  // what is seldom called should not enlarge the stack of what often is
+#define MINRNN_APART __attribute__((noinline))  // rare paths must not enlarge the stack of the usual one
 
-// A run of steps again, in those channels in which a carry did not stay finite: one step after another, in double. The
-// kernels take a step of a pair of floats apart into terms that cancel, so of an infinity they make NaN; they are asked
-// for a step's decay and drive alone here. Only what is not finite is written again: no number depends on later ones.
+// Recomputes a run of steps in the channels whose carry did not stay finite, one step after another, in double. The
+// kernels split a step of a pair of floats into terms that cancel, so an infinity becomes NaN; here they compute only a
+// step's decay a and input term b. Only results that are not finite are written again: none depends on later steps.
 template <class IO> class Again {
     using Real = typename Computed<IO>::Real;
     const RowKernels<IO> &kernels;
     const int64_t n;
     int64_t channels[kMaxTile], count = 0;
     double state[kMaxTile];
-    TileCarry<Real> decay, drive, from;
+    TileCarry<Real> decay, input, from;
     alignas(64) IO to[3][kMaxTile], zeros[kMaxTile] = {};
 
     void write(IO *row, const IO *values) const {
@@ -128,7 +109,7 @@ template <class IO> class Again {
         for (int64_t i = 0; i < count; ++i) {
             const int64_t d = channels[i];
             const double kept = a(d) * state[d];
-            state[d] = std::isinf(a(d)) ? kept : kept + double(drive.hi[d]);  // its drive is not told beside it
+            state[d] = std::isinf(a(d)) ? kept : kept + double(input.hi[d]);  // b cannot be separated from it
             put(from.row(), d, state[d]);
         }
         kernels.round(n, from.hi, to[0]);
@@ -156,9 +137,9 @@ template <class IO> class Again {
 
   private:
     void recurrence(const typename RowKernels<IO>::Pre &pre) {
-        fill(drive.row(), n, Real(0));
+        fill(input.row(), n, Real(0));
         fill(decay.row(), n, Real(1));
-        kernels.forward_prefix(n, 1, pre, drive.row(), decay.row());
+        kernels.forward_prefix(n, 1, pre, input.row(), decay.row());
     }
 };
 
@@ -174,18 +155,17 @@ template <class IO> class Pass {
     const RowKernels<IO> &kernels;
     const bool falling;  // through memory
 
-    Pass(const Problem<IO> &problem, const RowTable &table, bool falling)
-        : p(problem), kernels(table.of(p.gate, p.candidate, IO())), falling(falling) {}
+    Pass(const Problem<IO> &problem, bool falling) : p(problem), kernels(p.kernels), falling(falling) {}
 
     int64_t time(int64_t k) const { return falling ? p.T - 1 - k : k; }
     bool reset(const Tile &tile, int64_t k) const { return p.reset.at(tile.b, time(k)); }
 
     template <class X> Rows<X> rows(const Sequence<X> &x, const Tile &tile, int64_t k) const {
         if (!x.data) return {nullptr, 0};
-        return {x.data + tile.b * x.stride_b + time(k) * x.stride_t + tile.d, falling ? -x.stride_t : x.stride_t};
+        return {x.at(tile.b, time(k)) + tile.d, falling ? -x.stride_t : x.stride_t};
     }
 
-    // Three at once: what kernels take.
+    // Three at once, as kernels take them.
     template <class X> struct Three {
         Rows<X> of[3];
     };
@@ -210,8 +190,7 @@ template <class IO> class Forward : public Pass<IO> {
   public:
     using typename Pass<IO>::Real;
     using typename Pass<IO>::Carry;
-    Forward(const Problem<IO> &problem, const RowTable &table, Sequence<IO> h)
-        : Pass<IO>(problem, table, problem.reverse), h(h) {}
+    Forward(const Problem<IO> &problem, Sequence<IO> h) : Pass<IO>(problem, problem.reverse), h(h) {}
 
     void initial(const Tile &tile, Carry carry) const {
         fill(carry, tile.n, Real(0));
@@ -264,9 +243,9 @@ template <class IO> class Backward : public Pass<IO> {
   public:
     using typename Pass<IO>::Real;
     using typename Pass<IO>::Carry;
-    Backward(const Problem<IO> &problem, const RowTable &table, Sequence<const IO> dh, Sequence<const IO> h,
-             const Sequence<IO> (&dpre)[3], States<Real> dh0)
-        : Pass<IO>(problem, table, !problem.reverse), dh(dh), h(h), dpre{dpre[0], dpre[1], dpre[2]}, dh0(dh0) {}
+    Backward(const Problem<IO> &problem, Sequence<const IO> dh, Sequence<const IO> h, const Sequence<IO> (&dpre)[3],
+             States<Real> dh0)
+        : Pass<IO>(problem, !problem.reverse), dh(dh), h(h), dpre{dpre[0], dpre[1], dpre[2]}, dh0(dh0) {}
 
     void initial(const Tile &tile, Carry carry) const { fill(carry, tile.n, Real(0)); }
 
@@ -305,13 +284,13 @@ template <class IO> class Backward : public Pass<IO> {
     }
 
   private:
-    // Whether the recurrence's step that this pass meets k-th starts from a given state, not from the step before it.
+    // Whether step k of this pass starts from h0 or a reset, not from the step before it.
     bool starts(const Tile &tile, int64_t k) const { return k == p.T - 1 || this->reset(tile, k); }
     int64_t before_start(const Tile &tile, int64_t k) const {
         return std::min(this->run_end(tile, k), std::max(k + 1, p.T - 1));
     }
 
-    // The states before the steps from the k-th on.
+    // The states before the steps from step k on.
     Rows<const IO> before(const Tile &tile, int64_t k, IO *buffer) const {
         return starts(tile, k) ? Rows<const IO>{initial_state(tile, k, buffer), 0} : this->rows(h, tile, k + 1);
     }
@@ -363,12 +342,12 @@ template <class Real> bool all_forgotten(CarryRow<Real> decay, int64_t n) {
     return std::all_of(decay.hi, decay.hi + n, [](Real a) { return std::abs(a) < kForgotten; });
 }
 
-// A chunk's end from the zero state and its product of decays, from as few of its last steps as decide them: most
-// gates forget so fast that a few hundred do. Where they do not, all are read.
+// A chunk's final state from a zero state and its product of decays, from as few of its last steps as determine them:
+// most gates forget so fast that a few hundred are enough. Otherwise all are read.
 template <class P>
 void find_prefix(const P &pass, const Tile &tile, CarryRow<typename P::Real> end, CarryRow<typename P::Real> decay) {
     using Real = typename P::Real;
-    for (int64_t steps = kGlance;; steps *= 8) {
+    for (int64_t steps = kLookback;; steps *= 8) {
         Tile last = tile;
         last.begin = std::max(tile.begin, tile.end - steps);
         fill(end, tile.n, Real(0));
@@ -378,7 +357,7 @@ void find_prefix(const P &pass, const Tile &tile, CarryRow<typename P::Real> end
     }
 }
 
-// A unit's time in chunks that run at once, each from the state that the prefixes of those before it give.
+// Runs the chunks of a unit's time in parallel, each from the state that the prefixes of the chunks before it give.
 template <class P> void run_in_chunks(const P &pass, int64_t B, int64_t T, int64_t D, const Partition &cut) {
     using Real = typename P::Real;
     const int64_t units = B * cut.tiles, jobs = units * cut.chunks;
@@ -393,9 +372,9 @@ template <class P> void run_in_chunks(const P &pass, int64_t B, int64_t T, int64
     };
 #pragma omp parallel for num_threads(cut.threads) schedule(dynamic, 1)
     for (int64_t job = 0; job < jobs; ++job)
-        if (job % cut.chunks + 1 < cut.chunks)  // nobody needs the last one's
+        if (job % cut.chunks + 1 < cut.chunks)  // the last chunk's prefix is not needed
             find_prefix(pass, tile(job), row(ends, job), row(decays, job));
-    std::vector<char> unsure(jobs);  // whether what a chunk starts from may have been found by the kernels to be no number
+    std::vector<char> unsure(jobs);  // whether a chunk's initial state may wrongly be NaN
     for (int64_t unit = 0; unit < units; ++unit) {
         const int64_t first = unit * cut.chunks;
         TileCarry<Real> initial;
@@ -412,7 +391,7 @@ template <class P> void run_in_chunks(const P &pass, int64_t B, int64_t T, int64
     for (int64_t job = 0; job < jobs; ++job) pass.run(tile(job), row(ends, job));
     for (int64_t job = 0; job < jobs; ++job) {
         const int64_t chunk = job % cut.chunks;
-        // An infinity or a NaN is never forgotten, but a prefix that was read in part has not seen it.
+        // An infinity or a NaN is never forgotten, but a prefix computed from some of the steps may have missed it.
         if (chunk > 0 && (unsure[job] || !pass.finite(tile(job - 1), row(ends, job - 1)))) {
             copy(row(ends, job - 1), tile(job).n, row(ends, job));
             pass.run(tile(job), row(ends, job));

@@ -1,6 +1,6 @@
-// Tensors of torch's, read through Python, so that building needs nothing of torch. This is the one place where an
-// address is taken from a tensor, and it makes sure that what will be read or written lies within the tensor's storage:
-// a storage may have been freed or shortened (untyped_storage().resize_), and some tensors have none.
+// torch's tensors, read through Python, so that building does not need torch. This is the one place where an address is
+// taken from a tensor, and it checks that all that will be read or written lies within the tensor's storage: a storage may
+// have been freed or shortened (untyped_storage().resize_), and some tensors have none.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -12,6 +12,8 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+
+#include "arrays.h"
 
 namespace minrnn {
 
@@ -42,7 +44,7 @@ struct Methods {
     }
 };
 
-// Where x's first element lies, of which `extent` elements from there on will be touched; null where x is None.
+// The address of x's first element, from which `extent` elements will be accessed; null where x is None.
 template <class X> X *reach(const char *what, nb::handle x, int64_t extent) {
     if (x.is_none()) return nullptr;
     const Methods &methods = Methods::get();
@@ -59,7 +61,7 @@ template <class X> X *reach(const char *what, nb::handle x, int64_t extent) {
     return static_cast<X *>(data) + offset;
 }
 
-// The same of a tensor that was made for this call, and so has what it was made with.
+// The same for a tensor that was allocated for this call, whose storage needs no check.
 template <class X> X *made(nb::handle x) {
     if (x.is_none()) return nullptr;
     void *data = PyLong_AsVoidPtr(ask(x, Methods::get().data_ptr).ptr());
@@ -67,7 +69,7 @@ template <class X> X *made(nb::handle x) {
     return static_cast<X *>(data);
 }
 
-// A tensor of these sizes, whose last axis may have to be contiguous; strides count elements.
+// A tensor of the given sizes; strides count elements.
 template <class X, std::size_t n> struct View {
     X *data = nullptr;
     Sizes<n> strides{};
@@ -89,13 +91,23 @@ template <class X, std::size_t n> View<X, n> view(const char *what, nb::handle x
     return found;
 }
 
-// Where there is no memory for what a module needs for itself, it raises what torch does.
-inline void as_torch_does() {
+template <class X> Sequence<X> sequence(const char *what, nb::handle x, const Sizes<3> &sizes) {
+    const View<X, 3> v = view<X>(what, x, sizes);
+    return {v.data, v.strides[0], v.strides[1]};
+}
+
+inline Resets resets(nb::handle x, int64_t batch, int64_t T) {
+    const View<const uint8_t, 2> v = view<const uint8_t>("reset", x, Sizes<2>{batch, T});
+    return {v.data, v.strides[0], v.strides[1]};
+}
+
+// An allocation of the engine's own that fails raises RuntimeError, as torch's allocations do.
+inline void translate_bad_alloc() {
     nb::register_exception_translator([](const std::exception_ptr &thrown, void *) {
         try {
             std::rethrow_exception(thrown);
         } catch (const std::bad_alloc &) {
-            PyErr_SetString(PyExc_RuntimeError, "minrnn: can't allocate memory for what the engine keeps for itself");
+            PyErr_SetString(PyExc_RuntimeError, "minrnn: can't allocate the engine's workspace");
         }
     });
 }

@@ -106,7 +106,7 @@ def check_engine(engine: str) -> None:
     layer, x = MinGRU(4, 6, batch_first=True), torch.randn(2, 9, 4, requires_grad=True)
     h, _ = layer(x)
     pre = torch.nn.functional.linear(x, layer.weight_ih_l0, layer.bias_ih_l0)
-    expected = reference.forward([pre.detach()], None, None, "mingru", "positive", False)
+    expected = reference.forward([pre.detach()], None, None, "mingru", "positive", False, False)
     torch.testing.assert_close(h.detach(), expected)
     h.sum().backward()
     assert x.grad is not None

@@ -6,9 +6,9 @@ import importlib.util
 import json
 import re
 import shlex
+import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -17,10 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from minrnn.benchmarks import ScanBench, plots, scan, timing
+from minrnn.benchmarks import BENCHES, plots, scan, timing
 from minrnn.benchmarks.options import lengths, parse_shapes
 from minrnn.benchmarks.peers import LAYER_PEERS, SCAN_PEERS, LayerPeer, Scan, ScanPeer
-from minrnn.cli.bench import BENCHES
 from minrnn.cli.main import main
 from minrnn.ops import GATES, gated_scan
 
@@ -163,6 +162,52 @@ def test_decoding_goes_on_from_the_state() -> None:
             assert record["status"] == ("equal" if name.startswith("min") else "other function")
 
 
+@pytest.mark.parametrize("cell", ["mingru", "minlstm"])
+def test_a_models_step_is_that_of_torch(cell: str) -> None:
+    document = bench("step", "--shapes", "1..2x8x2", "--cells", cell, *FAST)
+    torchs = {"mingru": "gru", "minlstm": "lstm"}[cell]
+    assert [result["shape"] for result in document["results"]] == [{"B": B, "D": 8, "L": 2} for B in (1, 2)]
+    for result in document["results"]:
+        assert list(result["systems"]) == ["minrnn", "torch", torchs]
+        for name, record in result["systems"].items():
+            assert record["status"] == ("other function" if name == torchs else "equal")
+            assert record["seconds"].keys() == {"step"}
+            assert "share" not in record
+    assert "| rows | width | layers | in one call, ms |" in BENCHES["step"].load().render(document)
+
+
+def test_a_selective_scan_beside_mambapys(plotting: None) -> None:
+    document = bench("selective", "--shapes", "2x8..16x4x3", *FAST)
+    peers = {"mambapy"} if importlib.util.find_spec("mambapy") else set()
+    for result in document["results"]:
+        assert result["systems"].keys() == {"minrnn"} | peers
+        for record in result["systems"].values():
+            assert record["status"] == "equal"
+            assert record["error"].keys() == {"h", "gradients"}
+            assert record["seconds"].keys() == {"forward", "backward", "step"}
+    assert "2, 16, 4, 3 | minrnn |" in BENCHES["selective"].load().render(document)
+    assert Path("out/it.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "expected"),
+    [
+        ("scan", "--shapes 2x4x3 2x8x5 --threads 1", "| B, T, D | system | forward, ms | backward, ms |"),
+        ("scan", "--shapes 2x4x3 --threads 2 1", "| share forward | backward | speed of one thread |"),
+        ("scan", "--shapes 2x4x3 --gates mingru minlstm", "| B, T, D | gate | system |"),
+        ("layer", "--shapes 2x4..8x3", "| T | minrnn, ms | linear, times ours |"),
+        ("layer", "--shapes 2x4..8x3 --cells mingru minlstm", "| B, T, D | gate | system |"),
+        ("decode", "--shapes 1x3", "| B, D | gate | system | step, us | times ours |"),
+    ],
+)
+def test_each_benchmark_renders_its_table(name: str, args: str, expected: str) -> None:
+    document = bench(name, *args.split(), "--peers", "none", *FAST)
+    table = BENCHES[name].load().render(document)
+    assert expected in table
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+    assert len(table.splitlines()) >= 3
+
+
 def test_accuracy_is_measured_for_each_kind_of_forgetting(plotting: None) -> None:
     args = ["--lengths", "16..64", "--channels", "2", "--gates", "mingru", "minlstm", "minlstm_unnormalized"]
     document = bench("accuracy", *args)
@@ -176,6 +221,9 @@ def test_accuracy_is_measured_for_each_kind_of_forgetting(plotting: None) -> Non
             limit = {"float32": 5e-6, "bfloat16": 1e-2}[result["dtype"]]
             assert max(result["error"].values()) <= limit, result
     assert document["half_lives"]["medium"] == pytest.approx(1)
+    table = BENCHES["accuracy"].load().render(document)
+    assert "| gate | system | forgetting | T = 16 | T = 32 | T = 64 |" in table
+    assert len(table.splitlines()) == 2 + len(results) // 3
     assert Path("out/it.png").exists()
 
 
@@ -326,19 +374,19 @@ def test_an_interrupted_run_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch) -
 
 
 class FakeTime:
-    """A clock that only moves when a task takes its time."""
+    """A clock that only moves when a workload takes its time."""
 
     def __init__(self) -> None:
         self.now = 0.0
         self.calls: list[str] = []
 
-    def task(self, name: str, seconds: float) -> Callable[[], dict[str, float]]:
-        def task() -> dict[str, float]:
+    def workload(self, name: str, seconds: float) -> timing.Workload:
+        def workload() -> timing.Phases:
             self.calls.append(name)
             self.now += seconds
             return {"step": seconds}
 
-        return task
+        return workload
 
 
 @pytest.fixture
@@ -350,8 +398,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
 
 def test_systems_take_turns(fake: FakeTime) -> None:
     told: list[str] = []
-    tasks = {"slow": fake.task("slow", 10.0), "fast": fake.task("fast", 0.5)}
-    taken = timing.interleave(tasks, seconds=5.0, samples=30, progress=told.append)
+    workloads = {"slow": fake.workload("slow", 10.0), "fast": fake.workload("fast", 0.5)}
+    taken = timing.interleave(workloads, seconds=5.0, samples=30, progress=told.append)
     assert {name: len(samples) for name, samples in taken.items()} == {"slow": 3, "fast": 9}
     warm_up, measured = fake.calls[:2], fake.calls[2:]
     assert warm_up == ["slow", "fast"]
@@ -360,15 +408,15 @@ def test_systems_take_turns(fake: FakeTime) -> None:
 
 
 def test_equals_alternate_and_stop_at_the_samples(fake: FakeTime) -> None:
-    tasks = {name: fake.task(name, 0.01) for name in "ab"}
-    taken = timing.interleave(tasks, seconds=5.0, samples=7, progress=lambda text: None)
+    workloads = {name: fake.workload(name, 0.01) for name in "ab"}
+    taken = timing.interleave(workloads, seconds=5.0, samples=7, progress=lambda text: None)
     assert fake.calls[-14:] == ["a", "b"] * 7
     assert [len(samples) for samples in taken.values()] == [7, 7]
 
 
 def test_short_calls_are_not_timed_cold(fake: FakeTime) -> None:
-    tasks = {"short": fake.task("short", 1e-4), "long": fake.task("long", 0.1)}
-    taken = timing.interleave(tasks, seconds=0.3, samples=3, progress=lambda text: None)
+    workloads = {"short": fake.workload("short", 1e-4), "long": fake.workload("long", 0.1)}
+    taken = timing.interleave(workloads, seconds=0.3, samples=3, progress=lambda text: None)
     assert [len(samples) for samples in taken.values()] == [3, 3]
     assert fake.calls[-9:] == ["short", "short", "long"] * 3
 
@@ -415,7 +463,7 @@ def test_shapes_are_read() -> None:
 
 
 def test_every_gate_can_be_chosen() -> None:
-    choices, _ = get_args(get_type_hints(ScanBench)["gates"])
+    choices, _ = get_args(get_type_hints(scan.ScanBench)["gates"])
     assert set(get_args(choices)) == set(GATES)
 
 
@@ -462,7 +510,7 @@ def test_every_option_is_explained(name: str, capsys: pytest.CaptureFixture[str]
     text = capsys.readouterr().out
     assert text.startswith(f"usage: minrnn bench {name}")
     options = re.split(r"\n\W+(?=--[a-z])", text.partition("help message and exit")[2])[1:]
-    assert len(options) >= 7
+    assert len(options) == len(fields(BENCHES[name].load().options))
     for option in options:
         words = re.sub(r"\s*│?\n│?\s*", " ", option)
         assert re.search(r"[a-z]{2,}.*\. \(default:", words), words
@@ -472,7 +520,26 @@ def test_help_lists_the_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["bench", "--help"])
     text = capsys.readouterr().out
-    assert all(f"  {name}" in text and entry.help in text for name, entry in BENCHES.items())
+    assert all(f"  {name} " in text and entry.help in text for name, entry in BENCHES.items())
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    program = (
+        "import sys; from minrnn.cli.main import main\ntry: main(['bench', '--help'])\nexcept SystemExit "
+        "as stop: sys.exit(stop.code or ', '.join({'torch', 'numpy', 'rich'} & sys.modules.keys()) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_kernels_ask_for_triton(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "minrnn.benchmarks.compiled", raising=False)
+    assert main(["bench", "kernels"]) == 1
+    assert "bench kernels: needs Triton, pip install 'minrnn[gpu]'" in capsys.readouterr().err
+    assert list(workplace.iterdir()) == []
 
 
 def test_compiled_peers_are_the_eager_ones_compiled() -> None:

@@ -112,6 +112,18 @@ def test_every_tensor_of_the_gated_scan(gate: str, spoil: Callable[[Tensor], Ten
         forward(half, freed(h0.bfloat16()), reset, *mode)
 
 
+@pytest.mark.parametrize(
+    "gate", [gate for gate, record in minrnn.ops.GATES.items() if not record.can_be_signed]
+)
+def test_a_form_without_kernels_is_an_error(gate: str) -> None:
+    pre, h0, reset, dh = inputs(gate, 2, 5, 4, torch.float32)
+    mode = (gate, "positive", True, False)
+    with pytest.raises(ValueError, match=f"'{gate}' has no signed form"):
+        engine().forward(pre, h0, reset, *mode)
+    with pytest.raises(ValueError, match=f"'{gate}' has no signed form"):
+        engine().backward(dh, pre, dh, h0, reset, *mode)
+
+
 @pytest.mark.parametrize("spoil", SPOILT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_tensor_of_the_selective_scan(dtype: torch.dtype, spoil: Callable[[Tensor], Tensor]) -> None:

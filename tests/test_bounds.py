@@ -23,6 +23,7 @@ from minrnn.models import (
     load_checkpoint,
     save_checkpoint,
 )
+from minrnn.tasks import TASKS
 from minrnn.training import RunConfig
 
 UNBOUNDED = {"data_seed", "seed"}
@@ -39,9 +40,6 @@ def whole_numbers(kind: type) -> list[str]:
     ]
 
 
-TASKS = {kind.task: kind for kind in typing.get_args(typing.get_type_hints(RunConfig)["task"])}
-
-
 @pytest.mark.parametrize("value", [-1, -(10**12), 10**12, 10**30])
 def test_no_size_may_be_negative_or_beyond_all_measure(value: int) -> None:
     for name in (*whole_numbers(ModelConfig), "expansion", "mlp_ratio"):
@@ -51,7 +49,7 @@ def test_no_size_may_be_negative_or_beyond_all_measure(value: int) -> None:
             with pytest.raises(ValueError, match=name), torch.device("meta"):
                 SequenceModel(ModelConfig.from_dict(settings))
     for task, kind in TASKS.items():
-        for name in whole_numbers(kind):
+        for name in whole_numbers(kind.config_type):
             with pytest.raises(ValueError, match=name):
                 RunConfig.from_dict({"task": {"name": task, name: value}})
     for name in whole_numbers(DecisionConfig):

@@ -4,25 +4,19 @@ from typing import Any
 
 import pytest
 import torch
+from gated import CELLS, LAYERS, RECURRENCES
 from torch import Tensor, nn
 
-from minrnn.mixers import MinGRU, MinGRUCell, MinLSTM, MinLSTMCell
+from minrnn.mixers import MinGRUCell, MinLSTMCell
 
 B, T, I, H = 3, 6, 5, 4  # noqa: E741
 
-PAIRS: dict[
-    str, tuple[type[MinGRUCell] | type[MinLSTMCell], type[MinGRU] | type[MinLSTM], dict[str, Any]]
-] = {
-    "mingru": (MinGRUCell, MinGRU, {}),
-    "mingru, linear": (MinGRUCell, MinGRU, {"candidate": "linear"}),
-    "mingru, no bias": (MinGRUCell, MinGRU, {"bias": False}),
-    "minlstm": (MinLSTMCell, MinLSTM, {}),
-    "minlstm, tanh": (MinLSTMCell, MinLSTM, {"candidate": "tanh"}),
-    "mingru, signed": (MinGRUCell, MinGRU, {"signed": True}),
-    "minlstm, signed": (MinLSTMCell, MinLSTM, {"signed": True}),
-    "minlstm, unnormalised": (MinLSTMCell, MinLSTM, {"normalize": False}),
+PAIRS: dict[str, tuple[str, dict[str, Any]]] = {
+    **RECURRENCES,
+    "mingru, linear": ("mingru", {"candidate": "linear"}),
+    "mingru, no bias": ("mingru", {"bias": False}),
+    "minlstm, tanh": ("minlstm", {"candidate": "tanh"}),
 }
-CELLS = {"mingru": MinGRUCell, "minlstm": MinLSTMCell}
 
 every_pair = pytest.mark.parametrize("name", PAIRS)
 every_cell = pytest.mark.parametrize("cell_type", CELLS.values(), ids=CELLS)
@@ -30,11 +24,11 @@ every_cell = pytest.mark.parametrize("cell_type", CELLS.values(), ids=CELLS)
 
 def build(name: str) -> tuple[Any, Any]:
     """A cell and a layer of one seed."""
-    cell_type, layer_type, options = PAIRS[name]
+    gate, options = PAIRS[name]
     torch.manual_seed(0)
-    cell = cell_type(I, H, dtype=torch.float64, **options)
+    cell = CELLS[gate](I, H, dtype=torch.float64, **options)
     torch.manual_seed(0)
-    return cell, layer_type(I, H, dtype=torch.float64, **options)
+    return cell, LAYERS[gate](I, H, dtype=torch.float64, **options)
 
 
 def make_input(*shape: int) -> Tensor:

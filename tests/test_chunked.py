@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from gated import LAYERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import GATES
@@ -17,13 +18,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minrnn.mixers import MinGRU, MinLSTM
+from minrnn.mixers import MinGRU
+from minrnn.mixers.layer import MinRNN
 from minrnn.ops import CANDIDATES, chunks, projected, projected_scan
 from minrnn.ops.chunks import Chunk, cut_batch, cut_sequences
 
 # The gates that layers have, with each candidate.
 CELLS = [(gate, candidate) for gate in GATES if GATES[gate].has_candidate for candidate in CANDIDATES]
-LAYERS = {"mingru": MinGRU, "minlstm": MinLSTM}
 # Largest error relative to the largest value: some roundings of the sums in matrix products.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 C, D = 5, 3
@@ -387,7 +388,7 @@ def test_large_input_is_cut_unasked(batch_first: bool, recompute: bool) -> None:
         assert (actual - wanted).abs().max() / wanted.abs().max() < TOLERANCE[torch.float32]
 
 
-def saved_by(layer: MinGRU | MinLSTM, x: Tensor, *arguments: Any, **options: Any) -> list[Tensor]:
+def saved_by(layer: MinRNN, x: Tensor, *arguments: Any, **options: Any) -> list[Tensor]:
     """What a call keeps for backward, weights aside."""
     kept: list[Tensor] = []
 
@@ -507,7 +508,7 @@ def test_checkpoint(use_reentrant: bool, recompute: bool) -> None:
 # Recomputing where chunks do not serve
 
 
-def differentiate(layer: MinGRU | MinLSTM, x: Tensor, call: Any = None) -> list[Tensor]:
+def differentiate(layer: MinRNN, x: Tensor, call: Any = None) -> list[Tensor]:
     output, h_n = (layer if call is None else call)(x)
     gradients = torch.autograd.grad(output.square().sum() + h_n.sum(), [x, *layer.parameters()])
     return [output, h_n, *gradients]

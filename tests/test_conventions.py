@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from inspect import signature
 from typing import Any
 
+import gated
 import numpy as np
 import pytest
 import torch
@@ -21,15 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 import minrnn
-from minrnn.mixers import (
-    MIXERS,
-    MinGRU,
-    MinGRUCell,
-    MinLSTM,
-    MinLSTMCell,
-    PairedMinLSTM,
-    PairedMinLSTMCell,
-)
+from minrnn.mixers import MIXERS, MinGRU, MinLSTMCell, PairedMinLSTM, PairedMinLSTMCell
 from minrnn.mixers.convolution import CausalConv
 from minrnn.models import DecisionConfig, ModelConfig
 from minrnn.ops import scan, selective_scan
@@ -37,14 +30,15 @@ from minrnn.ops.selective.operator import MODULES as SELECTIVE_ENGINES
 
 I, H = 4, 8  # noqa: E741
 
+LAYER_CLASSES: dict[str, Any] = {kind.__name__: kind for kind in (*gated.LAYERS.values(), PairedMinLSTM)}
+CELLS: dict[str, Any] = {kind.__name__: kind for kind in (*gated.CELLS.values(), PairedMinLSTMCell)}
 LAYERS: dict[str, Callable[..., Any]] = {
     f"{kind.__name__}, recompute={recompute}": lambda *args, kind=kind, recompute=recompute, **options: kind(
         *args, recompute=recompute, **options
     )
-    for kind in (MinGRU, MinLSTM, PairedMinLSTM)
+    for kind in LAYER_CLASSES.values()
     for recompute in (False, True)
 }
-CELLS = {kind.__name__: kind for kind in (MinGRUCell, MinLSTMCell, PairedMinLSTMCell)}
 CONSTRUCTORS: dict[str, Callable[..., Any]] = {**LAYERS, **CELLS, **MIXERS}
 
 every_layer = pytest.mark.parametrize("name", LAYERS)
@@ -302,11 +296,7 @@ VALUES = {"window": 4, "dropout": 0.25, "dt_min": 0.01, "dt_max": 0.5, "num_laye
 
 
 def options_of(name: str) -> list[str]:
-    kind = (
-        MIXERS.get(name)
-        or CELLS.get(name)
-        or {"MinGRU": MinGRU, "MinLSTM": MinLSTM}.get(name.split(",")[0], MinLSTM)
-    )
+    kind = MIXERS.get(name) or CELLS.get(name) or LAYER_CLASSES[name.split(",")[0]]
     known = SIZES | FLAGS | NUMBERS | {"dropout"}
     return [option for option in signature(kind.__init__).parameters if option in known]
 
@@ -459,7 +449,7 @@ def test_layers_export_with_any_batch_and_length(name: str, batch_first: bool) -
     assert_exports(layer, (x, states[0]), (dims, hx_dims), (more, states[1]))
 
 
-@pytest.mark.parametrize("name", ["mingru", "minlstm", "aaren", "mamba"])
+@pytest.mark.parametrize("name", [*gated.LAYERS, "aaren", "mamba"])
 def test_recurrent_mixers_export_with_any_batch_and_length(name: str) -> None:
     """From a state too."""
     mixer, x, more = MIXERS[name](I, H), torch.randn(3, 7, I), torch.randn(5, 9, I)

@@ -8,11 +8,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import minrnn
-from minrnn.mixers import MinGRU, MinGRUCell, MinLSTM, PairedMinLSTM, PairedMinLSTMCell, convert_rnns
+from minrnn.mixers import (
+    MinGRU,
+    MinGRUCell,
+    MinLSTM,
+    MinLSTMCell,
+    PairedMinLSTM,
+    PairedMinLSTMCell,
+    convert_rnns,
+)
 
 B, T, I, H = 3, 6, 5, 4  # noqa: E741
 
@@ -322,6 +330,19 @@ def test_pair_goes_with_every_form_of_input() -> None:
     unbatched, (h_n, _) = paired(sequences[1])
     assert unbatched.shape == (5, 2 * H)
     assert h_n.shape == (4, H)
+
+
+@pytest.mark.parametrize("kind", [PairedMinLSTM, PairedMinLSTMCell])
+def test_weights_are_reparametrized_by_their_own_names(kind: Any) -> None:
+    """The parameters are the module's own, as those of torch.nn.LSTM are."""
+    torch.manual_seed(0)
+    module, x = kind(I, H, normalize=False), torch.randn(B, I)
+    output, name = module(x)[0], next(key for key in module.state_dict() if key.startswith("weight"))
+    parametrize.register_parametrization(module, name, nn.Identity())
+    assert torch.equal(module(x)[0], output)
+    pruned = prune.random_unstructured(copy.deepcopy(kind(I, H)), name, amount=0.5)
+    assert (getattr(pruned, name) == 0).sum() == round(1.5 * H * I)
+    assert not isinstance(module, (MinLSTM, MinLSTMCell))  # which take and return one tensor
 
 
 @pytest.mark.parametrize("module", [PairedMinLSTM(I, H), PairedMinLSTMCell(I, H)], ids=["layer", "cell"])

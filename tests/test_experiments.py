@@ -1,4 +1,4 @@
-"""The frame that experiments stand in: cells, interruption and continuation, records, tables, the report."""
+"""The frame that experiments stand in: trials, interruption and continuation, records, tables, the report."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from minrnn.benchmarks.loops import LOOPS
+from minrnn.benchmarks.plots import save_figure
 from minrnn.cli.main import main
 from minrnn.cli.reproduce import _Bar, _duration
 from minrnn.experiments import (
@@ -36,27 +38,25 @@ from minrnn.experiments import (
     shakespeare,
     stability,
 )
-from minrnn.experiments.experiment import SCALES, Cell, Choice, Experiment, Record, Silence, Table
-from minrnn.experiments.loops import LOOPS
+from minrnn.experiments.experiment import SCALES, Choice, Experiment, Record, Table, Trial, Watch
 from minrnn.experiments.page import experiments, write_page
 from minrnn.experiments.parameters import FORMULAS, count_weights, parameter_table
-from minrnn.experiments.plots import save_figure
 from minrnn.experiments.published import LABELS, Published, shown
+from minrnn.experiments.records import spread
 from minrnn.experiments.results import ResultsFolder
 from minrnn.experiments.runner import command_of, estimate, forecast, interleaved, pick, reproduce
 from minrnn.experiments.timed import exponent
 from minrnn.experiments.trained import (
-    FEW,
-    PATIENCE,
+    LONGEST_PROBE,
+    PROBE_SEQUENCES,
     TrainedExperiment,
-    spread,
     step_seconds,
     training_seconds,
 )
 from minrnn.experiments.variants import VARIANTS, every_mixer
 from minrnn.mixers import MIXERS
 from minrnn.ops import GATES
-from minrnn.training import Interrupted, NonFiniteLossError, RunConfig, read_config
+from minrnn.training import Interrupted, NonFiniteLossError, RunConfig, load_recipe, read_config
 
 REPOSITORY = Path(__file__).parents[1]
 TIMES = ("seconds", "training_seconds", "curve")  # what differs between two runs that are the same
@@ -79,23 +79,28 @@ def experiment(request: pytest.FixtureRequest) -> Experiment:
 class SelectiveCopying(selective_copying.SelectiveCopying):
     """Six steps, so that there is something to interrupt."""
 
-    sizes = {"tiny": dataclasses.replace(selective_copying.SelectiveCopying.sizes["tiny"], steps=6)}  # noqa: RUF012
+    tiny = selective_copying.SelectiveCopying.sizes["tiny"]
+    sizes = {"tiny": dataclasses.replace(tiny, train={**tiny.train, "steps": 6})}  # noqa: RUF012
 
 
 CHOICE = Choice("tiny", seeds=1, mixers=("mingru",), device="cpu")
 
 
-class StopAt(Silence):
-    """A watch that sends this process a signal when a cell is half done."""
+class Silence(Watch):
+    """Shows nothing."""
 
-    def __init__(self, cell: int) -> None:
-        self.cell, self.number = cell, 0
+
+class StopAt(Silence):
+    """A watch that sends this process a signal when a trial is half done."""
+
+    def __init__(self, trial: int) -> None:
+        self.trial, self.number = trial, 0
 
     def begin(self, name: str, number: int, total: int) -> None:
         self.number = number
 
     def progress(self, fraction: float, text: str, left: float | None) -> None:
-        if self.number == self.cell and fraction == 0.5:
+        if self.number == self.trial and fraction == 0.5:
             self.number = 0  # a second signal would not wait for the end of the step
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -128,53 +133,53 @@ def test_every_experiment_is_named_as_it_is(experiment: Experiment) -> None:
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_cells_are_json_have_names_of_their_own_and_are_always_the_same(
+def test_trials_are_json_have_names_of_their_own_and_are_always_the_same(
     experiment: Experiment, scale: Any
 ) -> None:
-    cells = experiment.cells(Choice(scale))
-    assert len(cells) > 1
-    assert len({cell.name for cell in cells}) == len(cells)
-    for cell in cells:
-        assert re.fullmatch(r"[A-Za-z0-9.-]+", cell.name)
-        assert json.loads(json.dumps(cell.config)) == cell.config
-        assert dict(cell.setting).keys() >= {"B"} or {"mixer", "seed"} <= cell.setting.keys()
-    assert cells == experiment.cells(Choice(scale))
+    trials = experiment.trials(Choice(scale))
+    assert len(trials) > 1
+    assert len({trial.name for trial in trials}) == len(trials)
+    for trial in trials:
+        assert re.fullmatch(r"[A-Za-z0-9.-]+", trial.name)
+        assert json.loads(json.dumps(trial.config)) == trial.config
+        assert dict(trial.setting).keys() >= {"B"} or {"mixer", "seed"} <= trial.setting.keys()
+    assert trials == experiment.trials(Choice(scale))
     if isinstance(experiment, TrainedExperiment):
-        for cell in cells:
-            config = RunConfig.from_dict(cell.config)
-            assert config.train.seed == cell.setting["seed"]
-            assert {"device", "threads"}.isdisjoint(cell.config["train"])
+        for trial in trials:
+            config = RunConfig.from_dict(trial.config)
+            assert config.train.seed == trial.setting["seed"]
+            assert {"device", "threads"}.isdisjoint(trial.config["train"])
 
 
-def test_seeds_and_mixers_choose_cells(experiment: Experiment) -> None:
-    everything = experiment.cells(Choice("cpu"))
+def test_seeds_and_mixers_choose_trials(experiment: Experiment) -> None:
+    everything = experiment.trials(Choice("cpu"))
     names = ("mingru",) if experiment.name in SINGLE else ("mingru", "minlstm")
-    ours = experiment.cells(Choice("cpu", mixers=names))
+    ours = experiment.trials(Choice("cpu", mixers=names))
     assert ours
     if isinstance(experiment, TrainedExperiment):
-        assert {cell.setting["mixer"] for cell in ours} == set(names)
-        assert {cell.name for cell in ours} <= {cell.name for cell in everything}
-        by_seed = [experiment.cells(Choice("cpu", seeds=n, mixers=("mingru",))) for n in (1, 4)]
+        assert {trial.setting["mixer"] for trial in ours} == set(names)
+        assert {trial.name for trial in ours} <= {trial.name for trial in everything}
+        by_seed = [experiment.trials(Choice("cpu", seeds=n, mixers=("mingru",))) for n in (1, 4)]
         assert len(by_seed[1]) == 4 * len(by_seed[0])
         seeds = [c.setting["seed"] for c in everything if c.setting["mixer"] in ("mingru", "minlstm")]
         assert experiment.name in SINGLE or max(seeds) >= 2  # three of ours at least
     else:
-        assert {tuple(cell.config["systems"]) for cell in ours} == {("mingru", "minlstm")}
+        assert {tuple(trial.config["systems"]) for trial in ours} == {("mingru", "minlstm")}
     with pytest.raises(ValueError, match=r"mixers must be among .*; did you mean 'mingru'"):
-        experiment.cells(Choice("cpu", mixers=("mingur",)))
+        experiment.trials(Choice("cpu", mixers=("mingur",)))
 
 
-def test_environments_and_data_choose_cells_of_locomotion() -> None:
+def test_environments_and_data_choose_trials_of_locomotion() -> None:
     experiment = locomotion.EXPERIMENT
-    everything = experiment.cells(Choice("cpu"))
-    assert {cell.setting["data"] for cell in everything} == {"local"}
+    everything = experiment.trials(Choice("cpu"))
+    assert {trial.setting["data"] for trial in everything} == {"local"}
     assert len(everything) == 6 * (3 * 4 + len(MIXERS) - 3)
-    hopper = experiment.cells(Choice("cpu", envs=("hopper",)))
-    assert hopper == [cell for cell in everything if cell.setting["env"] == "hopper"]
+    hopper = experiment.trials(Choice("cpu", envs=("hopper",)))
+    assert hopper == [trial for trial in everything if trial.setting["env"] == "hopper"]
     named = {
         data: {
-            cell.config["task"]["data"]
-            for cell in experiment.cells(Choice("cpu", envs=("hopper",), data=data))
+            trial.config["task"]["data"]
+            for trial in experiment.trials(Choice("cpu", envs=("hopper",), data=data))
         }
         for data in scores.QUALITIES
     }
@@ -200,11 +205,11 @@ def test_experiments_of_one_set_of_data_leave_no_choice_of_it(experiment: Experi
 
 
 def test_recurrent_policies_carry_and_all_see_as_much() -> None:
-    for cell in locomotion.EXPERIMENT.cells(Choice("cpu", seeds=1, envs=("hopper",))):
-        config = RunConfig.from_dict(cell.config)
+    for trial in locomotion.EXPERIMENT.trials(Choice("cpu", seeds=1, envs=("hopper",))):
+        config = RunConfig.from_dict(trial.config)
         assert config.resolved() == config
         assert config.train.batch_size * config.task.window == 64 * 20  # type: ignore[union-attr]
-        assert config.task.carry == (cell.setting["mixer"] not in ("attention", "bc"))  # type: ignore[union-attr]
+        assert config.task.carry == (trial.setting["mixer"] not in ("attention", "bc"))  # type: ignore[union-attr]
 
 
 def test_every_mixer_takes_part_where_all_are_compared() -> None:
@@ -212,8 +217,8 @@ def test_every_mixer_takes_part_where_all_are_compared() -> None:
         experiment = EXPERIMENTS[name].load()
         taking = {
             mixer
-            for cell in experiment.cells(Choice("tiny"))
-            for mixer in ([cell.setting["mixer"]] if "mixer" in cell.setting else cell.config["systems"])
+            for trial in experiment.trials(Choice("tiny"))
+            for mixer in ([trial.setting["mixer"]] if "mixer" in trial.setting else trial.config["systems"])
         }
         assert taking >= MIXERS.keys(), name
 
@@ -242,13 +247,23 @@ def test_variants_of_settings_that_models_lack_are_left_out(monkeypatch: pytest.
     assert every_mixer("mingru-odd", "transformer") == [*MIXERS, "transformer"]
 
 
+def test_a_recipe_for_several_mixers_is_the_recipe() -> None:
+    for trial in shakespeare.CPU.trials(Choice("cpu")):
+        setting = trial.setting
+        recipe = load_recipe("shakespeare-cpu").override(
+            model={"mixer": setting["mixer"]}, train={"seed": setting["seed"]}
+        )
+        assert RunConfig.from_dict(trial.config) == recipe
+
+
 @pytest.mark.parametrize("scale", ["cpu", "paper"])
 def test_matched_models_have_nearly_as_many_parameters(scale: Any) -> None:
     size = shakespeare.EXPERIMENT.sizes[scale]
-    wanted = shakespeare.count(shakespeare._model(size, "mingru", size.d_model))
+    wanted = shakespeare.count(shakespeare.EXPERIMENT.config(size, "mingru").model)
     for mixer in shakespeare.EXPERIMENT.mixers():
-        width = shakespeare.width_of(size, mixer, wanted)
-        found = shakespeare.count(shakespeare._model(size, mixer, width))
+        model = shakespeare.EXPERIMENT.config(size, mixer).model
+        width = shakespeare.width_of(model, wanted, 2 * size.num_heads)
+        found = shakespeare.count(dataclasses.replace(model, d_model=width))
         assert found == pytest.approx(wanted, rel=0.06), mixer
 
 
@@ -259,7 +274,7 @@ def test_interrupted_and_continued_is_uninterrupted(tmp_path: Path) -> None:
     experiment = SelectiveCopying()
     whole = reproduce(experiment, CHOICE, tmp_path / "whole", Silence())
     with pytest.raises(Interrupted):
-        reproduce(experiment, CHOICE, tmp_path / "parts", StopAt(cell=2))
+        reproduce(experiment, CHOICE, tmp_path / "parts", StopAt(trial=2))
     parts = ResultsFolder(tmp_path / "parts", experiment.name, "tiny")
     assert [record["cell"] for record in parts.records()] == ["mingru-layers1-seed0"]
     assert (parts.path / "tables.md").is_file()  # of what there was
@@ -277,18 +292,18 @@ def test_interrupted_and_continued_is_uninterrupted(tmp_path: Path) -> None:
     assert names == {"cells", "config.json", "tables.md", "plot.png", "plot.svg"}
 
 
-def test_a_cell_that_was_killed_before_its_first_step_starts_over(tmp_path: Path) -> None:
+def test_a_trial_that_was_killed_before_its_first_step_starts_over(tmp_path: Path) -> None:
     folder = ResultsFolder(tmp_path, "selective-copying", "tiny")
-    (cell, *_) = SelectiveCopying().cells(CHOICE)
-    (folder.unfinished(cell) / "run").mkdir(parents=True)
-    (folder.unfinished(cell) / "run" / "config.json.partial").write_text("{")
-    reproduce(SelectiveCopying(), CHOICE, tmp_path, Silence(), only=[cell.name])
-    assert [record["cell"] for record in folder.records()] == [cell.name]
+    (trial, *_) = SelectiveCopying().trials(CHOICE)
+    (folder.unfinished(trial) / "run").mkdir(parents=True)
+    (folder.unfinished(trial) / "run" / "config.json.partial").write_text("{")
+    reproduce(SelectiveCopying(), CHOICE, tmp_path, Silence(), only=[trial.name])
+    assert [record["cell"] for record in folder.records()] == [trial.name]
 
 
-def test_cells_run_alone_in_any_order_and_add_up(tmp_path: Path) -> None:
+def test_trials_run_alone_in_any_order_and_add_up(tmp_path: Path) -> None:
     experiment = SelectiveCopying()
-    names = [cell.name for cell in experiment.cells(CHOICE)]
+    names = [trial.name for trial in experiment.trials(CHOICE)]
     for name in reversed(names):
         folder = reproduce(experiment, CHOICE, tmp_path, Silence(), only=[name])
     other = dataclasses.replace(CHOICE, mixers=("gru",))
@@ -311,13 +326,13 @@ class Notes(Silence):
         self.notes.append(text)
 
 
-def test_two_in_one_folder_compute_each_cell_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one that finds nothing else to do leaves the other's cell to it, and says so."""
+def test_two_in_one_folder_compute_each_trial_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that finds nothing else to do leaves the other's trial to it, and says so."""
     computed: list[str] = []
     begun, go_on = threading.Event(), threading.Event()
 
-    def measure(self: Experiment, cell: Cell, *_: object) -> dict[str, Any]:
-        computed.append(cell.name)
+    def measure(self: Experiment, trial: Trial, *_: object) -> dict[str, Any]:
+        computed.append(trial.name)
         if not begun.is_set():
             begun.set()
             assert go_on.wait(60)
@@ -339,7 +354,7 @@ def test_two_in_one_folder_compute_each_cell_once(tmp_path: Path, monkeypatch: p
     assert left.startswith(computed[0])
     go_on.set()
     first.join()
-    names = [cell.name for cell in stability.EXPERIMENT.cells(one)]
+    names = [trial.name for trial in stability.EXPERIMENT.trials(one)]
     assert sorted(computed) == sorted(names)
     assert {record["cell"] for record in folder.records()} == set(names)
     assert json.loads((folder.path / "config.json").read_text())["cells"].keys() == set(names)
@@ -359,11 +374,11 @@ def test_two_in_one_folder_compute_each_cell_once(tmp_path: Path, monkeypatch: p
         ({"versions": {"torch": 2}}, "versions.torch must be str"),
     ],
 )
-def test_a_cell_without_its_keys_is_refused(content: Any, message: str, tmp_path: Path) -> None:
+def test_a_trial_without_its_keys_is_refused(content: Any, message: str, tmp_path: Path) -> None:
     choice = Choice("tiny", seeds=1, mixers=("mingru",), device="cpu")
-    cell = stability.EXPERIMENT.cells(choice)[0]
-    folder = reproduce(stability.EXPERIMENT, choice, tmp_path, Silence(), only=[cell.name])
-    path = folder.path / "cells" / f"{cell.name}.json"
+    trial = stability.EXPERIMENT.trials(choice)[0]
+    folder = reproduce(stability.EXPERIMENT, choice, tmp_path, Silence(), only=[trial.name])
+    path = folder.path / "cells" / f"{trial.name}.json"
     record = json.loads(path.read_text())
     path.write_text(content if isinstance(content, str) else json.dumps(record | content))
     with pytest.raises(ValueError, match=message) as refusal:
@@ -373,7 +388,7 @@ def test_a_cell_without_its_keys_is_refused(content: Any, message: str, tmp_path
 
 
 @pytest.mark.parametrize("part", ["tables", "draw"])
-def test_tables_and_plots_that_fail_are_said_and_cost_no_cell(
+def test_tables_and_plots_that_fail_are_said_and_cost_no_trial(
     part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -398,7 +413,7 @@ def test_a_record_says_all_that_is_needed_to_repeat_it(tmp_path: Path) -> None:
     assert record.keys() == expected | {"command", "device", "machine", "versions", "commit"}
     assert RunConfig.from_dict(record["config"]).train.steps == 6
     assert record["command"] == (
-        "minrnn reproduce selective-copying --scale tiny --seeds 1 --mixers mingru --device cpu --cell "
+        "minrnn reproduce selective-copying --scale tiny --seeds 1 --mixers mingru --device cpu --trial "
         f"mingru-layers1-seed0 --output {tmp_path}"
     )
     assert len((folder.path / "cells" / "mingru-layers1-seed0.json").read_text().splitlines()) == 1
@@ -435,13 +450,13 @@ def test_training_that_diverges_is_a_finding(tmp_path: Path, monkeypatch: pytest
             said.append(text)
 
     choice = dataclasses.replace(CHOICE, seeds=2)
-    cells = [cell.name for cell in stability.EXPERIMENT.cells(choice)]
-    reproduce(stability.EXPERIMENT, choice, tmp_path, Silence(), only=cells[::2])
+    trials = [trial.name for trial in stability.EXPERIMENT.trials(choice)]
+    reproduce(stability.EXPERIMENT, choice, tmp_path, Silence(), only=trials[::2])
     monkeypatch.setattr(stability.Stability, "measure", diverge)
     folder = reproduce(stability.EXPERIMENT, choice, tmp_path, Ear())
-    assert f"{cells[1]} failed: training diverged at step 3" in said
+    assert f"{trials[1]} failed: training diverged at step 3" in said
     failed = [record["cell"] for record in folder.records() if record["failed"] is not None]
-    assert failed == sorted(cells[1::2])
+    assert failed == sorted(trials[1::2])
     rows = (folder.path / "tables.md").read_text().splitlines()
     assert sum(row.startswith("| mingru | ") for row in rows) == 3
     for row in rows:
@@ -449,29 +464,29 @@ def test_training_that_diverges_is_a_finding(tmp_path: Path, monkeypatch: pytest
             assert row.split(" | ")[2:4] == ["2", "2"]  # one diverged, the other has learnt nothing
     monkeypatch.undo()
     page = experiments(_as_cpu(folder), tmp_path)
-    assert f"Diverged: {', '.join(sorted(cells[1::2]))}." in page
+    assert f"Diverged: {', '.join(sorted(trials[1::2]))}." in page
 
 
-def test_a_cell_is_looked_up_by_its_name() -> None:
-    cells = [Cell(name, {}, {}) for name in ("mingru-seed0", "gru-seed0")]
-    assert pick(cells, []) == cells
-    assert pick(cells, ["gru-seed0"]) == cells[1:]
-    with pytest.raises(ValueError, match=r"that --list-cells names .*; did you mean 'mingru-seed0'"):
-        pick(cells, ["mingru-seed1"])
+def test_a_trial_is_looked_up_by_its_name() -> None:
+    trials = [Trial(name, {}, {}) for name in ("mingru-seed0", "gru-seed0")]
+    assert pick(trials, []) == trials
+    assert pick(trials, ["gru-seed0"]) == trials[1:]
+    with pytest.raises(ValueError, match=r"that --list-trials names .*; did you mean 'mingru-seed0'"):
+        pick(trials, ["mingru-seed1"])
 
 
-def test_the_time_left_is_that_of_the_most_similar_cells() -> None:
+def test_the_time_left_is_that_of_the_most_similar_trials() -> None:
     def record(mixer: str, layers: int, seconds: float) -> Record:
         return {"setting": {"mixer": mixer, "layers": layers, "seed": 0}, "seconds": seconds}
 
     known = [record("gru", 1, 10.0), record("gru", 2, 30.0), record("rnn", 2, 2.0)]
-    assert forecast(Cell("", {"mixer": "gru", "layers": 2, "seed": 5}, {}), known) == 30.0
-    assert forecast(Cell("", {"mixer": "gru", "layers": 3, "seed": 0}, {}), known) == 20.0
-    assert forecast(Cell("", {"mixer": "lstm", "layers": 3, "seed": 0}, {}), known) == 14.0
-    assert forecast(Cell("", {"mixer": "lstm"}, {}), []) is None
+    assert forecast(Trial("", {"mixer": "gru", "layers": 2, "seed": 5}, {}), known) == 30.0
+    assert forecast(Trial("", {"mixer": "gru", "layers": 3, "seed": 0}, {}), known) == 20.0
+    assert forecast(Trial("", {"mixer": "lstm", "layers": 3, "seed": 0}, {}), known) == 14.0
+    assert forecast(Trial("", {"mixer": "lstm"}, {}), []) is None
 
 
-def test_the_time_left_of_a_cell_that_goes_on_is_that_of_its_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_left_of_a_trial_that_goes_on_is_that_of_its_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[float | None] = []
 
     class Ear(Silence):
@@ -480,20 +495,20 @@ def test_the_time_left_of_a_cell_that_goes_on_is_that_of_its_rest(monkeypatch: p
 
     now = 0.0
     monkeypatch.setattr(runner.time, "perf_counter", lambda: now)
-    clock = runner._Clock(Cell("", {}, {}), [Cell("", {}, {})], [], Ear())
+    clock = runner._Clock(Trial("", {}, {}), [Trial("", {}, {})], [], Ear())
     for now, fraction in ((0.0, 0.0), (5.0, 0.5), (15.0, 0.75), (25.0, 1.0)):  # noqa: B007 - the clock reads it
         clock(fraction, "")
     assert heard == [None, None, pytest.approx(0.25 * 40 + 40), pytest.approx(40)]
 
 
-def test_estimates_are_of_every_kind_of_cell(experiment: Experiment) -> None:
+def test_estimates_are_of_every_kind_of_trial(experiment: Experiment) -> None:
     if experiment.name == "locomotion":
         if MISSING:
             pytest.skip(MISSING)
         write_pendulum_data()
-    kinds = {cell.kind: cell for cell in experiment.cells(CHOICE)}
-    for cell in kinds.values():
-        assert experiment.estimate(cell, CHOICE) > 0
+    kinds = {trial.kind: trial for trial in experiment.trials(CHOICE)}
+    for trial in kinds.values():
+        assert experiment.estimate(trial, CHOICE) > 0
 
 
 # --- numbers ---------------------------------------------------------------------------------------------
@@ -520,8 +535,8 @@ def test_what_a_step_costs_without_sequences_is_not_multiplied() -> None:
     assert step_seconds(busy({4: 3.6, 8: 4.2, 64: 12.6}, 0.0, 1), 64) == pytest.approx(12.6)  # by a line
     assert step_seconds(busy({4: 3.0, 8: 3.0, 64: 9.0}, 0.0, 1), 64) == 9.0  # measured, as the line is short
     assert step_seconds(busy({4: 20.0, 8: 12.0, 64: 99.0}, 0.0, 1), 64) == 20.0  # never below what was seen
-    assert FEW == 4
-    assert PATIENCE == 10.0
+    assert PROBE_SEQUENCES == 4
+    assert LONGEST_PROBE == 10.0
 
 
 def test_estimates_are_asked_for_in_turns_and_the_lowest_taken() -> None:
@@ -543,29 +558,29 @@ def test_estimates_are_asked_for_in_turns_and_the_lowest_taken() -> None:
     assert interleaved({}, lambda: 0.0) == {}
 
 
-def test_finished_cells_of_this_machine_say_best_how_long_others_take(
+def test_finished_trials_of_this_machine_say_best_how_long_others_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     choice = Choice("tiny", seeds=2, mixers=("mingru",), device="cpu")
     asked: list[str] = []
 
-    def ask(self: Experiment, cell: Cell, choice: Choice) -> float:
-        asked.append(cell.name)
+    def ask(self: Experiment, trial: Trial, choice: Choice) -> float:
+        asked.append(trial.name)
         return 1000.0
 
     monkeypatch.setattr(stability.Stability, "estimate", ask)
-    cells = stability.EXPERIMENT.cells(choice)  # three kinds
-    folder = reproduce(stability.EXPERIMENT, choice, tmp_path, Silence(), only=[cells[0].name])
+    trials = stability.EXPERIMENT.trials(choice)  # three kinds
+    folder = reproduce(stability.EXPERIMENT, choice, tmp_path, Silence(), only=[trials[0].name])
     (record,) = folder.records()
-    whole = estimate(stability.EXPERIMENT, cells, choice, [record], asked.append, lambda: 0.0)
+    whole = estimate(stability.EXPERIMENT, trials, choice, [record], asked.append, lambda: 0.0)
     assert whole == pytest.approx(2 * record["seconds"] + 4 * 1000.0)
-    assert cells[0].name not in asked
+    assert trials[0].name not in asked
     elsewhere = record | {"machine": {**record["machine"], "processor": "another"}}
-    assert estimate(stability.EXPERIMENT, cells, choice, [elsewhere], asked.append, lambda: 0.0) == 6000.0
+    assert estimate(stability.EXPERIMENT, trials, choice, [elsewhere], asked.append, lambda: 0.0) == 6000.0
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_estimates_are_made_with_the_threads_that_cells_have(
+def test_estimates_are_made_with_the_threads_that_trials_have(
     threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
@@ -573,7 +588,7 @@ def test_estimates_are_made_with_the_threads_that_cells_have(
         stability.Stability, "estimate", lambda *_: seen.append(torch.get_num_threads()) or 1.0
     )
     choice = Choice("tiny", mixers=("mingru",), device="cpu", threads=threads)
-    estimate(stability.EXPERIMENT, stability.EXPERIMENT.cells(choice), choice, [], print, lambda: 0.0)
+    estimate(stability.EXPERIMENT, stability.EXPERIMENT.trials(choice), choice, [], print, lambda: 0.0)
     assert set(seen) == {threads}
 
 
@@ -658,7 +673,7 @@ def test_every_published_figure_is_labelled() -> None:
     [
         (selective_copying.TABLE_1["mingru", 3], "99.5 ± 0.2 (as published)"),
         (selective_copying.TABLE_1["minlstm", 2], "85.7 ± 5.8 (as recalled, unconfirmed)"),
-        (shakespeare.BEST["minlstm"], "1.555 at step 625 (as published)"),
+        (shakespeare.PUBLISHED["minlstm"], "1.555 at step 625 (as published)"),
         (formal_languages.PUBLISHED["minLSTM"]["majority"], "0.93 (as recalled, unconfirmed)"),
         (listops.TABLE_6["mlp"], "0.52 (as recalled, unconfirmed)"),
         (scores.TABLE_3["hopper-medium"]["minLSTM"], "85.0 ± 4.4 (as recalled, unconfirmed)"),
@@ -696,7 +711,7 @@ def _as_cpu(folder: ResultsFolder) -> Path:
 def test_the_page_holds_tables_plots_commands_and_machines(tmp_path: Path) -> None:
     folder = reproduce(SelectiveCopying(), CHOICE, tmp_path / "results", Silence())
     target = tmp_path / "RESULTS.md"
-    page, benchmarks = REPOSITORY / "benchmarks" / "page.md", REPOSITORY / "benchmarks" / "results"
+    page, benchmarks = REPOSITORY / "docs" / "results.md.template", REPOSITORY / "benchmarks" / "results"
     write_page(page, benchmarks, _as_cpu(folder), target)
     text = target.read_text()
     assert "## Selective copying (tables 1 and 2)" in text
@@ -709,12 +724,12 @@ def test_the_page_holds_tables_plots_commands_and_machines(tmp_path: Path) -> No
     assert "{" not in text
 
 
-def test_cells_of_several_machines_are_told_apart(tmp_path: Path) -> None:
+def test_trials_of_several_machines_are_told_apart(tmp_path: Path) -> None:
     root = _as_cpu(reproduce(SelectiveCopying(), CHOICE, tmp_path / "results", Silence()))
-    cell = next(iter(sorted(root.glob("*/cells/*.json"))))
-    record = json.loads(cell.read_text())
+    trial = next(iter(sorted(root.glob("*/cells/*.json"))))
+    record = json.loads(trial.read_text())
     mixer, record["machine"]["processor"] = record["setting"]["mixer"], "Abacus"
-    cell.write_text(json.dumps(record))
+    trial.write_text(json.dumps(record))
     (tmp_path / "page.md").write_text("{experiments}")
     write_page(tmp_path / "page.md", REPOSITORY / "benchmarks" / "results", root, tmp_path / "R.md")
     said = (tmp_path / "R.md").read_text().partition("several machines, whose times do not compare (")[2]
@@ -724,7 +739,7 @@ def test_cells_of_several_machines_are_told_apart(tmp_path: Path) -> None:
 def test_results_md_is_what_the_report_writes(tmp_path: Path) -> None:
     """But for the experiments, whose section is made again whenever their results are."""
     target = tmp_path / "RESULTS.md"
-    page, benchmarks = REPOSITORY / "benchmarks" / "page.md", REPOSITORY / "benchmarks" / "results"
+    page, benchmarks = REPOSITORY / "docs" / "results.md.template", REPOSITORY / "benchmarks" / "results"
     write_page(page, benchmarks, tmp_path / "results", target)
     committed = (REPOSITORY / "RESULTS.md").read_text(encoding="utf-8")
     written = target.read_text(encoding="utf-8")
@@ -779,33 +794,36 @@ def test_mistakes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'gru-loop'" in error_of(capsys, "runtime", "--mixers", "gru-lop")
     assert "'cpu', 'paper', 'tiny'" in error_of(capsys, "runtime", "--scale", "big")
     assert "--seeds" in error_of(capsys, "runtime", "--seed", "3")
-    assert "did you mean 'B2-D8-T" in error_of(capsys, "runtime", "--scale", "tiny", "--cell", "B2-D8-T")
+    assert "did you mean 'B2-D8-T" in error_of(capsys, "runtime", "--scale", "tiny", "--trial", "B2-D8-T")
     assert "device must be" in error_of(capsys, "runtime", "--device", "gpu")
     assert "runtime has one set of data" in error_of(capsys, "runtime", "--envs", "hopper")
     assert "data must be among local" in error_of(capsys, "locomotion", "--data", "own")
     assert "--list must stand alone" in error_of(capsys, "--list", "runtime")
-    assert "page.md: No such file" in error_of(capsys, "report")
+    assert "results.md.template: No such file" in error_of(capsys, "report")
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_the_list_of_cells_is_a_list_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_of_trials_is_a_list_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
     chosen = ["listops", "--scale", "tiny", "--mixers", "minlstm", "--output", "mine", "--device", "cpu"]
-    assert main(["reproduce", *chosen, "--list-cells"]) == 0
+    assert main(["reproduce", *chosen, "--list-trials"]) == 0
     commands = capsys.readouterr().out.splitlines()
     assert len(commands) == 4
     assert commands[1] == (
-        "minrnn reproduce listops --scale tiny --mixers minlstm --device cpu --cell minlstm-conv-seed0 "
+        "minrnn reproduce listops --scale tiny --mixers minlstm --device cpu --trial minlstm-conv-seed0 "
         "--output mine"
     )
     assert main(commands[1].split()[1:]) == 0
     assert "results: mine/listops-tiny" in capsys.readouterr().out
-    assert main(["reproduce", *chosen, "--list-cells"]) == 0
+    assert main(["reproduce", *chosen, "--list-trials"]) == 0
     again = capsys.readouterr().out.splitlines()
     assert again[1] == f"# finished: {commands[1]}"
     assert [again[0], *again[2:]] == [commands[0], *commands[2:]]
+    # As committed records have it, whose commands are of earlier versions.
+    assert main(["reproduce", *chosen, "--list-trials", "--cell", "minlstm-conv-seed0"]) == 0
+    assert capsys.readouterr().out.splitlines() == [again[1]]
 
 
-def test_commands_choose_the_same_cells() -> None:
+def test_commands_choose_the_same_trials() -> None:
     choice = Choice("paper", 2, ("mingru", "gru"), "cuda", 3, ("hopper", "walker2d"), "d4rl")
     assert command_of("locomotion", choice, Path("results")) == (
         "minrnn reproduce locomotion --scale paper --seeds 2 --mixers mingru gru --device cuda --threads 3 "
@@ -817,7 +835,7 @@ def test_experiments_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(EXPERIMENTS)
-    assert all(re.search(r"cpu: \d+ cells; paper: \d+ cells$", line) for line in lines)
+    assert all(re.search(r"cpu: \d+ trials; paper: \d+ trials$", line) for line in lines)
 
 
 def test_an_estimate_prints_the_command_and_runs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -827,7 +845,7 @@ def test_an_estimate_prints_the_command_and_runs_nothing(capsys: pytest.CaptureF
     assert lines[0] == "minrnn reproduce listops --scale tiny --mixers minlstm"
     assert lines[-1].startswith("about ")
     assert all(line.startswith("the machine is busy") for line in lines[1:-1])
-    assert "4 cells, evaluations not counted" in said
+    assert "4 trials, evaluations not counted" in said
     assert not Path("results").exists()
 
 
@@ -845,10 +863,10 @@ def test_an_interrupted_command_says_so_and_goes_on(
     assert "SIGTERM: stopped and saved after step 1; the same command goes on" in capsys.readouterr().out
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "stability: 0 of 3 cells are finished" in said
+    assert "stability: 0 of 3 trials are finished" in said
     assert "3/3 mingru-bias3-seed0" in said
     assert main(command) == 0
-    assert "3 of 3 cells are finished" in capsys.readouterr().out
+    assert "3 of 3 trials are finished" in capsys.readouterr().out
 
 
 def test_a_terminal_shows_a_bar_with_the_time_left() -> None:

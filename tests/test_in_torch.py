@@ -5,11 +5,11 @@ What tests/test_scan.py has of this for the operator, and tests/test_chunked.py 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from gated import CELLS, LAYERS, keeping_sign
 from laws import GATES, gated_scan
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -17,11 +17,9 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
 
-from minrnn.mixers import MinGRU, MinGRUCell, MinLSTM, MinLSTMCell
+from minrnn.mixers import MinGRU
 
 B, T, C, D = 2, 5, 3, 4
-LAYERS: dict[str, Callable[..., Any]] = {"mingru": MinGRU, "minlstm": MinLSTM}
-CELLS: dict[str, Callable[..., Any]] = {"mingru": MinGRUCell, "minlstm": MinLSTMCell}
 
 every_gate = pytest.mark.parametrize("gate", GATES)
 every_layer = pytest.mark.parametrize("name", LAYERS)
@@ -169,7 +167,7 @@ def test_autocast_keeps_a_layers_gates_in_float32(name: str) -> None:
     with torch.no_grad():
         layer.weight_ih_l0.zero_()
         layer.bias_ih_l0.zero_()
-        layer.bias_ih_l0[:D] = -6.9 if name == "mingru" else 6.9  # keeps 0.999 or 0.998
+        layer.bias_ih_l0[:D] = 6.9 * keeping_sign(name)  # keeps 0.999 or 0.998
     with torch.autocast("cpu", torch.bfloat16):
         output, _ = layer(torch.zeros(4000, 1, C), torch.full((1, 1, D), 100.0))
     assert output.dtype == torch.bfloat16

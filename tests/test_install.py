@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -10,7 +11,9 @@ import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -47,7 +50,7 @@ def test_constraints_pin_the_tools_that_make_builds_with() -> None:
 def test_without_the_extension_the_package_works_and_says_why() -> None:
     code = """
 import sys
-sys.modules["minrnn.ops._cpu"] = sys.modules["minrnn.ops._selective"] = None  # as if not compiled
+sys.modules["minrnn.ops._cpu"] = None  # as if not compiled
 import torch, minrnn
 x = torch.randn(2, 5, 4, requires_grad=True)
 for layer in (minrnn.MinGRU(4, 3), minrnn.MIXERS["mamba"](4, 3)):
@@ -61,6 +64,44 @@ print(compiled.detail)
 
 
 PACKAGE = REPOSITORY / "src" / "minrnn"
+
+Contents = dict[str, object]
+"""Public names: a module's or a class's own contents, a function's number of parameters, None for a value."""
+
+
+def stubbed(body: list[ast.stmt], classes: dict[str, list[ast.stmt]]) -> Contents:
+    found: Contents = {}
+    for node in body:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = len(node.args.posonlyargs)
+        elif isinstance(node, ast.AnnAssign):
+            names = [n.id for n in ast.walk(node.annotation) if isinstance(n, ast.Name) and n.id in classes]
+            found[ast.unparse(node.target)] = stubbed(classes[names[0]], classes) if names else None
+    return found
+
+
+def compiled(holder: ModuleType | type) -> Contents:
+    found: Contents = {}
+    for name, value in vars(holder).items():
+        if name.startswith("_") and (name != "__init__" or isinstance(holder, ModuleType)):
+            continue
+        if isinstance(value, ModuleType | type):
+            found[name] = compiled(value)
+        elif callable(value):
+            (signature,) = value.__nb_signature__
+            (function,) = ast.parse(f"{signature[0]}: ...").body
+            assert isinstance(function, ast.FunctionDef)
+            found[name] = len(function.args.posonlyargs + function.args.args)
+        else:
+            found[name] = None
+    return found
+
+
+def test_the_stub_describes_the_extension() -> None:
+    _cpu = pytest.importorskip("minrnn.ops._cpu", exc_type=ModuleNotFoundError)
+    tree = ast.parse((PACKAGE / "ops" / "_cpu.pyi").read_text(encoding="utf-8"))
+    classes = {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
+    assert stubbed(tree.body, classes) == compiled(_cpu)
 
 
 def package_files() -> set[str]:

@@ -4,10 +4,13 @@ import copy
 import itertools
 import pickle
 import warnings
+from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import pytest
 import torch
+from gated import LAYERS, RECURRENCES, keeping_sign
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -15,16 +18,14 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minrnn.mixers import MinGRU, MinLSTM
+from minrnn.ops import GATES
 
-LAYERS: dict[str, type[MinGRU] | type[MinLSTM]] = {"mingru": MinGRU, "minlstm": MinLSTM}
-NUM_PRE = {"mingru": 2, "minlstm": 3}
 B, T, I, H = 3, 7, 5, 4  # noqa: E741
 
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
-def build(name: str, **options: Any) -> MinGRU | MinLSTM:
+def build(name: str, **options: Any) -> Any:
     torch.manual_seed(0)
     return LAYERS[name](I, H, dtype=torch.float64, **options)
 
@@ -37,31 +38,34 @@ def positive(x: Tensor) -> Tensor:
     return torch.where(x >= 0, x + 0.5, torch.sigmoid(x))
 
 
+# Of the gates, after the sigmoid: the decay, the signed decay, and what the candidate is multiplied by.
+PAPER: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
+    "mingru": lambda z: (1 - z, 1 - 2 * z, z),
+    "minlstm": lambda f, i: (f / (f + i), (f - i) / (f + i), i / (f + i)),
+    "minlstm_unnormalized": lambda f, i: (f, f, i),
+}
+
+
 def step_by_the_paper(
-    layer: MinGRU | MinLSTM, suffix: str, x: Tensor, h: Tensor, candidate: Any = positive
+    layer: Any, suffix: str, x: Tensor, h: Tensor, candidate: Callable[[Tensor], Tensor] = positive
 ) -> Tensor:
-    """One step of the cell as the paper writes it, x (B, I), h (B, H)."""
+    """One step of the recurrence as the paper writes it, x (B, I), h (B, H)."""
     pre = x @ getattr(layer, f"weight_ih_{suffix}").T
     if layer.bias:
         pre = pre + getattr(layer, f"bias_ih_{suffix}")
-    *gates, c = pre.chunk(NUM_PRE[type(layer).__name__.lower()], dim=-1)
-    gates = [torch.sigmoid(gate) for gate in gates]
-    if len(gates) == 1:
-        return (1 - (2 if layer.signed else 1) * gates[0]) * h + gates[0] * candidate(c)
-    f, i = gates
-    if layer.normalize:  # type: ignore[union-attr]
-        f, i = f / (f + i), i / (f + i)
-    return (f - i if layer.signed else f) * h + i * candidate(c)
+    *gates, c = pre.chunk(GATES[layer.gate].num_pre, dim=-1)
+    decay, signed, weight = PAPER[layer.gate](*(torch.sigmoid(gate) for gate in gates))
+    return (signed if layer.signed else decay) * h + weight * candidate(c)
 
 
-@every_layer
+@pytest.mark.parametrize("form", RECURRENCES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     ("candidate", "g"), [("positive", positive), ("linear", lambda x: x), ("tanh", torch.tanh)]
 )
-@pytest.mark.parametrize("signed", [False, True], ids=["", "signed"])
-def test_equations(name: str, bias: bool, candidate: str, g: Any, signed: bool) -> None:
-    layer = build(name, bias=bias, candidate=candidate, signed=signed)
+def test_equations(form: str, bias: bool, candidate: str, g: Any) -> None:
+    name, options = RECURRENCES[form]
+    layer = build(name, bias=bias, candidate=candidate, **options)
     x, h = make_input(T, B, I), make_input(B, H)
     output, h_n = layer(x, h.unsqueeze(0))
     for t in range(T):
@@ -70,20 +74,15 @@ def test_equations(name: str, bias: bool, candidate: str, g: Any, signed: bool) 
     torch.testing.assert_close(h_n[0], h, rtol=0, atol=1e-12)
 
 
-def test_unnormalised_minlstm_equations() -> None:
-    layer, x, h = build("minlstm", normalize=False), make_input(T, B, I), make_input(B, H)
-    output, _ = layer(x, h.unsqueeze(0))
-    for t in range(T):
-        h = step_by_the_paper(layer, "l0", x[t], h)
-        torch.testing.assert_close(output[t], h, rtol=0, atol=1e-12)
+# What a one does to the gates' logits, so that the decay is -1.
+PARITY = {"mingru": [1.0], "minlstm": [-1.0, 1.0]}
 
 
-@every_layer
+@pytest.mark.parametrize("name", PARITY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_signed_layer_of_one_channel_tells_parity(name: str, dtype: torch.dtype) -> None:
     """With fixed weights, at every length: one logit is the bit, and the candidate is one."""
-    layer = LAYERS[name](1, 1, signed=True, candidate="linear", dtype=dtype)
-    gate = [1.0] if name == "mingru" else [-1.0, 1.0]
+    layer, gate = LAYERS[name](1, 1, signed=True, candidate="linear", dtype=dtype), PARITY[name]
     with torch.no_grad():
         layer.weight_ih_l0.copy_(80 * torch.tensor([*gate, 0.0])[:, None])
         layer.bias_ih_l0.copy_(torch.tensor([*(-40 * sign for sign in gate), 1.0]))
@@ -137,7 +136,7 @@ def test_shapes_and_names_are_those_of_torch(
     assert list(ours.state_dict()) == without_hh
     for key, parameter in ours.named_parameters():
         rows, *columns = getattr(theirs, key).shape
-        assert parameter.shape == (rows // 3 * NUM_PRE[name], *columns)
+        assert parameter.shape == (rows // 3 * GATES[name].num_pre, *columns)
     assert [len(group) for group in ours.all_weights] == [1 + bias] * len(h_0)
 
 
@@ -145,6 +144,17 @@ def test_shapes_and_names_are_those_of_torch(
 def test_positional_arguments_mean_what_they_mean_in_torch(name: str) -> None:
     ours, theirs = LAYERS[name](I, H, 2, False, True, 0.25, True), nn.GRU(I, H, 2, False, True, 0.25, True)
     assert repr(ours) == repr(theirs).replace("GRU", type(ours).__name__)
+
+
+@every_layer
+def test_options_are_arguments_and_attributes(name: str) -> None:
+    """All but device and dtype, which the parameters have."""
+    ours = signature(LAYERS[name]).parameters
+    theirs = signature(nn.RNNBase).parameters.keys() - {"mode", "proj_size", "device", "dtype"}
+    assert {key for key, parameter in ours.items() if parameter.kind is not parameter.KEYWORD_ONLY} == theirs
+    layer = LAYERS[name](I, H)
+    assert {key for key in ours if not hasattr(layer, key)} == {"device", "dtype"}
+    assert layer.gate == name
 
 
 @every_layer
@@ -204,11 +214,11 @@ def test_reset_separates_sequences_in_both_directions(name: str, starts: list[se
         torch.testing.assert_close(output[:, row], torch.cat(alone), rtol=0, atol=1e-12)
 
 
-@every_layer
-@pytest.mark.parametrize("signed", [False, True], ids=["", "signed"])
-def test_forget_bias_moves_the_first_gate_only(name: str, signed: bool) -> None:
-    plain, moved = (build(name, forget_bias=bias, signed=signed) for bias in (0.0, 2.5))
-    sign = -1 if name == "mingru" else 1
+@pytest.mark.parametrize("form", RECURRENCES)
+def test_forget_bias_moves_the_first_gate_only(form: str) -> None:
+    name, options = RECURRENCES[form]
+    plain, moved = (build(name, forget_bias=bias, **options) for bias in (0.0, 2.5))
+    sign = keeping_sign(name)
     shift = (moved.bias_ih_l0 - plain.bias_ih_l0).detach()
     torch.testing.assert_close(shift[:H], torch.full((H,), 2.5 * sign, dtype=torch.float64))
     assert not shift[H:].any()
@@ -360,6 +370,7 @@ def test_state_may_be_passed_by_torchs_name(name: str) -> None:
         ({"dropout": 1.5}, ValueError, r"dropout must be a probability in \[0, 1\], got 1.5"),
         ({"dropout": True}, ValueError, "dropout must be a probability"),
         ({"candidate": "relu"}, ValueError, "candidate must be one of positive, linear, tanh, got 'relu'"),
+        ({"candidate": "tan"}, ValueError, r"got 'tan'; did you mean 'tanh'\?"),
         ({"bias": False, "forget_bias": 1.0}, ValueError, "forget_bias=1.0 needs a bias"),
         ({"proj_size": 2}, TypeError, "proj_size"),
     ],

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from gated import RECURRENCES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,11 +21,11 @@ B, T, D_MODEL, D_HIDDEN = 3, 13, 6, 8
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in MIXERS},
+    **RECURRENCES,
     "mingru-linear": ("mingru", {"candidate": "linear"}),
     "mingru-tanh-no-bias": ("mingru", {"candidate": "tanh", "bias": False}),
-    "minlstm-unnormalised": ("minlstm", {"normalize": False, "forget_bias": 3.0}),
-    "mingru-signed": ("mingru", {"signed": True}),
-    "minlstm-signed": ("minlstm", {"signed": True, "candidate": "tanh"}),
+    "minlstm-unnormalized-forget-bias": ("minlstm", {"normalize": False, "forget_bias": 3.0}),
+    "minlstm-signed-tanh": ("minlstm", {"signed": True, "candidate": "tanh"}),
     "attention-window-1": ("attention", {"window": 1}),
     "attention-window-4": ("attention", {"window": 4, "num_heads": 2}),
     "attention-window-longer-than-T": ("attention", {"window": 50, "bias": False}),

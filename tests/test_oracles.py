@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from gated import RECURRENCES
 from torch import Tensor
 
 from minrnn.mixers import MIXERS, Mixer
@@ -208,11 +209,11 @@ ORACLES: dict[str, Callable[..., Tensor]] = {
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in MIXERS},
+    **RECURRENCES,
     "mingru-linear": ("mingru", {"candidate": "linear"}),
     "mingru-tanh-no-bias": ("mingru", {"candidate": "tanh", "bias": False}),
-    "minlstm-unnormalised": ("minlstm", {"normalize": False, "forget_bias": 3.0}),
-    "mingru-signed": ("mingru", {"signed": True}),
-    "minlstm-signed": ("minlstm", {"signed": True, "candidate": "linear"}),
+    "minlstm-unnormalized-forget-bias": ("minlstm", {"normalize": False, "forget_bias": 3.0}),
+    "minlstm-signed-linear": ("minlstm", {"signed": True, "candidate": "linear"}),
     "attention-window": ("attention", {"window": 5, "num_heads": 2}),
     "aaren-one-head-no-bias": ("aaren", {"num_heads": 1, "bias": False}),
     "s4d-inv": ("s4d", {"initialization": "inv", "d_state": 6}),

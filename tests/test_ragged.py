@@ -6,36 +6,32 @@ from typing import Any
 
 import pytest
 import torch
+from gated import LAYERS, RECURRENCES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, unpack_sequence
 
-from minrnn.mixers import MinGRU, MinLSTM
+from minrnn.mixers import MinGRU
+from minrnn.mixers.layer import MinRNN
 
 I, H = 5, 4  # noqa: E741
 LENGTHS = [3, 7, 1, 7, 4]
 
-LAYERS: dict[str, Callable[..., MinGRU | MinLSTM]] = {
-    "mingru": MinGRU,
-    "minlstm": MinLSTM,
-    "mingru, signed": lambda *sizes, **options: MinGRU(*sizes, signed=True, **options),
-    "minlstm, unnormalized": lambda *sizes, **options: MinLSTM(*sizes, normalize=False, **options),
-}
 Result = tuple[list[Tensor], Tensor]
-Form = Callable[[MinGRU | MinLSTM, list[Tensor], Tensor | None], Result]
+Form = Callable[[MinRNN, list[Tensor], Tensor | None], Result]
 
 
 def offsets_of(sequences: list[Tensor], dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(len(x) for x in sequences)], dtype=dtype)
 
 
-def as_packed(layer: MinGRU | MinLSTM, sequences: list[Tensor], hx: Tensor | None) -> Result:
+def as_packed(layer: MinRNN, sequences: list[Tensor], hx: Tensor | None) -> Result:
     output, h_n = layer(pack_sequence(sequences, enforce_sorted=False), hx)
     return unpack_sequence(output), h_n
 
 
-def as_jagged(layer: MinGRU | MinLSTM, sequences: list[Tensor], hx: Tensor | None) -> Result:
+def as_jagged(layer: MinRNN, sequences: list[Tensor], hx: Tensor | None) -> Result:
     offsets = offsets_of(sequences)
     output, h_n = layer(torch.nested.nested_tensor_from_jagged(torch.cat(sequences), offsets), hx)
     assert output.layout == torch.jagged
@@ -43,7 +39,7 @@ def as_jagged(layer: MinGRU | MinLSTM, sequences: list[Tensor], hx: Tensor | Non
     return list(output.values().split(offsets.diff().tolist())), h_n
 
 
-def as_documents(layer: MinGRU | MinLSTM, sequences: list[Tensor], hx: Tensor | None) -> Result:
+def as_documents(layer: MinRNN, sequences: list[Tensor], hx: Tensor | None) -> Result:
     offsets = offsets_of(sequences, torch.int32)
     output, h_n = layer(torch.cat(sequences), hx, cu_seqlens=offsets)
     return list(output.split(offsets.diff().tolist())), h_n
@@ -51,10 +47,10 @@ def as_documents(layer: MinGRU | MinLSTM, sequences: list[Tensor], hx: Tensor | 
 
 FORMS: dict[str, Form] = {"packed": as_packed, "jagged": as_jagged, "documents": as_documents}
 every_form = pytest.mark.parametrize("form", FORMS)
-every_layer = pytest.mark.parametrize("name", LAYERS)
+every_layer = pytest.mark.parametrize("name", RECURRENCES)
 
 
-def one_by_one(layer: MinGRU | MinLSTM, sequences: list[Tensor], hx: Tensor | None) -> Result:
+def one_by_one(layer: MinRNN, sequences: list[Tensor], hx: Tensor | None) -> Result:
     """Run each sequence alone, unbatched: what every form must equal. An empty one keeps its state."""
     states = layer.num_layers * layer.num_directions
     outputs, finals = [], []
@@ -66,9 +62,10 @@ def one_by_one(layer: MinGRU | MinLSTM, sequences: list[Tensor], hx: Tensor | No
     return outputs, torch.stack(finals, dim=1)
 
 
-def build(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> MinGRU | MinLSTM:
+def build(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
     torch.manual_seed(0)
-    return LAYERS[name](I, H, dtype=dtype, **options)
+    gate, form = RECURRENCES[name]
+    return LAYERS[gate](I, H, dtype=dtype, **form, **options)
 
 
 def make_sequences(lengths: list[int], dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -76,7 +73,7 @@ def make_sequences(lengths: list[int], dtype: torch.dtype = torch.float64) -> li
     return [torch.randn(length, I, dtype=torch.float64, generator=generator).to(dtype) for length in lengths]
 
 
-def make_hx(layer: MinGRU | MinLSTM, batch: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def make_hx(layer: MinRNN, batch: int, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     shape = (layer.num_layers * layer.num_directions, batch, H)
     return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
@@ -90,7 +87,7 @@ def assert_same(ours: Result, theirs: Result, **tolerance: float) -> None:
     torch.testing.assert_close(ours[1], theirs[1], **tolerance)
 
 
-def gradients(run: Form, layer: MinGRU | MinLSTM, sequences: list[Tensor], hx: Tensor | None) -> list[Tensor]:
+def gradients(run: Form, layer: MinRNN, sequences: list[Tensor], hx: Tensor | None) -> list[Tensor]:
     """Of a loss that weighs every output and final state differently, by input, hx and parameters."""
     leaves = [x.clone().requires_grad_() for x in sequences]
     h = None if hx is None else hx.clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""A shrunken version of every experiment runs: cells, records, tables with their labels, plots."""
+"""A shrunken version of every experiment runs: trials, records, tables with their labels, plots."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from episode_files import MISSING, write_pendulum_data
 
 from minrnn.experiments import EXPERIMENTS
-from minrnn.experiments.experiment import Choice, Experiment, Record, Silence, Table
+from minrnn.experiments.experiment import Choice, Experiment, Record, Table, Watch
 from minrnn.experiments.published import LABELS
 from minrnn.experiments.results import ResultsFolder
 from minrnn.experiments.runner import reproduce
@@ -23,12 +23,17 @@ CHOSEN = {
     "stability": ("minlstm",),
     "shakespeare": ("mingru", "minlstm", "transformer"),
     "shakespeare-best": ("mingru", "transformer"),
+    "shakespeare-cpu": ("mingru", "attention"),
     "formal-languages": ("mingru", "gru"),
     "listops": ("minlstm", "gru"),
     "locomotion": ("mingru", "attention", "bc"),
     "acting": ("mingru", "s4d", "attention", "attention-sliding", "attention-whole"),
 }
 LABEL = re.compile("|".join(map(re.escape, LABELS.values())))
+
+
+class Silence(Watch):
+    """Shows nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +49,7 @@ def choice_of(name: str) -> Choice:
 
 
 def records_of(name: str, root: Path) -> list[Record]:
-    """Return the cells of a shrunken experiment, computed where no test of this process has done it yet."""
+    """Return the trials of a shrunken experiment, computed where no test of this process has done it yet."""
     return reproduce(EXPERIMENTS[name].load(), choice_of(name), root, Silence()).records()
 
 
@@ -66,9 +71,9 @@ def test_a_shrunken_version_runs(name: str, root: Path) -> None:
         pytest.skip(MISSING)
     experiment, choice = EXPERIMENTS[name].load(), choice_of(name)
     folder = reproduce(experiment, choice, root, Silence())
-    cells = experiment.cells(choice)
+    trials = experiment.trials(choice)
     records = folder.records()
-    assert {record["cell"] for record in records} == {cell.name for cell in cells}
+    assert {record["cell"] for record in records} == {trial.name for trial in trials}
     assert all(record["failed"] is None for record in records)
     assert folder.path.name == f"{name}-tiny"
     _check_plots(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from interpreting import interpreted_copy
 from laws import same
 from selective_laws import NAMES, TOLERANCE, cast, compare, draw, gradients_like
 from torch import Tensor
@@ -21,7 +21,7 @@ from minrnn.ops.selective.operator import MODULES
 from minrnn.ops.selective.reference import CHUNK, Inputs
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install 'minrnn[gpu]'")
-import minrnn.ops.selective.triton as compiled  # noqa: E402  # needs Triton
+import minrnn.ops.selective.triton.engine as compiled  # noqa: E402  # needs Triton
 
 # NumPy warns of what becomes of infinities, and of the terms whose place others take then.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -31,16 +31,12 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds n
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """Yield a second copy of the engine, whose kernels run on the CPU, with short chunks and narrow tiles."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    spec = importlib.util.spec_from_file_location("interpreted_selective_triton", compiled.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for constant, value in {"CHUNK": 4, "_LANES": 8, "_FORWARD_STEPS": 4, "_BACKWARD_STEPS": 2}.items():
-        monkeypatch.setattr(module, constant, value)
-    monkeypatch.setattr(reference, "CHUNK", 4)
-    return module
+    constants = {"CHUNK": 4, "_LANES": 8, "_FORWARD_STEPS": 4, "_BACKWARD_STEPS": 2}
+    with interpreted_copy(compiled.__name__) as module:
+        for constant, value in constants.items():
+            monkeypatch.setattr(module, constant, value)
+        monkeypatch.setattr(reference, "CHUNK", 4)
+        yield module
 
 
 # ----------------------------------------------------------------------------------------------------------

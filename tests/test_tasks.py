@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from minrnn.cli.main import COMMANDS
 from minrnn.models import ModelConfig, SequenceModel
 from minrnn.tasks import (
     IGNORED,
@@ -29,6 +30,7 @@ from minrnn.tasks import (
     ListOpsTask,
     SelectiveCopyingConfig,
     SelectiveCopyingTask,
+    make_task,
 )
 from minrnn.tasks.draws import Draws
 from minrnn.tasks.labelled import BLOCK, pack
@@ -50,7 +52,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 @pytest.fixture(params=SMALL)
 def task(request: pytest.FixtureRequest) -> LabelledTask:
     config = SMALL[request.param]
-    made = TASKS[request.param](config)
+    made = make_task(config)
     assert isinstance(made, LabelledTask)
     return made
 
@@ -72,6 +74,17 @@ def questions(batch: Batch) -> list[tuple[list[int], list[int], list[int]]]:
 def test_every_task_but_text_and_decisions_is_swept() -> None:
     """Which have files of their own."""
     assert SMALL.keys() == TASKS.keys() - {"text", "decisions"}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_configuration_names_its_task_and_the_command_that_follows(name: str) -> None:
+    config = TASKS[name].config_type()
+    assert config.task == name
+    assert config.verb in COMMANDS
+    resolved = config.resolved(ModelConfig())
+    assert type(resolved) is type(config)
+    assert resolved.resolved(ModelConfig()) == resolved
+    assert RunConfig(task=config).resolved().task == resolved
 
 
 # --- batches ---------------------------------------------------------------------------------------------

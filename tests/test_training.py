@@ -126,6 +126,22 @@ def test_config_survives_a_round_trip(corpus: Path) -> None:
 
 
 @pytest.mark.parametrize("name", recipe_names())
+def test_settings_are_overridden_by_name(name: str) -> None:
+    config = load_recipe(name)
+    assert config.override() == config
+    changed = config.override(
+        model={"num_layers": 7}, task={"window": 5} if hasattr(config.task, "window") else {}
+    )
+    assert changed.model == dataclasses.replace(config.model, num_layers=7)
+    assert getattr(changed.task, "window", 5) == 5
+    assert changed.train == config.train
+    with pytest.raises(TypeError, match="stepz"):
+        config.override(train={"stepz": 3})
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        config.override(train={"steps": 0})
+
+
+@pytest.mark.parametrize("name", recipe_names())
 def test_recipes_load_and_say_what_to_expect(name: str) -> None:
     config = load_recipe(name)
     assert config.recipe == name

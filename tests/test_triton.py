@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import random
 import threading
@@ -15,13 +14,16 @@ from typing import Any
 import laws
 import pytest
 import torch
+from interpreting import interpreted_copy
 from laws import CELLS, GATES, TOLERANCE, compare, inputs, relative_error
 
+import minrnn.ops
 from minrnn.ops import engines, reference
 from minrnn.ops.registry import ENGINES, serving
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'minrnn[gpu]'")
-import minrnn.ops.triton as compiled  # needs Triton
+import minrnn.ops.triton.engine as compiled  # needs Triton
+from minrnn.ops.triton.gates import CANDIDATE_FUNCTIONS, GATE_FUNCTIONS
 
 directions = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 # NumPy warns where infinity marks a forgotten state; what it computes from that is not used.
@@ -31,13 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:Runtim
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[ModuleType]:
     """Yield a second copy of the engine, whose programs run on the CPU, one after another, and are small."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        spec = importlib.util.spec_from_file_location("interpreted_triton", compiled.__file__)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+    with interpreted_copy(compiled.__name__) as module, pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_LANES", 4)
         patch.setattr(module, "_KEPT", 16)
         yield module
@@ -92,7 +88,7 @@ def test_chunks(in_chunks: ModuleType, gate: str, reverse: bool) -> None:
 def test_whole_chunks(in_chunks: ModuleType, T: int) -> None:
     """A step, and chunks and tiles that are full, which are read and written without comparisons."""
     pre, h0, reset, dh = inputs("mingru", 1, T, 2, torch.float32)
-    compare(in_chunks, pre, h0, reset, dh, "mingru", "positive", False)
+    compare(in_chunks, pre, h0, reset, dh, "mingru", "positive", False, False)
 
 
 def test_layouts(interpreted: ModuleType) -> None:
@@ -104,8 +100,10 @@ def test_layouts(interpreted: ModuleType) -> None:
     strided = [torch.empty(2, 4, 5).transpose(1, 2).copy_(x) for x in pre]
     late = dh.transpose(0, 1).contiguous().transpose(0, 1)
     for variant in ([packed], [time_major], [sliced], strided, [x[:1].expand(2, -1, -1) for x in pre]):
-        compare(interpreted, variant, h0, reset.t().contiguous().t(), late, "mingru", "positive", False)
-    assert interpreted.forward([time_major], None, None, "mingru", "positive", False).stride(0) == 4
+        compare(
+            interpreted, variant, h0, reset.t().contiguous().t(), late, "mingru", "positive", False, False
+        )
+    assert interpreted.forward([time_major], None, None, "mingru", "positive", False, False).stride(0) == 4
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -140,7 +138,7 @@ def test_what_is_not_finite_is_forgotten(in_chunks: ModuleType, bad: float) -> N
     expected = torch.ones(1, 15, 4, dtype=torch.bool)
     expected[0, 2:9, 1] = False
     expected[0, :9, 2] = False
-    h = in_chunks.forward(pre, h0, reset, "mingru", "positive", False)
+    h = in_chunks.forward(pre, h0, reset, "mingru", "positive", False, False)
     assert torch.equal(h.isfinite(), expected)
 
 
@@ -172,11 +170,13 @@ def test_a_state_in_one_float_would_drift(interpreted: ModuleType) -> None:
     a = 1 - 1e-5 * torch.rand(1, T, D, generator=generator)
     b = 1e-3 * torch.rand(1, T, D, generator=generator)
     h0 = torch.ones(1, D)
-    exact = reference.forward([a.double(), b.double()], h0.double(), None, "identity", "positive", False)
+    exact = reference.forward(
+        [a.double(), b.double()], h0.double(), None, "identity", "positive", False, False
+    )
     plain = h0
     for t in range(T):
         plain = a[:, t] * plain + b[:, t]
-    h = interpreted.forward([a, b], h0, None, "identity", "positive", False)
+    h = interpreted.forward([a, b], h0, None, "identity", "positive", False, False)
     one_rounding = 2.0**-24
     assert relative_error(h[:, -1], exact[:, -1]) < 1.1 * one_rounding
     assert relative_error(plain, exact[:, -1]) > 4 * one_rounding
@@ -232,6 +232,36 @@ def test_programs_that_run_at_once_wait_for_each_other(
     assert torch.equal(in_chunks.forward(pre, *mode), h)
     again = in_chunks.backward(dh, pre, h, *mode)
     assert all(torch.equal(x, y) for x, y in zip(again, gradients, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Gates
+
+
+def test_every_gate_and_candidate_has_a_function() -> None:
+    assert GATE_FUNCTIONS.keys() == minrnn.ops.GATES.keys()
+    assert CANDIDATE_FUNCTIONS.keys() == minrnn.ops.CANDIDATES.keys()
+
+
+@pytest.mark.parametrize(
+    ("gate", "candidate", "signed", "error"),
+    [
+        ("unknown", "positive", False, KeyError),
+        ("mingru", "unknown", False, KeyError),
+        *(
+            (gate, "positive", True, ValueError)
+            for gate, record in minrnn.ops.GATES.items()
+            if not record.can_be_signed
+        ),
+    ],
+)
+def test_what_has_no_function_is_refused_before_a_kernel_is_compiled(
+    gate: str, candidate: str, signed: bool, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "forward_kernel", {(1,): pytest.fail})
+    pre = [torch.zeros(1, 2, 2) for _ in range(minrnn.ops.GATES[gate].num_pre if gate != "unknown" else 2)]
+    with pytest.raises(error, match=f"'{gate if candidate != 'unknown' else candidate}'"):
+        compiled.forward(pre, None, None, gate, candidate, signed, False)
 
 
 # ----------------------------------------------------------------------------------------------------------

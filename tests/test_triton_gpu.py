@@ -14,7 +14,7 @@ from minrnn.ops.registry import ENGINES, serving
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'minrnn[gpu]'")
 if not torch.cuda.is_available():
     pytest.skip("torch finds no CUDA device", allow_module_level=True)
-import minrnn.ops.triton as engine
+import minrnn.ops.triton.engine as engine
 
 directions = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 
@@ -59,25 +59,25 @@ def test_equal_calls_give_equal_bits(shape: tuple[int, int, int]) -> None:
     """Many programs wait for each other, in an order that changes from call to call; nothing hangs."""
     B, T, D = shape
     pre, dh = torch.randn(B, T, 2 * D, device="cuda"), torch.randn(B, T, D, device="cuda")
-    h = engine.forward([pre], None, None, "mingru", "positive", False)
-    gradients = engine.backward(dh, [pre], h, None, None, "mingru", "positive", False)
+    h = engine.forward([pre], None, None, "mingru", "positive", False, False)
+    gradients = engine.backward(dh, [pre], h, None, None, "mingru", "positive", False, False)
     for _ in range(20):
-        assert torch.equal(engine.forward([pre], None, None, "mingru", "positive", False), h)
-        again = engine.backward(dh, [pre], h, None, None, "mingru", "positive", False)
+        assert torch.equal(engine.forward([pre], None, None, "mingru", "positive", False, False), h)
+        again = engine.backward(dh, [pre], h, None, None, "mingru", "positive", False, False)
         assert all(torch.equal(x, y) for x, y in zip(again, gradients, strict=True))
 
 
 def test_programs_wait_beside_other_work() -> None:
     """Calls on several streams share the device, each with counters of its own."""
     pre = [torch.randn(1, 2**16, 2 * 64, device="cuda") for _ in range(4)]
-    alone = [engine.forward([x], None, None, "mingru", "positive", False) for x in pre]
+    alone = [engine.forward([x], None, None, "mingru", "positive", False, False) for x in pre]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in pre]
     together = []
     for _ in range(10):
         for x, stream in zip(pre, streams, strict=True):
             with torch.cuda.stream(stream):
-                together.append(engine.forward([x], None, None, "mingru", "positive", False))
+                together.append(engine.forward([x], None, None, "mingru", "positive", False, False))
     torch.cuda.synchronize()
     assert all(torch.equal(h, alone[i % 4]) for i, h in enumerate(together))
 
@@ -119,10 +119,10 @@ def test_offsets_beyond_32_bits() -> None:
 def test_a_captured_graph_counts_anew() -> None:
     """A CUDA graph resets the counters at each replay."""
     pre = torch.randn(1, 2**14, 2 * 64, device="cuda")
-    expected = engine.forward([pre], None, None, "mingru", "positive", False)
+    expected = engine.forward([pre], None, None, "mingru", "positive", False, False)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        h = engine.forward([pre], None, None, "mingru", "positive", False)
+        h = engine.forward([pre], None, None, "mingru", "positive", False, False)
     for _ in range(3):
         h.zero_()
         graph.replay()

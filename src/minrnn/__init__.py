@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from minrnn.mixers import PairedMinLSTM as PairedMinLSTM
     from minrnn.mixers import PairedMinLSTMCell as PairedMinLSTMCell
     from minrnn.mixers import convert_rnns as convert_rnns
+    from minrnn.mixers import from_mingru_pytorch as from_mingru_pytorch
     from minrnn.models import DecisionConfig as DecisionConfig
     from minrnn.models import DecisionModel as DecisionModel
     from minrnn.models import Decoder as Decoder
@@ -59,6 +60,7 @@ else:
             "PairedMinLSTM",
             "PairedMinLSTMCell",
             "convert_rnns",
+            "from_mingru_pytorch",
         ),
         "models": (
             "DecisionConfig",

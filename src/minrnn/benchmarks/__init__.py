@@ -1,17 +1,17 @@
-"""Benchmarks: equality first, then times in turns, each beside the limit that bounds it."""
+"""Benchmarks: equality with a reference first, then times in turns, each beside the limit that bounds it."""
 
-from minrnn.benchmarks.accuracy import AccuracyBench, bench_accuracy
-from minrnn.benchmarks.decode import DecodeBench, bench_decode
-from minrnn.benchmarks.layer import LayerBench, bench_layer
-from minrnn.benchmarks.scan import ScanBench, bench_scan
+from minrnn.benchmarks.bench import Entry
 
-__all__ = [
-    "AccuracyBench",
-    "DecodeBench",
-    "LayerBench",
-    "ScanBench",
-    "bench_accuracy",
-    "bench_decode",
-    "bench_layer",
-    "bench_scan",
-]
+BENCHES: dict[str, Entry] = {
+    "scan": Entry("minrnn.benchmarks.scan", "gated scans: time, share of the copy bandwidth, peak memory"),
+    "layer": Entry("minrnn.benchmarks.layer", "training steps of whole layers beside GRU, LSTM and Linear"),
+    "decode": Entry("minrnn.benchmarks.decode", "latency of single steps of a layer from a carried state"),
+    "step": Entry("minrnn.benchmarks.step", "latency of a whole model's step, by a Decoder and in torch"),
+    "selective": Entry("minrnn.benchmarks.selective", "Mamba's selective scan beside mambapy's"),
+    "accuracy": Entry("minrnn.benchmarks.accuracy", "errors against a float64 loop as sequences grow"),
+    "gpu": Entry("minrnn.benchmarks.gpu", "on a GPU: the engine's tests, then scans, layers and peers"),
+    "kernels": Entry(
+        "minrnn.benchmarks.kernels", "the GPU kernels as compiled: bytes, registers, instructions"
+    ),
+}
+"""Each benchmark of `minrnn bench` by its name."""

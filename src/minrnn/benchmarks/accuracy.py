@@ -6,23 +6,30 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as LiveTable
 from torch import Tensor
 
-from minrnn.benchmarks.check import errors, scan_reference
-from minrnn.benchmarks.measure import OURS
+from minrnn.benchmarks import plots
+from minrnn.benchmarks.bench import OURS, Bench, Document
+from minrnn.benchmarks.check import differentiate, errors, scan_reference
 from minrnn.benchmarks.options import DTYPES, Dtype, lengths, require, require_seed, select
 from minrnn.benchmarks.peers import SCAN_PEERS, Scan
-from minrnn.benchmarks.plots import plot_errors
 from minrnn.benchmarks.report import Report
 from minrnn.benchmarks.session import that_compute_on, that_import
+from minrnn.benchmarks.tables import Table
 from minrnn.ops import GATES, gated_scan
 
-__all__ = ["FORGETTING", "AccuracyBench", "bench_accuracy"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["BENCH", "FORGETTING", "AccuracyBench"]
+
+SHOWN_LENGTHS = (2**8, 2**12, 2**16, 2**20)
+"""Of the default lengths, those in the table."""
 
 FORGETTING = {"fast": -4.0, "medium": 0.0, "slow": 6.0}
 """The logit of the decay that the gates vary about."""
@@ -84,8 +91,51 @@ def bench_accuracy(options: AccuracyBench, command: Sequence[str], console: Cons
         scans |= {name: peer.scan() for name, peer in able.items() if gate in peer.gates}
         for T in all_lengths:
             _measure_length(gate, T, options, scans, report)
-    report.finish(plot_errors)
+    report.finish(_draw)
     return report
+
+
+def render(document: Document) -> str:
+    """Return the table: the error of h of each system and kind of forgetting at some lengths."""
+    results = document["results"]
+    keys = [*(["gate"] if len({result["gate"] for result in results}) > 1 else []), "system", "forgetting"]
+    measured = sorted({result["T"] for result in results})
+    shown = [T for T in SHOWN_LENGTHS if T in measured] or measured
+    rows: dict[tuple[str, ...], dict[int, str]] = {}
+    for result in results:
+        named = {**result, "system": f"{result['system']} {result['dtype']}"}
+        row = rows.setdefault(tuple(named[key] for key in keys), {})
+        row[result["T"]] = _text(result["error"]["h"])
+    cells = [[*names, *(row[T] for T in shown)] for names, row in rows.items()]
+    return Table("", [*keys, *(f"T = {T:,}" for T in shown)], cells).markdown()
+
+
+BENCH = Bench(AccuracyBench, bench_accuracy, render)
+
+
+def _text(error: float | None) -> str:
+    return "not finite" if error is None else f"{error:.1e}"
+
+
+def _draw(document: Document) -> Figure:
+    """Draw the error of h against the length, one panel for each kind of forgetting."""
+    results = document["results"]
+    panels = list(dict.fromkeys((result["gate"], result["forgetting"]) for result in results))
+    figure, all_axes = plots.new_figure(1, len(panels), width=4.2, height=4.4, sharey=True)
+    figure.suptitle("Largest error of h against a float64 loop, relative to the largest value", fontsize=12)
+    for axes, (gate, forgetting) in zip(all_axes, panels, strict=True):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for result in results:
+            if (result["gate"], result["forgetting"]) == (gate, forgetting) and result["error"]["h"]:
+                name = f"{result['system']} {result['dtype']}"
+                lines.setdefault(name, []).append((result["T"], result["error"]["h"]))
+        plots.draw_lines(axes, lines, plots.system_style(lines, None))
+        half_life = float(f"{document['half_lives'][forgetting]:.2g}")
+        title = f"{gate}, {forgetting} forgetting (half-life {half_life:g} steps)"
+        plots.finish(axes, title, "T", "", log="xy", names="none")
+    for axes in all_axes:  # once their common scale is known
+        plots.name_ends(axes)
+    return figure
 
 
 def _half_life(bias: float) -> float:
@@ -98,7 +148,9 @@ def _measure_length(
 ) -> None:
     pre, dh = _inputs(gate, T, options)
     exact = scan_reference(gate, pre, dh)
-    table = Table("", *FORGETTING, title=f"{gate}, T = {T}", title_justify="left", box=None, pad_edge=False)
+    table = LiveTable(
+        "", *FORGETTING, title=f"{gate}, T = {T}", title_justify="left", box=None, pad_edge=False
+    )
     for dtype in options.dtypes:
         for name, scan in scans.items():
             found = _errors(scan, gate, [x.to(DTYPES[dtype]) for x in pre], dh.to(DTYPES[dtype]), exact)
@@ -138,9 +190,7 @@ def _errors(
 ) -> list[dict[str, float]]:
     """Return the errors of h and of the gradients, for each row."""
     leaves = [x.requires_grad_() for x in pre]
-    h = scan(gate, leaves)
-    gradients = torch.autograd.grad(h, leaves, dh)
-    found = {"h": h.detach()} | {f"d{index}": d for index, d in enumerate(gradients)}
+    found = differentiate(lambda: scan(gate, leaves), leaves, dh)
     return [errors(_row(found, row), _row(exact, row)) for row in range(len(FORGETTING))]
 
 

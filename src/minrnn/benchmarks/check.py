@@ -1,8 +1,9 @@
-"""Equality with the reference, before anything is timed: values and gradients against a float64 loop."""
+"""The comparison with the reference before anything is timed: values and gradients against a float64 loop."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.nn import functional
 
 from minrnn.ops import reference
 
-__all__ = ["TOLERANCE", "errors", "layer_reference", "scan_reference", "some_rows"]
+__all__ = ["TOLERANCE", "differentiate", "errors", "layer_reference", "scan_reference", "some_rows"]
 
 Named = dict[str, Tensor]
 
@@ -22,7 +23,7 @@ MOST_ELEMENTS = 1 << 25  # of (B, T, D) that are compared: float64 copies of ten
 
 
 def some_rows(B: int, T: int, D: int) -> int:
-    """Return how many rows of the batch, which are independent, are compared: as many as memory allows."""
+    """Return how many rows of the batch are compared (they are independent): as many as memory allows."""
     return max(1, min(B, MOST_ELEMENTS // (T * D)))
 
 
@@ -36,10 +37,16 @@ def errors(actual: Named, expected: Named) -> dict[str, float]:
     return {"h": found["h"]} | ({"gradients": max(gradients)} if gradients else {})
 
 
+def differentiate(call: Callable[[], Tensor], leaves: Sequence[Tensor], dh: Tensor) -> Named:
+    """Return h = call(), and the gradients of the leaves as d0, d1, ..., given the gradient of h."""
+    h = call()
+    return {"h": h.detach()} | _numbered(torch.autograd.grad(h, leaves, dh))
+
+
 def scan_reference(gate: str, pre: list[Tensor], dh: Tensor) -> Named:
     """Return h and the gradients of the pre-activations, in float64."""
     h, dpre = _exact(gate, pre, dh)
-    return {"h": h} | {f"d{index}": d for index, d in enumerate(dpre)}
+    return {"h": h} | _numbered(dpre)
 
 
 def layer_reference(gate: str, x: Tensor, weight: Tensor, dh: Tensor) -> Named:
@@ -65,6 +72,10 @@ def _exact(gate: str, pre: list[Tensor], dh: Tensor) -> tuple[Tensor, list[Tenso
     h = reference.forward(pre, None, None, gate, "positive", False, False)
     *dpre, _ = reference.backward(dh.double(), pre, h, None, None, gate, "positive", False, False)
     return h, dpre
+
+
+def _numbered(gradients: Sequence[Tensor]) -> Named:
+    return {f"d{index}": gradient for index, gradient in enumerate(gradients)}
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:

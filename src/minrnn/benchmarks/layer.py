@@ -1,4 +1,4 @@
-"""`minrnn bench layer`: a layer's whole training step, ours beside torch's GRU and LSTM and other peers'."""
+"""`minrnn bench layer`: the training step of a layer, ours beside torch's GRU and LSTM and other peers."""
 
 from __future__ import annotations
 
@@ -11,22 +11,36 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from minrnn.benchmarks.bench import OURS, Bench, Document
 from minrnn.benchmarks.check import errors, layer_reference, some_rows
-from minrnn.benchmarks.measure import OURS, System
-from minrnn.benchmarks.options import TimedBench
+from minrnn.benchmarks.measure import System
+from minrnn.benchmarks.options import TimedBench, require
 from minrnn.benchmarks.peers import LAYER_PEERS, LayerPeer
 from minrnn.benchmarks.report import Report
 from minrnn.benchmarks.session import Case, Kind, run
-from minrnn.benchmarks.timing import Phases, Task, clock
+from minrnn.benchmarks.tables import by_length, by_system
+from minrnn.benchmarks.timing import Workload
+from minrnn.benchmarks.workloads import training_step
 from minrnn.mixers import MinGRU, MinLSTM
 from minrnn.ops import GATES
 
-__all__ = ["LayerBench", "bench_layer", "build_linear", "build_ours", "build_peer", "our_weight", "peer_call"]
+__all__ = [
+    "BENCH",
+    "KIND",
+    "LayerBench",
+    "build_linear",
+    "build_ours",
+    "build_peer",
+    "layer_systems",
+    "our_weight",
+    "peer_call",
+]
 
 RECOMPUTING = f"{OURS}-recompute"
-"""Our layer with recompute=True: what it costs in time beside what it spares in memory."""
+"""Our layer with recompute=True, which trades time for memory."""
 
-KIND = Kind("layer", "BTD", across="T", limit="linear", phases=("forward", "backward", "step"), unit="ms")
+LIMIT = "linear"
+KIND = Kind("layer", "BTD", across="T", limit=LIMIT, phases=("forward", "backward", "step"), unit="ms")
 
 Call = Callable[[Tensor], Tensor]
 
@@ -36,31 +50,41 @@ class LayerBench(TimedBench):
     """Time the training step of MinGRU(D, D) or MinLSTM(D, D) beside torch's GRU or LSTM and other peers.
 
     A step is forward, and backward to the input and all weights, given the gradient of the output; there is
-    no optimiser. Layers of the same equations are first compared with a float64 loop. The limit is the
+    no optimizer. Layers of the same equations are first compared with a float64 loop. The limit is the
     training step of Linear(D, 2 D), or 3 D for minLSTM: the matrix product that our layer begins with. Our
-    layer takes part a second time with recompute=True, which keeps less for backward.
+    layer is also timed with recompute=True, which keeps less for backward.
     """
 
     shapes: tuple[str, ...] = ("16x64..4096x256",)
     """BxTxD: batch, length, hidden channels; 64..1024 stands for 64, 128, 256, 512 and 1024."""
     cells: tuple[Literal["mingru", "minlstm"], ...] = ("mingru",)
-    """Cells; a GRU takes part beside mingru, an LSTM beside minlstm."""
+    """Cells; mingru is compared with a GRU, minlstm with an LSTM."""
     input_size: int = 0
     """Channels of the input (0: as many as hidden ones)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.input_size < 0:
-            raise ValueError(f"bench: input_size must be 0 or more, got {self.input_size}")
+        require("input_size", self.input_size >= 0, "0 or more", self.input_size)
 
 
 def bench_layer(options: LayerBench, command: Sequence[str], console: Console) -> Report:
     """Run the benchmark; arguments, return value and errors are those of `session.run`."""
 
     def systems(case: Case, peers: Mapping[str, LayerPeer]) -> dict[str, System]:
-        return _systems(case, peers, options.input_size or case.shape["D"])
+        return layer_systems(case, peers, options.input_size or case.shape["D"])
 
     return run(KIND, options, options.cells, LAYER_PEERS, systems, command, console)
+
+
+def render(document: Document) -> str:
+    """Return the table: a row for each length where nothing else varies, or for each case and system."""
+    results = document["results"]
+    others = {str({**result, "systems": None, "shape": {**result["shape"], "T": 0}}) for result in results}
+    lengths_only = len(results) > 1 and len(others) == 1
+    return (by_length(results) if lengths_only else by_system(results, KIND.phases)).markdown()
+
+
+BENCH = Bench(LayerBench, bench_layer, render)
 
 
 def build_ours(case: Case, input_size: int) -> MinGRU | MinLSTM:
@@ -102,18 +126,22 @@ def peer_call(peer: LayerPeer) -> Callable[[Any, Tensor, Any], tuple[Tensor, Any
     return torch.compile(peer.call, dynamic=False) if peer.compiled else peer.call
 
 
-def _systems(case: Case, peers: Mapping[str, LayerPeer], input_size: int) -> dict[str, System]:
+def layer_systems(case: Case, peers: Mapping[str, LayerPeer], input_size: int) -> dict[str, System]:
+    """Return the linear layer, our layer with and without recomputing, and the peers, on the same inputs.
+
+    Args:
+        case: cell, shape (B, T, D), dtype, device and seed.
+        peers: the layers to compare with.
+        input_size: channels of the input.
+    """
     torch.manual_seed(case.seed)
     B, T, D = case.shape.values()
     x = _draw(case, B, T, input_size).requires_grad_()
     dy = _draw(case, B, T, D)
     ours, linear = build_ours(case, input_size), build_linear(case, input_size)
-    weight = our_weight(ours)
     rows = some_rows(B, T, max(input_size, D))
     few = x[:rows].detach().requires_grad_()
-    exact = layer_reference(case.gate, few, weight, dy[:rows])
-
-    again = _recomputing(ours)
+    exact = layer_reference(case.gate, few, our_weight(ours), dy[:rows])
 
     def compare(call: Call, **weights: Tensor) -> dict[str, float]:
         """Compare h, dx, and the gradients of `weights`, each called dNAME."""
@@ -122,19 +150,19 @@ def _systems(case: Case, peers: Mapping[str, LayerPeer], input_size: int) -> dic
         named = zip(weights, dweights, strict=True)
         return errors({"h": y, "dx": dx} | {f"d{name}": d for name, d in named}, exact)
 
+    def our_system(layer: MinGRU | MinLSTM) -> System:
+        def call(x: Tensor) -> Tensor:
+            return layer(x)[0]
+
+        return System(_step(call, layer, x, dy), lambda: compare(call, weight=our_weight(layer)))
+
     systems = {
-        KIND.limit: System(_step(linear, linear, case, x, _draw(case, B, T, linear.out_features)), None),
-        OURS: System(
-            _step(lambda x: ours(x)[0], ours, case, x, dy),
-            lambda: compare(lambda x: ours(x)[0], weight=weight),
-        ),
-        RECOMPUTING: System(
-            _step(lambda x: again(x)[0], again, case, x, dy),
-            lambda: compare(lambda x: again(x)[0], weight=our_weight(again)),
-        ),
+        LIMIT: System(_step(linear, linear, x, _draw(case, B, T, linear.out_features))),
+        OURS: our_system(ours),
+        RECOMPUTING: our_system(_recomputing(ours)),
     }
     for name, peer in peers.items():
-        systems[name] = _peer_system(peer, case, x, dy, weight, compare)
+        systems[name] = _peer_system(peer, case, x, dy, our_weight(ours), compare)
     return systems
 
 
@@ -154,7 +182,7 @@ def _peer_system(
 
     same_function = peer.load is not None
     return System(
-        _step(call, layer, case, x, dy),
+        _step(call, layer, x, dy),
         (lambda: compare(call)) if same_function else None,
         peer.reason(case.torch_dtype),
     )
@@ -164,17 +192,5 @@ def _draw(case: Case, *shape: int) -> Tensor:
     return torch.randn(*shape).to(case.device, case.torch_dtype)
 
 
-def _step(call: Call, layer: nn.Module, case: Case, x: Tensor, dy: Tensor) -> Task:
-    """Time forward, and backward to the input and all weights."""
-    leaves = [x, *layer.parameters()]
-
-    def step() -> Phases:
-        start = clock(case.device)
-        y = call(x)
-        middle = clock(case.device)
-        gradients = torch.autograd.grad(y, leaves, dy)
-        end = clock(case.device)
-        del y, gradients
-        return {"forward": middle - start, "backward": end - middle}
-
-    return step
+def _step(call: Call, layer: nn.Module, x: Tensor, dy: Tensor) -> Workload:
+    return training_step(lambda: call(x), [x, *layer.parameters()], dy)

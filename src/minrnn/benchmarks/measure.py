@@ -1,38 +1,36 @@
-"""One case of a benchmark: check every system, refuse the wrong ones, time the rest in turns, compare."""
+"""The measurement of one case: check all systems against the reference, time them in turns, compare."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from minrnn.benchmarks.bench import OURS, Timings
 from minrnn.benchmarks.check import TOLERANCE
-from minrnn.benchmarks.timing import Phases, Task, interleave, old_objects_set_aside, peak_bytes, summary
+from minrnn.benchmarks.timing import Workload, gc_frozen, interleave, peak_bytes, summary
 from minrnn.training.extras import FOREIGN_ERRORS
 
-__all__ = ["OURS", "Record", "System", "measure"]
-
-OURS = "minrnn"
-
-Record = dict[str, Any]
-"""What is known of one system, as JSON: see `measure`."""
+__all__ = ["System", "measure", "time_in_turns"]
 
 
 @dataclass(frozen=True)
 class System:
     """Something that is timed: our engine, a peer, or a limit such as a plain copy."""
 
-    task: Task
+    workload: Workload
     """One measured call."""
-    errors: Callable[[], dict[str, float]] | None
-    """Compares with the reference; None where it computes something else."""
+    errors: Callable[[], dict[str, float]] | None = None
+    """Compares with the reference; None if it computes a different function."""
     inexact: str = ""
     """Why it may differ from the reference; without a reason it has to be equal."""
     traffic: Mapping[str, int] = field(default_factory=dict)
-    """Bytes that each phase moves, where that is known."""
+    """Bytes that each phase moves, if known."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Further properties, as JSON, such as its number of parameters."""
 
 
 def measure(
@@ -43,66 +41,102 @@ def measure(
     memory_of: torch.device | None,
     seconds: float,
     samples: int,
-    show: Callable[[Mapping[str, Record], str], None],
-) -> dict[str, Record]:
+    show: Callable[[Mapping[str, Timings], str], None],
+) -> dict[str, Timings]:
     """Check and time systems side by side.
 
     Args:
         systems: by name; ours is called OURS.
-        limit: the system whose speed bounds the others', if one does.
-        dtype: whose tolerance decides what is equal.
-        memory_of: the device whose memory is measured, or None.
-        seconds: as `interleave` takes it.
-        samples: as `interleave` takes it.
-        show: told the records so far, and what goes on.
+        limit: the system whose speed bounds the others', if there is one.
+        dtype: determines the tolerance of the comparison with the reference.
+        memory_of: the device whose peak memory is measured, or None.
+        seconds: see `interleave`.
+        samples: see `interleave`.
+        show: called with the results so far and a line of text.
 
     Returns:
-        A record for each system:
-        status: "equal", "inexact" (further off than the tolerance, for a reason that is known), "refused"
-            (further off, and no reason for it: not timed), "failed" (raised: not timed), or "other function".
+        For each system:
+        status: "equal", "inexact" (beyond the tolerance for a known reason), "refused" (beyond the tolerance
+            without a reason: not timed), "failed" (raised: not timed), or "other function".
         error: the largest error of h and of gradients relative to the largest value (null: not finite).
         detail: the reason, where there is one.
-        seconds: for each phase median, p10, p90, min and number of samples; "step" is the sum of the phases.
+        seconds: for each phase median, p10, p90, min and number of samples.
         bytes_per_second: for each phase whose traffic is known, in a median time.
         times_ours: median step over ours.
         share: for each phase, the limit's median over this system's: 1 is as fast as the limit.
-        peak_bytes: memory that a step needs beside its inputs (null: the system cannot tell).
+        peak_bytes: peak memory of a step beyond its inputs (null: not reported by the system).
 
     Raises:
-        RuntimeError: our own result is not the reference's.
+        RuntimeError: our own result differs from the reference.
     """
-    records: dict[str, Record] = {}
+    found: dict[str, Timings] = {}
     for name, system in systems.items():
-        show(records, f"checking {name}")
-        records[name] = _check(system, TOLERANCE[dtype])
-    if records[OURS]["status"] != "equal":
-        found = records[OURS]["detail"] or records[OURS]["error"]
-        raise RuntimeError(f"bench: {OURS} differs from the reference ({found}); nothing is timed")
-    tasks = {name: systems[name].task for name in records if records[name]["status"] not in NOT_TIMED}
-    with old_objects_set_aside():
-        taken = interleave(tasks, seconds, samples, lambda text: show(records, text))
-        for name, task in tasks.items():
-            records[name] |= _times(taken[name], systems[name].traffic)
+        show(found, f"checking {name}")
+        found[name] = _check(system, TOLERANCE[dtype])
+    if found[OURS]["status"] != "equal":
+        why = found[OURS]["detail"] or found[OURS]["error"]
+        raise RuntimeError(f"bench: {OURS} differs from the reference ({why}); nothing is timed")
+    sound = {name: systems[name] for name in found if found[name]["status"] not in NOT_TIMED}
+    timed = time_in_turns(sound, memory_of, seconds, samples, lambda text: show(found, text))
+    for name, timings in timed.items():
+        found[name] |= timings | _compare(timings, timed[OURS], timed.get(limit or ""))
+    show(found, "")
+    return found
+
+
+def time_in_turns(
+    systems: Mapping[str, System],
+    memory_of: torch.device | None,
+    seconds: float,
+    samples: int,
+    progress: Callable[[str], None],
+) -> dict[str, Timings]:
+    """Time systems in turns, without checking them.
+
+    Args:
+        systems: by name; each can be called.
+        memory_of: the device whose peak memory is measured, or None.
+        seconds: see `interleave`.
+        samples: see `interleave`.
+        progress: see `interleave`.
+
+    Returns:
+        For each system `seconds`, `bytes_per_second` and `peak_bytes` as `measure` describes them, and its
+        facts.
+    """
+    if not systems:
+        return {}
+    found: dict[str, Timings] = {}
+    with gc_frozen():
+        workloads = {name: system.workload for name, system in systems.items()}
+        taken = interleave(workloads, seconds, samples, progress)
+        for name, system in systems.items():
+            phases = {phase: [sample[phase] for sample in taken[name]] for phase in taken[name][0]}
+            times = {phase: summary(values) for phase, values in phases.items()}
+            found[name] = {"seconds": times}
+            if system.traffic:
+                speeds = {phase: size / times[phase]["median"] for phase, size in system.traffic.items()}
+                found[name]["bytes_per_second"] = speeds
             if memory_of is not None:
-                show(records, f"measuring the memory of {name}")
-                records[name]["peak_bytes"] = peak_bytes(task, memory_of)
-    for name in tasks:
-        _compare(records[name], records[OURS], records[limit] if limit else None)
-    show(records, "")
-    return records
+                progress(f"measuring the memory of {name}")
+                found[name]["peak_bytes"] = peak_bytes(system.workload, memory_of)
+            found[name] |= system.facts
+    return found
 
 
 NOT_TIMED = ("refused", "failed")
 
 
-def _check(system: System, tolerance: float) -> Record:
-    if system.errors is None:
-        return {"status": "other function", "error": {}, "detail": ""}
+def _check(system: System, tolerance: float) -> Timings:
     try:
-        found = system.errors()
-    except FOREIGN_ERRORS as error:  # the reason is shown in its row
+        found = system.errors() if system.errors is not None else None
+        if found is None:
+            system.workload()
+    except FOREIGN_ERRORS as error:
         message = (str(error).splitlines() or [""])[0]
         return {"status": "failed", "error": {}, "detail": f"{type(error).__name__}: {message}"}
+    if found is None:
+        return {"status": "other function", "error": {}, "detail": ""}
     finite = {name: error if math.isfinite(error) else None for name, error in found.items()}
     if max(found.values()) <= tolerance:
         return {"status": "equal", "error": finite, "detail": ""}
@@ -111,21 +145,13 @@ def _check(system: System, tolerance: float) -> Record:
     return {"status": "refused", "error": finite, "detail": "differs from the reference"}
 
 
-def _times(taken: Sequence[Phases], traffic: Mapping[str, int]) -> Record:
-    phases = {phase: [sample[phase] for sample in taken] for phase in taken[0]}
-    if len(phases) > 1:
-        phases["step"] = [sum(sample.values()) for sample in taken]
-    seconds = {phase: summary(times) for phase, times in phases.items()}
-    speeds = {phase: size / seconds[phase]["median"] for phase, size in traffic.items()}
-    return {"seconds": seconds} | ({"bytes_per_second": speeds} if speeds else {})
-
-
-def _compare(record: Record, ours: Record, limit: Record | None) -> None:
-    medians, our_medians = _medians(record), _medians(ours)
-    record["times_ours"] = medians["step"] / our_medians["step"]
+def _compare(timings: Timings, ours: Timings, limit: Timings | None) -> Timings:
+    medians = _medians(timings)
+    compared: Timings = {"times_ours": medians["step"] / _medians(ours)["step"]}
     if limit is not None:
-        record["share"] = {phase: median / medians[phase] for phase, median in _medians(limit).items()}
+        compared["share"] = {phase: median / medians[phase] for phase, median in _medians(limit).items()}
+    return compared
 
 
-def _medians(record: Record) -> dict[str, float]:
-    return {phase: times["median"] for phase, times in record["seconds"].items()}
+def _medians(timings: Timings) -> dict[str, float]:
+    return {phase: times["median"] for phase, times in timings["seconds"].items()}

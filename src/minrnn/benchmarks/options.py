@@ -1,4 +1,4 @@
-"""What all timed benchmarks let one choose: shapes, number formats, threads, peers, and how long it takes."""
+"""The options of all timed benchmarks: shapes, dtypes, threads, peers, and how long to measure."""
 
 from __future__ import annotations
 
@@ -25,12 +25,15 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
 }
 
+EXAMPLE = {"B": "8", "T": "64..1024", "D": "512", "N": "16", "L": "4"}
+"""A size of each axis; N: states of a channel, L: layers."""
+
 V = TypeVar("V")
 
 
 @dataclass(frozen=True)
 class TimedBench:
-    """The options that scan, layer and decode share."""
+    """The options that all timed benchmarks share."""
 
     shapes: tuple[str, ...]
     """Sizes as numbers with an x between; 64..1024 stands for 64, 128, 256, 512 and 1024."""
@@ -39,9 +42,9 @@ class TimedBench:
     threads: tuple[int, ...] = (0,)
     """CPU threads (0: as many as torch chooses)."""
     peers: tuple[str, ...] = ("all",)
-    """Whom to measure against: names (a wrong one lists them all), all that are installed, or none."""
+    """Peers to compare with: names (a wrong one lists them all), all that are installed, or none."""
     seconds: float = 5.0
-    """Seconds to spend on a system; every system takes part in three rounds at least, however slow it is."""
+    """Seconds to spend on a system; at least three rounds are measured, however slow it is."""
     samples: int = 30
     """Measurements of a system at most, while the seconds last."""
     seed: int = 0
@@ -112,7 +115,7 @@ def parse_shapes(texts: Sequence[str], axes: str) -> list[tuple[int, ...]]:
     for text in texts:
         sizes = text.split("x")
         if len(sizes) != len(axes):
-            example = "x".join({"B": "8", "T": "64..1024", "D": "512"}[axis] for axis in axes)
+            example = "x".join(EXAMPLE[axis] for axis in axes)
             raise ValueError(f"bench: shapes must be {'x'.join(axes)} such as {example}, got {text!r}")
         shapes |= dict.fromkeys(product(*map(lengths, sizes)))
     return list(shapes)

@@ -1,4 +1,4 @@
-"""Whom we measure against: one small adapter each. A peer takes part where it is installed."""
+"""Other implementations (peers), one small adapter each. A peer is measured where it is installed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minrnn.ops import CANDIDATES, GATES
+from minrnn.ops import CANDIDATES, GATES, torch_private
 from minrnn.ops.reference import split
 
-__all__ = ["LAYER_PEERS", "SCAN_PEERS", "LayerPeer", "Peer", "Scan", "ScanPeer"]
+__all__ = [
+    "LAYER_PEERS",
+    "SCAN_PEERS",
+    "SELECTIVE",
+    "SELECTIVE_PEERS",
+    "LayerPeer",
+    "Peer",
+    "Scan",
+    "ScanPeer",
+]
 
 Scan = Callable[[str, list[Tensor]], Tensor]
 """(gate, pre) -> h: pre-activations, separate or packed, in; states (B, T, D) out. No initial state."""
@@ -25,12 +34,12 @@ LOG_SPACE = "log space loses accuracy in proportion to T"
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """What is said of every peer."""
+    """The properties of every peer."""
 
     package: str = "torch"
-    """What to install for it."""
+    """The package to install."""
     module: str = "torch"
-    """What that package is imported as."""
+    """The module of that package."""
     gates: tuple[str, ...]
     """The gates, or the cells, that it can be measured beside."""
     inexact: str = ""
@@ -47,7 +56,7 @@ class Peer:
 
 @dataclass(frozen=True, kw_only=True)
 class ScanPeer(Peer):
-    """Somebody else's way to compute a gated scan."""
+    """Another implementation of a scan."""
 
     make: Callable[[], Scan]
     """Imports what it needs, and returns the function."""
@@ -63,13 +72,13 @@ class ScanPeer(Peer):
         return lambda gate, pre: made()(gate, pre)
 
 
-def _decay_and_drive(gate: str, pre: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _decay_and_input(gate: str, pre: list[Tensor]) -> tuple[Tensor, Tensor]:
     return GATES[gate].equations(CANDIDATES["positive"], *split(gate, pre))
 
 
 def _make_loop() -> Scan:
     def loop(gate: str, pre: list[Tensor]) -> Tensor:
-        a, b = _decay_and_drive(gate, pre)
+        a, b = _decay_and_input(gate, pre)
         h = b[:, 0]
         states = [h]
         # unbind, whose backward is one stack; indexing would fill a whole (B, T, D) of zeros for each step
@@ -117,7 +126,7 @@ def _make_mambapy() -> Scan:
     pscan = import_module("mambapy.pscan").pscan
 
     def mambapy(gate: str, pre: list[Tensor]) -> Tensor:
-        a, b = _decay_and_drive(gate, pre)
+        a, b = _decay_and_input(gate, pre)
         return pscan(a.unsqueeze(-1), b.unsqueeze(-1)).squeeze(-1)  # (B, T, D, N = 1)
 
     return mambapy
@@ -127,7 +136,7 @@ def _make_accelerated_scan(module: str) -> Scan:
     scan = import_module(module).scan
 
     def accelerated_scan(gate: str, pre: list[Tensor]) -> Tensor:
-        a, b = _decay_and_drive(gate, pre)
+        a, b = _decay_and_input(gate, pre)
         h = scan(a.transpose(1, 2).contiguous(), b.transpose(1, 2).contiguous())  # (B, D, T)
         return h.transpose(1, 2).contiguous()  # as whatever follows in a model reads it
 
@@ -151,20 +160,20 @@ def _make_hgrn(name: str) -> Scan:
 
     def hgrn(gate: str, pre: list[Tensor]) -> Tensor:
         log_a, _ = _LOG_GATES[gate](*split(gate, pre)[:-1])
-        _, b = _decay_and_drive(gate, pre)
+        _, b = _decay_and_input(gate, pre)
         return scan(b.contiguous(), log_a.contiguous())[0]  # (states, final state or None)
 
     return hgrn
 
 
 def _make_associative_scan() -> Scan:
-    operator = import_module("torch._higher_order_ops").associative_scan
+    operator = torch_private.associative_scan()
 
     def combine(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return left[0] * right[0], right[0] * left[1] + right[1]
 
     def associative_scan(gate: str, pre: list[Tensor]) -> Tensor:
-        pair = _decay_and_drive(gate, pre)
+        pair = _decay_and_input(gate, pre)
         return operator(combine, pair, dim=1, combine_mode="generic")[1]
 
     return associative_scan
@@ -220,9 +229,34 @@ SCAN_PEERS: dict[str, ScanPeer] = {
 }
 
 
+SELECTIVE = "selective"
+"""Mamba's recurrence in the place of a gate: its `pre` are u, delta_pre, A, B, C and D, its result is y."""
+
+
+def _make_selective_mambapy() -> Scan:
+    block = import_module("mambapy.mamba").MambaBlock
+
+    def mambapy(gate: str, inputs: list[Tensor]) -> Tensor:
+        u, delta_pre, A, B, C, D = inputs
+        return block.selective_scan(None, u, functional.softplus(delta_pre), A, B, C, D)
+
+    return mambapy
+
+
+SELECTIVE_PEERS: dict[str, ScanPeer] = {
+    # A parallel scan over expanded states, as its MambaBlock calls it.
+    "mambapy": ScanPeer(
+        make=_make_selective_mambapy,
+        package="mambapy",
+        module="mambapy",
+        gates=(SELECTIVE,),
+    ),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerPeer(Peer):
-    """Somebody else's recurrent layer, batch first, from (B, T, input_size) to (B, T, hidden_size)."""
+    """Another recurrent layer, batch first, from (B, T, input_size) to (B, T, hidden_size)."""
 
     build: Callable[[str, int, int], nn.Module]
     """(cell, input_size, hidden_size) -> layer."""

@@ -1,160 +1,193 @@
-"""The pictures of the benchmarks, drawn from their JSON; without matplotlib there are none."""
+"""The plots of benchmarks and experiments: a color for each system, names at the ends of lines."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from minrnn.benchmarks.measure import OURS, Record
+from minrnn.benchmarks.bench import OURS
 from minrnn.training.extras import draw, save_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-__all__ = ["name_ends", "plot_errors", "plot_timings"]
+__all__ = [
+    "Line",
+    "Style",
+    "band",
+    "bars",
+    "color",
+    "draw_lines",
+    "finish",
+    "mixer_style",
+    "name_ends",
+    "new_figure",
+    "save_figure",
+    "save_plot",
+    "system_style",
+]
 
-Line = list[tuple[float, float]]
+Line = Sequence[tuple[float, float]]
+"""Points (x, y)."""
 
 BLUE, BLACK = "#0b5fd6", "#222222"
-OTHERS = ("#d1495b", "#e08e2b", "#6a994e", "#8d5a97", "#7a6a53", "#3b8ea5", "#9a9a9a", "#b5838d")
+MIXER_COLORS = {
+    "mingru": BLUE,
+    "minlstm": "#2a9d8f",
+    "minlstm-unnormalised": "#8ab17d",
+    "mingru-signed": "#6f9ceb",
+    "minlstm-signed": "#57cc99",
+    "rnn": "#9a9a9a",
+    "gru": "#d1495b",
+    "lstm": "#e08e2b",
+    "gru-loop": "#7f1d2d",
+    "lstm-loop": "#8a5a00",
+    "attention": BLACK,
+    "transformer": "#555555",
+    "aaren": "#8d5a97",
+    "mamba": "#b5179e",
+    "s4d": "#7a6a53",
+    "bc": "#c9a227",
+    "attention-joined": "#777777",
+    "attention-sliding": "#999999",
+    "attention-whole": "#bb3333",
+}
+EMPHASIZED = ("mingru", "minlstm")
+UNKNOWN = "#3b8ea5"
+PEER_COLORS = ("#d1495b", "#e08e2b", "#6a994e", "#8d5a97", "#7a6a53", "#3b8ea5", "#9a9a9a", "#b5838d")
 
 
-def plot_timings(document: Mapping[str, Any], path: Path, axis: str) -> str | None:
-    """Draw time, share of the limit, and peak memory, against an axis of the shapes.
+class Style(NamedTuple):
+    """How a line is drawn."""
+
+    color: str
+    dashed: bool = False
+    emphasized: bool = False
+
+
+def color(name: str) -> str:
+    """Return a mixer's color."""
+    return MIXER_COLORS.get(name, UNKNOWN)
+
+
+def mixer_style(name: str) -> Style:
+    """Return a mixer's style: our cells are emphasized, loops are dashed."""
+    return Style(color(name), name.endswith("-loop"), name in EMPHASIZED)
+
+
+def system_style(names: Iterable[str], limit: str | None) -> Callable[[str], Style]:
+    """Return the styles of a benchmark's lines, whose names begin with the system's.
 
     Args:
-        document: what a timed benchmark found.
-        path: the PNG file.
-        axis: the axis of the shapes that runs from left to right; each setting of the rest has its own row.
-
-    Returns:
-        None, or, where the picture cannot be drawn, the reason.
+        names: of all lines.
+        limit: the system that bounds the others; it and lines of 16-bit dtypes are dashed.
     """
-    return draw(lambda: _plot_timings(document, path, axis))
+    peers = cycle(PEER_COLORS)
+    systems = dict.fromkeys(name.split()[0] for name in names)
+    colors = {system: {OURS: BLUE, limit: BLACK}.get(system) or next(peers) for system in systems}
+    return lambda name: Style(
+        colors[name.split()[0]], name == limit or name.endswith("16"), name.split()[0] == OURS
+    )
 
 
-def _plot_timings(document: Mapping[str, Any], path: Path, axis: str) -> None:
-    from matplotlib.figure import Figure
-
-    results = sorted(document["results"], key=lambda result: (_setting(result, axis), result["shape"][axis]))
-    rows = [list(group) for _, group in groupby(results, lambda result: _setting(result, axis))]
-    panels = 3 if any(_megabytes(record) for _, _, record in _records(results)) else 2
-    figure = Figure(figsize=(5 * panels, 4 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), panels, squeeze=False)
-    for row, group in zip(grid, rows, strict=True):
-        limit = group[0]["limit"]
-        _draw(row[0], _lines(group, axis, _milliseconds), limit, "step (ms)", axis)
-        _draw(row[1], _lines(group, axis, _share), limit, f"step: speed as % of {limit}'s", axis)
-        if panels == 3:
-            _draw(row[2], _lines(group, axis, _megabytes), limit, "peak memory of a step (MB)", axis)
-        row[0].set_title(_setting(group[0], axis), loc="left", fontsize=10)
-        for axes in row:
-            name_ends(axes)
-    save_picture(figure, path, dpi=130)
-
-
-def plot_errors(document: Mapping[str, Any], path: Path) -> str | None:
-    """Draw the error of h against the length, one panel for each way to forget.
+def new_figure(
+    rows: int, columns: int, *, width: float = 5.2, height: float = 4.0, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure and its panels, row by row.
 
     Args:
-        document: what the benchmark of accuracy found.
-        path: the PNG file.
-
-    Returns:
-        None, or, where the picture cannot be drawn, the reason.
+        rows: of panels.
+        columns: of panels.
+        width: of a panel, in inches.
+        height: of a panel, in inches.
+        options: of `Figure.subplots`.
     """
-    return draw(lambda: _plot_errors(document, path))
-
-
-def _plot_errors(document: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    results = document["results"]
-    panels = list(dict.fromkeys((result["gate"], result["forgetting"]) for result in results))
-    figure = Figure(figsize=(4.2 * len(panels) + 1, 4.4), layout="constrained")
-    figure.suptitle("Largest error of h against a float64 loop, relative to the largest value", fontsize=12)
-    all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    for axes, (gate, forgetting) in zip(all_axes, panels, strict=True):
-        lines: dict[str, Line] = {}
-        for result in results:
-            if (result["gate"], result["forgetting"]) == (gate, forgetting) and result["error"]["h"]:
-                name = f"{result['system']} {result['dtype']}"
-                lines.setdefault(name, []).append((result["T"], result["error"]["h"]))
-        _draw(axes, lines, None, "", "T")
-        half_life = float(f"{document['half_lives'][forgetting]:.2g}")
-        axes.set_title(f"{gate}, {forgetting} forgetting (half-life {half_life:g} steps)", fontsize=10)
-    for axes in all_axes:  # once their common scale is known
-        name_ends(axes)
-    save_picture(figure, path, dpi=150)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
 
 
-def _setting(result: Mapping[str, Any], axis: str) -> str:
-    """Name all that a row of panels has in common."""
-    sizes = [f"{name} = {size}" for name, size in result["shape"].items() if name != axis]
-    threads = f"{result['threads']} thread{'s' if result['threads'] > 1 else ''}"
-    return ", ".join([result["gate"], *sizes, result["dtype"], threads])
-
-
-def _lines(
-    group: Sequence[Mapping[str, Any]], axis: str, value: Callable[[Record], float | None]
-) -> dict[str, Line]:
-    lines: dict[str, Line] = {}
-    inexact = {name for result, name, record in _records(group) if record["status"] == "inexact"}
-    for result, name, record in _records(group):
-        y = value(record)
-        if y:  # neither missing nor zero, which a logarithmic axis cannot show
-            label = f"{name} (inexact)" if name in inexact else name
-            lines.setdefault(label, []).append((result["shape"][axis], y))
-    return lines
-
-
-def _records(results: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], str, Record]]:
-    for result in results:
-        for name, record in result["systems"].items():
-            yield result, name, record
-
-
-def _milliseconds(record: Record) -> float | None:
-    return 1e3 * record["seconds"]["step"]["median"] if "seconds" in record else None
-
-
-def _share(record: Record) -> float | None:
-    return 100 * record["share"]["step"] if "share" in record else None
-
-
-def _megabytes(record: Record) -> float | None:
-    peak = record.get("peak_bytes") or 0
-    return peak / 1e6 if peak >= 1e5 else None  # less cannot be told from nothing
-
-
-def _draw(axes: Axes, lines: Mapping[str, Line], limit: str | None, label: str, axis: str) -> None:
-    """Draw lines on logarithmic axes, each named at its right end in its own colour; ours is thick."""
-    systems = list(dict.fromkeys(name.split()[0] for name in lines))
-    others = iter(OTHERS * len(systems))
-    colours = {name: {OURS: BLUE, limit: BLACK}.get(name) or next(others) for name in systems}
+def draw_lines(
+    axes: Axes, lines: Mapping[str, Line], style: Callable[[str], Style] = mixer_style, *, marker: str = "o"
+) -> None:
+    """Draw a line for each name, its points sorted."""
     for name, points in lines.items():
-        ours = name.split()[0] == OURS
-        dashed = name == limit or name.endswith("16")
+        if not points:
+            continue
+        color, dashed, emphasized = style(name)
         axes.plot(
-            *zip(*points, strict=True),
+            *zip(*sorted(points), strict=True),
             label=name,
-            color=colours[name.split()[0]],
+            color=color,
             linestyle="--" if dashed else "-",
-            linewidth=2.5 if ours else 1.3,
-            marker="o",
+            linewidth=2.4 if emphasized else 1.4,
+            marker=marker,
             markersize=4,
-            zorder=3 if ours else 2,
+            zorder=3 if emphasized else 2,
         )
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set(xlabel=axis, ylabel=label)
+
+
+def band(axes: Axes, name: str, xs: Sequence[float], runs: Sequence[Sequence[float]]) -> None:
+    """Draw the mean of several runs over common xs, and the range from the lowest to the highest."""
+    columns = list(zip(*runs, strict=True))
+    axes.fill_between(xs, [min(c) for c in columns], [max(c) for c in columns], color=color(name), alpha=0.15)
+    means = [sum(column) / len(column) for column in columns]
+    axes.plot(xs, means, color=color(name), linewidth=2.0, label=name)
+
+
+def bars(axes: Axes, title: str, values: Sequence[tuple[str, float]], *, log: bool = False) -> None:
+    """Draw horizontal bars with their labels and values, the first at the top."""
+    labels, lengths = zip(*values, strict=True)
+    drawn = axes.barh(range(len(values)), lengths, color=BLUE)
+    axes.bar_label(drawn, fmt="%.3g", fontsize=7, padding=2)
+    axes.set_yticks(range(len(values)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_title(title, loc="left", fontsize=10)
+    if log:
+        axes.set_xscale("log")
+        axes.set_xlim(left=min(0.5, *lengths))
+
+
+def finish(axes: Axes, title: str, xlabel: str, ylabel: str, *, log: str = "", names: str = "ends") -> None:
+    """Give a panel its title, labels and scales.
+
+    Args:
+        axes: the panel.
+        title: what it shows.
+        xlabel: the axis from left to right.
+        ylabel: the axis upwards.
+        log: the axes that are logarithmic: "", "x", "y" or "xy".
+        names: "ends" names each line at its right end, "legend" in a box, "none" nowhere.
+    """
+    if "x" in log:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    if "y" in log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(_few_powers(axes))
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    if names == "ends" and axes.lines:
+        name_ends(axes)
+    elif names == "legend" and axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, frameon=False)
+
+
+def _few_powers(axes: Axes) -> Callable[[float, float], str]:
+    """Return what labels the ticks between powers of ten: some of them, where there are few powers."""
+    low, high = axes.get_ylim()
+    labelled = "" if high > 100 * low else "25" if high > 10 * low else "23457"
+    return lambda value, _: f"{value:g}" if f"{value:e}"[0] in labelled else ""
 
 
 def name_ends(axes: Axes) -> None:
@@ -194,3 +227,27 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 def _bottom(crowd: Sequence[float], gap: float) -> float:
     return sum(crowd) / len(crowd) - gap * (len(crowd) - 1) / 2
+
+
+def save_plot(make: Callable[[], Figure], path: Path) -> str | None:
+    """Draw a figure into a PNG file; return None, or why there can be no plot."""
+    return draw(lambda: save_picture(make(), path, dpi=130))
+
+
+def save_figure(make: Callable[[], Figure], folder: Path) -> str | None:
+    """Draw plot.png and plot.svg into a folder.
+
+    Returns:
+        None, or, where there can be no plot, the reason.
+    """
+
+    def save() -> None:
+        import matplotlib
+
+        figure = make()
+        save_picture(figure, folder / "plot.png", dpi=130)
+        # The same results give the same file: no date, and names of parts that do not depend on the process.
+        with matplotlib.rc_context({"svg.hashsalt": "minrnn"}):
+            save_picture(figure, folder / "plot.svg", metadata={"Date": None})
+
+    return draw(save)

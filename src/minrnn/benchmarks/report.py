@@ -1,4 +1,4 @@
-"""What a benchmark leaves: a live table for people, a JSON file for programs, and a plot."""
+"""The output of a benchmark: a live table in the console, a JSON file, a plot."""
 
 from __future__ import annotations
 
@@ -8,26 +8,33 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from minrnn.benchmarks.measure import OURS, Record
-from minrnn.files import fresh_file, write_json
+from minrnn.benchmarks.bench import OURS, Document, Timings
+from minrnn.benchmarks.plots import save_plot
+from minrnn.files import fresh_file, replace_text, write_json
 from minrnn.ops import engines
 from minrnn.training import provenance
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["CaseView", "Report", "load_averages"]
 
 FORMAT = 1
-BUSY = 0.3  # of the load average: something else runs a third of the time
+BUSY = 0.3  # load average above which times are disturbed
 
 
 class Report:
-    """The document of one benchmark: written anew after each case, so that an interrupted run keeps the rest.
+    """The JSON document of one benchmark, written after each case: an interrupted run keeps its results.
+
+    It holds format, benchmark, command, device, machine, versions, commit, load averages, engines, options,
+    the peers' packages and versions, and `results`.
 
     Args:
         benchmark: its name.
@@ -35,7 +42,7 @@ class Report:
         command: the arguments that repeat it.
         options: its options, as JSON.
         device: where it computes.
-        console: where people read.
+        console: where to print.
     """
 
     def __init__(
@@ -70,10 +77,10 @@ class Report:
         self.say(f"bench {benchmark} on {device}: {', '.join(served) or 'the reference engine'}")
         load = self.document["load"]
         if load and load[0] > BUSY:
-            self.say(f"the machine is busy (load {load[0]}): threads that wait for each other distort times")
+            self.say(f"the machine is busy (load {load[0]}): times will be distorted")
 
     def say(self, text: str) -> None:
-        """Say one line."""
+        """Print a line."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def note_peer(self, name: str, package: str, version: str | None) -> None:
@@ -89,30 +96,39 @@ class Report:
         """Write the document as far as it has come."""
         write_json(self.path, self.document)
 
-    def finish(self, plot: Callable[[Mapping[str, Any], Path], str | None]) -> None:
-        """Draw the plot, and say where everything is."""
-        picture = self.path.with_suffix(".png")
-        why_not = plot(self.document, picture)
+    def finish(self, draw: Callable[[Document], Figure] | None = None) -> None:
+        """Draw the plot, if there is one, and print where everything is."""
         self.say(f"results: {self.path}")
-        self.say(f"no plot: {why_not}" if why_not else f"plot: {picture}")
+        if draw is not None:
+            picture = self.path.with_suffix(".png")
+            why_not = save_plot(lambda: draw(self.document), picture)
+            self.say(f"no plot: {why_not}" if why_not else f"plot: {picture}")
+
+    def write_text(self, text: str) -> Path:
+        """Write Markdown beside the JSON file; return where."""
+        path = self.path.with_suffix(".md")
+        replace_text(path, text)
+        return path
 
 
 class CaseView:
-    """The live table of one case; where there is no terminal, its final form is printed once.
+    """The live table of one case; without a terminal, its final form is printed once.
 
     Args:
         console: where to draw.
         title: what is measured.
         phases: the columns of times.
         unit: seconds are shown in "ms" or "us".
-        limit: the system whose speed is 100 %.
+        limit: the system whose speed is 100 %, if there is one.
     """
 
-    def __init__(self, console: Console, title: str, phases: Sequence[str], unit: str, limit: str) -> None:
+    def __init__(
+        self, console: Console, title: str, phases: Sequence[str], unit: str, limit: str | None
+    ) -> None:
         self._console, self._title = console, title
         self._phases, self._unit, self._limit = phases, unit, limit
         self._table = Table()
-        # Redrawn between measurements only: a thread that redraws would disturb what is being timed.
+        # Redrawn between measurements only: a thread that redraws would disturb them.
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
 
     def __enter__(self) -> CaseView:
@@ -130,19 +146,19 @@ class CaseView:
         elif self._table.row_count:
             self._console.print(self._table)
 
-    def show(self, records: Mapping[str, Record], doing: str) -> None:
-        """Redraw the table with what is known, and a line that says what goes on."""
+    def show(self, records: Mapping[str, Timings], doing: str) -> None:
+        """Redraw the table with the results so far, and a line of text below it."""
         self._table = self._draw(records, doing)
         if self._live is not None:
             self._live.update(self._table, refresh=True)
 
-    def _draw(self, records: Mapping[str, Record], doing: str) -> Table:
-        title = f"{self._title} (%: speed beside {self._limit}'s)"
+    def _draw(self, records: Mapping[str, Timings], doing: str) -> Table:
+        title = self._title + (f" (%: speed relative to {self._limit}'s)" if self._limit else "")
         table = Table(title=title, caption=doing or None, title_justify="left", box=None, pad_edge=False)
         table.add_column("", no_wrap=True)
         table.add_column("error", no_wrap=True)
         times = [f"{phase} {self._unit}" for phase in self._phases]
-        shares = [f"{phase} %" for phase in self._phases]
+        shares = [f"{phase} %" for phase in self._phases if self._limit]
         for header in (*times, "p10-p90", f"x {OURS}", *shares, "peak MB"):
             table.add_column(header, justify="right", no_wrap=True)
         for name, record in records.items():
@@ -150,7 +166,7 @@ class CaseView:
             table.add_row(name, *self._cells(record), style=style)
         return table
 
-    def _cells(self, record: Record) -> list[str]:
+    def _cells(self, record: Timings) -> list[str]:
         cells = [_verdict(record)]
         if "seconds" not in record:
             return cells
@@ -159,7 +175,8 @@ class CaseView:
         cells += [f"{self._time(step['p10'])}-{self._time(step['p90'])}"]
         cells += [f"{record['times_ours']:.2f}" if "times_ours" in record else ""]
         shares = record.get("share", {})
-        cells += [f"{100 * shares[phase]:.0f}" if phase in shares else "" for phase in self._phases]
+        if self._limit:
+            cells += [f"{100 * shares[phase]:.0f}" if phase in shares else "" for phase in self._phases]
         peak = record.get("peak_bytes")
         return [*cells, "" if peak is None else f"{peak / 1e6:.1f}"]
 
@@ -167,8 +184,8 @@ class CaseView:
         return f"{seconds * {'ms': 1e3, 'us': 1e6}[self._unit]:.3g}"
 
 
-def _verdict(record: Record) -> str:
-    """Return the error that was found, or what there is to say instead."""
+def _verdict(record: Timings) -> str:
+    """Return the error that was found, or, where nothing was compared, the speed or the failure."""
     if "bytes_per_second" in record:
         return f"{max(record['bytes_per_second'].values()) / 1e9:.3g} GB/s"
     if record["status"] == "other function":
@@ -186,7 +203,7 @@ def _number(error: float | None) -> float:
 
 
 def load_averages() -> list[float] | None:
-    """Return the machine's load averages, which show whether it was quiet; None where the system has none."""
+    """Return the machine's load averages; None where the system has none."""
     try:
         return [round(load, 2) for load in os.getloadavg()]
     except (AttributeError, OSError):

@@ -1,4 +1,4 @@
-"""`minrnn bench scan`: from pre-activations to states and back, ours beside everybody else's."""
+"""`minrnn bench scan`: from pre-activations to states and back, ours beside other implementations."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from minrnn.benchmarks.check import errors, scan_reference, some_rows
-from minrnn.benchmarks.measure import OURS, System
+from minrnn.benchmarks.bench import OURS, Bench, Document
+from minrnn.benchmarks.check import differentiate, errors, scan_reference, some_rows
+from minrnn.benchmarks.measure import System
 from minrnn.benchmarks.options import TimedBench
 from minrnn.benchmarks.peers import SCAN_PEERS, Scan, ScanPeer
 from minrnn.benchmarks.report import Report
 from minrnn.benchmarks.session import Case, Kind, run
-from minrnn.benchmarks.timing import Phases, Task, clock
+from minrnn.benchmarks.tables import UNITS, Result, Table, by_system, sizes
+from minrnn.benchmarks.workloads import copies, training_step
 from minrnn.ops import GATES, gated_scan
 
-__all__ = ["ScanBench", "bench_scan", "traffic"]
+__all__ = ["BENCH", "KIND", "LIMIT", "ScanBench", "draw_inputs", "scan_systems", "share_table", "traffic"]
 
-KIND = Kind("scan", "BTD", across="T", limit="copy", phases=("forward", "backward", "step"), unit="ms")
+LIMIT = "copy"
+KIND = Kind("scan", "BTD", across="T", limit=LIMIT, phases=("forward", "backward", "step"), unit="ms")
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,26 @@ def bench_scan(options: ScanBench, command: Sequence[str], console: Console) -> 
     """Run the benchmark; arguments, return value and errors are those of `session.run`."""
 
     def systems(case: Case, peers: Mapping[str, ScanPeer]) -> dict[str, System]:
-        return _systems(case, peers, options.packed)
+        return scan_systems(case, peers, options.packed)
 
     return run(KIND, options, options.gates, SCAN_PEERS, systems, command, console)
+
+
+def render(document: Document) -> str:
+    """Return the table: each system's times, or, for several numbers of threads, our shares of the limit."""
+    results = document["results"]
+    compares_threads = {1} < {result["threads"] for result in results}
+    return (share_table(results) if compares_threads else by_system(results, KIND.phases)).markdown()
+
+
+BENCH = Bench(ScanBench, bench_scan, render)
 
 
 def traffic(gate: str, dtype: torch.dtype) -> dict[str, int]:
     """Return the bytes that a fused engine moves for each element of h, at least.
 
     Forward reads the pre-activations and writes h; backward reads the pre-activations, h and dh, and writes
-    the pre-activations' gradients. The plain scan's backward has no use for b.
+    the pre-activations' gradients. The plain scan's backward does not need b.
 
     >>> traffic("mingru", torch.float32), traffic("minlstm", torch.float32)
     ({'forward': 12, 'backward': 24}, {'forward': 16, 'backward': 32})
@@ -69,76 +82,79 @@ def traffic(gate: str, dtype: torch.dtype) -> dict[str, int]:
     }
 
 
-def _systems(case: Case, peers: Mapping[str, ScanPeer], packed: bool) -> dict[str, System]:
-    pre, dh = _inputs(case, packed)
+def scan_systems(case: Case, peers: Mapping[str, ScanPeer], packed: bool) -> dict[str, System]:
+    """Return the copies, our scan and the peers' on the same inputs.
+
+    Args:
+        case: gate, shape (B, T, D), dtype, device and seed.
+        peers: the scans to compare with.
+        packed: whether the pre-activations are side by side in one tensor.
+    """
+    pre, dh = draw_inputs(case, packed)
     rows = some_rows(*dh.shape)
     few = [x[:rows].detach().requires_grad_() for x in pre]
     exact = scan_reference(case.gate, few, dh[:rows])
 
     def system(scan: Scan, reason: str) -> System:
-        def compare() -> dict[str, float]:
-            h = scan(case.gate, few)
-            gradients = torch.autograd.grad(h, few, dh[:rows])
-            return errors({"h": h} | {f"d{index}": d for index, d in enumerate(gradients)}, exact)
+        return System(
+            training_step(lambda: scan(case.gate, pre), pre, dh),
+            lambda: errors(differentiate(lambda: scan(case.gate, few), few, dh[:rows]), exact),
+            reason,
+        )
 
-        return System(_step(scan, case, pre, dh), compare, reason)
-
-    scans = {OURS: system(_ours, "")}
-    for name, peer in peers.items():
-        scans[name] = system(peer.scan(), peer.reason(case.torch_dtype))
     moved = {phase: size * dh.numel() for phase, size in traffic(case.gate, case.torch_dtype).items()}
-    return {KIND.limit: System(_copies(case, moved), None, traffic=moved), **scans}
+    return {
+        LIMIT: System(copies(moved, case.device), traffic=moved),
+        OURS: system(lambda gate, pre: gated_scan(gate, *pre), ""),
+        **{name: system(peer.scan(), peer.reason(case.torch_dtype)) for name, peer in peers.items()},
+    }
 
 
-def _ours(gate: str, pre: list[Tensor]) -> Tensor:
-    return gated_scan(gate, *pre)
-
-
-def _inputs(case: Case, packed: bool) -> tuple[list[Tensor], Tensor]:
-    """Draw pre-activations that need gradients, and the gradient of h."""
-    generator = torch.Generator().manual_seed(case.seed)
+def draw_inputs(case: Case, packed: bool) -> tuple[list[Tensor], Tensor]:
+    """Draw pre-activations that require gradients, and the gradient of h."""
+    generator = torch.Generator(case.device).manual_seed(case.seed)
     B, T, D = case.shape.values()
-    pre = [torch.randn(B, T, D, generator=generator) for _ in GATES[case.gate].pre]
+
+    def draw() -> Tensor:
+        return torch.randn(B, T, D, generator=generator, device=case.device)
+
+    pre = [draw() for _ in GATES[case.gate].pre]
     if case.gate == "identity":
         pre[0] = pre[0].sigmoid()
     if packed:
         pre = [torch.cat(pre, -1)]
-    dh = torch.randn(B, T, D, generator=generator)
-    return [_placed(x, case).requires_grad_() for x in pre], _placed(dh, case)
+    dh = draw().to(case.torch_dtype)
+    return [x.to(case.torch_dtype).requires_grad_() for x in pre], dh
 
 
-def _placed(x: Tensor, case: Case) -> Tensor:
-    return x.to(case.device, case.torch_dtype)
+def share_table(results: Sequence[Result], unit: str = "ms") -> Table:
+    """Return a table of our shares of the copies' speed; one thread is a column beside the other numbers.
+
+    Args:
+        results: the cases, with ours and the limit among their systems.
+        unit: of the times, a key in UNITS.
+    """
+    scale, digits = UNITS[unit]
+    several = len({result["threads"] for result in results}) > 1
+    alone = {
+        _key(result): result["systems"][OURS]["seconds"]["step"]["median"]
+        for result in results
+        if several and result["threads"] == 1
+    }
+    rows = []
+    for result in results:
+        if several and result["threads"] == 1:
+            continue
+        ours, copy = result["systems"][OURS], result["systems"][LIMIT]
+        times = [f"{ours['seconds'][phase]['median'] * scale:{digits}}" for phase in ("forward", "backward")]
+        shares = [f"{ours['share'][phase]:.0%}" for phase in ("forward", "backward")]
+        rows.append([*_key(result), *times, f"{copy['bytes_per_second']['backward'] / 1e9:.0f}", *shares])
+        if alone:
+            rows[-1].append(f"{ours['seconds']['step']['median'] / alone[_key(result)]:.0%}")
+    head = ["B, T, D", "gate", "dtype", f"forward, {unit}", f"backward, {unit}", "copy, GB/s"]
+    head += ["share forward", "backward", *(["speed of one thread"] if alone else [])]
+    return Table("", head, rows)
 
 
-def _step(scan: Scan, case: Case, pre: list[Tensor], dh: Tensor) -> Task:
-    """Time forward and backward; results are freed when the call returns, after the last reading."""
-
-    def step() -> Phases:
-        start = clock(case.device)
-        h = scan(case.gate, pre)
-        middle = clock(case.device)
-        gradients = torch.autograd.grad(h, pre, dh)
-        end = clock(case.device)
-        del h, gradients
-        return {"forward": middle - start, "backward": end - middle}
-
-    return step
-
-
-def _copies(case: Case, moved: Mapping[str, int]) -> Task:
-    """Time copies between buffers that are there already; a copy of n bytes moves 2 n."""
-    buffers = {}
-    for phase, size in moved.items():
-        source = torch.ones(max(1, size // 8), device=case.device)  # float32, half of the bytes
-        buffers[phase] = source, torch.zeros_like(source)
-
-    def copy() -> Phases:
-        taken = {}
-        for phase, (source, target) in buffers.items():
-            start = clock(case.device)
-            target.copy_(source)
-            taken[phase] = clock(case.device) - start
-        return taken
-
-    return copy
+def _key(result: Result) -> tuple[str, str, str]:
+    return sizes(result), result["gate"], result["dtype"]

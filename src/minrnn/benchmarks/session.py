@@ -1,4 +1,4 @@
-"""What scan, layer and decode have in common: case after case, the same systems side by side."""
+"""What the timed benchmarks share: they run case after case, with the same systems side by side."""
 
 from __future__ import annotations
 
@@ -7,24 +7,29 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module, metadata
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from rich.console import Console
 
+from minrnn.benchmarks import plots
+from minrnn.benchmarks.bench import Document, Timings
 from minrnn.benchmarks.measure import System, measure
 from minrnn.benchmarks.options import DTYPES, TimedBench, parse_shapes, select
 from minrnn.benchmarks.peers import Peer
-from minrnn.benchmarks.plots import plot_timings
 from minrnn.benchmarks.report import CaseView, Report
+from minrnn.training.extras import FOREIGN_ERRORS
 from minrnn.training.threads import cpu_threads
 
-__all__ = ["Case", "Kind", "run", "that_compute_on", "that_import"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Case", "Kind", "measure_case", "run", "that_compute_on", "that_import"]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What distinguishes one timed benchmark from another in its report."""
+    """What distinguishes the report of one timed benchmark from another's."""
 
     name: str
     """The benchmark."""
@@ -32,12 +37,12 @@ class Kind:
     """One letter for each size of a shape."""
     across: str
     """The axis that the plot runs along."""
-    limit: str
-    """The system that bounds the others' speed."""
+    limit: str | None
+    """The system that bounds the others' speed, if there is one."""
     phases: tuple[str, ...]
     """What is timed of a call; the last is the whole."""
     unit: str
-    """Of the times that people see: ms or us."""
+    """Of the times in tables: ms or us."""
     memory: bool = True
     """Whether a call's peak memory is measured."""
 
@@ -82,7 +87,7 @@ def run(
         options: what to measure.
         gates: of the recurrence.
         table: all peers.
-        systems: builds what takes part in a case, given the peers that can.
+        systems: builds the systems of a case, given the peers that compute its gate.
         command: the arguments that repeat it.
         console: where its tables are drawn.
 
@@ -103,34 +108,50 @@ def run(
     for threads, gate, dtype, shape in settings:
         with cpu_threads(threads) as used:
             case = Case(gate, shape, dtype, used, device, options.seed)
-            _measure_case(kind, options, case, peers, systems, report)
-    report.finish(partial(plot_timings, axis=kind.across))
+            able = {name: peer for name, peer in peers.items() if gate in peer.gates}
+            measure_case(kind, case, partial(systems, case, able), options.seconds, options.samples, report)
+    report.finish(partial(_draw, axis=kind.across))
     return report
 
 
-def _measure_case(
+def measure_case(
     kind: Kind,
-    options: TimedBench,
     case: Case,
-    peers: Mapping[str, P],
-    systems: Callable[[Case, Mapping[str, P]], dict[str, System]],
+    systems: Callable[[], dict[str, System]],
+    seconds: float,
+    samples: int,
     report: Report,
+    **about: object,
 ) -> None:
-    torch.compiler.reset()  # or the code of earlier shapes would lead to general, slower code for this one
-    able = {name: peer for name, peer in peers.items() if case.gate in peer.gates}
+    """Measure the systems of one case, and add the result to the report.
+
+    Args:
+        kind: which benchmark.
+        case: the setting.
+        systems: builds the systems.
+        seconds: see `interleave`.
+        samples: see `interleave`.
+        report: what is added to.
+        about: further entries of the result.
+
+    Raises:
+        RuntimeError: our own result differs from the reference.
+    """
+    torch.compiler.reset()  # or code compiled for earlier shapes would lead to general, slower code
     with CaseView(report.console, str(case), kind.phases, kind.unit, kind.limit) as view:
         view.show({}, "computing the reference")
         records = measure(
-            systems(case, able),
+            systems(),
             limit=kind.limit,
             dtype=case.torch_dtype,
             memory_of=case.device if kind.memory else None,
-            seconds=options.seconds,
-            samples=options.samples,
+            seconds=seconds,
+            samples=samples,
             show=view.show,
         )
         report.add(  # before the table is printed, which fails where nobody reads it
             {
+                **about,
                 "gate": case.gate,
                 "shape": case.shape,
                 "dtype": case.dtype,
@@ -139,6 +160,63 @@ def _measure_case(
                 "systems": records,
             }
         )
+
+
+def _draw(document: Document, axis: str) -> Figure:
+    """Draw step times, shares of the limit and peak memory against an axis of the shapes.
+
+    Each setting of the other axes, the gate and the dtype has its own row of panels.
+    """
+    results = sorted(document["results"], key=lambda result: (_setting(result, axis), result["shape"][axis]))
+    rows = [list(group) for _, group in itertools.groupby(results, lambda result: _setting(result, axis))]
+    limit = results[0]["limit"]
+    columns: dict[str, Callable[[Timings], float | None]] = {"step (ms)": _milliseconds}
+    if limit:
+        columns[f"step: speed as % of {limit}'s"] = _share
+    if any(_megabytes(record) for result in results for record in result["systems"].values()):
+        columns["peak memory of a step (MB)"] = _megabytes
+    figure, panels = plots.new_figure(len(rows), len(columns), width=5)
+    cells = itertools.product(rows, columns.items())
+    for axes, (group, (label, value)) in zip(panels, cells, strict=True):
+        lines = _lines(group, axis, value)
+        plots.draw_lines(axes, lines, plots.system_style(lines, limit))
+        title = _setting(group[0], axis) if value is _milliseconds else ""
+        plots.finish(axes, title, axis, label, log="xy")
+    return figure
+
+
+def _setting(result: Mapping[str, Any], axis: str) -> str:
+    """Name all that a row of panels has in common."""
+    sizes = [f"{name} = {size}" for name, size in result["shape"].items() if name != axis]
+    threads = f"{result['threads']} thread{'s' if result['threads'] > 1 else ''}"
+    return ", ".join([result["gate"], *sizes, result["dtype"], threads])
+
+
+def _lines(
+    group: Sequence[Mapping[str, Any]], axis: str, value: Callable[[Timings], float | None]
+) -> dict[str, list[tuple[float, float]]]:
+    lines: dict[str, list[tuple[float, float]]] = {}
+    records = [(result, *item) for result in group for item in result["systems"].items()]
+    inexact = {name for _, name, record in records if record["status"] == "inexact"}
+    for result, name, record in records:
+        y = value(record)
+        if y:  # neither missing nor zero, which a logarithmic axis cannot show
+            label = f"{name} (inexact)" if name in inexact else name
+            lines.setdefault(label, []).append((result["shape"][axis], y))
+    return lines
+
+
+def _milliseconds(record: Timings) -> float | None:
+    return 1e3 * record["seconds"]["step"]["median"] if "seconds" in record else None
+
+
+def _share(record: Timings) -> float | None:
+    return 100 * record["share"]["step"] if "share" in record else None
+
+
+def _megabytes(record: Timings) -> float | None:
+    peak = record.get("peak_bytes") or 0
+    return peak / 1e6 if peak >= 1e5 else None  # less cannot be told from nothing
 
 
 def _device(name: str) -> torch.device:
@@ -164,9 +242,10 @@ def that_import(peers: Mapping[str, P], report: Report) -> dict[str, P]:
     for name, peer in peers.items():
         try:
             import_module(peer.module)
-        except ImportError as error:
+        except FOREIGN_ERRORS as error:  # some raise all kinds of errors where they find no compiler
             report.note_peer(name, peer.package, None)
-            report.say(f"{name} takes no part: {error} (pip install {peer.package})")
+            hint = f" (pip install {peer.package})" if isinstance(error, ImportError) else ""
+            report.say(f"{name} takes no part: {(str(error).splitlines() or [''])[0]}{hint}")
         else:
             report.note_peer(name, peer.package, _version(peer.package))
             able[name] = peer

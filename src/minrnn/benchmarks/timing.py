@@ -1,4 +1,4 @@
-"""How time and memory are measured: in turns, in one run, so that all meet the same machine."""
+"""Timing and memory: workloads are measured in turns within one run, so that all see the same machine."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from minrnn.ops import release_memory
 __all__ = [
     "MIN_ROUNDS",
     "Phases",
-    "Task",
+    "Workload",
     "clock",
+    "gc_frozen",
     "interleave",
-    "old_objects_set_aside",
     "peak_bytes",
     "summary",
 ]
 
 MIN_ROUNDS = 3
-"""However slow a system is, it is measured this often."""
+"""A workload is measured at least this often, however slow it is."""
 
 SHORT = 5e-3
-"""Seconds; a shorter call is made once unmeasured at each turn, or it would time caches that are cold."""
+"""Seconds; a shorter workload gets one unmeasured call at each turn, to warm the caches."""
 
 Phases = dict[str, float]
-"""Seconds that each phase of one call took: forward, backward and step, say."""
+"""Seconds of each phase of one call, for example forward, backward and step (the whole)."""
 
-Task = Callable[[], Phases]
-"""One measured call; what it prepares and clears away lies outside of its phases."""
+Workload = Callable[[], Phases]
+"""One measured call; its setup and cleanup are outside of its phases."""
 
 
 def clock(device: torch.device) -> float:
-    """Return the time in seconds, once the device has done what it was asked to."""
+    """Return the time in seconds, after synchronizing the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 @contextmanager
-def old_objects_set_aside() -> Iterator[None]:
-    """Let the garbage collector look at new objects only: torch's take it 0.1 s, and all of the caches."""
+def gc_frozen() -> Iterator[None]:
+    """Hide existing objects from the garbage collector: scanning torch's takes 0.1 s and the caches."""
     gc.collect()
     gc.freeze()
     try:
@@ -58,40 +58,39 @@ def old_objects_set_aside() -> Iterator[None]:
 
 
 def interleave(
-    tasks: Mapping[str, Task], seconds: float, samples: int, progress: Callable[[str], None]
+    workloads: Mapping[str, Workload], seconds: float, samples: int, progress: Callable[[str], None]
 ) -> dict[str, list[Phases]]:
-    """Warm up, then measure all tasks in turns.
+    """Warm up, then measure all workloads in turns.
 
-    There are as many rounds as the slowest task can take part in. A faster task is called several times a
-    round, so that its measurements spread over the same stretch of time as everybody else's, and whatever
-    else happens on the machine meets all of them.
+    The slowest workload determines the number of rounds. A faster one is called several times a round, so
+    that its samples cover the same stretch of time, and noise on the machine affects all alike.
 
     Args:
-        tasks: what to measure, by name.
-        seconds: to spend on each task, at least MIN_ROUNDS rounds.
-        samples: measurements of a task at most, give or take a part of a round.
-        progress: told in one line what goes on, between measurements.
+        workloads: what to measure, by name.
+        seconds: time to spend on each workload; at least MIN_ROUNDS rounds are measured.
+        samples: maximum number of samples of a workload, rounded up to whole rounds.
+        progress: called with a line of text between measurements.
 
     Returns:
-        The measurements of each task.
+        The samples of each workload.
     """
     costs = {}
-    for name, task in tasks.items():
+    for name, workload in workloads.items():
         progress(f"warming up {name}")
-        costs[name] = _cost(task, seconds)
+        costs[name] = _cost(workload, seconds)
     rounds = _between(MIN_ROUNDS, int(seconds / max(costs.values())), samples)
     most = math.ceil(samples / rounds)
     calls = {name: _between(1, int(seconds / rounds / cost), most) for name, cost in costs.items()}
-    taken: dict[str, list[Phases]] = {name: [] for name in tasks}
+    taken: dict[str, list[Phases]] = {name: [] for name in workloads}
     for number in range(1, rounds + 1):
         progress(f"round {number} of {rounds}")
         gc.collect()
-        gc.disable()  # as timeit does: a collection belongs to nobody's call
+        gc.disable()  # as timeit does
         try:
-            for name, task in tasks.items():
+            for name, workload in workloads.items():
                 if costs[name] < SHORT:
-                    task()
-                taken[name] += [task() for _ in range(calls[name])]
+                    workload()
+                taken[name] += [workload() for _ in range(calls[name])]
         finally:
             gc.enable()
     return taken
@@ -107,26 +106,26 @@ def summary(samples: list[float]) -> dict[str, float]:
     return {"median": median, "p10": p10, "p90": p90, "min": min(samples), "samples": len(samples)}
 
 
-def peak_bytes(task: Task, device: torch.device) -> int | None:
-    """Measure the memory that a call needs at its peak beyond what was held before: all but its inputs.
+def peak_bytes(workload: Workload, device: torch.device) -> int | None:
+    """Measure the peak memory of a call, beyond what was allocated before it (such as its inputs).
 
-    On the CPU it is the rise of this process's resident memory, which misses nothing, be it torch's, a
-    library's own or Python's, to within some 100 kB: Linux forgets the old peak on request (clear_refs), and
-    what the C library and our engine keep of freed memory is handed back first, or the call would find its
-    room already there. On a GPU it is what torch's allocator gave out.
+    On the CPU it is the rise of the process's resident set size, which covers torch, other libraries and
+    Python, to within some 100 kB. Linux resets the recorded peak on request (clear_refs); memory that the C
+    library and our engine have cached is released first, because the call would otherwise reuse it. On a GPU
+    it is what torch's allocator reports.
 
     Args:
-        task: a call that has been made before, so that libraries are loaded and code is compiled.
+        workload: a call that has run before, so that libraries are loaded and code is compiled.
         device: where it computes.
 
     Returns:
-        Bytes, or None where the system cannot tell.
+        Bytes, or None where the system does not report them.
     """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        task()
+        workload()
         return torch.cuda.max_memory_allocated(device) - before
     _return_freed_memory()
     try:
@@ -134,22 +133,22 @@ def peak_bytes(task: Task, device: torch.device) -> int | None:
     except OSError:
         return None
     before = _resident("VmRSS")
-    task()
+    workload()
     return max(0, _resident("VmHWM") - before)
 
 
-def _cost(task: Task, seconds: float) -> float:
-    """Warm up; return the seconds of a call: that of a later one, where the first leaves time for more."""
-    cost = _elapsed(task)
+def _cost(workload: Workload, seconds: float) -> float:
+    """Warm up; return the seconds of a call: of a later one, if the first leaves time for more."""
+    cost = _elapsed(workload)
     for _ in range(2):
         if cost < seconds / 10:
-            cost = min(cost, _elapsed(task))
+            cost = min(cost, _elapsed(workload))
     return cost
 
 
-def _elapsed(task: Task) -> float:
+def _elapsed(workload: Workload) -> float:
     start = time.perf_counter()
-    task()
+    workload()
     return time.perf_counter() - start
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from minrnn.cli.arguments import check_range, parse
 from minrnn.files import write_json
-from minrnn.tasks import TASKS, Task, TextConfig, TextTask
+from minrnn.tasks import Task, TextConfig, TextTask, make_task
 from minrnn.training import (
     MOST_STEPS,
     Output,
@@ -53,7 +53,7 @@ def run(args: Sequence[str]) -> int:
         task: Task = TextTask(replace(config.task, window=window), vocabulary)
         settings["window"] = window
     elif command.window is None:
-        task = TASKS[config.task.task](config.task)
+        task = make_task(config.task)
     else:
         raise ValueError(f"evaluate: window must be left out for {config.task.task}, got {command.window}")
     if task.sha256 != corpus:

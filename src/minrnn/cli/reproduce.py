@@ -1,4 +1,4 @@
-"""`minrnn reproduce`: the paper's tables and figures again, cell by cell, and RESULTS.md from all of them."""
+"""`minrnn reproduce`: the paper's tables and figures, trial by trial, and RESULTS.md from all of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ReproduceCommand:
-    """Run an experiment's cells that are not finished yet; its tables and plots are in OUTPUT/NAME-SCALE.
+    """Run an experiment's trials that are not finished yet; its tables and plots are in OUTPUT/NAME-SCALE.
 
-    Stopped in whatever way, the same command goes on. Cells need nothing of one another: --list-cells prints
-    a command for each, to be run on other machines or at the same time, and copying their files together
-    joins them.
+    Interrupted in whatever way, the same command resumes. Trials are independent: --list-trials prints a
+    command for each, to be run on other machines or at the same time; their files, copied into one folder,
+    are the whole.
     """
 
     scale: Literal["cpu", "paper", "tiny"] = "cpu"
@@ -36,12 +36,13 @@ class ReproduceCommand:
     """Seeds of each mixer (None: three of those that matter most, one of the rest)."""
     mixers: tuple[str, ...] = ()
     """Mixers, or variants of them; a wrong name lists them all (none: all)."""
-    cell: tuple[str, ...] = ()
-    """Names of the cells to run (none: all that are not finished)."""
-    list_cells: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Print one command for each cell that is not finished, and run nothing."""
+    # --cell, its name in earlier versions, stands in the commands that committed records hold.
+    trial: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--cell"])] = ()
+    """Names of the trials to run (none: all that are not finished)."""
+    list_trials: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one command for each trial that is not finished, and run nothing."""
     estimate: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Time a step of each kind of cell, print how long all would take here, and run nothing."""
+    """Time a step of each kind of trial, print how long all would take here, and run nothing."""
     output: Path = Path("results")
     """Folder of all experiments' results."""
     device: str = "auto"
@@ -62,8 +63,8 @@ class ReportCommand:
     """Folder of the experiments' results."""
     benchmarks: Path = Path("benchmarks", "results")
     """Folder of the benchmarks' results."""
-    page: Path = Path("benchmarks", "page.md")
-    """Text in which tables take the place of their names."""
+    page: Path = Path("docs", "results.md.template")
+    """Text with the names of tables in their places."""
     write: Path = Path("RESULTS.md")
     """File to write."""
 
@@ -110,7 +111,7 @@ def help_text() -> str:
 
 
 def _list(args: Sequence[str]) -> int:
-    """Print each experiment's cells at each scale, and how many are finished in ./results."""
+    """Print each experiment's trials at each scale, and how many are finished in ./results."""
     from minrnn.experiments.experiment import Choice
     from minrnn.experiments.results import ResultsFolder
 
@@ -121,10 +122,10 @@ def _list(args: Sequence[str]) -> int:
         experiment = entry.load()
         counts = []
         for scale in ("cpu", "paper"):
-            cells = experiment.cells(Choice(scale=scale))
+            trials = experiment.trials(Choice(scale=scale))
             folder = ResultsFolder(ReproduceCommand.output, name, scale)
             done = len(folder.records())
-            counts.append(f"{scale}: {len(cells)} cells" + (f", {done} finished" if done else ""))
+            counts.append(f"{scale}: {len(trials)} trials" + (f", {done} finished" if done else ""))
         print(f"{name:{width}}  {entry.help} ({entry.shows}); {'; '.join(counts)}")
     return 0
 
@@ -155,54 +156,56 @@ def _reproduce(name: str, args: Sequence[str]) -> int:
         command.envs,
         command.data,
     )
-    choose_device(choice.device)  # a wrong name is said before anything is begun
+    choose_device(choice.device)  # refuses a wrong name before anything begins
     experiment = entry.load()
     experiment.check(choice)
-    if command.list_cells:
-        return _list_cells(experiment, choice, command)
+    if command.list_trials:
+        return _list_trials(experiment, choice, command)
     if command.estimate or command.scale == "paper":
         _estimate(experiment, choice, command)
     if command.estimate:
         return 0
     with _watch(Output()) as watch:
         try:
-            reproduce(experiment, choice, command.output, watch, only=command.cell)
+            reproduce(experiment, choice, command.output, watch, only=command.trial)
         except Interrupted as stop:
-            with contextlib.suppress(OSError):  # whoever has asked by leaving does not read it
+            with contextlib.suppress(OSError):  # the terminal may be gone
                 watch.note(f"{stop}; the same command goes on")
             return 128 + stop.signum
     return 0
 
 
-def _list_cells(experiment: Experiment, choice: Choice, command: ReproduceCommand) -> int:
-    """Print a command for each cell; what is finished is a comment, so that a shell may run the list."""
+def _list_trials(experiment: Experiment, choice: Choice, command: ReproduceCommand) -> int:
+    """Print a command for each trial, as a comment where it is finished, so that a shell can run the list."""
     from minrnn.experiments.results import ResultsFolder
     from minrnn.experiments.runner import command_of, pick
 
     folder = ResultsFolder(command.output, experiment.name, choice.scale)
-    for cell in pick(experiment.cells(choice), command.cell):
-        done = "# finished: " if folder.record(cell, experiment) is not None else ""
-        print(done + command_of(experiment.name, choice, command.output, cell.name))
+    for trial in pick(experiment.trials(choice), command.trial):
+        done = "# finished: " if folder.record(trial, experiment) is not None else ""
+        print(done + command_of(experiment.name, choice, command.output, trial.name))
     return 0
 
 
 def _estimate(experiment: Experiment, choice: Choice, command: ReproduceCommand) -> None:
-    """Print the command and about how long it takes here, from finished cells or a part of each kind."""
+    """Print the command and about how long it takes on this machine."""
     from minrnn.benchmarks.report import load_averages
     from minrnn.experiments.results import ResultsFolder
     from minrnn.experiments.runner import command_of, estimate, pick
     from minrnn.training import Output, choose_device
 
-    cells = pick(experiment.cells(choice), command.cell)
+    trials = pick(experiment.trials(choice), command.trial)
     records = ResultsFolder(command.output, experiment.name, choice.scale).records()
     device = choose_device(choice.device)
     with Output().status("timing") as status:
-        total = estimate(experiment, cells, choice, records, status.update)
+        total = estimate(experiment, trials, choice, records, status.update)
     print(command_of(experiment.name, choice, command.output))
     load = load_averages()
     if load and load[0] > (os.cpu_count() or 1):
         print(f"the machine is busy (load {load[0]}): threads wait for each other; --threads 1 may be faster")
-    print(f"about {_duration(total)} on this machine ({device}): {len(cells)} cells, {experiment.uncounted}")
+    print(
+        f"about {_duration(total)} on this machine ({device}): {len(trials)} trials, {experiment.uncounted}"
+    )
 
 
 def _duration(seconds: float) -> str:
@@ -218,7 +221,7 @@ def _duration(seconds: float) -> str:
 
 
 class _Bar:
-    """A bar over the present cell, with the time left of all; other notes stay above it."""
+    """A progress bar of the current trial, with the time left of all; notes are printed above it."""
 
     def __init__(self, console: Console) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TaskProgressColumn())
@@ -244,7 +247,7 @@ class _Bar:
 
 
 class _Lines:
-    """Plain lines, one for each cell: for pipes, files and batch systems."""
+    """Plain lines, one for each trial: for pipes, files and batch systems."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

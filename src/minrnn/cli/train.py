@@ -18,7 +18,7 @@ import tyro
 from minrnn.cli.arguments import parse
 from minrnn.files import fresh_directory
 from minrnn.models import ModelConfig
-from minrnn.tasks import DecisionsConfig, TaskConfig
+from minrnn.tasks import TaskConfig
 from minrnn.training import (
     Interrupted,
     Output,
@@ -91,10 +91,7 @@ def _summary(task: TaskConfig, results: Mapping[str, Any], run_dir: Path) -> str
     loss = f"val_loss {results['val_loss']:.4f} {results['unit']} at step {results['step']}"
     found = {"bits_per_byte": "{:.4f} bits a byte", "accuracy": "accuracy {:.4f}"}
     parts = [loss, *(text.format(results[name]) for name, text in found.items() if name in results)]
-    verb = (
-        "act" if isinstance(task, DecisionsConfig) else "sample" if "bits_per_byte" in results else "evaluate"
-    )
-    return f"{', '.join(parts)}; next: minrnn {verb} {_argument(run_dir)}"
+    return f"{', '.join(parts)}; next: minrnn {task.verb} {_argument(run_dir)}"
 
 
 def default_run(recipe: str) -> Path:

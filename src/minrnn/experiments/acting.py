@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from minrnn.benchmarks.measure import System
+from minrnn.benchmarks.plots import draw_lines, finish, new_figure
 from minrnn.benchmarks.timing import Phases, clock
-from minrnn.experiments.experiment import Cell, Record, Table, Tell, Workplace
+from minrnn.experiments.experiment import Record, Table, Tell, Trial, Workplace
 from minrnn.experiments.inference import state_bytes
-from minrnn.experiments.plots import draw_lines, finish, new_figure
-from minrnn.experiments.timed import System, TimedExperiment, TimedSize, series
+from minrnn.experiments.timed import TimedExperiment, TimedSize, scaled, series
 from minrnn.experiments.variants import every_mixer
 from minrnn.models import TOKENS, DecisionConfig, DecisionModel, ModelConfig, Policy
 from minrnn.training.threads import cpu_threads
@@ -77,9 +78,9 @@ class Acting(TimedExperiment):
     def inputs(self, setting: Mapping[str, Any], device: torch.device) -> Tensor:
         return torch.randn(setting["steps"], OBSERVATION, device=device)
 
-    def measure(self, cell: Cell, place: Workplace, tell: Tell) -> dict[str, Any]:
+    def measure(self, trial: Trial, place: Workplace, tell: Tell) -> dict[str, Any]:
         with cpu_threads(1):  # so little work is not worth dividing
-            return super().measure(cell, place, tell)
+            return super().measure(trial, place, tell)
 
     def build(self, system: str, setting: Mapping[str, Any], inputs: Tensor) -> System:
         model = policy_model(system, setting["D"]).to(inputs.device).eval()
@@ -88,9 +89,7 @@ class Acting(TimedExperiment):
             policy.act(observation, 1.0)
 
         def act() -> Phases:
-            once = copy.copy(
-                policy
-            )  # what it remembers is replaced, not changed: all samples are of one step
+            once = copy.copy(policy)  # its memory is replaced, not changed: all samples are of one step
             start = clock(inputs.device)
             once.act(inputs[-1], 1.0)
             return {"action": clock(inputs.device) - start}
@@ -98,7 +97,8 @@ class Acting(TimedExperiment):
         once = copy.copy(policy)
         once.act(inputs[-1], 1.0)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        return System(act, {"parameters": parameters, "state_bytes": state_bytes(once.state)})
+        facts = {"parameters": parameters, "state_bytes": state_bytes(once.state)}
+        return System(act, facts=facts)
 
     def tables(self, records: Sequence[Record]) -> list[Table]:
         lines, states = series(records, "steps", "action"), series(records, "steps", "state_bytes")
@@ -121,11 +121,9 @@ class Acting(TimedExperiment):
 
     def draw(self, records: Sequence[Record]) -> Figure:
         figure, (action, state) = new_figure(1, 2)
-        times = series(records, "steps", "action").items()
-        draw_lines(action, {name: [(x, 1e3 * y) for x, y in line] for name, line in times})
+        draw_lines(action, scaled(series(records, "steps", "action"), 1e3))
         finish(action, "an action, one environment", "step of the episode", "milliseconds", log="xy")
-        states = series(records, "steps", "state_bytes").items()
-        draw_lines(state, {name: [(x, y / 1e3) for x, y in line] for name, line in states})
+        draw_lines(state, scaled(series(records, "steps", "state_bytes"), 1e-3))
         finish(state, "what is carried", "step of the episode", "kB", log="xy")
         return figure
 

@@ -7,20 +7,21 @@ from dataclasses import dataclass, replace
 from statistics import mean
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from minrnn.benchmarks.plots import draw_lines, finish, new_figure
 from minrnn.experiments.experiment import Record, Table
-from minrnn.experiments.plots import draw_lines, finish, new_figure
 from minrnn.experiments.published import Published, recalled
-from minrnn.experiments.trained import Plan, TrainedExperiment, bests, by_kind, spread
-from minrnn.experiments.variants import ROUNDED, every_mixer, model_of, precision_of
+from minrnn.experiments.records import bests, by_kind, spread
+from minrnn.experiments.trained import PAPER_TRAIN, TINY_TRAIN, GridPoint, Size, TrainedExperiment, training
+from minrnn.experiments.variants import ROUNDED, every_mixer
 from minrnn.models import SequenceModel
 from minrnn.tasks import LANGUAGES, FormalLanguageConfig, FormalLanguageTask
-from minrnn.training import Precision, RunConfig, TrainConfig
+from minrnn.training import RunConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-THRICE = ("mingru", "minlstm", "lstm")
-"""Three seeds: ours, and the strongest rival."""
+THREE_SEEDS = ("mingru", "minlstm", "lstm")
+"""Ours, and the strongest baseline."""
 
 SIGNED = ("mingru-signed", "minlstm-signed")
 TRACKING = ("parity", "cycle-navigation")
@@ -35,39 +36,29 @@ REPORTED = (
     "majority-count",
 )
 PUBLISHED: dict[str, dict[str, Published]] = {
-    "minLSTM": dict(
-        zip(REPORTED, map(recalled, ("0.94", "0.26", "0.79", "0.93", "0.93", "0.47")), strict=True)
-    ),
-    "xLSTM[1:0]": dict(
-        zip(REPORTED, map(recalled, ("0.97", "0.33", "0.86", "1.0", "0.74", "0.46")), strict=True)
-    ),
-    "Mamba": dict(zip(REPORTED, map(recalled, ("0.69", "0.15", "0.86", "1.0", "0.69", "0.45")), strict=True)),
-    "RWKV": dict(zip(REPORTED, map(recalled, ("0.54", "0.21", "0.13", "1.0", "0.63", "0.13")), strict=True)),
+    name: dict(zip(REPORTED, map(recalled, row), strict=True))
+    for name, row in {
+        "minLSTM": ("0.94", "0.26", "0.79", "0.93", "0.93", "0.47"),
+        "xLSTM[1:0]": ("0.97", "0.33", "0.86", "1.0", "0.74", "0.46"),
+        "Mamba": ("0.69", "0.15", "0.86", "1.0", "0.69", "0.45"),
+        "RWKV": ("0.54", "0.21", "0.13", "1.0", "0.63", "0.13"),
+    }.items()
 }
 """The paper's table 4; it took the peers' figures from the paper on xLSTM, and reports no parity."""
 
 
-@dataclass(frozen=True)
-class Size:
-    """The settings of a scale."""
+@dataclass(frozen=True, kw_only=True)
+class LanguageSize(Size):
+    """A scale, the languages, and what trained models are tested on."""
 
-    d_model: int
-    steps: int
-    batch_size: int
-    learning_rate: float
-    min_learning_rate_ratio: float
-    warmup_steps: int
-    eval_every: int
-    eval_sequences: int
     test_sequences: int
-    eval_max_length: int = 256
+    """Strings of a test, all together and of each length."""
     test_lengths: tuple[int, ...] = (40, 64, 96, 128, 192, 256)
+    """Numbers of symbols."""
     languages: tuple[str, ...] = tuple(LANGUAGES)
-    seeds: int = 3
-    precision: Precision = "bfloat16-products"
 
 
-class FormalLanguages(TrainedExperiment[Size]):
+class FormalLanguages(TrainedExperiment[LanguageSize]):
     """Answer strings by a rule."""
 
     name = "formal-languages"
@@ -84,23 +75,46 @@ class FormalLanguages(TrainedExperiment[Size]):
         f"place of 500,000 of 256 at 3e-4. {ROUNDED} Of the published figures it is not known here how "
         "they are scaled; those on xLSTM count chance as 0, as recalled."
     )
+    recipe = "formal-languages"
+    common_train: ClassVar = {"precision": "bfloat16-products", "eval_tokens": 0}
     sizes: ClassVar = {
-        "cpu": Size(64, 1500, 32, 3e-3, 0.05, 100, 500, 512, 1024),
-        "paper": Size(256, 500_000, 256, 3e-4, 1.0, 0, 5000, 2048, 8192, precision="float32"),
-        "tiny": Size(8, 2, 4, 3e-3, 0.1, 1, 1, 64, 64, 48, (40, 48), ("parity", "bucket-sort"), 1),
+        "cpu": LanguageSize(
+            task={"eval_sequences": 512},
+            train={"steps": 1500, "batch_size": 32, "log_every": 50},
+            test_sequences=1024,
+        ),
+        "paper": LanguageSize(
+            model={"d_model": 256},
+            task={"eval_sequences": 2048},
+            train=training(
+                every=5000, logs=10, steps=500_000, batch_size=256, learning_rate=3e-4, **PAPER_TRAIN
+            ),
+            test_sequences=8192,
+        ),
+        "tiny": LanguageSize(
+            model={"d_model": 8},
+            task={"eval_sequences": 64, "eval_max_length": 48},
+            train=TINY_TRAIN,
+            test_sequences=64,
+            test_lengths=(40, 48),
+            languages=("parity", "bucket-sort"),
+            seeds=1,
+        ),
     }
 
     def mixers(self) -> Sequence[str]:
         return every_mixer("minlstm-unnormalised", *SIGNED)
 
-    def plans(self, size: Size, mixer: str) -> Iterator[Plan]:
+    def grid(self, size: LanguageSize, mixer: str) -> Iterator[GridPoint]:
+        config = self.config(size, mixer)
         for language in size.languages:
-            often = mixer in THRICE or (mixer in SIGNED and language in TRACKING)
-            seeds = min(size.seeds, 3 if often else 1)
+            often = mixer in THREE_SEEDS or (mixer in SIGNED and language in TRACKING)
             setting = {"mixer": mixer, "language": language}
-            yield Plan(f"{language}-{mixer}", setting, _run(size, mixer, language), seeds)
+            chosen = config.override(task={"language": language})
+            seeds = size.seeds if often else size.other_seeds
+            yield GridPoint(f"{language}-{mixer}", setting, chosen, seeds)
 
-    def examine(self, model: SequenceModel, config: RunConfig, size: Size) -> dict[str, Any]:
+    def examine(self, model: SequenceModel, config: RunConfig, size: LanguageSize) -> dict[str, Any]:
         task = config.task
         assert isinstance(task, FormalLanguageConfig)
         whole = replace(task, part="test", eval_sequences=size.test_sequences)
@@ -140,32 +154,6 @@ class FormalLanguages(TrainedExperiment[Size]):
         for axes in panels[len(languages) :]:
             axes.set_visible(False)
         return figure
-
-
-def _run(size: Size, mixer: str, language: str) -> RunConfig:
-    chosen: Any = language
-    return RunConfig(
-        recipe="formal-languages",
-        model=model_of(
-            mixer, d_model=size.d_model, num_layers=2, conv_width=4, mlp_ratio=0.0, norm="rms", dropout=0.0
-        ),
-        task=FormalLanguageConfig(
-            chosen, eval_max_length=size.eval_max_length, eval_sequences=size.eval_sequences
-        ),
-        train=TrainConfig(
-            steps=size.steps,
-            batch_size=size.batch_size,
-            learning_rate=size.learning_rate,
-            min_learning_rate_ratio=size.min_learning_rate_ratio,
-            warmup_steps=size.warmup_steps,
-            weight_decay=0.01,
-            beta2=0.99,
-            precision=precision_of(mixer, size.precision),
-            eval_every=size.eval_every,
-            checkpoint_every=size.eval_every,
-            log_every=max(1, size.eval_every // 10),
-        ),
-    )
 
 
 def _overall(

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from minrnn.benchmarks.measure import System
+from minrnn.benchmarks.plots import draw_lines, finish, new_figure
 from minrnn.benchmarks.timing import Phases, clock
 from minrnn.experiments.experiment import Record, Table
-from minrnn.experiments.plots import draw_lines, finish, new_figure
 from minrnn.experiments.published import published
-from minrnn.experiments.timed import System, TimedExperiment, TimedSize, exponent, series
+from minrnn.experiments.timed import TimedExperiment, TimedSize, exponent, scaled, series
 from minrnn.experiments.variants import every_mixer, model_of
 from minrnn.models import Decoder, SequenceModel
 
@@ -89,7 +90,8 @@ class Inference(TimedExperiment):
         with torch.inference_mode():
             _, state = decoder.prefill(prompt)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        return System(generate, {"parameters": parameters, "state_bytes": state_bytes(state)})
+        facts = {"parameters": parameters, "state_bytes": state_bytes(state)}
+        return System(generate, facts=facts)
 
     def tables(self, records: Sequence[Record]) -> list[Table]:
         batches = sorted({record["setting"]["B"] for record in records})
@@ -101,17 +103,11 @@ class Inference(TimedExperiment):
         figure, panels = new_figure(len(shown), 3)
         for row, batch in enumerate(shown):
             token, whole, state = panels[3 * row : 3 * row + 3]
-            scaled = {
-                name: [(x, 1e3 * y) for x, y in line]
-                for name, line in series(records, "context", "token", B=batch).items()
-            }
-            draw_lines(token, scaled)
+            draw_lines(token, scaled(series(records, "context", "token", B=batch), 1e3))
             finish(token, f"batch {batch}: a token", "context", "milliseconds", log="xy")
-            contexts = series(records, "context", "context", B=batch).items()
-            draw_lines(whole, {name: [(x, 1e3 * y) for x, y in line] for name, line in contexts})
+            draw_lines(whole, scaled(series(records, "context", "context", B=batch), 1e3))
             finish(whole, f"batch {batch}: reading the context", "context", "milliseconds", log="xy")
-            states = series(records, "context", "state_bytes", B=batch).items()
-            draw_lines(state, {name: [(x, y / 1e3) for x, y in line] for name, line in states})
+            draw_lines(state, scaled(series(records, "context", "state_bytes", B=batch), 1e-3))
             finish(state, f"batch {batch}: what is carried", "context", "kB", log="xy")
         return figure
 

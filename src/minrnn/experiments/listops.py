@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from statistics import mean
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from minrnn.benchmarks.plots import draw_lines, finish, new_figure
 from minrnn.experiments.experiment import Record, Table
-from minrnn.experiments.plots import draw_lines, finish, new_figure
 from minrnn.experiments.published import Published, recalled, shown
-from minrnn.experiments.trained import Plan, TrainedExperiment, bests, by_kind, points, spread
-from minrnn.experiments.variants import ROUNDED, model_of, precision_of
+from minrnn.experiments.records import bests, by_kind, points, spread
+from minrnn.experiments.trained import TINY_TRAIN, GridPoint, Size, TrainedExperiment, training
+from minrnn.experiments.variants import ROUNDED
 from minrnn.models import SequenceModel
 from minrnn.tasks import ListOpsConfig, ListOpsTask
-from minrnn.training import Precision, RunConfig, TrainConfig
+from minrnn.training import RunConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,8 +31,12 @@ BLOCKS: dict[str, dict[str, Any]] = {
 
 ABLATED = "minlstm"
 
-THRICE = ("mingru", "minlstm", "lstm")
-"""Three seeds: ours, and the strongest rival."""
+TINY_TASK = ListOpsConfig(
+    max_length=16, min_length=2, max_depth=3, max_args=3, num_train=50, num_validation=64, num_test=64
+)
+
+THREE_SEEDS = ("mingru", "minlstm", "lstm")
+"""Ours, and the strongest baseline."""
 
 TABLE_4: dict[str, Published] = {
     "minlstm": recalled("0.59"),
@@ -43,25 +48,6 @@ TABLE_6: dict[str, Published] = {
     "mlp": recalled("0.52"),
     FULL: recalled("0.59"),
 }
-
-
-@dataclass(frozen=True)
-class Size:
-    """The settings of a scale."""
-
-    data: ListOpsConfig
-    d_model: int
-    num_layers: int
-    dropout: float
-    steps: int
-    batch_size: int
-    learning_rate: float
-    min_learning_rate_ratio: float
-    warmup_steps: int
-    eval_every: int
-    eval_tokens: int
-    seeds: int = 3
-    precision: Precision = "bfloat16-products"
 
 
 class ListOps(TrainedExperiment[Size]):
@@ -83,22 +69,41 @@ class ListOps(TrainedExperiment[Size]):
         "its blocks; here the answer is read at a marker after the expression. Its dropout and expansion "
         "are not known; paper has 0.1 and 1."
     )
+    recipe = "listops"
+    common_train: ClassVar = {"precision": "bfloat16-products"}
     sizes: ClassVar = {
         "cpu": Size(
-            ListOpsConfig(128, 16, 5, 5, 30_000, 1000, 2000), 64, 4, 0.0, 1500, 32, 2e-3, 0.05, 100, 250, 500
+            task={"num_test": 2000},
+            train=training(every=250, logs=5, steps=1500, warmup_steps=100, eval_tokens=500),
         ),
         "paper": Size(
-            ListOpsConfig(), 128, 8, 0.1, 250_000, 32, 1e-3, 0.0, 25_000, 5000, 0, precision="float32"
+            model={"d_model": 128, "num_layers": 8, "dropout": 0.1},
+            task=asdict(ListOpsConfig()),
+            train=training(
+                every=5000,
+                logs=5,
+                steps=250_000,
+                warmup_steps=25_000,
+                learning_rate=1e-3,
+                min_learning_rate_ratio=0.0,
+                precision="float32",
+            ),
         ),
-        "tiny": Size(ListOpsConfig(16, 2, 3, 3, 50, 64, 64), 8, 1, 0.0, 2, 4, 2e-3, 0.1, 1, 1, 0, 1),
+        "tiny": Size(
+            model={"d_model": 8, "num_layers": 1},
+            task=asdict(TINY_TASK),
+            train=TINY_TRAIN,
+            seeds=1,
+        ),
     }
 
-    def plans(self, size: Size, mixer: str) -> Iterator[Plan]:
-        seeds = min(size.seeds, 3 if mixer in THRICE else 1)
+    def grid(self, size: Size, mixer: str) -> Iterator[GridPoint]:
+        config = self.config(size, mixer)
+        seeds = size.seeds if mixer in THREE_SEEDS else size.other_seeds
         for block in BLOCKS if mixer == ABLATED else (FULL,):
-            setting = {"mixer": mixer, "block": block}
             name = f"{mixer}-{block.replace(' + ', '-')}"
-            yield Plan(name, setting, _run(size, mixer, block), seeds)
+            setting = {"mixer": mixer, "block": block}
+            yield GridPoint(name, setting, config.override(model=BLOCKS[block]), seeds)
 
     def examine(self, model: SequenceModel, config: RunConfig, size: Size) -> dict[str, Any]:
         assert isinstance(config.task, ListOpsConfig)
@@ -136,34 +141,6 @@ class ListOps(TrainedExperiment[Size]):
             blocks.plot(*zip(*line, strict=True), style, label=block, color="#2a9d8f")
         finish(blocks, f"{ABLATED}'s blocks, first seed", "step", "accuracy", names="legend")
         return figure
-
-
-def _run(size: Size, mixer: str, block: str) -> RunConfig:
-    return RunConfig(
-        recipe="listops",
-        model=model_of(
-            mixer,
-            d_model=size.d_model,
-            num_layers=size.num_layers,
-            dropout=size.dropout,
-            **BLOCKS[block],
-        ),
-        task=size.data,
-        train=TrainConfig(
-            steps=size.steps,
-            batch_size=size.batch_size,
-            learning_rate=size.learning_rate,
-            min_learning_rate_ratio=size.min_learning_rate_ratio,
-            warmup_steps=size.warmup_steps,
-            weight_decay=0.05,
-            beta2=0.99,
-            precision=precision_of(mixer, size.precision),
-            eval_every=size.eval_every,
-            eval_tokens=size.eval_tokens,
-            checkpoint_every=size.eval_every,
-            log_every=max(1, size.eval_every // 5),
-        ),
-    )
 
 
 def _mixers(runs: dict[str, list[Record]]) -> Table:

@@ -5,30 +5,34 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from minrnn.experiments import scores
-from minrnn.experiments.experiment import Cell, Choice, Record, Table
+from minrnn.experiments.experiment import Choice, Record, Table, Trial
 from minrnn.experiments.scores import BC, BEST_TENTH, ENVIRONMENTS, HIGHEST, MEAN, QUALITIES, score
-from minrnn.experiments.trained import Plan, TrainedExperiment
-from minrnn.experiments.variants import every_mixer, model_of
+from minrnn.experiments.trained import TINY_TRAIN, GridPoint, Size, TrainedExperiment, training
+from minrnn.experiments.variants import every_mixer
 from minrnn.files import nearest
 from minrnn.models import DecisionModel, Policy
 from minrnn.tasks import DecisionsConfig, DecisionsTask
-from minrnn.tasks.decisions import Tokens
 from minrnn.tasks.environments import make_environment
 from minrnn.tasks.locomotion import local_name
 from minrnn.tasks.rollouts import play
-from minrnn.training import RunConfig, TrainConfig
+from minrnn.training import RunConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-THRICE = ("mingru", "minlstm", "rnn", BC)
-"""Three seeds: ours, cloning, and the strongest rival by one seed of all here."""
+THREE_SEEDS = ("mingru", "minlstm", "rnn", BC)
+"""Ours, cloning, and the strongest baseline by one seed of all here."""
+
+SLOW = {"train": {"learning_rate": 1e-4}}
+WIDE = {**SLOW, "model": {"d_model": 256}}
+"""The paper's settings for some data sets of D4RL."""
 
 FIRST_SEED = 1000
 """Of the episodes that are reported."""
@@ -37,29 +41,19 @@ TOGETHER = 10
 """Episodes that are played at a time."""
 
 
-@dataclass(frozen=True)
-class Size:
-    """The settings of a scale."""
+@dataclass(frozen=True, kw_only=True)
+class ActingSize(Size):
+    """A scale, the environments, and how many episodes are played."""
 
-    d_model: int
-    steps: int
-    batch_size: int
-    learning_rate: float
-    min_learning_rate_ratio: float
-    warmup_steps: int
-    eval_every: int
     episodes: int
-    tokens: Tokens | None = None
-    window: int = 20
-    num_layers: int = 3
-    dropout: float = 0.1
-    seeds: int = 3
+    """Episodes that a trained policy plays for each return that it is asked for."""
     environments: Mapping[str, str] = field(default_factory=lambda: ENVIRONMENTS)
-    exceptions: Mapping[str, tuple[int, float]] = field(default_factory=dict)
-    """Width and learning rate of data that have others."""
+    """Environments by their names in D4RL."""
+    exceptions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Tables of settings, as `RunConfig.override` takes them, of the data sets that have others."""
 
 
-class Locomotion(TrainedExperiment[Size]):
+class Locomotion(TrainedExperiment[ActingSize]):
     """Learn to act from episodes, and act."""
 
     name = "locomotion"
@@ -80,33 +74,31 @@ class Locomotion(TrainedExperiment[Size]):
     changes = (
         "cpu: data made here, 800 steps of 64 x 20 steps in place of 100,000, 100 steps of warm-up "
         "(then a cosine) in place of 10,000, width 128 and a rate of 1e-3 throughout, 10 episodes, three "
-        f"seeds of {', '.join(THRICE)} and one of the others; recurrences read a step as one token, and "
+        f"seeds of {', '.join(THREE_SEEDS)} and one of the others; recurrences read a step as one token, and "
         "attention as three. paper: five seeds, 100 episodes, three tokens a step for all, as Decision "
         "Transformer and Decision Mamba have it, width 256 and a rate of 1e-4 where the paper says so; "
         "its expansion is not known, and ours is 1 (2 for mamba). The sources read their last 20 steps "
         "anew for every action, recurrences included."
     )
+    recipe = "decisions"
     sizes: ClassVar = {
-        "cpu": Size(128, 800, 64, 1e-3, 0.1, 100, 200, 10),
-        "paper": Size(
-            128,
-            100_000,
-            64,
-            1e-3,
-            1.0,
-            10_000,
-            5000,
-            100,
-            "interleaved",
+        "cpu": ActingSize(train=training(every=200, logs=5, steps=800), episodes=10),
+        "paper": ActingSize(
+            task={"tokens": "interleaved"},
+            train=training(
+                every=5000, logs=5, steps=100_000, min_learning_rate_ratio=1.0, warmup_steps=10_000
+            ),
             seeds=5,
-            exceptions={
-                "hopper-medium": (256, 1e-4),
-                "hopper-medium-replay": (256, 1e-4),
-                "walker2d-medium": (128, 1e-4),
-            },
+            other_seeds=5,
+            episodes=100,
+            exceptions={"hopper-medium": WIDE, "hopper-medium-replay": WIDE, "walker2d-medium": SLOW},
         ),
-        "tiny": Size(
-            8, 2, 4, 1e-3, 0.1, 1, 1, 2, window=5, num_layers=1, environments={"pendulum": "Pendulum-v1"}
+        "tiny": ActingSize(
+            model={"d_model": 8, "num_layers": 1},
+            task={"window": 5},
+            train=TINY_TRAIN,
+            episodes=2,
+            environments={"pendulum": "Pendulum-v1"},
         ),
     }
 
@@ -123,25 +115,37 @@ class Locomotion(TrainedExperiment[Size]):
                         f"{nearest(one, known[name])}"
                     )
 
-    def cells(self, choice: Choice) -> list[Cell]:
+    def trials(self, choice: Choice) -> list[Trial]:
         data = choice.data or "local"
         return [
-            cell
-            for cell in super().cells(choice)
-            if cell.setting["data"] == data and (not choice.envs or cell.setting["env"] in choice.envs)
+            trial
+            for trial in super().trials(choice)
+            if trial.setting["data"] == data and (not choice.envs or trial.setting["env"] in choice.envs)
         ]
 
-    def plans(self, size: Size, mixer: str) -> Iterator[Plan]:
-        # Three of those that matter most, one of the rest; the paper's own number at its own scale.
-        seeds = size.seeds if mixer in THRICE or size.seeds > 3 else 1
-        for data, qualities in QUALITIES.items():
-            for env in size.environments:
-                for quality in qualities:
-                    setting = {"mixer": mixer, "env": env, "quality": quality, "data": data}
-                    name = f"{mixer}-{env}-{quality}-{data}"
-                    yield Plan(name, setting, _run(size, mixer, env, quality, data), seeds)
+    def config(self, size: ActingSize, mixer: str) -> RunConfig:
+        config = super().config(size, "mingru" if mixer == BC else mixer)
+        assert isinstance(config.task, DecisionsConfig)
+        if mixer == BC:
+            steps = config.train.batch_size * config.task.window  # of episodes: as many as the others'
+            alone = {"tokens": "observation", "carry": False, "window": 1}
+            return config.override(task=alone, train={"batch_size": steps})
+        if mixer == "mamba":
+            return config.override(model={"expansion": 2.0})
+        # One head, as Decision Transformer has it.
+        return config.override(model={"num_heads": 1} if mixer == "attention" else {})
 
-    def examine(self, model: DecisionModel, config: RunConfig, size: Size) -> dict[str, Any]:
+    def grid(self, size: ActingSize, mixer: str) -> Iterator[GridPoint]:
+        config = self.config(size, mixer)
+        seeds = size.seeds if mixer in THREE_SEEDS else size.other_seeds
+        for data, qualities in QUALITIES.items():
+            for env, quality in product(size.environments, qualities):
+                of_data = config.override(task={"data": _source(env, size.environments[env], quality, data)})
+                of_data = of_data.override(**size.exceptions.get(f"{env}-{quality}", {}))
+                setting = {"mixer": mixer, "env": env, "quality": quality, "data": data}
+                yield GridPoint(f"{mixer}-{env}-{quality}-{data}", setting, of_data.resolved(), seeds)
+
+    def examine(self, model: DecisionModel, config: RunConfig, size: ActingSize) -> dict[str, Any]:
         assert isinstance(config.task, DecisionsConfig)
         task = DecisionsTask(config.task)
         environment = task.environment
@@ -176,46 +180,6 @@ class Locomotion(TrainedExperiment[Size]):
         return scores.draw(records)
 
 
-def _run(size: Size, mixer: str, env: str, quality: str, data: str) -> RunConfig:
-    clones = mixer == BC
-    d_model, learning_rate = size.exceptions.get(f"{env}-{quality}", (size.d_model, size.learning_rate))
-    model = model_of(
-        "mingru" if clones else mixer,
-        d_model=d_model,
-        num_layers=size.num_layers,
-        expansion=2.0 if mixer == "mamba" else 1.0,
-        conv_width=0,
-        mlp_ratio=4.0,
-        dropout=size.dropout,
-        **({"num_heads": 1} if mixer == "attention" else {}),  # as Decision Transformer has it
-    )
-    task = DecisionsConfig(
-        data=_source(env, size.environments[env], quality, data),
-        tokens="observation" if clones else size.tokens,
-        carry=False if clones else None,
-        window=1 if clones else size.window,
-    )
-    return RunConfig(
-        recipe="decisions",
-        model=model,
-        task=task,
-        train=TrainConfig(
-            steps=size.steps,
-            # As many steps of episodes for all.
-            batch_size=size.batch_size * size.window if clones else size.batch_size,
-            learning_rate=learning_rate,
-            min_learning_rate_ratio=size.min_learning_rate_ratio,
-            warmup_steps=size.warmup_steps,
-            weight_decay=1e-4,
-            beta2=0.999,
-            grad_clip=0.25,
-            eval_every=size.eval_every,
-            checkpoint_every=size.eval_every,
-            log_every=max(1, size.eval_every // 5),
-        ),
-    ).resolved()
-
-
 def _source(env: str, environment: str, quality: str, data: str) -> str:
     """Return what `find_episodes` knows the data by: a name, which is the same on every machine."""
     if data == "local":
@@ -223,7 +187,7 @@ def _source(env: str, environment: str, quality: str, data: str) -> str:
     return f"{env}-{quality}-v2" if data == "d4rl" else f"mujoco/{env}/{quality}-v0"
 
 
-def _played(model: DecisionModel, environment: str, target: float | None, size: Size) -> dict[str, Any]:
+def _played(model: DecisionModel, environment: str, target: float | None, size: ActingSize) -> dict[str, Any]:
     """Return what a policy earns that is asked for a return."""
     policy = Policy(model, target_return=target)
     together = [make_environment(environment) for _ in range(min(TOGETHER, size.episodes))]

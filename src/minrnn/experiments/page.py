@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
+from minrnn.benchmarks import BENCHES
 from minrnn.experiments import EXPERIMENTS
 from minrnn.experiments.experiment import Choice, Experiment, Record, Table
 from minrnn.experiments.parameters import parameter_table
+from minrnn.experiments.records import bests, by_kind
 from minrnn.experiments.results import ResultsFolder
 from minrnn.experiments.runner import command_of
+from minrnn.experiments.shakespeare import earlier_runs
 from minrnn.files import read_json, replace_text
 
 __all__ = ["write_page"]
@@ -21,34 +24,34 @@ __all__ = ["write_page"]
 REPORTED = ("cpu", "paper")
 """Scales that mean something; tiny is not reported."""
 
+SHOWN_ABOVE = ("shakespeare-cpu",)
+"""Experiments whose earlier runs have a table in the page's own text."""
+
 READING = "reading.md"
-"""In an experiment's folder: what somebody read in its tables, if anybody did."""
+"""In an experiment's folder: a written interpretation of its tables, if there is one."""
 
 
 def write_page(page: Path, benchmarks: Path, results: Path, target: Path) -> None:
     """Write the page of results.
 
     Args:
-        page: its text, with {names} where tables go.
-        benchmarks: the folder of what `minrnn bench` and benchmarks/ wrote.
+        page: its text, with {name[table]} where the table of a benchmark's document name.json goes.
+        benchmarks: the folder of what `minrnn bench` wrote.
         results: the folder of what `minrnn reproduce` wrote.
         target: the file to write; pictures are linked from where it lies.
 
     Raises:
         FileNotFoundError: the text or a file that it needs is not there.
-        ValueError: it names a table that there is not, or a file is damaged.
+        ValueError: it names a table that does not exist, or a file is damaged.
     """
     text = page.read_text(encoding="utf-8")
+    given: dict[str, Any] = {}
     with _of_this_version(benchmarks):
-        figures = _Benchmarks(benchmarks).figures()
+        given["shakespeare"] = _shakespeare(benchmarks / "shakespeare-cpu")
     with _of_this_version(results):
-        figures["experiments"] = experiments(results, target.parent)
-    try:
-        written = text.format(**figures)
-    except KeyError as error:
-        raise ValueError(
-            f"report: {page} must name tables among {', '.join(figures)}, got {error}"
-        ) from error
+        given["experiments"] = experiments(results, target.parent)
+    with _of_this_version(benchmarks):
+        written = text.format_map(_Figures(page, benchmarks, given))
     replace_text(target, written)
 
 
@@ -77,7 +80,7 @@ def experiments(results: Path, beside: Path) -> str:
         folders = [ResultsFolder(results, name, scale) for scale in REPORTED]
         found = {folder: records for folder in folders if (records := folder.records())}
         if not found:
-            missing.append(f"`{name}` ({entry.shows})")
+            missing += [f"`{name}` ({entry.shows})"] if name not in SHOWN_ABOVE else []
             continue
         experiment = entry.load()
         parts = [f"## {experiment.title}", experiment.question, f"*Changed:* {experiment.changes}"]
@@ -158,199 +161,33 @@ def _machine(record: Record) -> str:
     return f"{record['device']}, torch {torch}"
 
 
-class _ShakespeareRun(TypedDict):
-    """What is read of a run's file."""
+class _Figures(dict[str, Any]):
+    """What {name} in the text stands for: `given`, or the document name.json of a benchmark.
 
-    mixer: str
-    parameters: int
-    val_loss: float
-    val_loss_windowed: float
-    val_loss_windowed_64: float
-    seconds: float
+    The text takes entries of a document, such as {scan[command]}; its `table` is what its benchmark renders.
+    """
 
+    def __init__(self, page: Path, folder: Path, given: Mapping[str, Any]) -> None:
+        super().__init__(given)
+        self.page, self.folder = page, folder
 
-class _Benchmarks:
-    """The tables of what was measured by `minrnn bench` and by the scripts in benchmarks/."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def figures(self) -> dict[str, str]:
-        return self._shakespeare() | self._speed() | self._model_step() | self._accuracy()
-
-    def _read(self, name: str) -> dict[str, Any]:
-        return read_json(self.folder / f"{name}.json", dict[str, Any])
-
-    def _shakespeare(self) -> dict[str, str]:
-        runs: dict[str, list[dict[str, Any]]] = {}
-        for path in sorted((self.folder / "shakespeare-cpu").glob("*.json")):
-            result: dict[str, Any] = {**read_json(path, _ShakespeareRun)}
-            runs.setdefault(result["mixer"], []).append(result)
-        rows = []
-        for mixer, results in sorted(runs.items(), key=lambda item: _mean(item[1], "val_loss")):
-            losses = [result["val_loss"] for result in results]
-            rows.append(
-                [
-                    mixer,
-                    f"{results[0]['parameters']:,}",
-                    str(len(results)),
-                    f"**{statistics.mean(losses):.3f}**",
-                    f"{min(losses):.3f} to {max(losses):.3f}",
-                    f"{_mean(results, 'val_loss_windowed'):.3f}",
-                    f"{_mean(results, 'val_loss_windowed_64'):.3f}",
-                    f"{_mean(results, 'seconds') / 60:.1f}",
-                ]
-            )
-        head = ["mixer", "parameters", "seeds", "state carried", "lowest to highest"]
-        head += ["windows of 256", "windows of 64", "minutes"]
-        seconds = {mixer: _mean(results, "seconds") for mixer, results in runs.items()}
-        ratios = [seconds[slow] / seconds["mingru"] for slow in ("rnn", "gru", "lstm") if slow in seconds]
-        return {"shakespeare": _markdown(head, rows), "slowdown": f"{min(ratios):.1f} to {max(ratios):.1f}"}
-
-    def _speed(self) -> dict[str, str]:
-        reports = {
-            name: self._read(name.replace("_", "-"))
-            for name in ("scan", "layer", "layer_sensors", "layer_lengths", "shares")
-        }
-        scan = reports["scan"]
-        cores = f"{scan['machine']['processor']} ({scan['machine']['cores']} cores)"
-        return {
-            "machine": f"{cores}, torch {scan['versions']['torch']}",
-            "threads": str(scan["results"][0]["threads"]),
-            "scan": _systems(scan),
-            "layer": _systems(reports["layer"]),
-            "layer_sensors": _systems(reports["layer_sensors"]),
-            "layer_lengths": _lengths(reports["layer_lengths"]),
-            "shares": _shares(reports["shares"]),
-            **{f"{name}_command": report["command"] for name, report in reports.items()},
-        }
-
-    def _model_step(self) -> dict[str, str]:
-        report = self._read("model-step")
-        machine = report["machine"]
-        rows = []
-        for case in report["cases"]:
-            times = {name: 1e3 * system["seconds"]["median"] for name, system in case["systems"].items()}
-            rows.append(
-                [
-                    *(f"{size:,}" for size in case["shape"].values()),
-                    *(f"{time:.3g}" for time in times.values()),
-                    f"{times['torch'] / times['one call']:.1f}",
-                ]
-            )
-        head = ["rows", "width", "layers", "in one call, ms", "in torch's operations, ms"]
-        head += ["a GRU in torch, ms", "torch's operations, times the call"]
-        return {
-            "model_step": _markdown(head, rows),
-            "model_step_machine": f"{machine['processor']} ({machine['threads']} thread)",
-        }
-
-    def _accuracy(self) -> dict[str, str]:
-        report = self._read("accuracy")
-        errors = {
-            (result["system"], result["dtype"], result["forgetting"], result["T"]): result["error"]["h"]
-            for result in report["results"]
-        }
-        lines = dict.fromkeys((system, dtype, forgetting) for system, dtype, forgetting, _ in errors)
-        lengths = (2**8, 2**12, 2**16, 2**20)
-        rows = [
-            [
-                f"{system} {dtype}",
-                forgetting,
-                *(f"{errors[system, dtype, forgetting, T]:.1e}" for T in lengths),
-            ]
-            for system, dtype, forgetting in lines
-        ]
-        head = ["system", "forgetting", *(f"T = {T:,}" for T in lengths)]
-        return {"accuracy": _markdown(head, rows), "accuracy_command": report["command"]}
+    def __missing__(self, name: str) -> dict[str, Any]:
+        path = self.folder / f"{name.replace('_', '-')}.json"
+        if not path.is_file():
+            known = [*sorted(path.stem.replace("-", "_") for path in self.folder.glob("*.json")), *self]
+            raise ValueError(f"report: {self.page} must name tables among {', '.join(known)}, got {name!r}")
+        document = read_json(path, dict[str, Any])
+        return {**document, "table": BENCHES[document["benchmark"]].load().render(document)}
 
 
-def _systems(report: Mapping[str, Any]) -> str:
-    """One line for each shape and system: milliseconds, and how many times ours."""
-    rows = []
-    for result in report["results"]:
-        for name, record in result["systems"].items():
-            if "seconds" not in record:
-                continue
-            times = record["seconds"]
-            rows.append(
-                [
-                    ", ".join(str(size) for size in result["shape"].values()),
-                    name,
-                    *(f"{times[phase]['median'] * 1e3:.2f}" for phase in ("forward", "backward", "step")),
-                    f"{record['times_ours']:.2f}",
-                    f"{record['peak_bytes'] / 1e6:.0f}",
-                ]
-            )
-    head = ["B, T, D", "system", "forward, ms", "backward, ms", "step, ms", "times ours"]
-    return _markdown([*head, "memory at the peak, MB"], rows)
-
-
-def _lengths(report: Mapping[str, Any]) -> str:
-    """One line for each length: our step, how many times that the others take, and everyone's memory."""
-    names = [name for name in report["results"][0]["systems"] if name != "minrnn"]
-    rows = []
-    for result in report["results"]:
-        systems = result["systems"]
-        rows.append(
-            [
-                f"{result['shape']['T']:,}",
-                f"{systems['minrnn']['seconds']['step']['median'] * 1e3:.1f}",
-                *(f"{systems[name]['times_ours']:.2f}" if name in systems else "" for name in names),
-                *(
-                    f"{systems[name]['peak_bytes'] / 1e6:.0f}" if name in systems else ""
-                    for name in ("minrnn", *names)
-                ),
-            ]
-        )
-    head = ["T", "minrnn, ms", *(f"{name}, times ours" for name in names)]
-    return _markdown([*head, *(f"{name}, MB" for name in ("minrnn", *names))], rows)
-
-
-def _shares(report: Mapping[str, Any]) -> str:
-    alone = {
-        (str(result["shape"]), result["gate"], result["dtype"]): result["systems"]["minrnn"]["seconds"][
-            "step"
-        ]["median"]
-        for result in report["results"]
-        if result["threads"] == 1
+def _shakespeare(folder: Path) -> dict[str, str]:
+    """Return the table of the earlier runs of shakespeare-cpu, and how much longer RNN, GRU and LSTM take."""
+    records = earlier_runs(folder)
+    (table,) = EXPERIMENTS["shakespeare-cpu"].load().tables(records)
+    runs = by_kind(records, "mixer")
+    seconds = {mixer: statistics.mean(bests(found, "seconds")) for (mixer,), found in runs.items()}
+    ratios = [seconds[slow] / seconds["mingru"] for slow in ("rnn", "gru", "lstm") if slow in seconds]
+    return {
+        "table": Table("", table.head, table.rows).markdown(),
+        "slowdown": f"{min(ratios):.1f} to {max(ratios):.1f}",
     }
-    rows = []
-    for result in report["results"]:
-        if result["threads"] == 1:
-            continue
-        ours, copy = result["systems"]["minrnn"], result["systems"]["copy"]
-        one_thread = alone[str(result["shape"]), result["gate"], result["dtype"]]
-        rows.append(
-            [
-                ", ".join(str(size) for size in result["shape"].values()),
-                result["gate"],
-                result["dtype"],
-                f"{ours['seconds']['forward']['median'] * 1e3:.2f}",
-                f"{ours['seconds']['backward']['median'] * 1e3:.2f}",
-                f"{copy['bytes_per_second']['backward'] / 1e9:.0f}",
-                f"{ours['share']['forward']:.0%}",
-                f"{ours['share']['backward']:.0%}",
-                f"{ours['seconds']['step']['median'] / one_thread:.0%}",
-            ]
-        )
-    head = [
-        "B, T, D",
-        "gate",
-        "dtype",
-        "forward, ms",
-        "backward, ms",
-        "copy, GB/s",
-        "share forward",
-        "backward",
-        "speed of one thread",
-    ]
-    return _markdown(head, rows)
-
-
-def _mean(results: Iterable[Mapping[str, Any]], key: str) -> float:
-    return statistics.mean(result[key] for result in results)
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return Table("", head, rows).markdown()

@@ -1,4 +1,4 @@
-"""The directory of an experiment's results: a small JSON file for each cell, so that cells can be shared."""
+"""The directory of an experiment's results: a small JSON file for each trial."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
 
-from minrnn.experiments.experiment import Cell, Experiment, Record
+from minrnn.experiments.experiment import Experiment, Record, Trial
 from minrnn.files import lock, read_json, write_json
 
 FORMAT = 1
 
 LONGEST_SUMMARY = 120.0
-"""Seconds to wait for another process that writes what is shared: config.json, tables and plots."""
+"""Seconds to wait for another process that writes the shared files: config.json, tables and plots."""
 
 __all__ = ["ResultsFolder"]
 
 
 class ResultsFolder:
-    """What an experiment has found at one scale.
+    """The results of an experiment at one scale.
 
-    `cells/NAME.json` is the record of a finished cell: experiment, scale, cell, setting and config as `Cell`
-    has them, `result` (null where `failed` says why there is none), seconds, command, device, machine,
-    versions and commit. `config.json` holds the configuration of every cell that was asked for, `tables.md`,
-    `plot.png` and `plot.svg` show what there is, and `unfinished/NAME/` what an interrupted cell goes on
-    from.
+    `cells/NAME.json` is the record of a finished trial: experiment, scale, cell (the trial's name), setting
+    and config as `Trial` has them, `result` (null where `failed` gives the reason), seconds, command, device,
+    machine, versions and commit. `config.json` holds the configuration of every trial that was asked for
+    under the key `cells`; `tables.md`, `plot.png` and `plot.svg` show the finished trials, and
+    `unfinished/NAME/` is what an interrupted trial resumes from.
 
     Args:
         root: the folder of all experiments' results.
@@ -41,30 +41,30 @@ class ResultsFolder:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep other processes from writing what is shared while the block does."""
+        """Lock the folder's shared files against other processes."""
         self.path.mkdir(parents=True, exist_ok=True)
         with lock(self.path / ".lock", wait=LONGEST_SUMMARY):
             yield
 
-    def begin(self, experiment: Experiment, cells: Sequence[Cell]) -> None:
-        """Write or add to config.json."""
+    def begin(self, experiment: Experiment, trials: Sequence[Trial]) -> None:
+        """Add trials to config.json."""
         path = self.path / "config.json"
         with self.alone():
             known = read_json(path, _Configs)["cells"] if path.is_file() else {}
-            configs = known | {cell.name: dict(cell.config) for cell in cells}
+            configs = known | {trial.name: dict(trial.config) for trial in trials}
             write_json(path, {"experiment": self.name, "scale": self.scale, "cells": configs}, indent=None)
 
-    def record(self, cell: Cell, experiment: Experiment) -> Record | None:
-        """Return the record of an experiment's cell, or None where it is not finished.
+    def record(self, trial: Trial, experiment: Experiment) -> Record | None:
+        """Return the record of an experiment's trial, or None where it is not finished.
 
         Raises:
-            ValueError: there is one that was computed with another configuration, or is damaged.
+            ValueError: the record has another configuration, or is damaged.
         """
-        path = self._file(cell.name)
+        path = self._file(trial.name)
         if not path.is_file():
             return None
         record = _read(path)
-        found, wanted = experiment.resolved(record["config"]), experiment.resolved(cell.config)
+        found, wanted = experiment.resolved(record["config"]), experiment.resolved(trial.config)
         if found != wanted:
             raise ValueError(
                 f"reproduce: {path} must have this version's settings, got {_difference(found, wanted)}; "
@@ -73,39 +73,39 @@ class ResultsFolder:
         return record
 
     def records(self) -> list[Record]:
-        """Return the records of all finished cells, those of other sittings included, by name."""
+        """Return the records of all finished trials, whichever command ran them, sorted by name."""
         return [_read(path) for path in sorted((self.path / "cells").glob("*.json"))]
 
-    def save(self, cell: Cell, record: Mapping[str, Any]) -> None:
-        """Write a cell's record, whole or not at all, and clear up what it went on from."""
-        path = self._file(cell.name)
+    def save(self, trial: Trial, record: Mapping[str, Any]) -> None:
+        """Write a trial's record atomically, and remove the files that it would have resumed from."""
+        path = self._file(trial.name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        about = {"format": FORMAT, "experiment": self.name, "scale": self.scale, "cell": cell.name}
-        whole = {**about, "setting": dict(cell.setting), "config": dict(cell.config), **record}
+        about = {"format": FORMAT, "experiment": self.name, "scale": self.scale, "cell": trial.name}
+        whole = {**about, "setting": dict(trial.setting), "config": dict(trial.config), **record}
         write_json(path, whole, indent=None)
-        shutil.rmtree(self.unfinished(cell), ignore_errors=True)
+        shutil.rmtree(self.unfinished(trial), ignore_errors=True)
 
     def tidy(self) -> None:
-        """Remove the folder of unfinished cells where there are none."""
-        with contextlib.suppress(OSError):  # others are at work
+        """Remove the folder of unfinished trials if it is empty."""
+        with contextlib.suppress(OSError):  # not empty
             (self.path / "unfinished").rmdir()
 
-    def unfinished(self, cell: Cell) -> Path:
-        """Return the folder that a cell works in."""
-        return self.path / "unfinished" / cell.name
+    def unfinished(self, trial: Trial) -> Path:
+        """Return the folder of a trial's files until it is finished."""
+        return self.path / "unfinished" / trial.name
 
     def _file(self, name: str) -> Path:
         return self.path / "cells" / f"{name}.json"
 
 
 class _Configs(TypedDict):
-    """What is read of config.json."""
+    """The keys of config.json that are read."""
 
     cells: dict[str, dict[str, Any]]
 
 
 class _Record(TypedDict):
-    """What every record holds; see `ResultsFolder`."""
+    """The keys of every record; see `ResultsFolder`."""
 
     format: int
     experiment: str

@@ -1,4 +1,4 @@
-"""Cell after cell: what is finished is left alone, what was interrupted goes on, and the tables follow."""
+"""Runs trials one by one: skips finished ones, resumes interrupted ones, writes tables and plots."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from minrnn.experiments.experiment import Cell, Choice, Experiment, Record, Watch, Workplace
-from minrnn.experiments.plots import save_figure
+from minrnn.benchmarks.plots import save_figure
+from minrnn.experiments.experiment import Choice, Experiment, Record, Trial, Watch, Workplace
 from minrnn.experiments.results import ResultsFolder
 from minrnn.files import InUseError, claim, nearest, replace_text
 from minrnn.training import NonFiniteLossError, attempt, choose_device, provenance
@@ -22,10 +22,10 @@ from minrnn.training.threads import cpu_threads
 __all__ = ["command_of", "estimate", "forecast", "interleaved", "pick", "reproduce", "write_summary"]
 
 ROUNDS = 5
-"""How often each kind of cell is timed for an estimate, in turns: what else runs meets all of them."""
+"""Times that each kind of trial is timed for an estimate; the kinds take turns, as load varies."""
 
 ROUND_SECONDS = 30.0
-"""No further round begins after so many seconds."""
+"""No round begins after so many seconds."""
 
 K = TypeVar("K")
 
@@ -33,87 +33,87 @@ K = TypeVar("K")
 def reproduce(
     experiment: Experiment, choice: Choice, root: Path, watch: Watch, *, only: Sequence[str] = ()
 ) -> ResultsFolder:
-    """Run the cells of an experiment that are not finished yet, one by one, and show what they found.
+    """Run the trials of an experiment that are not finished yet, and write its tables and plots.
 
-    Several processes may do so in one folder: each cell is claimed by who computes it, and left to it.
+    Several processes may work in one folder: each claims the trial that it runs, and skips those that others
+    have claimed.
 
     Args:
-        experiment: what is made again.
-        choice: which cells, and where they are computed.
+        experiment: the experiment.
+        choice: which trials, and the device they run on.
         root: the folder of all experiments' results.
-        watch: told how far it is.
-        only: names of cells; none are all that are chosen.
+        watch: receives the progress.
+        only: names of trials; empty: all that are chosen.
 
     Returns:
-        The experiment's results, tables and plot written.
+        The folder of the experiment's results.
 
     Raises:
-        ValueError: a mixer, a cell or another choice is unknown, or a finished cell has other settings.
-        Interrupted: a signal asked for a stop, and the cell's state is saved; the same call goes on with it.
+        ValueError: a mixer, a trial or another choice is unknown, or a finished trial has other settings.
+        Interrupted: a signal asked for a stop, and the trial's state is saved; the same call resumes it.
         OSError: a file cannot be written.
     """
     experiment.check(choice)
     folder = ResultsFolder(root, experiment.name, choice.scale)
-    cells = pick(experiment.cells(choice), only)
-    pending = [cell for cell in cells if folder.record(cell, experiment) is None]
-    folder.begin(experiment, cells)
+    trials = pick(experiment.trials(choice), only)
+    pending = [trial for trial in trials if folder.record(trial, experiment) is None]
+    folder.begin(experiment, trials)
     if choice.threads:
         torch.set_num_threads(choice.threads)
-    watch.note(f"{experiment.name}: {len(cells) - len(pending)} of {len(cells)} cells are finished")
-    number = len(cells) - len(pending)
-    left: list[Cell] = []  # to other processes
+    watch.note(f"{experiment.name}: {len(trials) - len(pending)} of {len(trials)} trials are finished")
+    number = len(trials) - len(pending)
+    left: list[Trial] = []  # to other processes
     try:
-        for again in (False, True):  # one of those may have ended since
-            for index, cell in enumerate(pending):
+        for again in (False, True):  # another process may have given a trial up
+            for index, trial in enumerate(pending):
                 number += not again
                 try:
-                    with claim(folder.unfinished(cell), watch.note):
-                        if folder.record(cell, experiment) is None:  # nobody has finished it since
-                            watch.begin(cell.name, number, len(cells))
-                            _run(experiment, cell, pending[index + 1 :], choice, root, folder, watch)
+                    with claim(folder.unfinished(trial), watch.note):
+                        if folder.record(trial, experiment) is None:  # nor has another process finished it
+                            watch.begin(trial.name, number, len(trials))
+                            _run(experiment, trial, pending[index + 1 :], choice, root, folder, watch)
                 except InUseError as error:
-                    left.append(cell)
+                    left.append(trial)
                     if again:
-                        watch.note(f"{cell.name}: left to others ({error.strerror})")
+                        watch.note(f"{trial.name}: left to others ({error.strerror})")
             pending, left = left, []
-    finally:  # an interrupted run shows what there is
+    finally:  # after an interruption too
         folder.tidy()
         write_summary(experiment, folder, watch)
     return folder
 
 
-def pick(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
-    """Return the cells of these names, or all.
+def pick(trials: Sequence[Trial], only: Sequence[str]) -> list[Trial]:
+    """Return the trials of these names, or all.
 
     Raises:
-        ValueError: there is no such cell; the nearest is named.
+        ValueError: there is no such trial; the nearest is named.
     """
-    names = [cell.name for cell in cells]
+    names = [trial.name for trial in trials]
     for name in only:
         if name not in names:
             raise ValueError(
-                f"reproduce: cell must be one that --list-cells names with these options, got {name!r}"
+                f"reproduce: trial must be one that --list-trials names with these options, got {name!r}"
                 f"{nearest(name, names)}"
             )
-    return [cell for cell in cells if not only or cell.name in only]
+    return [trial for trial in trials if not only or trial.name in only]
 
 
-def command_of(experiment: str, choice: Choice, root: Path, cell: str | None = None) -> str:
-    """Return the command line that runs these cells, or this one."""
+def command_of(experiment: str, choice: Choice, root: Path, trial: str | None = None) -> str:
+    """Return the command line that runs these trials, or this one."""
     output = [] if root == Path("results") else ["--output", str(root)]
-    only = [] if cell is None else ["--cell", cell]
+    only = [] if trial is None else ["--trial", trial]
     return shlex.join(["minrnn", "reproduce", experiment, *choice.options(), *only, *output])
 
 
-def forecast(cell: Cell, records: Sequence[Record]) -> float | None:
-    """Return the seconds that a cell is likely to take, from the finished ones that are most like it.
+def forecast(trial: Trial, records: Sequence[Record]) -> float | None:
+    """Return the mean seconds of the finished trials that are most similar to a trial, or None without any.
 
-    Those of the same kind first (all but the seed the same), then of the same mixer, then all; None where
-    nothing is finished.
+    Trials of the same kind (all but the seed equal) come first, then those of the same mixer, then all.
     """
-    mixer = dict(cell.kind).get("mixer")
+    mixer = dict(trial.kind).get("mixer")
     tests = (
-        lambda record: _is_of_kind(record, cell),
+        lambda record: _is_of_kind(record, trial),
         lambda record: record["setting"].get("mixer") == mixer,
         lambda record: True,
     )
@@ -123,48 +123,48 @@ def forecast(cell: Cell, records: Sequence[Record]) -> float | None:
     return None
 
 
-def _is_of_kind(record: Record, cell: Cell) -> bool:
-    return all(record["setting"].get(name) == value for name, value in cell.kind)
+def _is_of_kind(record: Record, trial: Trial) -> bool:
+    return all(record["setting"].get(name) == value for name, value in trial.kind)
 
 
 def estimate(
     experiment: Experiment,
-    cells: Sequence[Cell],
+    trials: Sequence[Trial],
     choice: Choice,
     records: Sequence[Record],
     tell: Callable[[str], object],
     now: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Return about how many seconds cells take here.
+    """Return about how many seconds trials take on this machine.
 
     Args:
-        experiment: theirs.
-        cells: all that are meant.
-        choice: where they are computed.
-        records: of finished cells; those of a kind that this machine has finished say it best.
-        tell: told which kind of cell is timed.
+        experiment: the experiment.
+        trials: the trials.
+        choice: the device they run on.
+        records: of finished trials; where one of the same kind ran on this machine, its time is the estimate.
+        tell: receives the name of the kind that is being timed.
         now: the time in seconds.
     """
     with cpu_threads(choice.threads):
         here = provenance(choose_device(choice.device))
         ours = [record for record in records if _computed_on(record) == _computed_on(here)]
-        kinds: dict[object, list[Cell]] = {}
-        for cell in cells:
-            kinds.setdefault(cell.kind, []).append(cell)
+        kinds: dict[object, list[Trial]] = {}
+        for trial in trials:
+            kinds.setdefault(trial.kind, []).append(trial)
         known: dict[object, float] = {}
         asked: dict[object, Callable[[], float]] = {}
-        for kind, (cell, *_) in kinds.items():
-            if seconds := [record["seconds"] for record in ours if _is_of_kind(record, cell)]:
+        for kind, (trial, *_) in kinds.items():
+            if seconds := [record["seconds"] for record in ours if _is_of_kind(record, trial)]:
                 known[kind] = median(seconds)
             else:
-                asked[kind] = partial(_time, experiment, cell, choice, tell)
+                asked[kind] = partial(_time, experiment, trial, choice, tell)
         known |= interleaved(asked, now)
     return sum(len(kinds[kind]) * seconds for kind, seconds in known.items())
 
 
-def _time(experiment: Experiment, cell: Cell, choice: Choice, tell: Callable[[str], object]) -> float:
-    tell(f"timing {cell.name}")
-    return experiment.estimate(cell, choice)
+def _time(experiment: Experiment, trial: Trial, choice: Choice, tell: Callable[[str], object]) -> float:
+    tell(f"timing {trial.name}")
+    return experiment.estimate(trial, choice)
 
 
 def _computed_on(about: Mapping[str, Any]) -> tuple[object, ...]:
@@ -173,12 +173,12 @@ def _computed_on(about: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def interleaved(estimates: Mapping[K, Callable[[], float]], now: Callable[[], float]) -> dict[K, float]:
-    """Ask for each estimate several times, in turns, and return the lowest of each.
+    """Make each estimate several times, in turns, and return the lowest of each.
 
-    One look at a busy machine may see anything; of several, spread over the time, one may be undisturbed.
+    On a busy machine a single estimate may be far too high; of several, spread over time, one may be right.
 
     Args:
-        estimates: what to ask, by name.
+        estimates: functions that return an estimate in seconds, by name.
         now: the time in seconds, which bounds the rounds after the first.
     """
     began = now()
@@ -192,7 +192,7 @@ def interleaved(estimates: Mapping[K, Callable[[], float]], now: Callable[[], fl
 
 
 def write_summary(experiment: Experiment, folder: ResultsFolder, watch: Watch) -> None:
-    """Write tables.md and the plots of what is finished, if anything is; what fails is said alone."""
+    """Write tables.md and the plots of the finished trials; report what cannot be written."""
     if not (folder.path / "cells").is_dir():
         return
     no_tables = no_plot = None
@@ -218,13 +218,13 @@ def _write_tables(experiment: Experiment, records: Sequence[Record], path: Path)
 
 
 class _Clock:
-    """Tells a watch how long it still takes: the present cell by its own pace, later ones by others."""
+    """Estimates the time left: of the current trial by its own pace, of later ones from finished trials."""
 
-    def __init__(self, cell: Cell, later: Sequence[Cell], records: Sequence[Record], watch: Watch) -> None:
-        self._expected = forecast(cell, records)
+    def __init__(self, trial: Trial, later: Sequence[Trial], records: Sequence[Record], watch: Watch) -> None:
+        self._expected = forecast(trial, records)
         self._later = [forecast(other, records) for other in later]
         self._watch = watch
-        self._first: tuple[float, float] | None = None  # time and fraction when it was first under way
+        self._first: tuple[float, float] | None = None  # time and fraction at the first progress
 
     def __call__(self, fraction: float, text: str) -> None:
         whole = self._whole(fraction)
@@ -234,7 +234,7 @@ class _Clock:
         self._watch.progress(fraction, text, left)
 
     def _whole(self, fraction: float) -> float | None:
-        """Return the seconds of the whole cell; one that goes on does not begin at 0."""
+        """Return the seconds of the whole trial; a resumed one does not begin at a fraction of 0."""
         now = time.perf_counter()
         if fraction > 0 and self._first is None:
             self._first = now, fraction
@@ -245,29 +245,29 @@ class _Clock:
 
 def _run(
     experiment: Experiment,
-    cell: Cell,
-    later: Sequence[Cell],
+    trial: Trial,
+    later: Sequence[Trial],
     choice: Choice,
     root: Path,
     folder: ResultsFolder,
     watch: Watch,
 ) -> None:
-    """Measure a cell and save its record; a training that diverges is a finding too."""
-    tell = _Clock(cell, later, folder.records(), watch)
+    """Measure a trial and save its record; one that diverges is recorded as failed."""
+    tell = _Clock(trial, later, folder.records(), watch)
     tell(0.0, "")
-    place = folder.unfinished(cell)
+    place = folder.unfinished(trial)
     began = time.perf_counter()
     result, failed = None, None
     try:
-        result = experiment.measure(cell, Workplace(place, choice), tell)
+        result = experiment.measure(trial, Workplace(place, choice), tell)
     except NonFiniteLossError as error:
         failed = str(error)
-        watch.note(f"{cell.name} failed: {failed}")
+        watch.note(f"{trial.name} failed: {failed}")
     about = provenance(choose_device(choice.device))
     record = {
         "result": result,
         "failed": failed,
         "seconds": round(time.perf_counter() - began, 2),
-        "command": command_of(experiment.name, choice, root, cell.name),
+        "command": command_of(experiment.name, choice, root, trial.name),
     }
-    folder.save(cell, {**record, **about})
+    folder.save(trial, {**record, **about})

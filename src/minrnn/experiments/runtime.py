@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minrnn.benchmarks.timing import Phases, clock
+from minrnn.benchmarks.loops import LOOPS
+from minrnn.benchmarks.measure import System
+from minrnn.benchmarks.plots import Line, draw_lines, finish, new_figure
+from minrnn.benchmarks.workloads import training_step
 from minrnn.experiments.experiment import Record, Table
-from minrnn.experiments.loops import LOOPS
-from minrnn.experiments.plots import Line, draw_lines, finish, new_figure
 from minrnn.experiments.published import Published, derived, published
-from minrnn.experiments.timed import System, TimedExperiment, TimedSize, exponent, series
+from minrnn.experiments.timed import TimedExperiment, TimedSize, exponent, scaled, series
 from minrnn.experiments.variants import every_mixer, settings_of
 from minrnn.mixers import MIXERS
 
@@ -23,17 +24,17 @@ if TYPE_CHECKING:
 
 BATCH = 64
 
-SLOWER = (("gru-loop", "mingru"), ("gru", "mingru"), ("lstm-loop", "minlstm"), ("lstm", "minlstm"))
-"""Who is set against whom: the paper's loops and torch's compiled cells against ours."""
+SPEED_PAIRS = (("gru-loop", "mingru"), ("gru", "mingru"), ("lstm-loop", "minlstm"), ("lstm", "minlstm"))
+"""(baseline, ours): the paper's loops and torch's compiled cells against ours."""
 
-LESS = (
+MEMORY_PAIRS = (
     ("mingru", "gru"),
     ("mingru", "gru-loop"),
     ("minlstm", "lstm"),
     ("minlstm", "lstm-loop"),
     ("mamba", "mingru"),
 )
-"""Whose memory is set against whose, as the paper does."""
+"""(numerator, denominator) of the ratios of memory, as in the paper."""
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -85,20 +86,15 @@ class Runtime(TimedExperiment):
 
     def build(self, system: str, setting: Mapping[str, Any], inputs: tuple[Tensor, Tensor]) -> System:
         x, dy = inputs
-        device = x.device
-        layer = make_layer(system, setting["D"]).to(device)
-        leaves = [x, *layer.parameters()]
+        layer = make_layer(system, setting["D"]).to(x.device)
 
-        def step() -> Phases:
-            start = clock(device)
+        def call() -> Tensor:
             y = layer(x)
-            y = y[0] if isinstance(y, tuple) else y
-            middle = clock(device)
-            torch.autograd.grad(y, leaves, dy)
-            end = clock(device)
-            return {"forward": middle - start, "backward": end - middle, "step": end - start}
+            return y[0] if isinstance(y, tuple) else y
 
-        return System(step, {"parameters": sum(parameter.numel() for parameter in layer.parameters())})
+        parameters = sum(parameter.numel() for parameter in layer.parameters())
+        workload = training_step(call, [x, *layer.parameters()], dy)
+        return System(workload, facts={"parameters": parameters})
 
     def tables(self, records: Sequence[Record]) -> list[Table]:
         widths = sorted({record["setting"]["D"] for record in records})
@@ -111,12 +107,12 @@ class Runtime(TimedExperiment):
         for row, width in enumerate(widths):
             time, memory, faster = panels[3 * row : 3 * row + 3]
             steps = series(records, "T", "step", D=width)
-            draw_lines(time, {name: [(x, 1e3 * y) for x, y in line] for name, line in steps.items()})
+            draw_lines(time, scaled(steps, 1e3))
             finish(time, f"width {width}: training step", "T", "milliseconds", log="xy")
             peaks = series(records, "T", "peak_bytes", D=width)
-            draw_lines(memory, {name: [(x, y / 1e6) for x, y in line] for name, line in peaks.items()})
+            draw_lines(memory, scaled(peaks, 1e-6))
             finish(memory, f"width {width}: memory at the peak", "T", "MB", log="xy")
-            for (other, ours), line in _over(steps, SLOWER).items():
+            for (other, ours), line in _over(steps, SPEED_PAIRS).items():
                 draw_lines(faster, {other: line})
                 faster.lines[-1].set_label(f"{ours} against {other}")
             finish(faster, f"width {width}: times faster", "T", "time over ours", log="xy")
@@ -176,10 +172,10 @@ def _tables(records: Sequence[Record], width: int) -> Iterator[Table]:
     yield Table(f"Training step in milliseconds, width {width}", ["system", *columns, "growth"], rows)
     rows = [[name, *_at(line, lengths, 1e-6)] for name, line in peaks.items()]
     yield Table(f"Memory of a step at its peak in MB, width {width}", ["system", *columns], rows)
-    if less := _over(peaks, LESS):
+    if less := _over(peaks, MEMORY_PAIRS):
         rows = [[one, other, *_at(line, lengths)] for (one, other), line in less.items()]
         yield Table(f"Memory, times as much, width {width}", ["memory of", "over that of", *columns], rows)
-    if faster := _over(steps, SLOWER):
+    if faster := _over(steps, SPEED_PAIRS):
         rows = [[ours, other, *_at(line, lengths)] for (other, ours), line in faster.items()]
         note = "*-loop*: plain PyTorch, as the paper measured."
         yield Table(f"Times faster, width {width}", ["faster", "than", *columns], rows, note)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from minrnn.benchmarks.plots import color, draw_lines, finish, new_figure
 from minrnn.experiments.experiment import Record, Table
-from minrnn.experiments.plots import colour, draw_lines, finish, new_figure
 from minrnn.experiments.published import Published, recalled, shown
-from minrnn.experiments.trained import by_kind, spread
+from minrnn.experiments.records import by_kind, spread
 from minrnn.tasks.locomotion import normalised_score
 
 if TYPE_CHECKING:
@@ -250,13 +250,13 @@ def _draw_scores(axes: Axes, data: str, runs: Runs) -> None:
         offset = 0.6 * (index / max(1, len(mixers) - 1) - 0.5)
         for at, column in enumerate(columns):
             found = [run["result"]["score"] for run in runs.get((mixer, *column), [])]
-            axes.scatter([at + offset] * len(found), found, s=14, color=colour(mixer), zorder=3)
+            axes.scatter([at + offset] * len(found), found, s=14, color=color(mixer), zorder=3)
     for at, column in enumerate(columns):
         own = _of_data(runs, column)["score"]
         axes.hlines(own, at - 0.4, at + 0.4, color="#888888", linestyle=":", linewidth=1.2)
     names = [f"{env}\n{quality.replace('-', chr(10))}" for env, quality in columns]
     axes.set_xticks(range(len(columns)), names, fontsize=8)
-    # Named in the panel beside it, in the same colours: a box would lie over points.
+    # Named in the panel beside it, in the same colors: a box would lie over points.
     finish(axes, f"{data} data, every seed; dotted: the data's own mean", "", "score", names="none")
 
 
@@ -266,7 +266,7 @@ def _draw_cost(axes: Axes, runs: Runs) -> None:
             minutes = mean(
                 run["seconds"] / 60 for kind, some in runs.items() if kind[0] == mixer for run in some
             )
-            axes.scatter([minutes], [mean(averages)], s=30, color=colour(mixer))
+            axes.scatter([minutes], [mean(averages)], s=30, color=color(mixer))
             axes.annotate(mixer, (minutes, mean(averages)), xytext=(4, 4), textcoords="offset points")
     finish(axes, "all data: average score", "minutes a run", "score", names="none")
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from statistics import mean
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from minrnn.benchmarks.plots import draw_lines, finish, new_figure
 from minrnn.experiments.experiment import Record, Table
-from minrnn.experiments.plots import draw_lines, finish, new_figure
 from minrnn.experiments.published import Published, published, recalled, shown
-from minrnn.experiments.trained import Plan, TrainedExperiment, bests, by_kind, spread
-from minrnn.experiments.variants import ROUNDED, every_mixer, model_of, precision_of
+from minrnn.experiments.records import bests, by_kind, spread
+from minrnn.experiments.trained import PAPER_TRAIN, TINY_TRAIN, GridPoint, Size, TrainedExperiment, training
+from minrnn.experiments.variants import ROUNDED, every_mixer
 from minrnn.models import SequenceModel
 from minrnn.tasks import SelectiveCopyingConfig, SelectiveCopyingTask
-from minrnn.training import Precision, RunConfig, TrainConfig
+from minrnn.training import RunConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,8 +26,10 @@ LONGER = (1, 2, 4)
 BY_DEPTH = ("mingru", "minlstm")
 """What table 1 varies the depth of; `minlstm` is normalised, and `minlstm-unnormalised` is not."""
 
-STRONGEST = "gru"
-"""The strongest other, as an independent replication has it: three seeds."""
+UNNORMALISED = "minlstm-unnormalised"
+
+THREE_SEEDS = (*BY_DEPTH, UNNORMALISED, "gru")
+"""Ours, and the strongest baseline according to an independent replication."""
 
 TABLE_1: dict[tuple[str, int], Published] = {
     ("minlstm", 1): recalled("37.6 ± 2.0"),
@@ -44,28 +48,17 @@ TABLE_2: dict[str, Published] = {
 """Of s4d, the paper's row is S4 without a gate; it copied the rivals' rows from the paper on Mamba."""
 
 
-@dataclass(frozen=True)
-class Size:
-    """The settings of a scale."""
+@dataclass(frozen=True, kw_only=True)
+class CopyingSize(Size):
+    """A scale, and the depths that are compared."""
 
-    length: int
-    num_tokens: int
-    d_model: int
-    expansion: float
-    dropout: float
-    steps: int
-    batch_size: int
-    learning_rate: float
-    min_learning_rate_ratio: float
-    warmup_steps: int
-    eval_every: int
-    eval_sequences: int
     depths: tuple[int, ...] = (1, 2, 3)
-    rival_depths: tuple[int, ...] = (2, 3)
-    precision: Precision = "bfloat16-products"
+    """Numbers of layers of minGRU and minLSTM; the unnormalised variant has the last."""
+    other_depths: tuple[int, ...] = (2, 3)
+    """Numbers of layers of all others."""
 
 
-class SelectiveCopying(TrainedExperiment[Size]):
+class SelectiveCopying(TrainedExperiment[CopyingSize]):
     """Copy the data tokens that stand among blanks."""
 
     name = "selective-copying"
@@ -86,29 +79,41 @@ class SelectiveCopying(TrainedExperiment[Size]):
         "code that its authors released has a rate of 3e-4 and starts minLSTM, unnormalised, with a "
         "forget bias of 3, which is `minlstm-unnormalised` here."
     )
+    recipe = "selective-copying"
+    common_train: ClassVar = {"eval_tokens": 0}
     sizes: ClassVar = {
-        "cpu": Size(
-            128, 8, 64, 2.0, 0.0, 4000, 32, 3e-3, 0.05, 100, 500, 1024, precision="bfloat16-products"
+        "cpu": CopyingSize(train={"log_every": 50}),
+        "paper": CopyingSize(
+            model={"expansion": 6.0, "dropout": 0.1},
+            task={"length": 4096, "num_tokens": 16, "eval_sequences": 12_800},
+            train=training(
+                every=5000, logs=10, steps=400_000, batch_size=64, learning_rate=1e-4, **PAPER_TRAIN
+            ),
         ),
-        "paper": Size(4096, 16, 64, 6.0, 0.1, 400_000, 64, 1e-4, 1.0, 0, 5000, 12_800, precision="float32"),
-        "tiny": Size(12, 2, 8, 1.0, 0.0, 2, 4, 3e-3, 0.1, 1, 1, 64, (1, 2), (1, 2)),
+        "tiny": CopyingSize(
+            model={"d_model": 8, "expansion": 1.0},
+            task={"length": 12, "num_tokens": 2, "eval_sequences": 64},
+            train=TINY_TRAIN,
+            depths=(1, 2),
+            other_depths=(1, 2),
+        ),
     }
 
     def mixers(self) -> Sequence[str]:
-        return every_mixer("minlstm-unnormalised")
+        return every_mixer(UNNORMALISED)
 
-    def plans(self, size: Size, mixer: str) -> Iterator[Plan]:
-        if mixer in BY_DEPTH:
-            depths, seeds = size.depths, 3
-        elif mixer == "minlstm-unnormalised":
-            depths, seeds = size.depths[-1:], 3
-        else:
-            depths, seeds = size.rival_depths, 3 if mixer == STRONGEST else 1
+    def grid(self, size: CopyingSize, mixer: str) -> Iterator[GridPoint]:
+        config = self.config(size, mixer)
+        depths = size.depths if mixer in BY_DEPTH else size.other_depths
+        if mixer == UNNORMALISED:
+            config = config.override(model={"forget_bias": 3.0})
+            depths = size.depths[-1:]
+        seeds = size.seeds if mixer in THREE_SEEDS else size.other_seeds
         for layers in depths:
-            setting = {"mixer": mixer, "layers": layers}
-            yield Plan(f"{mixer}-layers{layers}", setting, run_config(size, mixer, layers), seeds)
+            deep = config.override(model={"num_layers": layers})
+            yield GridPoint(f"{mixer}-layers{layers}", {"mixer": mixer, "layers": layers}, deep, seeds)
 
-    def examine(self, model: SequenceModel, config: RunConfig, size: Size) -> dict[str, Any]:
+    def examine(self, model: SequenceModel, config: RunConfig, size: CopyingSize) -> dict[str, Any]:
         task = config.task
         assert isinstance(task, SelectiveCopyingConfig)
         asked = {f"x{times}": replace(task, part="test", length=times * task.length) for times in LONGER}
@@ -142,46 +147,6 @@ class SelectiveCopying(TrainedExperiment[Size]):
         )
         finish(learning, "validation while training, first seed", "step", "token accuracy, %")
         return figure
-
-
-def run_config(size: Size, mixer: str, layers: int, **model: Any) -> RunConfig:
-    """Return a run of a mixer, or of a variant, on selective copying.
-
-    Args:
-        size: the scale's settings.
-        mixer: a name in MIXERS or VARIANTS.
-        layers: blocks.
-        model: further settings of the model.
-    """
-    forgetting = {"forget_bias": 3.0} if mixer == "minlstm-unnormalised" else {}
-    return RunConfig(
-        recipe="selective-copying",
-        model=model_of(
-            mixer,
-            d_model=size.d_model,
-            num_layers=layers,
-            expansion=size.expansion,
-            conv_width=0,
-            mlp_ratio=0.0,
-            norm="rms",
-            dropout=size.dropout,
-            **forgetting | model,
-        ),
-        task=SelectiveCopyingConfig(size.length, size.num_tokens, eval_sequences=size.eval_sequences),
-        train=TrainConfig(
-            steps=size.steps,
-            batch_size=size.batch_size,
-            learning_rate=size.learning_rate,
-            min_learning_rate_ratio=size.min_learning_rate_ratio,
-            warmup_steps=size.warmup_steps,
-            weight_decay=0.05,
-            beta2=0.99,
-            precision=precision_of(mixer, size.precision),
-            eval_every=size.eval_every,
-            checkpoint_every=size.eval_every,
-            log_every=max(1, size.eval_every // 10),
-        ),
-    )
 
 
 def _depths(records: Sequence[Record]) -> Table:
@@ -236,13 +201,11 @@ def _best_depths(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def _loss(runs: Sequence[Record]) -> float:
-    losses = bests(runs, "best", "val_loss")
-    return sum(losses) / len(losses)
+    return mean(bests(runs, "best", "val_loss"))
 
 
 def _mean(runs: Sequence[Record], length: str = "x1") -> float:
-    found = bests(runs, "test", length, "accuracy")
-    return sum(found) / len(found)
+    return mean(bests(runs, "test", length, "accuracy"))
 
 
 def _accuracy(runs: Sequence[Record], length: str = "x1") -> str:

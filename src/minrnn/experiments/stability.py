@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from statistics import mean
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from minrnn.benchmarks.plots import band, finish, new_figure
 from minrnn.experiments.experiment import Record, Table
-from minrnn.experiments.plots import band, finish, new_figure
-from minrnn.experiments.selective_copying import Size, run_config
-from minrnn.experiments.trained import Plan, TrainedExperiment, bests, by_kind, points, spread
+from minrnn.experiments.records import bests, by_kind, points, spread
+from minrnn.experiments.selective_copying import UNNORMALISED, SelectiveCopying
+from minrnn.experiments.trained import GridPoint, Size, TrainedExperiment, training
 from minrnn.experiments.variants import ROUNDED
 from minrnn.models import SequenceModel
 from minrnn.training import RunConfig
@@ -18,9 +20,8 @@ from minrnn.training import RunConfig
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CELLS = ("mingru", "minlstm", "minlstm-unnormalised")
+MIXERS = ("mingru", "minlstm", UNNORMALISED)
 BIASES = (0.0, 1.0, 3.0)
-SEEDS = 5
 LAYERS = 2
 
 LEARNT = 0.9
@@ -47,19 +48,25 @@ class Stability(TrainedExperiment[Size]):
         "paper does not say on which task and with which seeds its figure was made; paper here is its "
         "selective copying, with two layers."
     )
+    recipe, common_train = SelectiveCopying.recipe, SelectiveCopying.common_train
     sizes: ClassVar = {
-        "cpu": Size(64, 4, 64, 2.0, 0.0, 2000, 32, 3e-3, 0.05, 100, 100, 256),
-        "paper": Size(4096, 16, 64, 6.0, 0.1, 400_000, 64, 1e-4, 1.0, 0, 5000, 12_800, precision="float32"),
-        "tiny": Size(12, 2, 8, 1.0, 0.0, 2, 4, 3e-3, 0.1, 1, 1, 64),
+        "cpu": Size(
+            task={"length": 64, "num_tokens": 4, "eval_sequences": 256},
+            train=training(every=100, logs=10, steps=2000),
+            seeds=5,
+        ),
+        **{scale: replace(SelectiveCopying.sizes[scale], seeds=5) for scale in ("paper", "tiny")},
     }
 
     def mixers(self) -> Sequence[str]:
-        return CELLS
+        return MIXERS
 
-    def plans(self, size: Size, mixer: str) -> Iterator[Plan]:
+    def grid(self, size: Size, mixer: str) -> Iterator[GridPoint]:
+        config = self.config(size, mixer).override(model={"num_layers": LAYERS})
         for bias in BIASES:
-            config = run_config(size, mixer, LAYERS, forget_bias=bias)
-            yield Plan(f"{mixer}-bias{bias:g}", {"mixer": mixer, "forget_bias": bias}, config, SEEDS)
+            setting = {"mixer": mixer, "forget_bias": bias}
+            biased = config.override(model={"forget_bias": bias})
+            yield GridPoint(f"{mixer}-bias{bias:g}", setting, biased, size.seeds)
 
     def examine(self, model: SequenceModel, config: RunConfig, size: Size) -> dict[str, Any]:
         return {}  # the curves are what is looked at

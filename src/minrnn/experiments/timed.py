@@ -1,4 +1,4 @@
-"""Experiments whose cells are timings: in each setting all systems are measured in turns, in one process."""
+"""Experiments whose trials are timings: in each setting all systems are measured in turns, in one process."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 
 import torch
 
+from minrnn.benchmarks.measure import System, time_in_turns
+from minrnn.benchmarks.plots import Line
 from minrnn.benchmarks.report import load_averages
-from minrnn.benchmarks.timing import Task, interleave, old_objects_set_aside, peak_bytes, summary
-from minrnn.experiments.experiment import Cell, Choice, Experiment, Record, Scale, Tell, Workplace
+from minrnn.experiments.experiment import Choice, Experiment, Record, Scale, Tell, Trial, Workplace
 from minrnn.experiments.variants import choose
 from minrnn.training import choose_device
 
-__all__ = ["System", "TimedExperiment", "TimedSize", "exponent", "median", "series"]
+__all__ = ["TimedExperiment", "TimedSize", "exponent", "scaled", "series"]
 
 
 @dataclass(frozen=True)
@@ -24,28 +25,18 @@ class TimedSize:
     """The settings of a scale, and how long it is measured."""
 
     seconds: float
-    """For each system, in each setting; however slow it is, it takes part in three rounds."""
+    """For each system, in each setting; at least three rounds are measured, however slow it is."""
     samples: int
     """Measurements of a system at most."""
 
 
-@dataclass(frozen=True)
-class System:
-    """Something that is timed."""
-
-    task: Task
-    """One measured call."""
-    facts: Mapping[str, Any]
-    """What else is known of it, as JSON: its parameters, its state's bytes."""
-
-
 class TimedExperiment(Experiment):
-    """An experiment in which every cell is a setting, and holds the times of all systems.
+    """An experiment in which every trial is a setting, and holds the times of all systems.
 
-    Systems are measured in turns, so that what else the machine does meets all of them. A cell's result holds
-    `systems`: for each the `seconds` of each phase (median, p10, p90, min and samples), `peak_bytes` (memory
-    at the peak beyond inputs and weights) and its facts, or `failed`, why there is nothing; and `load`, the
-    machine's load averages before.
+    Systems are measured in turns, so that noise on the machine affects all alike. A trial's result holds
+    `systems`: for each the `seconds` of each phase (median, p10, p90, min and samples), `peak_bytes` (peak
+    memory beyond inputs and weights) and its facts, or `failed`, the reason; and `load`, the machine's load
+    averages before.
     """
 
     uncounted = "more where a call takes longer than its share"
@@ -54,26 +45,26 @@ class TimedExperiment(Experiment):
 
     @abstractmethod
     def systems(self) -> Sequence[str]:
-        """Return the names of all that takes part."""
+        """Return the names of all systems."""
 
     @abstractmethod
     def settings(self, size: Any) -> Iterator[dict[str, Any]]:
-        """Yield what differs between cells, in the order in which they are run."""
+        """Yield what differs between trials, in the order in which they are run."""
 
     @abstractmethod
     def inputs(self, setting: Mapping[str, Any], device: torch.device) -> Any:
-        """Draw what all systems are given, once for a cell: a copy for each would fill the memory."""
+        """Draw the inputs of all systems, once for a trial: a copy for each would fill the memory."""
 
     @abstractmethod
     def build(self, system: str, setting: Mapping[str, Any], inputs: Any) -> System:
-        """Make what is timed, on the device of its inputs."""
+        """Make a system, on the device of its inputs; it is not compared with a reference."""
 
-    def cells(self, choice: Choice) -> list[Cell]:
+    def trials(self, choice: Choice) -> list[Trial]:
         size = self.sizes[choice.scale]
         systems = choose(choice.mixers, self.systems())
         budget = {"seconds": size.seconds, "samples": size.samples}
         return [
-            Cell(
+            Trial(
                 "-".join(f"{name}{value}" for name, value in setting.items()),
                 setting,
                 {**setting, **budget, "systems": systems},
@@ -81,62 +72,43 @@ class TimedExperiment(Experiment):
             for setting in self.settings(size)
         ]
 
-    def measure(self, cell: Cell, place: Workplace, tell: Tell) -> dict[str, Any]:
+    def measure(self, trial: Trial, place: Workplace, tell: Tell) -> dict[str, Any]:
         device = choose_device(place.choice.device)
         load = load_averages()
-        names, found = list(cell.config["systems"]), {}
+        names, found = list(trial.config["systems"]), {}
         ready: dict[str, System] = {}
         torch.manual_seed(0)
-        inputs = self.inputs(cell.setting, device)
+        inputs = self.inputs(trial.setting, device)
         for index, name in enumerate(names):
             tell(0.2 * index / len(names), f"warming up {name}")
             torch.manual_seed(0)
             try:
-                system = self.build(name, cell.setting, inputs)
-                system.task()
-            except RuntimeError as error:  # what torch says where memory is short, or a shape is not served
+                system = self.build(name, trial.setting, inputs)
+                system.workload()
+            except RuntimeError as error:  # torch's, where memory is short or a shape is not supported
                 found[name] = {"failed": (str(error).splitlines() or [""])[0]}
             else:
                 ready[name] = system
-        with old_objects_set_aside():
-            found |= self._times(cell, ready, device, tell)
+        budget = trial.config["seconds"], trial.config["samples"]
+        found |= time_in_turns(ready, device, *budget, _Rounds(tell))
         return {"systems": {name: found[name] for name in names}, "load": load}
 
-    def _times(
-        self, cell: Cell, ready: Mapping[str, System], device: torch.device, tell: Tell
-    ) -> dict[str, Any]:
-        tasks = {name: system.task for name, system in ready.items()}
-        if not tasks:
-            return {}
-        rounds = _Rounds(tell)
-        taken = interleave(tasks, cell.config["seconds"], cell.config["samples"], rounds)
-        found = {}
-        for index, (name, system) in enumerate(ready.items()):
-            tell(0.9 + 0.1 * index / len(ready), f"measuring the memory of {name}")
-            phases = {phase: [sample[phase] for sample in taken[name]] for phase in taken[name][0]}
-            seconds = {phase: summary(times) for phase, times in phases.items()}
-            found[name] = {
-                "seconds": seconds,
-                "peak_bytes": peak_bytes(system.task, device),
-                **system.facts,
-            }
-        return found
-
-    def estimate(self, cell: Cell, choice: Choice) -> float:
-        budget: float = cell.config["seconds"]
-        return budget * len(cell.config["systems"])
+    def estimate(self, trial: Trial, choice: Choice) -> float:
+        budget: float = trial.config["seconds"]
+        return budget * len(trial.config["systems"])
 
 
 class _Rounds:
-    """Turns what `interleave` says into how much is done."""
+    """Converts the progress text of `time_in_turns` to a fraction."""
 
     def __init__(self, tell: Tell) -> None:
-        self._tell = tell
+        self._tell, self._done = tell, 0.0
 
     def __call__(self, text: str) -> None:
-        number, of, total = [*text.split(), "", ""][1:4]
-        done = int(number) / int(total) if of == "of" else 0.0
-        self._tell(0.2 + 0.7 * done, text)
+        words = text.split()
+        if words[0] == "round":  # N of M
+            self._done = int(words[1]) / int(words[3])
+        self._tell(0.2 + 0.7 * self._done, text)
 
 
 def series(
@@ -145,7 +117,7 @@ def series(
     """Return for each system its median seconds, or another figure, against an entry of the setting.
 
     Args:
-        records: finished cells.
+        records: finished trials.
         x: the entry that runs from left to right.
         value: a phase of the call, or the name of a figure beside the phases.
         setting: what the other entries must be.
@@ -159,6 +131,11 @@ def series(
             if figure:  # neither missing nor zero, which a logarithmic axis cannot show
                 lines.setdefault(name, []).append((record["setting"][x], figure))
     return lines
+
+
+def scaled(lines: Mapping[str, Line], factor: float) -> dict[str, Line]:
+    """Return lines with their values multiplied by a factor."""
+    return {name: [(x, factor * y) for x, y in line] for name, line in lines.items()}
 
 
 def median(found: Mapping[str, Any], phase: str) -> float:

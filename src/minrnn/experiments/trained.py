@@ -1,4 +1,4 @@
-"""Experiments whose cells are training runs: one model, one seed, one recipe."""
+"""Experiments whose trials are training runs: a recipe times a grid of settings and seeds."""
 
 from __future__ import annotations
 
@@ -6,107 +6,182 @@ import shutil
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from itertools import count
 from math import isfinite
-from statistics import mean, stdev
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
-from minrnn.experiments.experiment import Cell, Choice, Experiment, Record, Scale, Tell, Workplace
-from minrnn.experiments.variants import choose, every_mixer
-from minrnn.tasks import TASKS
-from minrnn.training import RunConfig, RunLog, TrainConfig, choose_device, load_trained, read_metrics, train
+from minrnn.experiments.experiment import Choice, Experiment, Scale, Tell, Trial, Workplace
+from minrnn.experiments.variants import choose, every_mixer, settings_of
+from minrnn.tasks import make_task
+from minrnn.training import (
+    RunConfig,
+    RunLog,
+    choose_device,
+    load_recipe,
+    load_trained,
+    read_metrics,
+    train,
+)
 from minrnn.training.threads import cpu_threads
 
-__all__ = ["Plan", "TrainedExperiment", "bests", "by_kind", "points", "spread", "training_seconds"]
+__all__ = [
+    "PAPER_TRAIN",
+    "TINY_TRAIN",
+    "GridPoint",
+    "Size",
+    "TrainedExperiment",
+    "training",
+    "training_seconds",
+]
 
 CURVE_POINTS = 80
-"""Points that are kept of a learning curve: enough to plot, and few enough to keep every run's."""
+"""Points that are kept of a learning curve."""
 
-FEW = 4
+PROBE_SEQUENCES = 4
 """Sequences of the step that is timed first for an estimate."""
 
 PROBES = 3
 """Steps that are timed of each size."""
 
-PATIENCE = 10.0
-"""Seconds; where a whole batch would take longer, the estimate is a line through smaller ones."""
+LONGEST_PROBE = 10.0
+"""Seconds; a step of a whole batch that takes longer is extrapolated from smaller ones, not timed."""
 
-SizeT = TypeVar("SizeT")
+SizeT = TypeVar("SizeT", bound="Size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A scale of an experiment: the settings in which it differs from the recipe, table by table."""
+
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of ModelConfig."""
+    task: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the task's configuration."""
+    train: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of TrainConfig."""
+    seeds: int = 3
+    """Seeds of the models that matter most."""
+    other_seeds: int = 1
+    """Seeds of all others."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A run that is made for several seeds."""
+class GridPoint:
+    """A point of an experiment's grid, which is trained with several seeds."""
 
     name: str
-    """Begins the names of its cells."""
+    """Prefix of the names of its trials."""
     setting: Mapping[str, Any]
-    """What tells it from others, `mixer` among it."""
+    """What distinguishes it from others, including `mixer`."""
     config: RunConfig
     """The run, with seed 0."""
     seeds: int
     """Seeds, where the choice names no number."""
 
 
-class TrainedExperiment(Experiment, Generic[SizeT]):
-    """An experiment in which every cell is trained by the one loop, resumes as runs do, and is then measured.
+def training(*, every: int, logs: int, **others: Any) -> dict[str, Any]:
+    """Return fields of TrainConfig for a run that is evaluated and saved at the same steps.
 
-    A cell's result holds, beside what `examine` adds: parameters, step, tokens, seconds (of the whole run,
+    Args:
+        every: steps between evaluations, and between checkpoints.
+        logs: points of the learning curve between two evaluations, at most one a step.
+        others: further fields.
+    """
+    return {"eval_every": every, "checkpoint_every": every, "log_every": max(1, every // logs), **others}
+
+
+PAPER_TRAIN: dict[str, Any] = {"precision": "float32", "min_learning_rate_ratio": 1.0, "warmup_steps": 0}
+"""Fields of TrainConfig where the paper states no schedule: a constant learning rate, in float32."""
+
+TINY_TRAIN = training(
+    every=1, logs=1, steps=2, batch_size=4, warmup_steps=1, min_learning_rate_ratio=0.1, eval_tokens=0
+)
+"""Fields of TrainConfig at the tiny scale."""
+
+
+class TrainedExperiment(Experiment, Generic[SizeT]):
+    """A grid over a recipe: every trial is trained by the training loop, resumes as runs do, and is measured.
+
+    A trial's configuration is the recipe's, overridden by the scale (`Size`), then by the mixer or variant,
+    the point of the grid, and the seed.
+
+    A trial's result holds, beside what `examine` adds: parameters, step, tokens, seconds (of the whole run,
     over all sittings), training_seconds (without evaluations), the metrics of the last weights, `best` (the
     metrics on the validation part of the weights that are lowest there, and their step), `curve` (step,
     training seconds, loss) and `evaluations` (step, training seconds and metrics).
     """
 
     uncounted = "evaluations not counted"
+    recipe: ClassVar[str]
+    """Name of the recipe."""
     sizes: ClassVar[Mapping[Scale, Any]]
-    """The settings of each scale, a `SizeT`."""
+    """Each scale, a `SizeT`."""
+    common_train: ClassVar[Mapping[str, Any]] = {}
+    """Training settings in which every scale differs from the recipe."""
+    attention_train: ClassVar[Mapping[str, Any]] = {"precision": "float32"}
+    """Training settings of attention where that of the others rounds products to bfloat16.
+
+    On a CPU torch's attention takes 1.6 to 4 times as long where the factors of its products are rounded one
+    by one (heads of 32 and 48 channels, 136 and 256 steps).
+    """
+    weights: ClassVar[Literal["best", "last"]] = "best"
+    """Weights that are examined: those of the lowest validation loss, or the last ones."""
 
     def mixers(self) -> Sequence[str]:
         """Return the mixers and variants that take part."""
         return every_mixer()
 
     @abstractmethod
-    def plans(self, size: SizeT, mixer: str) -> Iterator[Plan]:
-        """Yield the runs of a mixer, or of a variant."""
+    def grid(self, size: SizeT, mixer: str) -> Iterator[GridPoint]:
+        """Yield the points of the grid that are of a mixer, or of a variant."""
 
     @abstractmethod
     def examine(self, model: Any, config: RunConfig, size: SizeT) -> dict[str, Any]:
-        """Measure the weights that were best on the validation part, on parts that chose nothing."""
+        """Measure the trained weights, on parts of the data by which they were not chosen."""
 
-    def cells(self, choice: Choice) -> list[Cell]:
+    def config(self, size: SizeT, mixer: str) -> RunConfig:
+        """Return the recipe at a scale, with a mixer or variant."""
+        settings = {**self.common_train, **size.train}
+        config = load_recipe(self.recipe).override(model=size.model, task=size.task, train=settings)
+        config = config.override(model=settings_of(mixer))
+        if config.model.mixer == "attention" and config.train.precision == "bfloat16-products":
+            config = config.override(train=self.attention_train)
+        return config
+
+    def trials(self, choice: Choice) -> list[Trial]:
         size: SizeT = self.sizes[choice.scale]
         return [
-            cell
+            trial
             for mixer in choose(choice.mixers, self.mixers())
-            for plan in self.plans(size, mixer)
-            for cell in _cells(plan, choice.seeds or plan.seeds)
+            for point in self.grid(size, mixer)
+            for trial in _trials(point, choice.seeds or point.seeds)
         ]
 
     def resolved(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a run's configuration with the settings that are newer than it, at their defaults."""
+        """Return a run's configuration, with defaults for settings that it lacks because they are newer."""
         return _without_place(RunConfig.from_dict(config))
 
-    def measure(self, cell: Cell, place: Workplace, tell: Tell) -> dict[str, Any]:
-        config = _placed(cell, place.choice)
+    def measure(self, trial: Trial, place: Workplace, tell: Tell) -> dict[str, Any]:
+        config = _placed(trial, place.choice)
         run_dir = place.folder / "run"
         resume = (run_dir / "config.json").is_file()
         if run_dir.exists() and not resume:  # killed before it had begun
             shutil.rmtree(run_dir)
-        results = train(config, run_dir, resume=resume, log=_CellLog(tell, config.train.steps))
-        tell(1.0, "measuring the best weights")
+        results = train(config, run_dir, resume=resume, log=_TrialLog(tell, config.train.steps))
+        tell(1.0, f"measuring the {self.weights} weights")
         device = choose_device(config.train.device)
-        model = load_trained(run_dir, "best", device).model
+        model = load_trained(run_dir, self.weights, device).model
         metrics = read_metrics(run_dir / "metrics.jsonl")
-        kept = {name: value for name, value in results.items() if name not in ABOUT}
+        kept = {name: value for name, value in results.items() if name not in PROVENANCE}
         return _rounded(
             {**kept, **_curves(metrics), **self.examine(model, config, self.sizes[place.choice.scale])}
         )
 
-    def estimate(self, cell: Cell, choice: Choice) -> float:
-        config = _placed(cell, choice)
+    def estimate(self, trial: Trial, choice: Choice) -> float:
+        config = _placed(trial, choice)
         device = choose_device(config.train.device)
-        task = TASKS[config.task.task](config.task)
+        task = make_task(config.task)
         model = task.make_model(task.model_config(config.model)).to(device)
         whole = config.train.batch_size
 
@@ -127,16 +202,16 @@ class TrainedExperiment(Experiment, Generic[SizeT]):
 def step_seconds(seconds: Callable[[int], float], whole: int) -> float:
     """Return about how long a step of a whole batch takes.
 
-    The first step, in which memory is taken and code is loaded, does not count, and of others the shortest
-    does: what else the machine does only ever adds, and threads that wait for each other add a hundredfold. A
-    step costs something however few sequences it has, so that one of few, taken in proportion, would say too
-    much: where a whole one takes too long to be tried, what a sequence adds is told from two sizes.
+    The first step, which allocates memory and loads code, is discarded, and of the others the fastest counts:
+    other load only ever adds time. A step has a fixed cost, whatever its number of sequences, so that scaling
+    a small one in proportion would overestimate: where a step of a whole batch takes too long to be timed, it
+    is extrapolated linearly from two sizes.
 
     Args:
-        seconds: takes a step of so many sequences, and returns its time.
+        seconds: takes a step of a number of sequences, and returns its time.
         whole: sequences in a batch.
     """
-    few = min(whole, FEW)
+    few = min(whole, PROBE_SEQUENCES)
     seconds(few)
     first = min(seconds(few) for _ in range(PROBES))
     step = first
@@ -144,13 +219,13 @@ def step_seconds(seconds: Callable[[int], float], whole: int) -> float:
         more = min(whole, 2 * few)
         second = min(seconds(more) for _ in range(PROBES))
         step = first + max(0.0, second - first) / (more - few) * (whole - few)
-    if step < PATIENCE:
+    if step < LONGEST_PROBE:
         step = min(seconds(whole) for _ in range(PROBES))
     return step
 
 
-class _CellLog(RunLog):
-    """A run's log that tells how far it is."""
+class _TrialLog(RunLog):
+    """A run's log that reports how much is done."""
 
     def __init__(self, tell: Tell, steps: int) -> None:
         super().__init__()
@@ -171,52 +246,12 @@ class _CellLog(RunLog):
         self.tell(step / self.steps, f"{self._said}  {found}")
 
 
-ABOUT = ("recipe", "mixer", "device", "machine", "versions", "commit")
-"""What a run's results hold that a cell's record says too."""
-
-
-def by_kind(records: Sequence[Record], *names: str) -> dict[tuple[Any, ...], list[Record]]:
-    """Group the records that did not fail by these entries of their settings, in the order they come in."""
-    groups: dict[tuple[Any, ...], list[Record]] = {}
-    for record in records:
-        if record["failed"] is None:
-            groups.setdefault(tuple(record["setting"].get(name) for name in names), []).append(record)
-    return groups
-
-
-def spread(values: Sequence[float], digits: int = 3, scale: float = 1.0) -> str:
-    """Return the mean of several seeds' figures, with the standard deviation where there are several.
-
-    >>> spread([0.5, 0.7], 1), spread([0.123], 1, scale=100)
-    ('0.6 ± 0.1', '12.3')
-    """
-    scaled = [scale * value for value in values]
-    text = f"{mean(scaled):.{digits}f}"
-    return f"{text} ± {stdev(scaled):.{digits}f}" if len(scaled) > 1 else text
-
-
-def bests(records: Sequence[Record], *path: str) -> list[float]:
-    """Return an entry of each record's result, found by its path.
-
-    >>> bests([{"result": {"test": {"accuracy": 1.0}}}], "test", "accuracy")
-    [1.0]
-    """
-    found = []
-    for record in records:
-        value = record["result"]
-        for name in path:
-            value = value[name]
-        found.append(value)
-    return found
-
-
-def points(record: Record, y: str, x: str = "step") -> list[tuple[float, float]]:
-    """Return what a metric was at each evaluation of a run."""
-    return [(entry[x], entry[y]) for entry in record["result"]["evaluations"] if y in entry]
+PROVENANCE = ("recipe", "mixer", "device", "machine", "versions", "commit")
+"""Keys of a run's results that a trial's record has itself."""
 
 
 def training_seconds(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
-    """Return the seconds spent on training alone up to each line of metrics.jsonl that tells its speed."""
+    """Return the seconds of training, without evaluations, up to each line of metrics.jsonl with a speed."""
     seconds, tokens, found = 0.0, 0, []
     for line in metrics:
         if "tokens_per_second" in line:
@@ -244,27 +279,25 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _cells(plan: Plan, seeds: int) -> Iterator[Cell]:
+def _trials(point: GridPoint, seeds: int) -> Iterator[Trial]:
     for seed in range(seeds):
-        config = replace(plan.config, train=replace(plan.config.train, seed=seed))
-        setting = {**plan.setting, "seed": seed}
-        yield Cell(f"{plan.name}-seed{seed}", setting, _without_place(config))
+        config = point.config.override(train={"seed": seed})
+        yield Trial(f"{point.name}-seed{seed}", {**point.setting, "seed": seed}, _without_place(config))
 
 
 def _without_place(config: RunConfig) -> dict[str, Any]:
-    """Return a configuration as JSON, without what says where it is computed."""
+    """Return a configuration as JSON, without device and threads."""
     values = config.to_dict()
     return {**values, "train": {k: v for k, v in values["train"].items() if k not in ("device", "threads")}}
 
 
-def _placed(cell: Cell, choice: Choice) -> RunConfig:
-    config = RunConfig.from_dict(cell.config)
-    here: TrainConfig = replace(config.train, device=choice.device, threads=choice.threads)
-    return replace(config, train=here)
+def _placed(trial: Trial, choice: Choice) -> RunConfig:
+    here = {"device": choice.device, "threads": choice.threads}
+    return RunConfig.from_dict(trial.config).override(train=here)
 
 
 def _rounded(value: Any) -> Any:
-    """Return JSON values with floats of six digits, which is more than any of them is good for."""
+    """Return JSON values with floats rounded to six significant digits."""
     if isinstance(value, float) and isfinite(value):
         return float(f"{value:.6g}")
     if isinstance(value, dict):

@@ -9,7 +9,6 @@ from typing import Any
 from minrnn.files import nearest
 from minrnn.mixers import MIXERS
 from minrnn.models import ModelConfig
-from minrnn.training import Precision
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "minlstm-unnormalised": {"mixer": "minlstm", "normalize": False},
@@ -23,7 +22,7 @@ ROUNDED = (
     "While training, the factors of matrix products are rounded to bfloat16 (not those of attention, "
     "which that slows down on a CPU)."
 )
-"""What the cpu scales say of their precision, which `precision_of` gives."""
+"""What the cpu scales say of their precision."""
 
 _FIELDS = {field.name for field in dataclasses.fields(ModelConfig)}
 
@@ -36,16 +35,6 @@ def settings_of(name: str) -> dict[str, Any]:
 def model_of(name: str, **settings: Any) -> ModelConfig:
     """Return a model's configuration in which a name's own settings go before the given ones."""
     return ModelConfig(**settings | settings_of(name))
-
-
-def precision_of(name: str, precision: Precision) -> Precision:
-    """Return the precision that a mixer or variant is trained in where the others have the given one.
-
-    On a CPU torch's attention takes 1.6 to 4 times as long where the factors of its products are rounded one
-    by one (heads of 32 and 48 channels, 136 and 256 steps), so it is not made to.
-    """
-    attends = settings_of(name)["mixer"] == "attention"
-    return "float32" if attends and precision == "bfloat16-products" else precision
 
 
 def every_mixer(*variants: str) -> list[str]:

@@ -1,37 +1,14 @@
-"""What moves information along time: MinGRU and MinLSTM as layers and cells, and the table of all mixers."""
+"""What moves information along time: layers and cells of gated recurrences, and the mixers of a model."""
 
-from minrnn.mixers.aaren import AarenMixer
-from minrnn.mixers.attention import AttentionMixer
-from minrnn.mixers.classic import GRUMixer, LSTMMixer, RNNMixer
-from minrnn.mixers.convert import PairedMinLSTM, PairedMinLSTMCell, convert_rnns
-from minrnn.mixers.mamba import MambaMixer
-from minrnn.mixers.mingru import MinGRU, MinGRUCell, MinGRUMixer
-from minrnn.mixers.minlstm import MinLSTM, MinLSTMCell, MinLSTMMixer
-from minrnn.mixers.mixer import Mixer, State
-from minrnn.mixers.s4d import S4DMixer
-
-MIXERS: dict[str, type[Mixer]] = {
-    "mingru": MinGRUMixer,
-    "minlstm": MinLSTMMixer,
-    "rnn": RNNMixer,
-    "gru": GRUMixer,
-    "lstm": LSTMMixer,
-    "attention": AttentionMixer,
-    "aaren": AarenMixer,
-    "s4d": S4DMixer,
-    "mamba": MambaMixer,
-}
-"""Every mixer by its name: `MIXERS[name](d_model, d_hidden, **options)`."""
-
-__all__ = [
-    "MIXERS",
-    "MinGRU",
-    "MinGRUCell",
-    "MinLSTM",
-    "MinLSTMCell",
-    "Mixer",
-    "PairedMinLSTM",
-    "PairedMinLSTMCell",
-    "State",
-    "convert_rnns",
-]
+from minrnn.mixers.convert import convert_rnns as convert_rnns
+from minrnn.mixers.mingru import MinGRU as MinGRU
+from minrnn.mixers.mingru import MinGRUCell as MinGRUCell
+from minrnn.mixers.mingru_pytorch import from_mingru_pytorch as from_mingru_pytorch
+from minrnn.mixers.minlstm import MinLSTM as MinLSTM
+from minrnn.mixers.minlstm import MinLSTMCell as MinLSTMCell
+from minrnn.mixers.mixer import Mixer as Mixer
+from minrnn.mixers.mixer import State as State
+from minrnn.mixers.paired import PairedMinLSTM as PairedMinLSTM
+from minrnn.mixers.paired import PairedMinLSTMCell as PairedMinLSTMCell
+from minrnn.mixers.registry import GATED_RNNS as GATED_RNNS
+from minrnn.mixers.registry import MIXERS as MIXERS

@@ -1,4 +1,4 @@
-"""Aaren: attention whose query is learned, which makes it a recurrence: a minGRU whose gate is a softmax."""
+"""Aaren: attention with a learned query, computed as a recurrence: a minGRU whose gate is a softmax."""
 
 import math
 
@@ -17,27 +17,27 @@ EMPTY = -1e30
 -inf, 1."""
 
 FIRST = 100.0
-"""The gate's logit where nothing came before: 1 - z is 4e-44, so z is 1 in every floating type."""
+"""The gate's logit at the first step of a sequence: 1 - z is 4e-44, so z is 1 in every floating dtype."""
 
 
 class AarenMixer(Mixer):
-    """Multi-head attention of one learned query to everything so far, as a recurrence of constant state.
+    """Multi-head attention of one learned query to all steps so far, as a recurrence with a fixed-size state.
 
         s[t] = <q, k[t]> / sqrt(d_head),   lse[t] = logsumexp(s[0..t])
         o[t] = (1 - z[t]) o[t-1] + z[t] v[t],   z[t] = exp(s[t] - lse[t]) = sigmoid(s[t] - lse[t-1])
 
     k and v are linear in x, each d_model -> d_hidden, split into heads; each head has a query q of its own,
     and y holds the heads' o side by side. By the last equality this is a minGRU with a linear candidate, and
-    it runs on the same scan: z and 1 - z are two sigmoids of one logit, so neither loses digits where the
-    other is near 1. The running logsumexp is a scan too, of each head's sum of exp(s - running maximum).
+    it uses the same scan: z and 1 - z are two sigmoids of one logit, so neither loses digits where the other
+    is near 1. The running logsumexp is a scan too, of each head's sum of exp(s - running maximum).
 
-    A query needs one number of a key, so q and W_k are multiplied first: d_model * num_heads products a step
-    instead of d_model * d_hidden. (Where `key` is another module, or has hooks, it is called.)
-    For the same reason keys have no bias: it would shift all scores alike.
+    Only the product of query and key is needed, so q and W_k are multiplied first: d_model * num_heads
+    products a step instead of d_model * d_hidden. (If `key` is another module or has hooks, it is called.)
+    Keys have no bias, which would shift all scores alike.
 
-    The state is o `(B, d_hidden)` and lse `(B, num_heads)`, always float64: after t steps it grows by 1 / t a
-    step, which float32 begins to round away within some ten thousand steps. Scores are float32 at least,
-    under autocast too.
+    The state is o `(B, d_hidden)` and lse `(B, num_heads)`, always float64: at step t it grows by about
+    1 / t, which float32 starts to round away within some ten thousand steps. Scores are computed in float32
+    at least, also under autocast.
 
     Args:
         d_model: channels of the input.
@@ -104,7 +104,7 @@ class AarenMixer(Mixer):
 
 
 def _running_logsumexp(scores: Tensor, carried: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sum the exponentials of each sequence's scores, in logarithms, before and after every step.
+    """Compute the logsumexp of each sequence's scores, before and after every step.
 
     Args:
         scores: `(B, T, heads)`, float64.
@@ -118,7 +118,7 @@ def _running_logsumexp(scores: Tensor, carried: Tensor | None, reset: Tensor | N
     starts = None if reset is None else reset.unsqueeze(-1)
     before = scores.new_full((scores.shape[0], scores.shape[2]), -math.inf) if carried is None else carried
     before = before.to(scores.dtype).unsqueeze(1)
-    # The maximum only keeps the sum in range; it cancels, so no gradient flows through it.
+    # The maximum only keeps the sum in range. It cancels, so it needs no gradient.
     top = _running_max(torch.cat([before, scores], dim=1).detach(), starts)  # (B, T + 1, heads)
     rescale = torch.exp(top[:, :-1] - top[:, 1:])
     total = gated_scan(
@@ -136,11 +136,11 @@ def _running_logsumexp(scores: Tensor, carried: Tensor | None, reset: Tensor | N
 def _running_max(x: Tensor, starts: Tensor | None) -> Tensor:
     """Return each sequence's running maximum along time, rounded to float32 where `starts` is given.
 
-    torch has no cummax that starts again. Taken as integers, floats keep their order, and integers have room
-    above them for the number of the sequence: so no later maximum can come from an earlier sequence.
+    torch has no cummax with resets. The bits of floats, read as integers, have the floats' order; with the
+    sequence's number in the bits above them, no later maximum can come from an earlier sequence.
 
     Args:
-        x: `(B, 1 + T, heads)`: what is carried, then T steps.
+        x: `(B, 1 + T, heads)`: the carried value, then T steps.
         starts: `(B, T, 1)`, bool: where a sequence starts, or None.
     """
     if starts is None:
@@ -152,5 +152,5 @@ def _running_max(x: Tensor, starts: Tensor | None) -> Tensor:
 
 
 def _flip_negative(bits: Tensor) -> Tensor:
-    """Map the bits of float32 to int32 of the same order, and back: of negatives, all bits but the sign."""
+    """Map the bits of float32 to int32 of the same order, and back: flip all but the sign of negatives."""
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

@@ -1,4 +1,4 @@
-"""What constructors take, as torch.nn takes it: sizes, flags and numbers, numpy's included, as Python's."""
+"""Validation of constructor arguments; numpy's numbers and bools are converted to Python's."""
 
 import math
 import numbers
@@ -7,21 +7,15 @@ from typing import Any
 
 import torch
 
+from minrnn.files import as_python, nearest
 from minrnn.ops.recurrence import FLOATS
-
-
-def as_python(value: Any) -> Any:
-    """Return a number or a flag of numpy's as Python's, and anything else as it is."""
-    is_number = isinstance(value, numbers.Number) and hasattr(value, "item")
-    is_flag = str(getattr(value, "dtype", None)) == "bool" and value.shape == ()
-    return value.item() if is_number or is_flag else value
 
 
 def read_size(name: str, key: str, value: Any, least: int = 1) -> int:
     """Return a size as an int.
 
     Raises:
-        TypeError: it is no integer, or a bool; `name`, of the class, and `key` start the message.
+        TypeError: it is not an integer, or is a bool. `name`, the class's, and `key` start the message.
         ValueError: it is less than `least`.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
@@ -36,7 +30,7 @@ def read_flag(name: str, key: str, value: Any) -> bool:
     """Return a flag as a bool.
 
     Raises:
-        TypeError: it is neither Python's nor numpy's.
+        TypeError: it is not a bool of Python or numpy.
     """
     flag = as_python(value)
     if not isinstance(flag, bool):
@@ -48,7 +42,7 @@ def read_number(name: str, key: str, value: Any) -> float:
     """Return a number as a float.
 
     Raises:
-        TypeError: it is no real number, or a bool.
+        TypeError: it is not a real number, or is a bool.
         ValueError: it is not finite.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -62,7 +56,7 @@ def read_probability(name: str, key: str, value: Any) -> float:
     """Return a probability as a float.
 
     Raises:
-        ValueError: it is no number in [0, 1], as torch.nn raises it.
+        ValueError: it is not a number in [0, 1]; torch.nn raises the same.
     """
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not 0 <= float(value) <= 1:
@@ -71,21 +65,22 @@ def read_probability(name: str, key: str, value: Any) -> float:
 
 
 def read_choice(name: str, key: str, value: Any, known: Collection[str]) -> str:
-    """Return one of the names that are known.
+    """Return one of the known names.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: it is not one of them; the message names the nearest.
     """
     if not isinstance(value, str) or value not in known:
-        raise ValueError(f"{name}: {key} must be one of {', '.join(known)}, got {value!r}")
+        hint = nearest(str(value), known)
+        raise ValueError(f"{name}: {key} must be one of {', '.join(known)}, got {value!r}{hint}")
     return value
 
 
 def read_dtype(name: str, key: str, value: Any) -> torch.dtype | None:
-    """Return the dtype of parameters; None is torch's default.
+    """Return the dtype of parameters; None is the default dtype.
 
     Raises:
-        TypeError: it is none that the scans compute with.
+        TypeError: the scans do not support it.
     """
     if value is not None and value not in FLOATS:
         raise TypeError(f"{name}: {key} must be float32, float64, bfloat16 or float16, got {value}")

@@ -1,4 +1,4 @@
-"""Causal self-attention with a carried state: the baseline that remembers every token, or the last few."""
+"""Causal self-attention with a carried state, over all tokens or a sliding window."""
 
 import torch
 from torch import Tensor, nn
@@ -9,22 +9,22 @@ from minrnn.mixers.graphs import may_vary
 from minrnn.mixers.mixer import Mixer, PartForm, State, sequence_start
 
 QUERY_BLOCK = 512
-"""Queries handled at once where a mask is needed, or a window of them if longer: no mask is T x T."""
+"""Queries per block where a mask is needed (or the window, if that is longer), so that no mask is T x T."""
 
 ROTARY_BASE = 10_000.0
 
 
 class AttentionMixer(Mixer):
-    """Causal multi-head attention with rotary positions, y without the projection back.
+    """Causal multi-head attention with rotary positions, without the output projection.
 
         y[t] = sum_s softmax_s(<R(t) q[t], R(s) k[s]> / sqrt(d_head)) v[s],   s = max(0, t - window + 1) ..
         t
 
     q, k and v are linear in x, each d_model -> d_hidden, split into heads; y holds the heads side by side.
-    The state is keys and values `(B, S, d_hidden)` of the S tokens before, length `(B,)`: how many of them,
-    counted from the last, belong to each row's present sequence (a reset shortens it), and position `(B,)`:
-    how many tokens each row has read. Keys are rotated once, when they come in; a stream may run on for
-    ever, because products depend on differences of position alone and angles are computed in float64.
+    The state is the keys and values `(B, S, d_hidden)` of the S tokens before; length `(B,)`, how many of the
+    last of them belong to the row's current sequence (a reset shortens it); and position `(B,)`, how many
+    tokens the row has read. Keys are rotated once, when they are computed. A stream may have any length:
+    scores depend on differences of positions only, and angles are computed in float64.
 
     Args:
         d_model: channels of the input.
@@ -67,14 +67,14 @@ class AttentionMixer(Mixer):
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         B, T, _ = x.shape
         q, new_keys, new_values = self.qkv(x).chunk(3, dim=-1)  # (B, T, d_hidden) each
-        at = torch.arange(T, device=x.device)  # where all rows start here, one table of angles serves them
+        at = torch.arange(T, device=x.device)  # all rows that start here share one table of angles
         if state is None:
             empty, none = q.new_empty(B, 0, self.d_hidden), x.new_zeros(B, dtype=torch.int64)
             state = (empty, empty, none, none)
         else:
             if state[0].shape[1] != state[1].shape[1]:
                 raise ValueError(
-                    "AttentionMixer: keys and values of a state must have as many steps, got "
+                    "AttentionMixer: keys and values of a state must have the same number of steps, got "
                     f"{state[0].shape[1]} and {state[1].shape[1]}"
                 )
             at = state[3].unsqueeze(1) + at  # (B, T)
@@ -108,7 +108,7 @@ class AttentionMixer(Mixer):
         return y.transpose(1, 2).flatten(2)
 
     def _attend_in_blocks(self, q: Tensor, k: Tensor, v: Tensor, oldest: Tensor) -> Tensor:
-        """Attend under a mask, a block of queries at a time against the keys that the block can reach."""
+        """Attend with a mask, one block of queries at a time, to the keys that the block can see."""
         T, S = q.shape[2], k.shape[2] - q.shape[2]
         outputs = []
         for start, stop in self._query_blocks(T):
@@ -127,14 +127,14 @@ class AttentionMixer(Mixer):
         return torch.cat(outputs, dim=2)
 
     def _query_blocks(self, T: int) -> list[tuple[int, int]]:
-        """Cut T queries into blocks, from where to where each goes."""
+        """Split T queries into blocks; return the start and the end of each."""
         if may_vary(T):  # a graph for all lengths has no loop
             return [(0, T)]
         size = max(QUERY_BLOCK, self.window)
         return [(start, min(start + size, T)) for start in range(0, T, size)]
 
     def _keep(self, keys: Tensor, values: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Cut the state to what the next query can see."""
+        """Return the part of the state that the next query can see."""
         limit = self.window - 1
         if self.window == 0 or keys.shape[1] <= limit:
             return keys, values, length
@@ -147,7 +147,7 @@ class AttentionMixer(Mixer):
 
 
 def _rotary_table(at: Tensor, d_head: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Make cos and sin of the angles at positions `(..., T)`: `(..., T, 1, d_head / 2)`, float32 at least.
+    """Compute cos and sin of the angles at positions `(..., T)`: `(..., T, 1, d_head / 2)`, float32 at least.
 
     Angles are computed in double precision: at position 65,536 a float32 angle is off by 4e-3.
     """

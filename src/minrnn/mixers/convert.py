@@ -1,4 +1,4 @@
-"""Put minGRU and minLSTM where a model has torch.nn's GRU and LSTM."""
+"""Conversion of models: torch.nn's GRUs and LSTMs are replaced by minGRU and minLSTM."""
 
 import functools
 import types
@@ -8,94 +8,46 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minrnn.mixers.arguments import read_choice, read_flag
-from minrnn.mixers.layer import Input
+from minrnn.mixers.cell import MinRNNCellBase
+from minrnn.mixers.layer import MinRNNBase
 from minrnn.mixers.mingru import MinGRU, MinGRUCell
-from minrnn.mixers.minlstm import MinLSTM, MinLSTMCell
+from minrnn.mixers.paired import PairedMinLSTM, PairedMinLSTMCell
 from minrnn.ops import CANDIDATES
-
-Pair = tuple[Tensor, Tensor]
-"""torch.nn.LSTM's state, (h, c)."""
-
-
-class PairedMinLSTM(MinLSTM):
-    """A `MinLSTM` that takes and returns `torch.nn.LSTM`'s pair of states, (h, c).
-
-    What nn.LSTM carries along is c[t] = f[t] c[t-1] + i[t] g[t]. A minLSTM has the same recurrence and drops
-    the output gate behind it, so its h is its c:
-
-    - it returns h_n twice, as (h_n, c_n);
-    - of (h_0, c_0) it starts from c_0. h_0 must fit but is not read: in nn.LSTM nothing but `weight_hh`
-      reads it, which a minLSTM does not have.
-
-    A pair that it returned, passed to it again, continues where it stopped.
-    """
-
-    def forward(  # type: ignore[override]  # a pair, as torch.nn.LSTM's
-        self,
-        input: Input,
-        hx: Pair | None = None,
-        *,
-        reset: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> tuple[Input, Pair]:
-        """Run `MinLSTM.forward`, with hx = (h_0, c_0), and return output, (h_n, c_n).
-
-        Raises:
-            TypeError: hx is not a pair of tensors, or as `MinLSTM.forward`.
-            ValueError: h_0 has not the shape of c_0, or as `MinLSTM.forward`.
-        """
-        c_0 = _carried(type(self).__name__, hx)
-        output, h_n = super().forward(input, c_0, reset=reset, cu_seqlens=cu_seqlens)
-        return output, (h_n, h_n.clone())  # two tensors: the caller may change one in place
-
-
-class PairedMinLSTMCell(MinLSTMCell):
-    """A `MinLSTMCell` that takes and returns `torch.nn.LSTMCell`'s pair (h, c); see `PairedMinLSTM`."""
-
-    def forward(self, input: Tensor, hx: Pair | None = None) -> Pair:  # type: ignore[override]  # the same
-        """Run `MinLSTMCell.forward`, with hx = (h, c), and return (h', c').
-
-        Raises:
-            TypeError: hx is not a pair of tensors.
-            ValueError: h has not the shape of c, or as `MinLSTMCell.forward`.
-        """
-        h = super().forward(input, _carried(type(self).__name__, hx))
-        return h, h.clone()
 
 
 def convert_rnns(module: nn.Module, *, candidate: str = "positive", signed: bool = False) -> nn.Module:
-    """Replace every GRU and LSTM of torch.nn inside a model by its min counterpart, with fresh weights.
+    """Replace every torch.nn GRU and LSTM in a model by its counterpart, with new weights.
 
         nn.GRU -> MinGRU     nn.LSTM -> PairedMinLSTM     nn.GRUCell -> MinGRUCell
         nn.LSTMCell -> PairedMinLSTMCell
 
-    Inputs, outputs and states keep their shapes, so the model around them runs as it is. Sizes, layers,
-    directions, bias, dropout, training mode, device, dtype, which parameters require gradients, and what
-    attributes were set on a module or a parameter are taken over; a module that stands in two places still
-    does, and parameters that several of them share stay shared. Weights cannot be: they are drawn anew, from
-    the global generator; make optimisers afterwards. nn.RNN is left alone. Either everything is replaced, or
-    an error is raised first. What is passed over is named in a warning: scripted, traced and quantised
-    modules, and references that are no registered submodules, such as those in a Python list.
+    Inputs, outputs and states keep their shapes, so the rest of the model need not change. Sizes, layers,
+    directions, bias, dropout, training mode, device, dtype, requires_grad, and attributes that were set on a
+    module or a parameter are copied. A module that is used in several places still is, and parameters that
+    are shared between replaced modules stay shared. Weights cannot be copied: they are drawn anew from the
+    global generator; create optimizers afterwards. nn.RNN is not replaced. An error is raised before anything
+    is changed. A warning names what was skipped: scripted, traced and quantized modules, and references that
+    are not registered submodules, such as modules in a Python list.
 
-    In training, what follows must not change their outputs in place, as nn.Dropout(inplace=True) does, and as
-    torch.nn's own allow on the CPU; see `MinGRU`.
+    In training, their outputs must not be modified in place, for example by nn.Dropout(inplace=True), as
+    torch.nn's own may be on the CPU; see `MinGRU`.
 
     Args:
         module: the model, changed in place; or a GRU or LSTM itself.
-        candidate: as in `MinGRU`: unless signed, with "positive" no state falls below zero, with "tanh" they
-            lie between -1 and 1 like those of a GRU.
-        signed: as in `MinGRU` and `MinLSTM`: lets them track states that a GRU can, such as parity.
+        candidate: as in `MinGRU`. Unless signed, states are not negative with "positive", and in (-1, 1) with
+            "tanh", as those of a GRU.
+        signed: as in `MinGRU` and `MinLSTM`; with it they can track states that a GRU can, such as parity.
 
     Returns:
         The module; the replacement if the module itself is a GRU or LSTM.
 
     Raises:
-        TypeError: an argument has the wrong type; or one of the modules is of a subclass of torch.nn's,
-            compiled, or has hooks, a forward, parameters, buffers or submodules of its own, or sharded
-            parameters: they would be lost.
+        TypeError: an argument has the wrong type; or one of the modules is of a subclass of torch.nn's, is
+            compiled, or has hooks, its own forward, additional parameters, buffers or submodules, or sharded
+            parameters, all of which would be lost.
         ValueError: one has a projection (proj_size) or parameters on several devices or in several dtypes,
             shares a parameter with a module that is not replaced, or the candidate is unknown.
 
@@ -135,7 +87,7 @@ def convert_rnns(module: nn.Module, *, candidate: str = "positive", signed: bool
 
 
 def _counterpart(old: Any, candidate: str, signed: bool) -> nn.Module:
-    """Make what replaces a torch.nn recurrent module."""
+    """Make the replacement of a torch.nn recurrent module."""
     new = _COUNTERPARTS[type(old)](old, candidate, signed)
     for name, parameter in new.named_parameters():
         theirs = getattr(old, name)
@@ -147,12 +99,12 @@ def _counterpart(old: Any, candidate: str, signed: bool) -> nn.Module:
 
 
 def _own_attributes(old: Any) -> list[str]:
-    """Name what was set on a torch.nn recurrent module beside what its constructor sets."""
+    """Return the names of the attributes of a torch.nn recurrent module that its constructor did not set."""
     usual = vars(type(old)(1, 1, device="meta"))
     return [name for name in vars(old) if name not in usual]
 
 
-def _layer(kind: type[MinGRU] | type[MinLSTM]) -> Callable[[Any, str, bool], nn.Module]:
+def _layer(kind: type[MinRNNBase]) -> Callable[[Any, str, bool], nn.Module]:
     return lambda old, candidate, signed: kind(
         old.input_size,
         old.hidden_size,
@@ -168,7 +120,7 @@ def _layer(kind: type[MinGRU] | type[MinLSTM]) -> Callable[[Any, str, bool], nn.
     )
 
 
-def _cell(kind: type[MinGRUCell] | type[MinLSTMCell]) -> Callable[[Any, str, bool], nn.Module]:
+def _cell(kind: type[MinRNNCellBase]) -> Callable[[Any, str, bool], nn.Module]:
     return lambda old, candidate, signed: kind(
         old.input_size,
         old.hidden_size,
@@ -229,14 +181,14 @@ def _check_convertible(old: Any, path: str) -> None:
 
 
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
-"""Where a parameter keeps its hooks."""
+"""The attributes in which a parameter keeps its hooks."""
 
 _Place = tuple[nn.Module, str]
 """A module, and the name of a parameter in it."""
 
 
 def _find_ties(module: nn.Module, found: dict[nn.Module, str]) -> list[list[_Place]]:
-    """Find the parameters that several places in replaced modules share and still can."""
+    """Find the parameters that are shared between replaced modules and stay shared."""
     holders: defaultdict[int, list[tuple[nn.Module, str, str]]] = defaultdict(list)
     for path, owner in module.named_modules():
         for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
@@ -264,7 +216,7 @@ def _is_lstm(module: nn.Module) -> bool:
 
 
 def _find_foreign(module: nn.Module) -> Iterator[str]:
-    """Describe torch's scripted, traced and quantised recurrent modules."""
+    """Describe torch's scripted, traced and quantized recurrent modules."""
     names = {kind.__name__ for kind in _COUNTERPARTS}
     for path, child in module.named_modules():
         kind = type(child)
@@ -315,15 +267,3 @@ def _modules_in(value: Any, seen: set[int]) -> Iterator[nn.Module]:
 
 def _where(path: str) -> str:
     return f"module {path!r}" if path else "the module"
-
-
-def _carried(name: str, hx: Pair | None) -> Tensor | None:
-    """Return what a minLSTM starts from, of nn.LSTM's pair."""
-    if hx is None:
-        return None
-    if not isinstance(hx, (tuple, list)) or len(hx) != 2 or not all(isinstance(x, Tensor) for x in hx):
-        raise TypeError(f"{name}: hx must be the pair (h, c) of tensors, got {type(hx).__name__}")
-    h, c = hx
-    if h.shape != c.shape:
-        raise ValueError(f"{name}: h and c must be of one shape, got {tuple(h.shape)} and {tuple(c.shape)}")
-    return c

@@ -1,9 +1,8 @@
-"""What a layer and a cell share: projections of the input to a gate's pre-activations, and how they start."""
+"""What layers and cells share: the parameters of gated recurrences and their initialization."""
 
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import ClassVar
+from dataclasses import MISSING, fields
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,73 +13,92 @@ from minrnn.ops.recurrence import FLOATS, STARTS
 from minrnn.ops.transforms import in_autocast
 
 FORGET_BIAS = 1.0
-"""How far towards keeping the gate starts, in logits; at 1 a cell keeps about 73 % of its state a step.
+"""The default of forget_bias, in logits.
 
-A signed cell's decay, -1 to 1 instead of 0 to 1, starts as far towards +1: at 46 %, and at 0 without it.
+Where the rest of a pre-activation is 0, minGRU's decay is then sigmoid(1) = 0.73 instead of 0.5; signed, 0.46
+instead of 0.
 """
+
+UNNORMALIZED = {"minlstm": "minlstm_unnormalized"}
+"""Gates with a form whose gates do not sum to one, and the name of that form."""
 
 
 class GatedModule(nn.Module):
-    """The parameters of gated recurrences, one projection `weight_ih*`, `bias_ih*` for each.
+    """The parameters of gated recurrences: a projection `weight_ih*`, `bias_ih*` of the input for each.
 
     The rows of a weight are the gate's pre-activations in the order that `gated_scan` takes them, so that a
-    recurrence is one matrix product and one scan. There is no `weight_hh`: nothing depends on the previous
-    state but the scan. A subclass calls `_add_projection` for each recurrence, then `reset_parameters`.
+    recurrence is one matrix product and one scan. There is no `weight_hh`: only the scan depends on the
+    previous state.
+
+    A subclass is a dataclass: its fields are the arguments of its constructor, so that a signature is written
+    once and a subclass adds an option by adding a field. `__post_init__` calls this class's constructor.
     """
 
-    shown: ClassVar[dict[str, object]] = {"bias": True}
-    """Attributes that the representation shows where they differ from their default, given here."""
+    gate: str
+    """The name of the gate in GATES. A class names its normalized form."""
+
+    input_size: int
+    hidden_size: int
+    bias: bool
+    candidate: str
+    forget_bias: float | None
+    signed: bool
+
+    normalize = True
+    """Whether the gates sum to one; an option where UNNORMALIZED has the gate."""
 
     recompute = False
     """Whether backward recomputes what it can; see `MinGRU`."""
 
-    def __init__(
-        self,
-        gate: str,
-        *,
-        input_size: int,
-        hidden_size: int,
-        bias: bool,
-        candidate: str,
-        forget_bias: float | None,
-        signed: bool,
-    ) -> None:
+    def __init__(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         super().__init__()
         name = type(self).__name__
-        self.gate = gate
-        self.signed = read_flag(name, "signed", signed)
-        """Whether decays lie in (-1, 1) instead of (0, 1)."""
-        self.input_size = read_size(name, "input_size", input_size)
-        self.hidden_size = read_size(name, "hidden_size", hidden_size)
-        self.bias = read_flag(name, "bias", bias)
-        self.candidate = read_choice(name, "candidate", candidate, CANDIDATES)
-        self.forget_bias = FORGET_BIAS if self.bias else 0.0
-        if forget_bias is not None:
-            self.forget_bias = read_number(name, "forget_bias", forget_bias)
-        if self.forget_bias and not self.bias:
-            raise ValueError(
-                f"{name}: forget_bias={forget_bias} needs a bias to live in; drop it or set bias=True"
-            )
-        self._suffixes: list[str] = []
-
-    def _add_projection(
-        self, suffix: str, columns: int, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
-        dtype = read_dtype(type(self).__name__, "dtype", dtype)
+        self.input_size = read_size(name, "input_size", self.input_size)
+        self.hidden_size = read_size(name, "hidden_size", self.hidden_size)
+        self.bias = read_flag(name, "bias", self.bias)
+        self.candidate = read_choice(name, "candidate", self.candidate, CANDIDATES)
+        self.forget_bias = self._read_forget_bias()
+        self.normalize = read_flag(name, "normalize", self.normalize)
+        self.signed = read_flag(name, "signed", self.signed)
+        self.gate = self.gate if self.normalize else UNNORMALIZED[self.gate]
+        if self.signed and not GATES[self.gate].can_be_signed:
+            where = "" if self.normalize else " with normalize=False"
+            raise ValueError(f"{name}: signed must be False{where}, got True: this gate has no signed form")
+        dtype = read_dtype(name, "dtype", dtype)
+        self._suffixes = list(self._columns())
         rows = GATES[self.gate].num_pre * self.hidden_size
-        weight = torch.empty((rows, columns), device=device, dtype=dtype)
-        self.register_parameter(f"weight_ih{suffix}", nn.Parameter(weight))
-        if self.bias:
-            bias = torch.empty(rows, device=device, dtype=dtype)
-            self.register_parameter(f"bias_ih{suffix}", nn.Parameter(bias))
-        self._suffixes.append(suffix)
+        for suffix, columns in self._columns().items():
+            weight = torch.empty((rows, columns), device=device, dtype=dtype)
+            self.register_parameter(f"weight_ih{suffix}", nn.Parameter(weight))
+            if self.bias:
+                bias = torch.empty(rows, device=device, dtype=dtype)
+                self.register_parameter(f"bias_ih{suffix}", nn.Parameter(bias))
+        self.reset_parameters()
+
+    def _columns(self) -> dict[str, int]:
+        """Return the suffix of each projection's parameters and the channels that it reads."""
+        raise NotImplementedError(f"{type(self).__name__} must define _columns")
+
+    def _read_forget_bias(self) -> float:
+        if self.forget_bias is None:
+            return self._default_forget_bias
+        forget_bias = read_number(type(self).__name__, "forget_bias", self.forget_bias)
+        if forget_bias and not self.bias:
+            raise ValueError(
+                f"{type(self).__name__}: forget_bias={forget_bias} needs a bias; drop it or set bias=True"
+            )
+        return forget_bias
+
+    @property
+    def _default_forget_bias(self) -> float:
+        return FORGET_BIAS if self.bias else 0.0
 
     def _projection(self, suffix: str) -> list[nn.Parameter]:
         kinds = ("weight_ih", "bias_ih") if self.bias else ("weight_ih",)
         return [getattr(self, kind + suffix) for kind in kinds]
 
-    def _scan(self, x: Tensor, suffix: str) -> Callable[..., Tensor]:
-        """Return `projected_scan` of this projection, to be called with x; check the dtype of x."""
+    def _project_and_scan(self, x: Tensor, suffix: str, **options: Any) -> Tensor:
+        """Run one recurrence; `options` are the other arguments of `projected_scan`."""
         # Read once a call: a parametrized weight is computed anew each time that it is read.
         weight: Tensor = getattr(self, "weight_ih" + suffix)
         bias: Tensor | None = getattr(self, "bias_ih" + suffix) if self.bias else None
@@ -89,47 +107,46 @@ class GatedModule(nn.Module):
                 f"{type(self).__name__}: input must have the weights' dtype, {weight.dtype}, got {x.dtype}; "
                 f"convert the input with .to({weight.dtype}) or the module with .to({x.dtype})"
             )
-        return partial(
-            projected_scan,
+        return projected_scan(
             self.gate,
-            weight=weight,
-            bias=bias,
+            x,
+            weight,
+            bias,
             candidate=self.candidate,
             signed=self.signed,
             recompute=self.recompute,
+            **options,
         )
 
     def reset_parameters(self) -> None:
         """Draw parameters from U(-k, k), k = 1 / sqrt(hidden_size), as torch.nn.GRU; add the forget bias.
 
-        With the forget bias the cell starts by forgetting slowly, so that gradients reach far back from the
-        first step.
+        With the forget bias the recurrence starts by forgetting slowly, so that from the beginning of
+        training gradients reach far back in time.
         """
         bound, gate = 1.0 / math.sqrt(self.hidden_size), GATES[self.gate]
         assert gate.keeps is not None
         name, sign = gate.keeps
-        first = gate.pre.index(name) * self.hidden_size
+        first, shift = gate.pre.index(name) * self.hidden_size, sign * (self.forget_bias or 0.0)
         with torch.no_grad():
             for suffix in self._suffixes:
                 weight, *biases = self._projection(suffix)
                 weight.uniform_(-bound, bound)
                 for bias in biases:
                     bias.uniform_(-bound, bound)
-                    bias[first : first + self.hidden_size] += sign * self.forget_bias
+                    bias[first : first + self.hidden_size] += shift
 
     def extra_repr(self) -> str:
-        defaults = {
-            **self.shown,
-            "candidate": "positive",
-            "signed": False,
-            "forget_bias": FORGET_BIAS if self.bias else 0.0,
-        }
         parts = [f"{self.input_size}, {self.hidden_size}"]
-        parts += [f"{k}={getattr(self, k)}" for k, default in defaults.items() if getattr(self, k) != default]
+        for field in fields(cast("Any", self)):
+            default = self._default_forget_bias if field.name == "forget_bias" else field.default
+            value = getattr(self, field.name)
+            if default is not MISSING and value != default:
+                parts.append(f"{field.name}={value}")
         return ", ".join(parts)
 
     def _check_hx(self, hx: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Raise unless the state has this shape, and nothing of it is lost beside an input of this dtype."""
+        """Raise unless the state has this shape and a dtype that goes with an input of this dtype."""
         name = type(self).__name__
         if hx is None:
             return

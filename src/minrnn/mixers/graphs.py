@@ -1,10 +1,10 @@
-"""Graphs that are traced once and serve all sizes, and what cannot become one."""
+"""Tracing: graphs for any size, and errors for what cannot be exported."""
 
 import torch
 
 
 def may_vary(size: int) -> bool:
-    """Whether a size is a symbol: code that looks at its value would make of the graph one for that value."""
+    """Whether a size is symbolic; code that branches on it would specialize the graph to one value."""
     if not torch.compiler.is_compiling():
         return False
     from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import
@@ -13,10 +13,10 @@ def may_vary(size: int) -> bool:
 
 
 def refuse_export(reason: str) -> None:
-    """Raise if a program is being exported, which cannot be this one; torch's own reason would name no cause.
+    """Raise while a program is being exported; torch's own error would not name the cause.
 
     Raises:
-        NotImplementedError: it is.
+        NotImplementedError: a program is being exported.
     """
     if torch.compiler.is_exporting():
         raise NotImplementedError(reason)

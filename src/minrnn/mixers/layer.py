@@ -1,8 +1,7 @@
-"""The shell of `torch.nn.GRU` around a gated scan: everything MinGRU and MinLSTM share but their gate."""
+"""The base classes of layers, with the interface of `torch.nn.GRU` around gated scans."""
 
 import warnings
-from collections.abc import Callable
-from functools import partial
+from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -18,65 +17,47 @@ from minrnn.ops.joined import Joined
 
 Input = TypeVar("Input", Tensor, PackedSequence)
 
-Run = Callable[..., tuple[Tensor, Tensor]]
-"""run(scan, x, h0, reverse=...) -> (h, final states), for one layer and direction."""
 
+@dataclass(eq=False, repr=False)
+class MinRNNBase(GatedModule):
+    """Stacked layers of gated scans, without a `forward`, which depends on the form of the state."""
 
-class MinRNN(GatedModule):
-    """Layers of one gated scan each; MinGRU and MinLSTM name the gate."""
+    input_size: int
+    hidden_size: int
+    num_layers: int = 1
+    bias: bool = True
+    batch_first: bool = False
+    dropout: float = 0.0
+    bidirectional: bool = False
+    _: KW_ONLY
+    candidate: str = "positive"
+    forget_bias: float | None = None
+    signed: bool = False
+    recompute: bool = False
+    device: InitVar[torch.device | str | None] = None
+    dtype: InitVar[torch.dtype | None] = None
 
-    shown: ClassVar[dict[str, object]] = {
-        "num_layers": 1,
-        "bias": True,
-        "batch_first": False,
-        "dropout": 0.0,
-        "bidirectional": False,
-        "recompute": False,
-    }
-
-    def __init__(
-        self,
-        gate: str,
-        *,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int,
-        bias: bool,
-        batch_first: bool,
-        dropout: float,
-        bidirectional: bool,
-        candidate: str,
-        forget_bias: float | None,
-        signed: bool,
-        recompute: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
-        super().__init__(
-            gate,
-            input_size=input_size,
-            hidden_size=hidden_size,
-            bias=bias,
-            candidate=candidate,
-            forget_bias=forget_bias,
-            signed=signed,
-        )
+    def __post_init__(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         name = type(self).__name__
-        self.num_layers = read_size(name, "num_layers", num_layers)
-        self.batch_first = read_flag(name, "batch_first", batch_first)
-        self.dropout = read_probability(name, "dropout", dropout)
-        self.bidirectional = read_flag(name, "bidirectional", bidirectional)
-        self.recompute = read_flag(name, "recompute", recompute)
+        self.num_layers = read_size(name, "num_layers", self.num_layers)
+        self.batch_first = read_flag(name, "batch_first", self.batch_first)
+        self.dropout = read_probability(name, "dropout", self.dropout)
+        self.bidirectional = read_flag(name, "bidirectional", self.bidirectional)
+        self.recompute = read_flag(name, "recompute", self.recompute)
+        super().__init__(device, dtype)
         if self.dropout > 0 and self.num_layers == 1:
             warnings.warn(
-                f"{name}: dropout={dropout} has no effect: it acts between layers, and num_layers is 1",
-                stacklevel=3,  # the line that builds the layer: past two constructors
+                f"{name}: dropout={self.dropout} has no effect: it acts between layers, and num_layers is 1",
+                stacklevel=3,  # the line that builds the layer: past __post_init__ and __init__
             )
-        for layer in range(self.num_layers):
-            columns = self.input_size if layer == 0 else self.num_directions * self.hidden_size
-            for suffix in (f"_l{layer}", f"_l{layer}_reverse")[: self.num_directions]:
-                self._add_projection(suffix, columns, device, dtype)
-        self.reset_parameters()
+
+    def _columns(self) -> dict[str, int]:
+        above = self.num_directions * self.hidden_size
+        return {
+            suffix: above if layer else self.input_size
+            for layer in range(self.num_layers)
+            for suffix in (f"_l{layer}", f"_l{layer}_reverse")[: self.num_directions]
+        }
 
     @property
     def num_directions(self) -> int:
@@ -91,41 +72,10 @@ class MinRNN(GatedModule):
     def flatten_parameters(self) -> None:
         """Do nothing; for code written for torch.nn.GRU, whose cuDNN weights must share one block."""
 
-    def forward(
-        self,
-        input: Input,
-        hx: Tensor | None = None,
-        *,
-        reset: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
+    def _run(
+        self, input: Input, hx: Tensor | None, reset: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Input, Tensor]:
-        """Run the layers over a batch of sequences.
-
-        Args:
-            input: `(T, B, input_size)`, `(B, T, input_size)` with batch_first, or `(T, input_size)`
-                unbatched. Sequences of different lengths come as a PackedSequence, as a jagged nested tensor
-                `(B, *, input_size)` whatever batch_first is, or joined end to end with `cu_seqlens`; they
-                are not padded.
-            hx: h_0, `(num_layers * num_directions, B, hidden_size)`, without B when unbatched; None is zeros.
-            reset: bool, the shape of `input` without its last axis; True where a new sequence starts. What
-                comes before that step is forgotten; in the backward direction, which meets the sequence's
-                last step first, what comes after that last step is forgotten. So no direction sees across a
-                start.
-            cu_seqlens: `(B + 1,)`, int32 or int64, rising from 0 to total: input holds B sequences end to
-                end, the i-th in steps cu_seqlens[i] to cu_seqlens[i + 1], and is `(total, input_size)` or
-                has a batch of 1 beside. Unlike with `reset`, each has a state of its own in hx and h_n.
-
-        Returns:
-            output: the last layer's states, `(T, B, num_directions * hidden_size)`, its axes ordered as those
-                of `input`, or in the form in which sequences of different lengths came.
-            h_n: as `hx`: every layer's state after each sequence's own last step (the backward direction's
-                last step is t = 0).
-
-        Raises:
-            TypeError: input or hx is not a tensor, reset is not bool, cu_seqlens is not of ints, or a nested
-                tensor is not jagged.
-            ValueError: a shape, the offsets or the dtype do not fit.
-        """
+        """Compute `MinRNN.forward`."""
         ragged = self._read_ragged(input, cu_seqlens)
         if ragged is not None:
             return self._run_ragged(ragged, hx, reset)
@@ -135,12 +85,12 @@ class MinRNN(GatedModule):
         self._check_hx(hx, self._state_shape(batch), input.dtype)
         check_reset(type(self).__name__, reset, tuple(input.shape[:-1]))
         if input.dim() == 2:
-            run = partial(_run_batch, reset=_add_batch(reset, 0), time_major=False)
-            output, h_n = self._run_layers(input.unsqueeze(0), _add_batch(hx, 1), run)
+            reset = _add_batch(reset, 0)
+            output, h_n = self._run_layers(input.unsqueeze(0), _add_batch(hx, 1), reset=reset)
             return output.squeeze(0), h_n.squeeze(1)
         if reset is not None and not self.batch_first:
             reset = reset.transpose(0, 1)
-        return self._run_layers(input, hx, partial(_run_batch, reset=reset, time_major=not self.batch_first))
+        return self._run_layers(input, hx, reset=reset, time_major=not self.batch_first)
 
     def _read_ragged(self, input: Tensor | PackedSequence, cu_seqlens: Tensor | None) -> Ragged | None:
         name, ragged = type(self).__name__, None
@@ -165,22 +115,40 @@ class MinRNN(GatedModule):
         if reset is not None:
             raise ValueError(f"{name}: reset goes with sequences of one length; mark starts by their lengths")
         self._check_hx(hx, self._state_shape((ragged.offsets.shape[0] - 1,)), rows.dtype)
-        run = partial(_run_joined, joined=Joined(ragged.offsets, rows.shape[0]))
-        output, h_n = self._run_layers(rows.unsqueeze(0), hx, run)
-        return ragged.dress(output.squeeze(0)), h_n
+        joined = Joined(ragged.offsets, rows.shape[0])
+        output, h_n = self._run_layers(rows.unsqueeze(0), hx, joined=joined)
+        return ragged.repack(output.squeeze(0)), h_n
 
-    def _run_layers(self, x: Tensor, hx: Tensor | None, run: Run) -> tuple[Tensor, Tensor]:
+    def _run_layers(
+        self,
+        x: Tensor,
+        hx: Tensor | None,
+        *,
+        reset: Tensor | None = None,
+        time_major: bool = False,
+        joined: Joined | None = None,
+    ) -> tuple[Tensor, Tensor]:
         finals: list[Tensor] = []
         for layer in range(self.num_layers):
             if layer > 0:
                 x = functional.dropout(x, self.dropout, self.training)
             outputs = []
             for direction in range(self.num_directions):
-                scan = self._scan(x, self._suffixes[len(finals)])
-                h0 = None if hx is None else hx[len(finals)]
-                h, final = run(scan, x, h0, reverse=bool(direction))
-                outputs.append(h)
-                finals.append(final)
+                h0, reverse = None if hx is None else hx[len(finals)], bool(direction)
+                h = self._project_and_scan(
+                    x,
+                    self._suffixes[len(finals)],
+                    h0=h0,
+                    reset=_first_met(reset) if reverse else reset,
+                    reverse=reverse,
+                    time_major=time_major,
+                    joined=joined,
+                )  # (B, T, D)
+                if joined is None:
+                    finals.append(h.select(1, 0 if reverse else -1))
+                else:
+                    finals.append(joined.final(h, h0, reverse=reverse))
+                outputs.append(h.transpose(0, 1) if time_major else h)
             x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         # A copy: a view would keep the whole of h alive for as long as the state.
         return x, torch.stack(finals)
@@ -198,36 +166,80 @@ class MinRNN(GatedModule):
             )
 
 
-def _run_batch(
-    scan: Callable[..., Tensor],
-    x: Tensor,
-    h0: Tensor | None,
-    *,
-    reset: Tensor | None,
-    time_major: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """Scan sequences of one length; return h in the form of x, and the state after each row's last step."""
-    if reset is not None and reverse:  # a sequence's last step comes first, so the state is forgotten there
-        reset = functional.pad(reset[:, 1:], (0, 1))
-    h = scan(x, h0=h0, reset=reset, reverse=reverse, time_major=time_major)  # (B, T, D)
-    final = h.select(1, 0 if reverse else -1)
-    return h.transpose(0, 1) if time_major else h, final
+def _first_met(reset: Tensor | None) -> Tensor | None:
+    """Move resets `(B, T)` from each sequence's first step to the step that a reversed scan meets first."""
+    return None if reset is None else functional.pad(reset[:, 1:], (0, 1))
 
 
-def _run_joined(
-    scan: Callable[..., Tensor], x: Tensor, h0: Tensor | None, *, joined: Joined, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    """Scan sequences that lie end to end; return h, and the state after each one's last step."""
-    h = scan(x, h0=h0, joined=joined, reverse=reverse)
-    return h, joined.final(h, h0, reverse=reverse)
+for _argument in ("device", "dtype"):  # arguments, not attributes, which their defaults would become
+    delattr(MinRNNBase, _argument)
+
+
+class MinRNN(MinRNNBase):
+    """Stacked layers of gated scans whose state is one tensor; a subclass names the gate."""
+
+    def forward(
+        self,
+        input: Input,
+        hx: Tensor | None = None,
+        *,
+        reset: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Input, Tensor]:
+        """Run the layers over a batch of sequences.
+
+        Args:
+            input: `(T, B, input_size)`, `(B, T, input_size)` with batch_first, or `(T, input_size)`
+                unbatched. Sequences of different lengths come as a PackedSequence, as a jagged nested tensor
+                `(B, *, input_size)` whatever batch_first is, or joined end to end with `cu_seqlens`; they
+                are not padded.
+            hx: h_0, `(num_layers * num_directions, B, hidden_size)`, without B when unbatched; None is zeros.
+            reset: bool, the shape of `input` without its last axis; True where a new sequence starts. The
+                forward direction forgets everything before that step; the backward direction, which reads
+                a sequence from its last step, forgets everything after that last step. So no information
+                crosses a start.
+            cu_seqlens: `(B + 1,)`, int32 or int64, rising from 0 to total: input holds B sequences end to
+                end, the i-th in steps cu_seqlens[i] to cu_seqlens[i + 1], and is `(total, input_size)`, with
+                or without a batch axis of 1. Unlike with `reset`, each has its own state in hx and h_n.
+
+        Returns:
+            output: the last layer's states, `(T, B, num_directions * hidden_size)`, in the layout of `input`,
+                also for sequences of different lengths.
+            h_n: as `hx`: every layer's state after the last step of each sequence (of the backward
+                direction, t = 0).
+
+        Raises:
+            TypeError: input or hx is not a tensor, reset is not bool, cu_seqlens is not integer, or a nested
+                tensor is not jagged.
+            ValueError: a shape, the offsets or the dtype do not fit.
+        """
+        return self._run(input, hx, reset, cu_seqlens)
 
 
 class MinRNNMixer(Mixer):
-    """One batch-first MinGRU or MinLSTM layer under the mixers' contract; the state is h `(B, d_hidden)`."""
+    """One batch-first layer as a mixer; the state is h `(B, d_hidden)`."""
 
     state_names = ("h",)
+    layer: ClassVar[type[MinRNN]]
+    """The layer's class; a subclass names it."""
     rnn: MinRNN
+
+    def __init__(
+        self,
+        d_model: int,
+        d_hidden: int,
+        *,
+        candidate: str = "positive",
+        forget_bias: float | None = None,
+        signed: bool = False,
+        bias: bool = True,
+    ) -> None:
+        self._build(d_model, d_hidden, candidate=candidate, forget_bias=forget_bias, signed=signed, bias=bias)
+
+    def _build(self, d_model: int, d_hidden: int, **options: Any) -> None:
+        """Construct the mixer, with the options of its layer."""
+        super().__init__(d_model, d_hidden)
+        self.rnn = self.layer(d_model, d_hidden, batch_first=True, **options)
 
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         rnn, h0 = self.rnn, None if state is None else state[0]

@@ -1,4 +1,4 @@
-"""Mamba: a selective state space, whose step size, input and read-out depend on what it reads."""
+"""Mamba: a selective state space, whose step size, input and output projections depend on the input."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ from minrnn.mixers.mixer import Mixer, PartForm, State
 from minrnn.ops import selective_scan
 
 DT_MIN, DT_MAX = 1e-3, 1e-1
-"""Step sizes at the start, spread evenly in their logarithm."""
+"""The range of the initial step sizes, which are log-uniform."""
 
 
 class MambaMixer(Mixer):
@@ -31,13 +31,13 @@ class MambaMixer(Mixer):
     b_dt such that delta starts between DT_MIN and DT_MAX. b_dt is added in float32 at least, also under
     autocast.
 
-    The state is the window of the convolution's last inputs, `(B, d_conv - 1, d_hidden)`, and h, `(B,
-    d_hidden, d_state)`, float32 at least.
+    The state is the convolution's last inputs, `(B, d_conv - 1, d_hidden)`, and h, `(B, d_hidden, d_state)`,
+    float32 at least.
 
     Args:
         d_model: channels of the input.
         d_hidden: channels of the output and of the state space.
-        d_state: N of the paper: the state's numbers for each channel.
+        d_state: N of the paper: the size of each channel's state.
         d_conv: steps that the convolution sees, the current one included.
         dt_rank: channels that step sizes are projected from; None is d_model / 16, rounded up.
 
@@ -83,7 +83,7 @@ class MambaMixer(Mixer):
             self.dt_bias.copy_(delta.expm1().log())  # softplus of it is delta
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        # In weights of earlier versions, and in Mamba's own, the bias is a part of its projection.
+        # In weights of earlier versions, and of Mamba's own code, the bias belongs to the projection.
         earlier = prefix + "dt_proj.bias"
         if earlier in state_dict and prefix + "dt_bias" not in state_dict:
             state_dict[prefix + "dt_bias"] = state_dict.pop(earlier)

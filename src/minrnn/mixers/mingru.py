@@ -1,13 +1,11 @@
-"""MinGRU: the GRU whose gate looks at the input alone, so that it trains in parallel over time."""
-
-import torch
+"""MinGRU: the GRU whose gate depends on the input alone, so that it trains in parallel over time."""
 
 from minrnn.mixers.cell import MinRNNCell
 from minrnn.mixers.layer import MinRNN, MinRNNMixer
 
 
 class MinGRU(MinRNN):
-    """Apply a multi-layer minGRU to a sequence; a drop-in for `torch.nn.GRU`.
+    """Apply a multi-layer minGRU to a sequence; a drop-in replacement for `torch.nn.GRU`.
 
         z[t] = sigmoid(W_z x[t] + b_z)
         h[t] = (1 - z[t]) * h[t-1] + z[t] * g(W_h x[t] + b_h)
@@ -16,13 +14,13 @@ class MinGRU(MinRNN):
     Constructor, shapes, unbatched input, defaults and parameter names are torch.nn.GRU's. `weight_ih_l{k}`
     holds the rows [z; candidate], `(2 * hidden_size, input_size)`; there is no `weight_hh`.
 
-    Where gradients are recorded, the output must not be changed in place, as nn.Dropout(inplace=True) behind
-    the layer would: backward reads it, and raises. (torch.nn.GRU's may be changed on the CPU.)
+    While gradients are recorded, the output must not be modified in place, for example by a following
+    nn.Dropout(inplace=True): backward reads it and would raise. (On the CPU, torch.nn.GRU's may be.)
 
     Args:
         input_size: channels of the input.
         hidden_size: channels of the state.
-        num_layers: layers, each fed the states of the one below.
+        num_layers: number of layers; each reads the states of the one below.
         bias: whether the projections have biases `bias_ih_l{k}`.
         batch_first: input and output are `(B, T, ...)` instead of `(T, B, ...)`; h_0 and h_n stay as they
             are.
@@ -30,21 +28,22 @@ class MinGRU(MinRNN):
         bidirectional: run a second scan backwards in time in each layer and join the outputs.
         candidate: g: "positive" (x + 0.5 for x >= 0, sigmoid(x) below; what the paper trains), "linear"
             (g(x) = x, the paper's plain form) or "tanh".
-        forget_bias: taken from z's bias at initialisation, in logits, so that the cell forgets slowly at
-            the start; None is 1.0, or 0 without bias. With signed=True it moves the decay as far towards +1,
-            so that the cell starts by keeping its state, not by turning it over.
-        signed: let decays lie in (-1, 1), from 1 - 2 z. With decays in (0, 1) no depth tracks parity at every
-            length; with these one channel does: at z = 1 and g = 1, h becomes 1 - h. The state is then no
-            mean of candidates, and not bounded by them: near z = 1, those of alternating sign add up.
-        recompute: keep only the input and a few states for backward, and compute the rest again there: of
-            what a layer keeps, a quarter, or half where its output is kept by what follows. A training step
-            takes about a third longer. torch.func's transforms keep everything.
-        device: where the parameters live.
+        forget_bias: subtracted from z's bias at initialization, so that the layer forgets slowly at first;
+            None is 1.0, or 0 without bias. With signed=True it moves the decay towards +1 likewise, so that
+            the layer starts by keeping its state and not by flipping its sign.
+        signed: allow decays in (-1, 1), 1 - 2 z. With decays in (0, 1) no number of layers can track parity
+            at every length; with these, one channel can: at z = 1 and g = 1, h becomes 1 - h. The state is
+            then not a mean of the candidates and not bounded by them: near z = 1, candidates of alternating
+            sign add up.
+        recompute: save only the input and a few states for backward, and recompute the rest there. The layer
+            then saves a quarter as much, or half as much where the next module saves the layer's output; a
+            training step takes about a third longer. Under torch.func's transforms everything is saved.
+        device: the parameters' device.
         dtype: the parameters' dtype.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: a size is not positive, dropout is no probability, the candidate is unknown, or a
+        ValueError: a size is not positive, dropout is not a probability, the candidate is unknown, or a
             forget_bias is given without bias.
 
     Source: "Were RNNs All We Needed?", section 3.1 and appendix B; for signed, Grazzi et al., "Unlocking
@@ -57,43 +56,11 @@ class MinGRU(MinRNN):
         (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        *,
-        candidate: str = "positive",
-        forget_bias: float | None = None,
-        signed: bool = False,
-        recompute: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            "mingru",
-            input_size=input_size,
-            hidden_size=hidden_size,
-            num_layers=num_layers,
-            bias=bias,
-            batch_first=batch_first,
-            dropout=dropout,
-            bidirectional=bidirectional,
-            candidate=candidate,
-            forget_bias=forget_bias,
-            signed=signed,
-            recompute=recompute,
-            device=device,
-            dtype=dtype,
-        )
+    gate = "mingru"
 
 
 class MinGRUCell(MinRNNCell):
-    """Apply one step of a minGRU; a drop-in for `torch.nn.GRUCell`.
+    """Apply one step of a minGRU; a drop-in replacement for `torch.nn.GRUCell`.
 
         h' = (1 - z) * h + z * g(W_h x + b_h),   z = sigmoid(W_z x + b_z)
         h' = (1 - 2 z) * h + z * g(W_h x + b_h)          with signed=True
@@ -108,7 +75,7 @@ class MinGRUCell(MinRNNCell):
         candidate: g, as in `MinGRU`.
         forget_bias: as in `MinGRU`.
         signed: as in `MinGRU`.
-        device: where the parameters live.
+        device: the parameters' device.
         dtype: the parameters' dtype.
 
     Raises:
@@ -126,33 +93,11 @@ class MinGRUCell(MinRNNCell):
         torch.Size([3, 20])
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        *,
-        candidate: str = "positive",
-        forget_bias: float | None = None,
-        signed: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            "mingru",
-            input_size=input_size,
-            hidden_size=hidden_size,
-            bias=bias,
-            candidate=candidate,
-            forget_bias=forget_bias,
-            signed=signed,
-            device=device,
-            dtype=dtype,
-        )
+    gate = "mingru"
 
 
 class MinGRUMixer(MinRNNMixer):
-    """A minGRU layer under the mixers' contract: state h `(B, d_hidden)`.
+    """A minGRU layer as a mixer; the state is h `(B, d_hidden)`.
 
     Args:
         d_model: channels of the input.
@@ -163,23 +108,4 @@ class MinGRUMixer(MinRNNMixer):
         bias: as in `MinGRU`.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        d_hidden: int,
-        *,
-        candidate: str = "positive",
-        forget_bias: float | None = None,
-        signed: bool = False,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(d_model, d_hidden)
-        self.rnn = MinGRU(
-            d_model,
-            d_hidden,
-            bias=bias,
-            batch_first=True,
-            candidate=candidate,
-            forget_bias=forget_bias,
-            signed=signed,
-        )
+    layer = MinGRU

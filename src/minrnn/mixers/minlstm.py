@@ -1,27 +1,14 @@
-"""MinLSTM: the LSTM whose gates look at the input alone, so that it trains in parallel over time."""
+"""MinLSTM: the LSTM whose gates depend on the input alone, so that it trains in parallel over time."""
 
-import torch
+from dataclasses import dataclass, field
 
-from minrnn.mixers.arguments import read_flag
 from minrnn.mixers.cell import MinRNNCell
-from minrnn.mixers.gated import GatedModule
 from minrnn.mixers.layer import MinRNN, MinRNNMixer
 
 
-class _Normalised(GatedModule):
-    """Reads from the gate's name whether it is normalised."""
-
-    @property
-    def normalize(self) -> bool:
-        """Whether the gates are made to sum to one."""
-        return self.gate != "minlstm_unnormalized"
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.normalize else ", normalize=False")
-
-
-class MinLSTM(_Normalised, MinRNN):
-    """Apply a multi-layer minLSTM to a sequence; a drop-in for `torch.nn.LSTM`, without the cell state.
+@dataclass(eq=False, repr=False)
+class MinLSTM(MinRNN):
+    """Apply a multi-layer minLSTM to a sequence; a replacement for `torch.nn.LSTM`, without the cell state.
 
         f[t] = sigmoid(W_f x[t] + b_f),   i[t] = sigmoid(W_i x[t] + b_i)
         h[t] = f'[t] * h[t-1] + i'[t] * g(W_h x[t] + b_h)
@@ -32,13 +19,13 @@ class MinLSTM(_Normalised, MinRNN):
     holds the rows [f; i; candidate], `(3 * hidden_size, input_size)`; there is no `weight_hh`. State in and
     out is h alone, not a pair.
 
-    Where gradients are recorded, the output must not be changed in place, as nn.Dropout(inplace=True) behind
-    the layer would: backward reads it, and raises. (torch.nn.LSTM's may be changed on the CPU.)
+    While gradients are recorded, the output must not be modified in place, for example by a following
+    nn.Dropout(inplace=True): backward reads it and would raise. (On the CPU, torch.nn.LSTM's may be.)
 
     Args:
         input_size: channels of the input.
         hidden_size: channels of the state.
-        num_layers: layers, each fed the states of the one below.
+        num_layers: number of layers; each reads the states of the one below.
         bias: whether the projections have biases `bias_ih_l{k}`.
         batch_first: input and output are `(B, T, ...)` instead of `(T, B, ...)`; h_0 and h_n stay as they
             are.
@@ -46,23 +33,23 @@ class MinLSTM(_Normalised, MinRNN):
         bidirectional: run a second scan backwards in time in each layer and join the outputs.
         candidate: g: "positive" (x + 0.5 for x >= 0, sigmoid(x) below; what the paper trains), "linear"
             (g(x) = x, the paper's plain form) or "tanh".
-        forget_bias: added to f's bias at initialisation, in logits, so that the cell forgets slowly at the
-            start; None is 1.0, or 0 without bias. With signed=True it moves the decay as far towards +1, so
-            that the cell starts by keeping its state, not by turning it over.
-        normalize: let the gates sum to one, which keeps the state's scale the same at every length.
-        signed: let decays lie in (-1, 1), from f' - i' = 1 - 2 i'; needs normalize. With decays in (0, 1) no
-            depth tracks parity at every length; with these one channel does: at i' = 1 and g = 1, h becomes
-            1 - h. The state is then no mean of candidates, and not bounded by them: near i' = 1, those of
-            alternating sign add up.
-        recompute: keep only the input and a few states for backward, and compute the rest again there: of
-            what a layer keeps, a fifth, or two where its output is kept by what follows. A training step
-            takes about a third longer. torch.func's transforms keep everything.
-        device: where the parameters live.
+        forget_bias: added to f's bias at initialization, so that the layer forgets slowly at first; None is
+            1.0, or 0 without bias. With signed=True it moves the decay towards +1 likewise, so that the layer
+            starts by keeping its state and not by flipping its sign.
+        signed: allow decays in (-1, 1), f' - i' = 1 - 2 i'; needs normalize. With decays in (0, 1) no number
+            of layers can track parity at every length; with these, one channel can: at i' = 1 and g = 1, h
+            becomes 1 - h. The state is then not a mean of the candidates and not bounded by them: near i' =
+            1, candidates of alternating sign add up.
+        recompute: save only the input and a few states for backward, and recompute the rest there. The layer
+            then saves a fifth as much, or two fifths where the next module saves the layer's output; a
+            training step takes about a third longer. Under torch.func's transforms everything is saved.
+        normalize: make the gates sum to one, so that the scale of the state does not depend on the length.
+        device: the parameters' device.
         dtype: the parameters' dtype.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: a size is not positive, dropout is no probability, the candidate is unknown, or a
+        ValueError: a size is not positive, dropout is not a probability, the candidate is unknown, or a
             forget_bias is given without bias, or signed is combined with normalize=False.
 
     Source: "Were RNNs All We Needed?", section 3.2 and appendix B; for signed, Grazzi et al., "Unlocking
@@ -75,44 +62,13 @@ class MinLSTM(_Normalised, MinRNN):
         (torch.Size([5, 3, 40]), torch.Size([2, 3, 20]))
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        *,
-        candidate: str = "positive",
-        forget_bias: float | None = None,
-        normalize: bool = True,
-        signed: bool = False,
-        recompute: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            _gate(type(self).__name__, normalize, signed),
-            input_size=input_size,
-            hidden_size=hidden_size,
-            num_layers=num_layers,
-            bias=bias,
-            batch_first=batch_first,
-            dropout=dropout,
-            bidirectional=bidirectional,
-            candidate=candidate,
-            forget_bias=forget_bias,
-            signed=signed,
-            recompute=recompute,
-            device=device,
-            dtype=dtype,
-        )
+    gate = "minlstm"
+    normalize: bool = field(default=True, kw_only=True)
 
 
-class MinLSTMCell(_Normalised, MinRNNCell):
-    """Apply one step of a minLSTM; a drop-in for `torch.nn.GRUCell`, as there is no cell state.
+@dataclass(eq=False, repr=False)
+class MinLSTMCell(MinRNNCell):
+    """Apply one step of a minLSTM; a drop-in replacement for `torch.nn.GRUCell`, as there is no cell state.
 
         h' = f' * h + i' * g(W_h x + b_h),   f = sigmoid(W_f x + b_f),   i = sigmoid(W_i x + b_i)
         f' = f / (f + i),   i' = i / (f + i)          f' = f,   i' = i   with normalize=False
@@ -129,7 +85,7 @@ class MinLSTMCell(_Normalised, MinRNNCell):
         forget_bias: as in `MinLSTM`.
         normalize: as in `MinLSTM`.
         signed: as in `MinLSTM`.
-        device: where the parameters live.
+        device: the parameters' device.
         dtype: the parameters' dtype.
 
     Raises:
@@ -148,34 +104,12 @@ class MinLSTMCell(_Normalised, MinRNNCell):
         torch.Size([3, 20])
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        *,
-        candidate: str = "positive",
-        forget_bias: float | None = None,
-        normalize: bool = True,
-        signed: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            _gate(type(self).__name__, normalize, signed),
-            input_size=input_size,
-            hidden_size=hidden_size,
-            bias=bias,
-            candidate=candidate,
-            forget_bias=forget_bias,
-            signed=signed,
-            device=device,
-            dtype=dtype,
-        )
+    gate = "minlstm"
+    normalize: bool = field(default=True, kw_only=True)
 
 
 class MinLSTMMixer(MinRNNMixer):
-    """A minLSTM layer under the mixers' contract: state h `(B, d_hidden)`.
+    """A minLSTM layer as a mixer; the state is h `(B, d_hidden)`.
 
     Args:
         d_model: channels of the input.
@@ -186,6 +120,8 @@ class MinLSTMMixer(MinRNNMixer):
         signed: as in `MinLSTM`.
         bias: as in `MinLSTM`.
     """
+
+    layer = MinLSTM
 
     def __init__(
         self,
@@ -198,22 +134,12 @@ class MinLSTMMixer(MinRNNMixer):
         signed: bool = False,
         bias: bool = True,
     ) -> None:
-        super().__init__(d_model, d_hidden)
-        self.rnn = MinLSTM(
+        self._build(
             d_model,
             d_hidden,
-            bias=bias,
-            batch_first=True,
             candidate=candidate,
             forget_bias=forget_bias,
             normalize=normalize,
             signed=signed,
+            bias=bias,
         )
-
-
-def _gate(name: str, normalize: bool, signed: bool) -> str:
-    normalize, signed = read_flag(name, "normalize", normalize), read_flag(name, "signed", signed)
-    if signed and not normalize:
-        # f - i lies in (-1, 1) as well, but no source defines it, and f' - i' tracks all that it could.
-        raise ValueError(f"{name}: signed must be False with normalize=False, got True; drop one of the two")
-    return "minlstm" if normalize else "minlstm_unnormalized"

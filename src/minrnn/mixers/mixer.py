@@ -1,4 +1,4 @@
-"""The contract that every mixer meets: `y, state = mixer(x, state, reset=reset)`."""
+"""The interface of every mixer: `y, state = mixer(x, state, reset=reset)`."""
 
 from typing import ClassVar
 
@@ -12,30 +12,30 @@ from minrnn.ops.transforms import in_autocast
 State = tuple[Tensor, ...]
 
 PartForm = tuple[tuple[int | None, ...], torch.dtype]
-"""What a tensor of a state is: its sizes after the batch, None where any will do; and the dtype that it is
-computed in, of which wider ones would lose something."""
+"""The form of one tensor of a state: its sizes after the batch, None where any size is allowed, and the dtype
+that it is computed in. A tensor of a wider dtype is refused, as it would be rounded."""
 
 
 class Mixer(nn.Module):
-    """A causal map over time that can be stopped and resumed anywhere.
+    """A causal sequence-to-sequence map with an explicit state.
 
         y, state = mixer(x, state)          x: (B, T, d_model) -> y: (B, T, d_hidden)
 
-    However the time axis is cut into calls, the outputs are the same as those of one call, so stepping (T =
-    1), streaming in chunks and training on whole sequences are one function. A subclass names its state, says
-    its shapes and defines `mix`.
+    The outputs do not depend on how the time axis is split into calls: stepping (T = 1), streaming and
+    training on whole sequences compute one function. A subclass sets `state_names` and defines `state_form`
+    and `mix`.
 
     Args:
         d_model: channels of the input.
         d_hidden: channels of the output.
 
     Raises:
-        TypeError: a width is no integer.
+        TypeError: a width is not an integer.
         ValueError: a width is not positive.
     """
 
     state_names: ClassVar[tuple[str, ...]]
-    """What each tensor of the state holds."""
+    """A name for each tensor of the state."""
 
     def __init__(self, d_model: int, d_hidden: int) -> None:
         super().__init__()
@@ -45,12 +45,12 @@ class Mixer(nn.Module):
     def forward(
         self, x: Tensor, state: State | None = None, *, reset: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Advance the state over x.
+        """Compute the outputs and the next state.
 
         Args:
             x: `(B, T, d_model)`, floating.
-            state: what an earlier call returned: a tuple of tensors whose first axis is B; None is the
-                empty state. Narrower dtypes than the mixer computes in are taken too; under autocast, so is
+            state: what an earlier call returned, a tuple of tensors whose first axis is B; None is the
+                empty state. Narrower dtypes than the mixer computes in are accepted; under autocast, so is
                 float32.
             reset: `(B, T)`, bool; where True, everything before step t is forgotten, the state passed in
                 included.
@@ -60,8 +60,8 @@ class Mixer(nn.Module):
 
         Raises:
             ValueError: a shape is not as above or not of this mixer's state, or T is 0.
-            TypeError: x is not a tensor, `state` is not a tuple of tensors or of a dtype of which something
-                would be lost, or `reset` is not bool.
+            TypeError: x is not a tensor, `state` is not a tuple of tensors or has a wider dtype than the
+                mixer computes in, or `reset` is not bool.
         """
         self._check_input(x, reset)
         if state is not None:
@@ -69,7 +69,7 @@ class Mixer(nn.Module):
         return self.mix(x, state, reset)
 
     def state_form(self, dtype: torch.dtype) -> tuple[PartForm, ...]:
-        """Say what each tensor of the state is, for inputs of a dtype: here, h `(B, d_hidden)`."""
+        """Return the form of the state's tensors for inputs of a dtype; by default, of h `(B, d_hidden)`."""
         return (((self.d_hidden,), torch.promote_types(dtype, torch.float32)),)
 
     def empty_state(self, batch: int, like: Tensor) -> State:
@@ -89,7 +89,7 @@ class Mixer(nn.Module):
         )
 
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
-        """Do the work of `forward`, on checked arguments."""
+        """Compute `forward` on checked arguments."""
         raise NotImplementedError(f"{type(self).__name__} must define mix")
 
     def extra_repr(self) -> str:
@@ -123,9 +123,8 @@ def read_part(what: str, part: Tensor, batch: int, form: PartForm) -> Tensor:
     """Return a tensor of a state in the dtype that it is computed in; `what` starts the messages.
 
     Raises:
-        ValueError: its first axis is not the batch, or the others are not as its form has them.
-        TypeError: something of it would be lost in that dtype; under autocast, which rounds whatever it is
-            given, float32 is taken.
+        ValueError: its first axis is not the batch, or its other sizes are not those of its form.
+        TypeError: its dtype is wider; under autocast, which rounds its inputs anyway, float32 is accepted.
     """
     shape, dtype = form
     if part.dim() == 0 or part.shape[0] != batch:
@@ -171,7 +170,7 @@ def sequence_start(reset: Tensor, carried: Tensor, offset: int) -> Tensor:
 
     Args:
         reset: `(B, T)`, bool: where a sequence starts.
-        carried: `(B,)`, int64: where the sequence that a call goes on with started.
+        carried: `(B,)`, int64: where the sequence that the call continues started.
         offset: index of the call's first step, on the axis that `carried` counts along.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The three ways in which torch holds sequences of different lengths, as rows joined end to end and back."""
+"""Sequences of different lengths: torch's three forms of them, joined end to end and repacked."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,12 +17,12 @@ class Ragged(NamedTuple):
     """`(total, C)`: every sequence's steps."""
     offsets: Tensor
     """`(N + 1,)`, int64: where each sequence starts, and the total at the end."""
-    dress: Callable[[Tensor], Any]
-    """Gives rows `(total, any)` the form in which the sequences came."""
+    repack: Callable[[Tensor], Any]
+    """Converts rows `(total, any)` to the form of the input."""
 
 
 def read_packed(packed: PackedSequence) -> Ragged:
-    """Join the sequences of a PackedSequence, in the order in which they were before it sorted them.
+    """Join the sequences of a PackedSequence, in their order before sorting.
 
     A PackedSequence holds all sequences' first steps, then all second steps, and so on; sequences that have
     ended drop out at the end of a step.
@@ -40,16 +40,16 @@ def read_packed(packed: PackedSequence) -> Ragged:
     order = first[step] + _spread(place, lengths, total)  # (total,): where each joined row lies
     back = torch.empty_like(order).scatter_(0, order, torch.arange(total, device=device))
 
-    def dress(rows: Tensor) -> PackedSequence:
+    def repack(rows: Tensor) -> PackedSequence:
         return PackedSequence(
             rows.index_select(0, back), packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices
         )
 
-    return Ragged(data.index_select(0, order), offsets, dress)
+    return Ragged(data.index_select(0, order), offsets, repack)
 
 
 def read_jagged(name: str, nested: Any, channels: int) -> Ragged:  # Tensor declares no offsets()
-    """Take the rows of a jagged nested tensor `(N, *, channels)`; `name` starts the messages.
+    """Read the rows of a jagged nested tensor `(N, *, channels)`; `name` starts the messages.
 
     Raises:
         TypeError: its layout is not torch.jagged.
@@ -63,21 +63,21 @@ def read_jagged(name: str, nested: Any, channels: int) -> Ragged:  # Tensor decl
         nested = nested.contiguous()
     offsets = nested.offsets()
 
-    def dress(rows: Tensor) -> Tensor:
-        # With the same offsets, so that the output has the input's shape to torch and may be added to it.
+    def repack(rows: Tensor) -> Tensor:
+        # With the same offsets: to torch, the output then has the input's shape and may be added to it.
         return torch.nested.nested_tensor_from_jagged(rows, offsets=offsets)
 
-    return Ragged(nested.values(), offsets.to(torch.int64), dress)
+    return Ragged(nested.values(), offsets.to(torch.int64), repack)
 
 
 def read_documents(name: str, input: Tensor, cu_seqlens: Tensor, batch_axis: int) -> Ragged:
-    """Take sequences that `cu_seqlens` finds in a tensor `(total, C)`, or one with a batch of 1 beside.
+    """Read the sequences that `cu_seqlens` marks in a tensor `(total, C)`, which may have a batch axis of 1.
 
-    The offsets are checked where they lie on the CPU; on an accelerator, to read them would be to wait.
+    The offsets are checked on the CPU only; on an accelerator, reading them would synchronize.
 
     Raises:
         TypeError: cu_seqlens is not an int32 or int64 tensor.
-        ValueError: the batch is not 1, or the offsets do not go from 0 to total without falling.
+        ValueError: the batch is not 1, or the offsets do not rise from 0 to total.
     """
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         kind = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
@@ -97,12 +97,12 @@ def read_documents(name: str, input: Tensor, cu_seqlens: Tensor, batch_axis: int
                 f"{name}: cu_seqlens must rise from 0 to the input's {total} steps, got {cu_seqlens.tolist()}"
             )
 
-    def dress(rows: Tensor) -> Tensor:
+    def repack(rows: Tensor) -> Tensor:
         return rows.unsqueeze(batch_axis) if batched else rows
 
-    return Ragged(rows, cu_seqlens.to(rows.device, torch.int64), dress)
+    return Ragged(rows, cu_seqlens.to(rows.device, torch.int64), repack)
 
 
 def _spread(values: Tensor, lengths: Tensor, total: int) -> Tensor:
-    """Give each sequence's value to each of its steps; told the total, a GPU need not be waited for."""
+    """Repeat each sequence's value for each of its steps; with the total given, a GPU is not synchronized."""
     return values.repeat_interleave(lengths, output_size=total)

@@ -37,36 +37,36 @@ FREQUENCIES: dict[str, Callable[[int], Tensor]] = {
     # S4D-LegS: the eigenvalues of HiPPO-LegS's normal part.
     "legs": _legs,
 }
-"""Im A at the start: d_state -> `(d_state / 2,)`; Re A starts at -1/2 in each (section 4 of the paper)."""
+"""The initial Im A: d_state -> `(d_state / 2,)`; the initial Re A is -1/2 (section 4 of the paper)."""
 
 
 class S4DMixer(Mixer):
-    """A diagonal complex state space for each channel, then the source layer's activation and mixing.
+    """A diagonal complex state space for each channel, followed by the paper's activation and mixing layer.
 
         h[t] = exp(dt A) h[t-1] + (exp(dt A) - 1) / A x[t]      (d_state / 2 complex numbers a channel)
         u[t] = 2 Re <C, h[t]> + D x[t]
         y[t] = GLU(W gelu(u[t]) + b)                            (d_model -> 2 d_hidden -> d_hidden)
 
     The states are the halves of conjugate pairs. A = -exp(log_decay) + i frequency and dt = exp(log_dt) are
-    learned for each channel; the discretisation is the zero-order hold; B is 1, because only B * C matters.
-    The state space has d_model channels: it widens each by d_state itself, and d_hidden widens the mixing
-    alone, which is where the source's layer ends. The way back to d_model is the block's.
+    learned for each channel; they are discretized by the zero-order hold; B is 1, because only B * C matters.
+    The state space has d_model channels with d_state numbers each; d_hidden is the width of the mixing layer
+    only, with which the source's layer ends. The projection back to d_model is the block's.
 
-    A call of one step is the recurrence. A longer one is a convolution, by FFT, with the kernel of the
-    response to a pulse, plus the response to the state carried in; sequences that a reset begins are
-    convolved by themselves. Nothing of size T * d_state is made for a channel: powers of exp(dt A) are
-    products of two short tables, and sums over them are matrix products. The tables and each step are
-    computed in float64: the phase of the t-th power is t times as wrong as that of the first. Like every
-    convolution by FFT, it spreads rounding errors, and what is not finite, over a whole sequence.
+    A call of one step computes the recurrence. A longer one computes a convolution, by FFT, with the impulse
+    response, plus the response to the initial state; sequences that start at a reset are convolved
+    separately. No tensor of size T * d_state is made for a channel: powers of exp(dt A) are products of two
+    short tables, and sums over them are matrix products. The tables and each step are computed in float64,
+    because the phase error of the t-th power is t times that of the first. As with every convolution by FFT,
+    rounding errors, and values that are not finite, spread over the whole sequence.
 
     The state is h `(B, d_model, d_state / 2, 2)`: real and imaginary parts, float32 at least.
 
     Args:
         d_model: channels of the input and of the state space.
         d_hidden: channels of the output.
-        d_state: N of the paper: the state's real numbers for each channel; even.
-        initialization: where A starts: "lin" (S4D-Lin), "inv" (S4D-Inv) or "legs" (S4D-LegS).
-        dt_min, dt_max: the steps dt start between these, evenly in their logarithm.
+        d_state: N of the paper: real numbers in each channel's state; even.
+        initialization: of A: "lin" (S4D-Lin), "inv" (S4D-Inv) or "legs" (S4D-LegS).
+        dt_min, dt_max: the range of the initial step sizes dt, which are log-uniform.
         bias: whether the mixing has a bias.
 
     Raises:
@@ -111,11 +111,11 @@ class S4DMixer(Mixer):
         return (((self.d_model, self.d_state // 2, 2), torch.promote_types(dtype, torch.float32)),)
 
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
-        if x.shape[0] == 0:  # torch has no FFT of no rows: one of zeros goes through, and is cut off
+        if x.shape[0] == 0:  # torch has no FFT of an empty batch: add a row of zeros
             y, (h,) = self.mix(*_with_a_row(x, state, reset))
             return y[:0], (h[:0],)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with without_autocast(x):  # it would multiply kernels in 16 bits
+        with without_autocast(x):  # it would compute kernels in 16 bits
             h0 = None if state is None else torch.view_as_complex(state[0].to(dtype).contiguous())
             run = self._step if x.shape[1] == 1 else self._convolve
             u, h = run(x.to(dtype), h0, reset)
@@ -123,36 +123,36 @@ class S4DMixer(Mixer):
         return functional.glu(self.output(functional.gelu(u)), dim=-1), (torch.view_as_real(h).to(dtype),)
 
     def _discretize(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dt A, the factor of the input, and C; each `(d_model, d_state / 2)`, complex128."""
+        """Return dt A, the discretized B, and C; each `(d_model, d_state / 2)`, complex128."""
         A = torch.complex(-self.log_decay.double().exp(), self.frequency.double())
         rate = self.log_dt.double().exp().unsqueeze(1) * A
         return rate, torch.expm1(rate) / A, torch.view_as_complex(self.C.double())
 
     def _step(self, x: Tensor, h0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """Advance the state h0 `(B, d_model, d_state / 2)` by the recurrence; x is `(B, 1, d_model)`."""
-        rate, drive, C = self._discretize()
-        h = drive * x[:, 0].unsqueeze(-1)
+        rate, B_bar, C = self._discretize()
+        h = B_bar * x[:, 0].unsqueeze(-1)
         if h0 is not None:
             h = h + rate.exp() * (h0 if reset is None else h0.masked_fill(reset.unsqueeze(-1), 0))
         u = 2 * (C * h).sum(-1).real
         return u.unsqueeze(1).to(x.dtype), h
 
     def _convolve(self, x: Tensor, h0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Do what repeated `_step` does to x `(B, T, d_model)`, by convolution."""
+        """Compute repeated steps over x `(B, T, d_model)` by convolution."""
         response = _Response(*self._discretize(), length=x.shape[1], dtype=x.dtype)
         x = x.permute(2, 0, 1).contiguous()  # (d_model, B, T): an FFT along an inner axis takes twice as long
         h0 = None if h0 is None else h0.transpose(0, 1)
         if reset is None:
-            u, ringing = convolve(x, response.to_pulse()), h0
+            u, carried = convolve(x, response.to_impulse()), h0
         else:
-            u = convolve_sequences(x, response.to_pulse(), reset)
+            u = convolve_sequences(x, response.to_impulse(), reset)
             number = reset.cumsum(dim=1)  # (B, T): of each step's sequence; 0 is the one carried in
             x = x.masked_fill(number < number[:, -1:], 0)
-            ringing = None if h0 is None else h0.masked_fill(number[:, -1:] > 0, 0)
+            carried = None if h0 is None else h0.masked_fill(number[:, -1:] > 0, 0)
         if h0 is not None:
-            ring = response.to_state(h0)
-            u = u + (ring if reset is None else ring.masked_fill(number > 0, 0))
-        h = response.last_state(x, ringing)
+            free = response.to_state(h0)
+            u = u + (free if reset is None else free.masked_fill(number > 0, 0))
+        h = response.last_state(x, carried)
         return u.permute(1, 2, 0), h.transpose(0, 1).contiguous()
 
 
@@ -170,19 +170,19 @@ def _with_a_row(
 
 
 class _Response:
-    """How the state space of every channel answers a pulse, a state and an input, over `length` steps.
+    """The response of every channel's state space to an impulse, a state and an input, over `length` steps.
 
-    The t-th power of exp(rate), t = q * chunk + r, is outer[q] * inner[r]. A chunk is at least as long as the
-    state, so that a state for each chunk takes no more memory than the input.
+    The t-th power of exp(rate), t = q * chunk + r, is outer[q] * inner[r]. A chunk has at least as many steps
+    as the state has numbers, so that a state for each chunk takes no more memory than the input.
 
     Args:
-        rate, drive, C: see `S4DMixer._discretize`.
+        rate, B_bar, C: see `S4DMixer._discretize`.
         length: T.
         dtype: of inputs and results.
     """
 
-    def __init__(self, rate: Tensor, drive: Tensor, C: Tensor, *, length: int, dtype: torch.dtype) -> None:
-        self.rate, self.drive, self.C, self.length, self.dtype = rate, drive, C, length, dtype
+    def __init__(self, rate: Tensor, B_bar: Tensor, C: Tensor, *, length: int, dtype: torch.dtype) -> None:
+        self.rate, self.B_bar, self.C, self.length, self.dtype = rate, B_bar, C, length, dtype
         self.varies = may_vary(length)
         self.chunk = 2 * rate.shape[1]
         if self.varies:
@@ -195,39 +195,39 @@ class _Response:
         self.inner = _real(_powers(rate, self.chunk), dtype)  # (D, chunk, N)
         self.outer = _powers(rate * self.chunk, self.num_chunks)  # (D, num_chunks, N / 2)
 
-    def to_pulse(self) -> Tensor:
-        """The convolution's kernel, `(D, T)`: 2 Re <C, exp(rate t) drive>."""
-        factor = 2 * (self.C * self.drive).unsqueeze(1) * self.outer
+    def to_impulse(self) -> Tensor:
+        """The convolution's kernel, `(D, T)`: 2 Re <C, exp(rate t) B_bar>."""
+        factor = 2 * (self.C * self.B_bar).unsqueeze(1) * self.outer
         return self._cut((_real(factor.conj(), self.dtype) @ self.inner.mT).flatten(1))
 
     def to_state(self, h0: Tensor) -> Tensor:
-        """The output that a state h0 `(D, B, N / 2)` rings out with: 2 Re <C, exp(rate (t + 1)) h0>."""
+        """The output from a state h0 `(D, B, N / 2)` without input: 2 Re <C, exp(rate (t + 1)) h0>."""
         D, B, _ = h0.shape
         factor = (2 * self.C * self.rate.exp()).unsqueeze(1) * self.outer
         chunks = h0.unsqueeze(2) * factor.unsqueeze(1).to(h0.dtype)  # (D, B, num_chunks, N / 2)
-        ring = _real(chunks.conj(), self.dtype).flatten(1, 2) @ self.inner.mT
-        return self._cut(ring.reshape(D, B, self.num_chunks * self.chunk))
+        free = _real(chunks.conj(), self.dtype).flatten(1, 2) @ self.inner.mT
+        return self._cut(free.reshape(D, B, self.num_chunks * self.chunk))
 
     def last_state(self, x: Tensor, h0: Tensor | None) -> Tensor:
-        """The state after x `(D, B, T)`: sum_t exp(rate (T - 1 - t)) drive x[t] + exp(rate T) h0."""
+        """The state after x `(D, B, T)`: sum_t exp(rate (T - 1 - t)) B_bar x[t] + exp(rate T) h0."""
         D, B, T = x.shape
         padded = self._pad(x)
         ends = padded.reshape(D, B * self.num_chunks, self.chunk) @ self.inner.flip(1)
         ends = torch.view_as_complex(ends.reshape(D, B, self.num_chunks, self.rate.shape[1], 2))
-        weights = (self.outer.flip(1) * self.drive.unsqueeze(1)).to(ends.dtype)
+        weights = (self.outer.flip(1) * self.B_bar.unsqueeze(1)).to(ends.dtype)
         h = (ends * weights.unsqueeze(1)).sum(2)
         return h if h0 is None else h + (self.rate * T).exp().unsqueeze(1).to(h0.dtype) * h0
 
-    # Compilers know no more of the chunks' length than that it has to do with T: by index, they need not ask.
+    # A compiler cannot relate the chunks' total to T; selecting by index needs no such relation.
 
     def _cut(self, x: Tensor) -> Tensor:
-        """The first `length` steps of x, which has those of all chunks."""
+        """The first `length` steps of x, which has all chunks."""
         if self.varies:
             return x.index_select(-1, torch.arange(self.length, device=x.device))
         return x[..., : self.length]
 
     def _pad(self, x: Tensor) -> Tensor:
-        """x with zeros before it, to the steps of all chunks."""
+        """x padded with zeros at the start, to all chunks."""
         total = self.num_chunks * self.chunk
         if self.varies:
             place = torch.arange(self.length, device=x.device) + (total - self.length)
@@ -257,7 +257,7 @@ def convolve(x: Tensor, kernel: Tensor) -> Tensor:
         y, `(D, B, T)`.
     """
     T = x.shape[-1]
-    wanted = 2 * T - 1  # shorter, and the end would wrap around onto the start
+    wanted = 2 * T - 1  # with less, the end would wrap around to the start
     unit = 1
     while not may_vary(T) and 8 * unit < wanted:
         unit *= 2
@@ -267,7 +267,7 @@ def convolve(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 def convolve_sequences(x: Tensor, kernel: Tensor, reset: Tensor) -> Tensor:
-    """Convolve each sequence of every row by itself, as `convolve` would.
+    """Convolve each sequence of every row separately, as `convolve` would.
 
     Sequences are padded to the longest of those whose lengths round up to the same power of two, so that
     there are at most 1 + log2(T) convolutions, and less than twice the steps.

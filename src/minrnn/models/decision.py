@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minrnn.files import convert, shown
+from minrnn.files import check_types, convert, require
 from minrnn.mixers.mixer import check_reset
 from minrnn.models.dropout import Dropout
 from minrnn.models.sequence import (
@@ -23,7 +23,6 @@ from minrnn.models.sequence import (
     ModelConfig,
     ModelState,
     check_state,
-    check_types,
     make_blocks,
     make_norm,
     run_blocks,
@@ -95,23 +94,19 @@ class DecisionConfig:
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("observation_size", "action_size"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
+            require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("window", "max_steps"):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
+            require(self, name, getattr(self, name) >= 0, "0 or more")
         for name, most in LARGEST.items():
-            self._require(name, getattr(self, name) <= most, f"at most {most}")
-        self._require("tokens", self.tokens in TOKENS, f"one of {', '.join(TOKENS)}")
-        self._require("return_scale", 0 < self.return_scale < math.inf, "positive and finite")
+            require(self, name, getattr(self, name) <= most, f"at most {most}")
+        require(self, "tokens", self.tokens in TOKENS, f"one of {', '.join(TOKENS)}")
+        require(self, "return_scale", 0 < self.return_scale < math.inf, "positive and finite")
         finite = self.target_return is None or math.isfinite(self.target_return)
-        self._require("target_return", finite, "finite")
+        require(self, "target_return", finite, "finite")
         if self.trunk.tie_embeddings:
             raise ValueError(
                 "DecisionConfig: trunk.tie_embeddings must be off, as there are no tokens to embed"
             )
-
-    def _require(self, name: str, condition: bool, what: str) -> None:
-        if not condition:
-            raise ValueError(f"DecisionConfig: {name} must be {what}, got {shown(getattr(self, name))}")
 
     @property
     def conditioned(self) -> bool:

@@ -242,7 +242,7 @@ class _Translation:
     """Reads a model, part by part, into the engine's step. Parts are named by their paths in the model."""
 
     def __init__(self, model: nn.Module, width: int, engine: ModuleType) -> None:
-        self.width, self.step = width, engine.FusedStep(width)
+        self.width, self.step = width, engine.compiled.decode.FusedStep(width)
         self._model, self._engine = model, engine
         self._tensors: list[Tensor] = []
         self._check_plain("the model", model)
@@ -335,24 +335,22 @@ class _Translation:
             )
         if mixer.d_model != self.width:
             raise NotFusableError(f"{path}.mixer is of {mixer.d_model} channels, not {self.width}")
-        gate, candidate, num_pre = self._gate(f"{path}.mixer.rnn", rnn)
+        mode, num_pre = self._mode(f"{path}.mixer.rnn", rnn)
         D = mixer.d_hidden
         up = self.tensor(f"{path}.mixer.rnn.weight_ih_l0", num_pre * D, self.width)
         bias = self._optional(f"{path}.mixer.rnn.bias_ih_l0", num_pre * D) if rnn.bias else None
         down = self.linear(f"{path}.down", self.width, D)
         norm, (taps, conv) = self.norm(f"{path}.mixer_norm"), self._convolution(f"{path}.conv")
-        self.step.add_branch(
-            norm, taps, conv, num_pre * D, D, (up, bias), down, gate, candidate, num_pre, 0, residual
-        )
+        self.step.add_branch(norm, taps, conv, num_pre * D, D, (up, bias), down, mode, num_pre, 0, residual)
         return taps - 1 if taps else None, D
 
-    def _gate(self, path: str, rnn: MinGRU | MinLSTM) -> tuple[int, int, int]:
-        """Return the engine's codes of the gate and its candidate, and the gate's pre-activations."""
-        gate = self._engine.GATE_CODES.get((rnn.gate, rnn.signed))
+    def _mode(self, path: str, rnn: MinGRU | MinLSTM) -> tuple[tuple[int, int, bool], int]:
+        """Return the engine's codes of the gate and its candidate, signed, and the gate's pre-activations."""
+        gate = self._engine.GATE_CODES.get(rnn.gate)
         candidate = self._engine.CANDIDATE_CODES.get(rnn.candidate)
-        if gate is None or candidate is None:
+        if gate is None or candidate is None or rnn.signed not in (False, GATES[rnn.gate].can_be_signed):
             raise NotFusableError(f"{path} has an unknown gate or candidate")
-        return gate, candidate, GATES[rnn.gate].num_pre
+        return (gate, candidate, rnn.signed), GATES[rnn.gate].num_pre
 
     def _convolution(self, path: str) -> tuple[int, Weights]:
         """Return a convolution's width, 0 where there is none, and its weights."""
@@ -374,7 +372,7 @@ class _Translation:
         inner, num_inputs = down[0].shape[1], 2 if mlp.activation in GATED else 1
         up = self.linear(f"{path}.mlp.up", num_inputs * inner, self.width)
         norm, no_conv = self.norm(f"{path}.mlp_norm"), (0, (None, None))
-        no_gate, activation = (-1, 0, num_inputs), _ACTIVATIONS[mlp.activation]
+        no_gate, activation = ((-1, 0, False), num_inputs), _ACTIVATIONS[mlp.activation]
         self.step.add_branch(
             norm, *no_conv, num_inputs * inner, inner, up, down, *no_gate, activation, residual
         )

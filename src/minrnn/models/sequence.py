@@ -5,15 +5,14 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from inspect import signature
-from typing import Any, Self, get_args, get_type_hints
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minrnn.files import convert, shown
+from minrnn.files import check_types, convert, require
 from minrnn.mixers import MIXERS
-from minrnn.mixers.arguments import as_python
 from minrnn.mixers.calls import runs
 from minrnn.mixers.convolution import CausalConv
 from minrnn.mixers.mixer import check_reset
@@ -99,19 +98,19 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("vocab_size", "d_model", "num_layers", "expansion"):
-            self._require(name, 0 < getattr(self, name) < math.inf, "positive")
+            require(self, name, 0 < getattr(self, name) < math.inf, "positive")
         for name in ("conv_width", "mlp_ratio"):
-            self._require(name, 0 <= getattr(self, name) < math.inf, "0 (none) or positive")
+            require(self, name, 0 <= getattr(self, name) < math.inf, "0 (none) or positive")
         for name, most in LARGEST.items():
-            self._require(name, (getattr(self, name) or 0) <= most, f"at most {most}")
-        self._require("dropout", 0 <= self.dropout < 1, "a probability in [0, 1)")
+            require(self, name, (getattr(self, name) or 0) <= most, f"at most {most}")
+        require(self, "dropout", 0 <= self.dropout < 1, "a probability in [0, 1)")
         names: dict[str, Collection[str]] = {
             "mixer": MIXERS,
             "mlp_activation": ACTIVATIONS,
             "norm": NORMS,
         }
         for name, known in names.items():
-            self._require(name, getattr(self, name) in known, f"one of {', '.join(known)}")
+            require(self, name, getattr(self, name) in known, f"one of {', '.join(known)}")
         self._check_mixer_options()
 
     def _check_mixer_options(self) -> None:
@@ -122,10 +121,6 @@ class ModelConfig:
                     f"ModelConfig: mixer {self.mixer!r} has no option {option!r}; unset it "
                     f"or use a mixer that has it ({', '.join(having)})"
                 )
-
-    def _require(self, name: str, condition: bool, what: str) -> None:
-        if not condition:
-            raise ValueError(f"ModelConfig: {name} must be {what}, got {shown(getattr(self, name))}")
 
     @property
     def d_hidden(self) -> int:
@@ -154,21 +149,6 @@ class ModelConfig:
             ValueError: a key is no field (the message names the nearest), or a value is not what it must be.
         """
         return convert(values, cls)
-
-
-def check_types(config: Any) -> None:
-    """Raise TypeError unless every field of a dataclass is of its type; the class starts the message.
-
-    Numbers and flags of numpy's become Python's, which can be written to files.
-    """
-    for name, kind in get_type_hints(type(config)).items():
-        value, allowed = as_python(getattr(config, name)), {kind, *get_args(kind)}
-        object.__setattr__(config, name, value)  # configurations are frozen, for all others
-        if float in allowed:
-            allowed.add(int)  # 1 is a good way to write 1.0
-        if type(value) not in allowed:
-            wanted = getattr(kind, "__name__", kind)
-            raise TypeError(f"{type(config).__name__}: {name} must be {wanted}, got {shown(value)}")
 
 
 class SequenceModel(nn.Module):

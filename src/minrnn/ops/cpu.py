@@ -1,8 +1,8 @@
-"""The compiled engine for the CPU: csrc/ behind a wrapper that hands it tensors as it reads them.
+"""The compiled engine for the CPU: a wrapper around csrc/, which reads tensors in place.
 
-What the extension relies on is made sure of here: dtype, device, shape (checked by recurrence.py), contiguous
+This module ensures what the extension relies on: dtype, device, shape (checked by recurrence.py), contiguous
 channels, no lazily negated views, and outputs that live until it returns. That tensors have memory of their
-extent it sees to itself (csrc/tensor.h).
+extent is checked in the extension (csrc/tensor.h).
 """
 
 from __future__ import annotations
@@ -15,33 +15,32 @@ from minrnn.ops.memory import take
 from minrnn.ops.reference import contiguous_channels, initial_state, output_like, output_strides, state_dtype
 
 try:
-    import minrnn.ops._cpu as _cpu
+    import minrnn.ops._cpu as compiled
 except ModuleNotFoundError as error:
     raise ImportError(
         "it was not compiled when minrnn was installed, for want of a working C++ compiler; install one and "
         "reinstall minrnn (pip install --verbose shows what fails)"
     ) from error
 
-__all__ = ["CANDIDATE_CODES", "GATE_CODES", "ISA", "FusedStep", "backward", "forward", "new_output"]
+__all__ = ["CANDIDATE_CODES", "GATE_CODES", "ISA", "backward", "compiled", "forward", "new_output"]
 
-ISA: str = _cpu.isa
-"""The instruction set that this processor was given: avx512_bf16, avx512, avx2 or baseline."""
+ISA: str = compiled.isa
+"""The instruction set that was chosen for this processor: avx512_bf16, avx512, avx2 or baseline."""
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as in bind.cpp
-GATE_CODES = {  # by gate and signed
-    ("identity", False): 0,
-    ("mingru", False): 1,
-    ("minlstm", False): 2,
-    ("minlstm_unnormalized", False): 3,
-    ("mingru", True): 4,
-    ("minlstm", True): 5,
-}
-CANDIDATE_CODES = {name: code for code, name in enumerate(("positive", "linear", "tanh"))}
-assert {gate for gate, _ in GATE_CODES} == GATES.keys(), "csrc/rows.h and gates.py must hold the same gates"
-assert CANDIDATE_CODES.keys() == CANDIDATES.keys(), "csrc/rows.h and gates.py must hold the same candidates"
+_scan = compiled.scan
+GATE_CODES = {name: code for code, name in enumerate(_scan.gates)}
+CANDIDATE_CODES = {name: code for code, name in enumerate(_scan.candidates)}
+_DTYPE_CODES = {getattr(torch, name): code for code, name in enumerate(_scan.dtypes)}
+assert _scan.gates == {name: (gate.num_pre, gate.can_be_signed) for name, gate in GATES.items()}, (
+    f"csrc/rows.h and gates.py must hold the same gates, got {_scan.gates} and {list(GATES)}: rebuild minrnn"
+)
+assert {*_scan.candidates} == CANDIDATES.keys(), (
+    f"csrc/rows.h and gates.py must hold the same candidates, got {_scan.candidates} and {list(CANDIDATES)}: "
+    "rebuild minrnn"
+)
 
-FusedStep = _cpu.FusedStep
-"""A model's step (csrc/decode.h): models/fused_step.py builds it and checks its tensors."""
+_Start = tuple[Tensor | None, Tensor | None]
+_Call = tuple[int, int, int, bool, bool, int, tuple[int, int, int], list[Tensor], _Start]
 
 _LARGE = 4 << 20  # bytes: below this the system's allocator keeps what is freed
 
@@ -61,7 +60,7 @@ def forward(
     h = new_output(pre[0], D)
     h0 = initial_state(h0, h.dtype)
     reset = None if reset is None else reset.resolve_neg()
-    _cpu.forward(*_call(pre, h0, reset, gate, candidate, signed, reverse, D), h)
+    _scan.forward(*_call(pre, h0, reset, gate, candidate, signed, reverse, D), h)
     return h
 
 
@@ -82,7 +81,7 @@ def backward(
     dpre = [new_output(x, x.shape[2]) for x in pre]
     h0 = initial_state(h0, h.dtype)
     dh0 = h.new_empty(B, D, dtype=state_dtype(h.dtype))
-    _cpu.backward(
+    _scan.backward(
         *_call(pre, h0, reset, gate, candidate, signed, reverse, D),
         dh,
         h,
@@ -101,15 +100,15 @@ def _call(
     signed: bool,
     reverse: bool,
     D: int,
-) -> tuple[object, ...]:
+) -> _Call:
     B, T = pre[0].shape[:2]
     return (
-        _DTYPES[pre[0].dtype],
-        GATE_CODES[gate, signed],
+        _DTYPE_CODES[pre[0].dtype],
+        GATE_CODES[gate],
         CANDIDATE_CODES[candidate],
-        GATES[gate].num_pre,
-        torch.get_num_threads(),
+        signed,
         reverse,
+        torch.get_num_threads(),
         (B, T, D),
         pre,
         (h0, reset),
@@ -120,7 +119,7 @@ def new_output(like: Tensor, D: int) -> Tensor:
     """As `reference.output_like`, from memory that is kept for the next output where it is large."""
     B, T = like.shape[:2]
     nbytes = B * T * D * like.element_size()
-    storage = take(nbytes, _cpu.prefer_huge_pages) if nbytes >= _LARGE else None
+    storage = take(nbytes, compiled.prefer_huge_pages) if nbytes >= _LARGE else None
     if storage is None:
         return output_like(like, D)
     return like.new_empty(0).set_(storage, 0, (B, T, D), output_strides(like, D))

@@ -49,7 +49,7 @@ class GatedScan(Operator):
     backward_schema = f"(Tensor dh, Tensor[] pre, Tensor h, Tensor? h0, Tensor? reset, {_MODE}) -> Tensor[]"
     modules = MODULES
 
-    def pack(self, tensors: Tensors, mode: Mode, *, record: bool) -> tuple[Any, ...]:
+    def pack(self, tensors: Tensors, mode: Mode, record: bool) -> tuple[Any, ...]:
         *pre, h0, reset = tensors
         return pre, h0, reset, *mode
 

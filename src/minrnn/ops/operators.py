@@ -18,7 +18,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 
 from minrnn.ops.registry import Functions, implementations, register
 from minrnn.ops.torch_private import (
@@ -30,6 +29,10 @@ from minrnn.ops.torch_private import (
     old_vmap_level,
     remove_batch_dim,
     set_forward_mode,
+    tree_flatten,
+    tree_map,
+    tree_map_only,
+    tree_unflatten,
 )
 from minrnn.ops.transforms import (
     have_tangents,
@@ -84,7 +87,7 @@ class Operator(ABC):
     # -- What a subclass declares
 
     @abstractmethod
-    def pack(self, tensors: Tensors, mode: Any, *, record: bool) -> tuple[Any, ...]:
+    def pack(self, tensors: Tensors, mode: Any, record: bool) -> tuple[Any, ...]:
         """Return the arguments of forward; `record`: whether backward will be called."""
 
     @abstractmethod
@@ -130,10 +133,10 @@ class Operator(ABC):
     def __call__(self, tensors: Tensors, mode: Any) -> Any:
         """Compute the outputs, differentiably."""
         if is_traced() or is_transformed():
-            return self.forward_op(*self.pack(tensors, mode, record=False))
+            return self.forward_op(*self.pack(tensors, mode, False))
         if needs_gradients(*tensors):
             return self._recorded.apply(mode, *tensors)
-        return self.compute(self.pack(tensors, mode, record=False))
+        return self.compute(self.pack(tensors, mode, False))
 
     def compute(self, arguments: tuple[Any, ...]) -> Any:
         """Call forward without autograd, whose check for gradients would take a quarter of a single step."""
@@ -154,7 +157,10 @@ class Operator(ABC):
             found = self.backward_op(*self.pack_backward(gradients, kept, tensors, mode))
         else:
             found = self.differentiate(gradients, kept, tensors, mode)
-        return [*(None if x is None else d.to(x.dtype) for x, d in zip(tensors, found, strict=False)), None]
+        of_inputs: list[Tensor | None] = []
+        for x, d in zip(tensors, found, strict=False):  # converted by a call only where there is need
+            of_inputs.append(None if x is None else d if d.dtype is x.dtype else d.to(x.dtype))
+        return [*of_inputs, None]
 
     # -- Implementations of the registered operators
 
@@ -198,7 +204,7 @@ class Operator(ABC):
         if have_tangents(*tensors):
             primals, tangents = separate(tensors[:-1])
             primals.append(tensors[-1])
-            outputs = self.forward_op(*self.pack(primals, mode, record=False))
+            outputs = self.forward_op(*self.pack(primals, mode, False))
             if isinstance(outputs, Tensor):
                 return join(outputs, *self.tangents(tangents, outputs, primals, mode))
             found = self.tangents(tangents, outputs[-1], primals, mode)
@@ -220,7 +226,7 @@ class Operator(ABC):
         if any(dims[index] is not None for index in self.shared):
             return _one_by_one(self.forward_op, info, in_dims, arguments)
         folded = _fold(info, tensors, dims, self.shared)
-        return _unfold(info, self.forward_op(*self.pack(folded, mode, record=False)))
+        return _unfold(info, self.forward_op(*self.pack(folded, mode, False)))
 
     def _batched_backward(self, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         """Backward, for torch.func.vmap: many gradients at once."""
@@ -240,7 +246,7 @@ def _recorded(operator: Operator) -> type[Any]:
     class Recorded(SingleLevelFunction):
         @staticmethod
         def forward(ctx: Any, mode: Any, *tensors: Any) -> Any:
-            outputs = operator.compute(operator.pack(tensors, mode, record=True))
+            outputs = operator.compute(operator.pack(tensors, mode, True))
             kept = outputs
             if not isinstance(outputs, Tensor):
                 kept = outputs[-1]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from minrnn.files import nearest
 from minrnn.ops.gated import GATED_SCAN, Mode, linear_scan
 from minrnn.ops.gates import CANDIDATES, GATES
 
@@ -136,9 +136,9 @@ def gated_scan(
 
 
 def _unknown(what: str, name: str, table: dict[str, Any]) -> ValueError:
-    near = get_close_matches(str(name), table, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"gated_scan: {what} must be one of {', '.join(table)}, got {name!r}{hint}")
+    return ValueError(
+        f"gated_scan: {what} must be one of {', '.join(table)}, got {name!r}{nearest(str(name), table)}"
+    )
 
 
 def _check(

@@ -11,12 +11,13 @@ import importlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
+
+from minrnn.files import nearest
 
 __all__ = [
     "ENGINES",
@@ -48,7 +49,7 @@ class Engine:
 # name: (module, device type, key of torch's dispatcher)
 ENGINES: dict[str, tuple[str, str, str]] = {
     "cpp": ("minrnn.ops.cpu", "cpu", "CPU"),
-    "triton": ("minrnn.ops.triton", "cuda", "CUDA"),
+    "triton": ("minrnn.ops.triton.engine", "cuda", "CUDA"),
     "reference": ("minrnn.ops.reference", "any", "CompositeExplicitAutograd"),
 }
 
@@ -61,9 +62,9 @@ def forced() -> str | None:
     """
     name = os.environ.get("MINRNN_ENGINE", "")
     if name and name not in ENGINES:
-        near = get_close_matches(name, ENGINES, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"MINRNN_ENGINE must be one of {', '.join(ENGINES)}, got {name!r}{hint}")
+        raise ValueError(
+            f"MINRNN_ENGINE must be one of {', '.join(ENGINES)}, got {name!r}{nearest(name, ENGINES)}"
+        )
     return name or None
 
 

@@ -5,16 +5,21 @@ tests/test_torch_private.py checks that each is there, so that a new torch that 
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 
 __all__ = [
     "SingleLevelFunction",
     "add_batch_dim",
+    "associative_scan",
     "below_autograd",
     "enable_single_level_autograd_function",
     "forward_mode_is_active",
@@ -27,6 +32,10 @@ __all__ = [
     "remove_batch_dim",
     "set_forward_mode",
     "storage_use_count",
+    "tree_flatten",
+    "tree_map",
+    "tree_map_only",
+    "tree_unflatten",
 ]
 
 SingleLevelFunction = _SingleLevelFunction
@@ -76,3 +85,8 @@ def old_vmap_level() -> int:
 def storage_use_count(storage: torch.UntypedStorage) -> int:
     """Return how many tensors and Python objects hold a storage."""
     return torch._C._storage_Use_Count(storage._cdata)
+
+
+def associative_scan() -> Any:
+    """Import torch's prototype of an associative scan, which takes a second."""
+    return import_module("torch._higher_order_ops").associative_scan

@@ -35,7 +35,11 @@ __all__ = [
 
 def needs_gradients(*tensors: Tensor | None) -> bool:
     """Whether autograd records what is computed from these tensors."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:  # any() takes five times as long, a noticeable part of a single step
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def in_autocast(x: Tensor) -> bool:

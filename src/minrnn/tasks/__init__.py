@@ -1,46 +1,23 @@
 """What to learn: the table TASKS, and each task's configuration and batches."""
 
-from collections.abc import Callable
-
-from minrnn.tasks.decisions import DecisionsConfig, DecisionsTask
-from minrnn.tasks.formal_languages import LANGUAGES, FormalLanguageConfig, FormalLanguageTask
-from minrnn.tasks.labelled import LabelledTask
-from minrnn.tasks.listops import ListOpsConfig, ListOpsTask
-from minrnn.tasks.selective_copying import SelectiveCopyingConfig, SelectiveCopyingTask
-from minrnn.tasks.task import IGNORED, Batch, Task, TokenTask
-from minrnn.tasks.text import TextConfig, TextTask
-from minrnn.tasks.vocabulary import VOCABULARIES, Vocabulary
-
-TaskConfig = TextConfig | SelectiveCopyingConfig | FormalLanguageConfig | ListOpsConfig | DecisionsConfig
-
-TASKS: dict[str, Callable[..., Task]] = {
-    TextConfig.task: TextTask,
-    SelectiveCopyingConfig.task: SelectiveCopyingTask,
-    FormalLanguageConfig.task: FormalLanguageTask,
-    ListOpsConfig.task: ListOpsTask,
-    DecisionsConfig.task: DecisionsTask,
-}
-"""Every task by the name that its configuration bears: `TASKS[config.task](config)`."""
-
-__all__ = [
-    "IGNORED",
-    "LANGUAGES",
-    "TASKS",
-    "VOCABULARIES",
-    "Batch",
-    "DecisionsConfig",
-    "DecisionsTask",
-    "FormalLanguageConfig",
-    "FormalLanguageTask",
-    "LabelledTask",
-    "ListOpsConfig",
-    "ListOpsTask",
-    "SelectiveCopyingConfig",
-    "SelectiveCopyingTask",
-    "Task",
-    "TaskConfig",
-    "TextConfig",
-    "TextTask",
-    "TokenTask",
-    "Vocabulary",
-]
+from minrnn.tasks.decisions import DecisionsConfig as DecisionsConfig
+from minrnn.tasks.decisions import DecisionsTask as DecisionsTask
+from minrnn.tasks.formal_languages import LANGUAGES as LANGUAGES
+from minrnn.tasks.formal_languages import FormalLanguageConfig as FormalLanguageConfig
+from minrnn.tasks.formal_languages import FormalLanguageTask as FormalLanguageTask
+from minrnn.tasks.labelled import LabelledTask as LabelledTask
+from minrnn.tasks.listops import ListOpsConfig as ListOpsConfig
+from minrnn.tasks.listops import ListOpsTask as ListOpsTask
+from minrnn.tasks.registry import TASKS as TASKS
+from minrnn.tasks.registry import make_task as make_task
+from minrnn.tasks.selective_copying import SelectiveCopyingConfig as SelectiveCopyingConfig
+from minrnn.tasks.selective_copying import SelectiveCopyingTask as SelectiveCopyingTask
+from minrnn.tasks.task import IGNORED as IGNORED
+from minrnn.tasks.task import Batch as Batch
+from minrnn.tasks.task import Task as Task
+from minrnn.tasks.task import TaskConfig as TaskConfig
+from minrnn.tasks.task import TokenTask as TokenTask
+from minrnn.tasks.text import TextConfig as TextConfig
+from minrnn.tasks.text import TextTask as TextTask
+from minrnn.tasks.vocabulary import VOCABULARIES as VOCABULARIES
+from minrnn.tasks.vocabulary import Vocabulary as Vocabulary

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from minrnn.files import check_bounds, require
 from minrnn.models import (
     NOTHING_DONE,
     TOKENS,
@@ -32,9 +33,9 @@ from minrnn.tasks.episodes import Episodes
 from minrnn.tasks.task import (
     Batch,
     Task,
+    TaskConfig,
     Tell,
     check_batch,
-    check_bounds,
     check_max_tokens,
     device_of,
     evaluation_mode,
@@ -59,7 +60,7 @@ FLAT = 1e-6
 
 
 @dataclass(frozen=True)
-class DecisionsConfig:
+class DecisionsConfig(TaskConfig):
     """Which episodes to learn from, and how a policy reads them."""
 
     data: str = ""
@@ -86,19 +87,15 @@ class DecisionsConfig:
     """Return that the policy asks for when it acts. (None: the mean return of the best training episodes,
     those that hold a tenth of the steps.)"""
 
-    task: ClassVar[str] = "decisions"
-    """The task's name in TASKS."""
+    task = "decisions"
+    verb = "act"
 
     def __post_init__(self) -> None:
-        if self.tokens is not None and self.tokens not in TOKENS:
-            raise ValueError(
-                f"DecisionsConfig: tokens must be one of {', '.join(TOKENS)}, got {self.tokens!r}"
-            )
+        require(self, "tokens", self.tokens in (None, *TOKENS), f"one of {', '.join(TOKENS)}")
         check_bounds(self, {"window": (1, 1 << 24)}, " step")
         if self.timesteps is not None:
             check_bounds(self, {"timesteps": (0, 1 << 24)}, " (none)" if self.timesteps < 0 else "")
-        if self.target_return is not None and not isfinite(self.target_return):
-            raise ValueError(f"DecisionsConfig: target_return must be finite, got {self.target_return}")
+        require(self, "target_return", self.target_return is None or isfinite(self.target_return), "finite")
 
     def resolved(self, model: ModelConfig) -> DecisionsConfig:
         """Return the settings with those that are left to the mixer decided."""
@@ -131,6 +128,8 @@ class DecisionsTask(Task):
         OSError: they cannot be downloaded or read.
         ImportError: h5py, which reads them, is not installed.
     """
+
+    config_type = DecisionsConfig
 
     def __init__(self, config: DecisionsConfig, episodes: Episodes | None = None) -> None:
         if config.tokens is None or config.carry is None:

@@ -18,7 +18,7 @@ class Draws:
     which it does not promise for Generator's methods; so everything here is made of raw numbers.
 
     Args:
-        seed: which sequence of batches, 0 <= seed < 2^64.
+        seed: which sequence of batches, 0 <= seed < 2^64; beyond, parts share their numbers.
         part: a key of PARTS.
         step: which batch, >= 0.
 

@@ -9,14 +9,15 @@ with the alphabets of the code that the authors of "Were RNNs All We Needed?" re
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from minrnn.files import check_bounds, require
 from minrnn.tasks.draws import Draws, Part
 from minrnn.tasks.labelled import LabelledTask, blocks, pack
-from minrnn.tasks.task import Batch, check_batch, check_bounds
+from minrnn.tasks.task import Batch, TaskConfig, check_batch
 
 String = NDArray[np.int64]
 
@@ -83,7 +84,7 @@ LANGUAGES: dict[str, Language] = {
 
 
 @dataclass(frozen=True)
-class FormalLanguageConfig:
+class FormalLanguageConfig(TaskConfig):
     """Which language is learnt, and on strings of which lengths. The defaults are the paper's."""
 
     language: Literal[
@@ -109,14 +110,10 @@ class FormalLanguageConfig:
     part: Part = "validation"
     """What an evaluation measures: validation, by which weights are chosen, or test."""
 
-    task: ClassVar[str] = "formal-languages"
-    """The task's name in TASKS."""
+    task = "formal-languages"
 
     def __post_init__(self) -> None:
-        if self.language not in LANGUAGES:
-            raise ValueError(
-                f"FormalLanguageConfig: language must be one of {', '.join(LANGUAGES)}, got {self.language!r}"
-            )
+        require(self, "language", self.language in LANGUAGES, f"one of {', '.join(LANGUAGES)}")
         longest = (1, 1 << 20)
         check_bounds(
             self, {"eval_sequences": (1, 1 << 30), "max_length": longest, "eval_max_length": longest}
@@ -137,6 +134,8 @@ class FormalLanguageTask(LabelledTask):
     Args:
         config: the language and the lengths.
     """
+
+    config_type = FormalLanguageConfig
 
     def __init__(self, config: FormalLanguageConfig) -> None:
         self.config = config

@@ -18,16 +18,17 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from minrnn.files import check_bounds
 from minrnn.tasks.arrays import read_arrays, write_arrays
 from minrnn.tasks.downloads import cache_folder
 from minrnn.tasks.draws import Draws, Part
 from minrnn.tasks.labelled import LabelledTask, blocks, pack
-from minrnn.tasks.task import Batch, check_batch, check_bounds
+from minrnn.tasks.task import Batch, TaskConfig, check_batch
 
 FORMAT_VERSION = 1  # part of a cached file's name: one of another version is not found
 
@@ -44,7 +45,7 @@ PATIENCE = 100_000
 
 
 @dataclass(frozen=True)
-class ListOpsConfig:
+class ListOpsConfig(TaskConfig):
     """Which expressions are learnt. The defaults are Long Range Arena's."""
 
     max_length: int = 2000
@@ -66,8 +67,7 @@ class ListOpsConfig:
     part: Part = "validation"
     """What an evaluation measures: validation or test."""
 
-    task: ClassVar[str] = "listops"
-    """The task's name in TASKS."""
+    task = "listops"
 
     def __post_init__(self) -> None:
         check_bounds(
@@ -122,6 +122,8 @@ class ListOpsTask(LabelledTask):
         ValueError: the limits leave too few different expressions.
         OSError: the cache cannot be written.
     """
+
+    config_type = ListOpsConfig
 
     def __init__(self, config: ListOpsConfig) -> None:
         self.config = config

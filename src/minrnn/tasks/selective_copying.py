@@ -11,21 +11,21 @@ the authors of "Were RNNs All We Needed?" released for their tables 1 and 2.
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
 
+from minrnn.files import check_bounds
 from minrnn.tasks.draws import Draws, Part
 from minrnn.tasks.labelled import LabelledTask, blocks
-from minrnn.tasks.task import IGNORED, Batch, check_batch, check_bounds
+from minrnn.tasks.task import IGNORED, Batch, TaskConfig, check_batch
 
 MARKER = 0
 """The token that asks for the next data token; data are 1 .. kinds, and the last token is the blank."""
 
 
 @dataclass(frozen=True)
-class SelectiveCopyingConfig:
+class SelectiveCopyingConfig(TaskConfig):
     """Which sequences are copied from. The defaults are the paper's."""
 
     length: int = 4096
@@ -39,8 +39,7 @@ class SelectiveCopyingConfig:
     part: Part = "validation"
     """What an evaluation measures: validation, by which weights are chosen, or test."""
 
-    task: ClassVar[str] = "selective-copying"
-    """The task's name in TASKS."""
+    task = "selective-copying"
 
     def __post_init__(self) -> None:
         sizes = {"length": (1, 1 << 24), "num_tokens": (1, 1 << 24), "kinds": (1, 1 << 16)}
@@ -58,6 +57,8 @@ class SelectiveCopyingTask(LabelledTask):
     Args:
         config: the sequences' sizes.
     """
+
+    config_type = SelectiveCopyingConfig
 
     def __init__(self, config: SelectiveCopyingConfig) -> None:
         self.config = config

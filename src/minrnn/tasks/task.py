@@ -1,9 +1,9 @@
 """The contract that every task meets: batches that are pure functions, a loss, and an evaluation."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +54,25 @@ class Batch:
         return Batch(inputs[:, :steps], self.targets[:, :steps])
 
 
+@dataclass(frozen=True)
+class TaskConfig:
+    """What a task is made from."""
+
+    task: ClassVar[str]
+    """The task's name in TASKS."""
+    verb: ClassVar[str] = "evaluate"
+    """The command that uses a trained model: `minrnn VERB RUN`."""
+
+    def resolved(self, model: ModelConfig) -> Self:
+        """Return the settings, those decided that are left to the model."""
+        return self
+
+
 class Task(ABC):
     """What a model learns, and how well it has."""
 
+    config_type: ClassVar[type[TaskConfig]]
+    """What the task is made from: `Task(config)`."""
     unit: ClassVar[str] = "nats a token"
     """What a loss is measured in."""
 
@@ -196,19 +212,6 @@ class TokenTask(Task):
         batch = batch.to(device_of(model))
         logits, state = model(batch.inputs, None if batch.fresh else state)
         return nats(logits, batch.targets, "mean"), state
-
-
-def check_bounds(config: object, bounds: Mapping[str, tuple[int, int]], unit: str = "") -> None:
-    """Raise ValueError unless each of these fields of a configuration lies between its bounds, both allowed.
-
-    The upper ones are far above what anybody trains; what is beyond them is a slip or another's file, and
-    would cost memory or minutes before it failed.
-    """
-    for name, (low, high) in bounds.items():
-        value = getattr(config, name)
-        if not low <= value <= high:
-            limit = f"at least {low}" if value < low else f"at most {high}"
-            raise ValueError(f"{type(config).__name__}: {name} must be {limit}{unit}, got {value}")
 
 
 def check_batch(function: str, step: int, batch_size: int, seed: int = 0, *, seeds: int = 1 << 64) -> None:

@@ -4,21 +4,23 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from minrnn.files import check_bounds, require
 from minrnn.models import ModelConfig
+from minrnn.tasks.draws import Draws
 from minrnn.tasks.sources import find_corpus
 from minrnn.tasks.task import (
     Batch,
+    TaskConfig,
     Tell,
     TokenTask,
     check_batch,
-    check_bounds,
     check_max_tokens,
     device_of,
     evaluation_mode,
@@ -31,7 +33,7 @@ _COUNTED_TOKENS = 1 << 22  # counted at once: bincount widens them to 64 bits, 3
 
 
 @dataclass(frozen=True)
-class TextConfig:
+class TextConfig(TaskConfig):
     """What text to learn, and in which pieces."""
 
     source: str = "python"
@@ -50,17 +52,13 @@ class TextConfig:
     """Whether a run's best weights are those whose loss is lowest in windows, in place of with the state
     carried; for mixers whose state is of no use beyond the lengths that they were trained on."""
 
-    task: ClassVar[str] = "text"
-    """The task's name in TASKS."""
+    task = "text"
+    verb = "sample"
 
     def __post_init__(self) -> None:
-        if self.vocabulary not in VOCABULARIES:
-            raise ValueError(
-                f"TextConfig: vocabulary must be one of {', '.join(VOCABULARIES)}, got {self.vocabulary!r}"
-            )
+        require(self, "vocabulary", self.vocabulary in VOCABULARIES, f"one of {', '.join(VOCABULARIES)}")
         check_bounds(self, {"window": (1, 1 << 24), "eval_chunk": (1, 1 << 30)}, " token")
-        if not 0 <= self.held_out < 1:
-            raise ValueError(f"TextConfig: held_out must be a fraction in [0, 1), got {self.held_out}")
+        require(self, "held_out", 0 <= self.held_out < 1, "a fraction in [0, 1)")
 
 
 class TextTask(TokenTask):
@@ -76,6 +74,8 @@ class TextTask(TokenTask):
             where the vocabulary needs that; it holds characters that `vocabulary` lacks.
         OSError: the text cannot be downloaded or read, or the cache cannot be written.
     """
+
+    config_type = TextConfig
 
     def __init__(self, config: TextConfig, vocabulary: Vocabulary | None = None) -> None:
         self.config = config
@@ -159,7 +159,7 @@ class TextTask(TokenTask):
             ValueError: an argument is out of range.
         """
         check_batch("batch", step, batch_size, seed, seeds=1 << 128)
-        return self._gather(_random_starts(seed, step, batch_size, len(self._windows)), fresh=True)
+        return self._gather(Draws(seed, "train", step).integers(len(self._windows), batch_size), fresh=True)
 
     def stream_batch(self, step: int, batch_size: int) -> Batch:
         """Return the next T tokens of `batch_size` streams, (B, T), for training with a carried state.
@@ -269,16 +269,6 @@ class TextTask(TokenTask):
         if num_whole < tokens.size - 1:
             piece = _to_tensor(tokens[None, num_whole:], device)
             yield piece[:, :-1], piece[:, 1:]
-
-
-def _random_starts(seed: int, step: int, count: int, num_starts: int) -> NDArray[np.int64]:
-    """Return `count` random integers in 0 .. num_starts - 1.
-
-    Philox maps (key, counter) to numbers without a history, and numpy keeps its raw output the same for good,
-    which it does not promise for Generator.integers. The remainder's bias is below num_starts / 2^64.
-    """
-    raw = np.random.Philox(key=seed, counter=step << 64).random_raw(count)  # 2^64 counts to each step
-    return (raw % np.uint64(num_starts)).astype(np.int64)
 
 
 def _to_tensor(tokens: NDArray[np.integer], device: torch.device) -> Tensor:

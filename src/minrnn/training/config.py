@@ -10,9 +10,19 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from minrnn.files import convert, naming, nearest, parse_toml, read_json, read_toml, shown
+from minrnn.files import (
+    check_bounds,
+    convert,
+    naming,
+    nearest,
+    parse_toml,
+    read_json,
+    read_toml,
+    require,
+    shown,
+)
 from minrnn.models import ModelConfig
-from minrnn.tasks import DecisionsConfig, TaskConfig, TextConfig
+from minrnn.tasks import TASKS, TaskConfig, TextConfig
 from minrnn.training.threads import MOST_THREADS
 
 Precision = Literal["float32", "bfloat16-products", "bfloat16"]
@@ -99,34 +109,27 @@ class TrainConfig:
     """CPU threads (0: as many as torch chooses)."""
 
     def __post_init__(self) -> None:
-        for name, (least, most) in BOUNDS.items():
-            value = getattr(self, name)
-            self._require(name, value >= least, f"at least {least}" if least else "0 or more")
-            self._require(name, value <= most, f"at most {most}")
+        check_bounds(self, BOUNDS)
         for name in ("weight_decay", "grad_clip"):
-            self._require(name, 0 <= getattr(self, name) < float("inf"), "0 or more, and finite")
+            require(self, name, 0 <= getattr(self, name) < float("inf"), "0 or more, and finite")
         for name in ("beta1", "beta2"):
-            self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and less than 1")
-        self._require("learning_rate", 0 < self.learning_rate < float("inf"), "more than 0, and finite")
-        self._require("min_learning_rate_ratio", 0 <= self.min_learning_rate_ratio <= 1, "between 0 and 1")
+            require(self, name, 0 <= getattr(self, name) < 1, "at least 0 and less than 1")
+        require(self, "learning_rate", 0 < self.learning_rate < float("inf"), "more than 0, and finite")
+        require(self, "min_learning_rate_ratio", 0 <= self.min_learning_rate_ratio <= 1, "between 0 and 1")
         fresh = 0 <= self.fresh_share < 1 and (self.carry_state or self.fresh_share == 0)
-        self._require("fresh_share", fresh, "at least 0 and less than 1, and 0 without carry_state")
+        require(self, "fresh_share", fresh, "at least 0 and less than 1, and 0 without carry_state")
         if self.fresh_share:
             streams = self.batch_size - self.fresh_windows
-            self._require(
-                "fresh_share", 0 < streams < self.batch_size, "a share that leaves streams and windows"
+            require(
+                self, "fresh_share", 0 < streams < self.batch_size, "a share that leaves streams and windows"
             )
-        self._require("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
-        self._require("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
+        require(self, "precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+        require(self, "optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
 
     @property
     def fresh_windows(self) -> int:
         """Sequences of a batch that start from the empty state, beside those that carry it."""
         return round(self.fresh_share * self.batch_size)
-
-    def _require(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ValueError(f"TrainConfig: {name} must be {expected}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -168,10 +171,21 @@ class RunConfig:
         values = dataclasses.asdict(self)
         return {**values, "task": {"name": self.task.task, **values["task"]}}
 
+    def override(self, **tables: Mapping[str, Any]) -> RunConfig:
+        """Return the configuration with other settings: `config.override(model={"num_layers": 2})`.
+
+        Args:
+            tables: model, task or train, each with the fields that change.
+
+        Raises:
+            TypeError: a field is unknown.
+            ValueError: a value is out of range.
+        """
+        changed = {table: dataclasses.replace(getattr(self, table), **tables[table]) for table in tables}
+        return dataclasses.replace(self, **changed)
+
     def resolved(self) -> RunConfig:
         """Return the configuration with those of the task's settings decided that are left to the mixer."""
-        if not isinstance(self.task, DecisionsConfig):
-            return self
         return dataclasses.replace(self, task=self.task.resolved(self.model))
 
 
@@ -235,10 +249,9 @@ def _recipe_text(name: str) -> str:
 def _convert_task(value: Any, key: str) -> Any:
     """Return a task's table as the configuration that its name asks for; without one it is the text's."""
     table = convert(value, dict[str, Any], key)
-    kinds = {kind.task: kind for kind in typing.get_args(TaskConfig)}
     name = convert(table.pop("name", TextConfig.task), str, f"{key}.name")
-    if name not in kinds:
+    if name not in TASKS:
         raise ValueError(
-            f"{key}.name must be one of {', '.join(kinds)}, got {shown(name)}{nearest(name, kinds)}"
+            f"{key}.name must be one of {', '.join(TASKS)}, got {shown(name)}{nearest(name, TASKS)}"
         )
-    return convert(table, kinds[name], key)
+    return convert(table, TASKS[name].config_type, key)

@@ -17,7 +17,7 @@ from minrnn.files import claim, find_directory, recover_directory, write_json
 from minrnn.files.claims import LOCK_FILE
 from minrnn.models import map_state, save_checkpoint
 from minrnn.ops import engines
-from minrnn.tasks import TASKS, Batch
+from minrnn.tasks import Batch, make_task
 from minrnn.tasks.task import evaluation_mode
 from minrnn.training.config import Precision, RunConfig, read_config
 from minrnn.training.log import RunLog, check_written, plot_losses, read_metrics
@@ -150,7 +150,7 @@ class Run:
         torch.manual_seed(self.settings.seed)
         self.device = choose_device(self.settings.device)
         config = config.resolved()
-        self.task = TASKS[config.task.task](config.task)
+        self.task = make_task(config.task)
         self.config = dataclasses.replace(config, model=self.task.model_config(config.model))
         self.model = self.task.make_model(self.config.model).to(self.device)
         self.carries_state = self.settings.carry_state or self.task.carries_state

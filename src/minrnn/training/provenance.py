@@ -20,8 +20,9 @@ def provenance(device: torch.device) -> dict[str, object]:
         device: where the model is.
 
     Returns:
-        JSON values: `device`, `machine` (processor, CPU threads, system), `versions` (minrnn, torch, python),
-        and `commit`, which is None for an installed package, and where git cannot tell.
+        JSON values: `device`, `machine` (processor, CPU threads, system), `versions` (Python's and those of
+        minrnn, torch, numpy and triton), and `commit`, which is None for an installed package, and where git
+        cannot tell.
     """
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
@@ -31,7 +32,7 @@ def provenance(device: torch.device) -> dict[str, object]:
             "threads": torch.get_num_threads(),
             "system": platform.platform(),
         },
-        "versions": {"python": platform.python_version(), **_versions("minrnn", "torch", "numpy")},
+        "versions": {"python": platform.python_version(), **_versions("minrnn", "torch", "numpy", "triton")},
         "commit": _commit(),
     }
 

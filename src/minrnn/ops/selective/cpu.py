@@ -1,6 +1,6 @@
-"""The compiled engine of the selective scan: csrc/selective*.cpp behind a wrapper that hands it tensors.
+"""The compiled engine of the selective scan: a wrapper around csrc/selective*.
 
-float32 and float64 are read where they lie; 16-bit inputs are computed with as float32.
+float32 and float64 are read in place; 16-bit inputs are converted to float32.
 """
 
 from __future__ import annotations
@@ -8,19 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minrnn.ops.cpu import new_output
+from minrnn.ops.cpu import compiled, new_output
 from minrnn.ops.reference import contiguous, contiguous_channels, measured, state_dtype
 from minrnn.ops.selective.reference import CHUNK, Inputs, empty_borders
 
-try:
-    import minrnn.ops._selective as _selective
-except ModuleNotFoundError as error:
-    raise ImportError(
-        "it was not compiled when minrnn was installed, for want of a working C++ compiler; install one and "
-        "reinstall minrnn (pip install --verbose shows what fails)"
-    ) from error
-
 __all__ = ["backward", "forward"]
+
+_selective = compiled.selective
 
 
 def forward(given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,11 +82,22 @@ def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else measured(x).to(dtype)
 
 
-def _call(x: Inputs) -> tuple[object, ...]:
+_Optional = Tensor | None
+_Call = tuple[
+    bool,
+    int,
+    tuple[int, int, int, int, int],
+    tuple[Tensor, Tensor, _Optional, Tensor, Tensor, _Optional],
+    tuple[Tensor, _Optional, _Optional, _Optional],
+]
+
+
+def _call(x: Inputs) -> _Call:
+    batch, T, channels = x.u.shape
     return (
         x.u.dtype == torch.float64,
         torch.get_num_threads(),
-        (*x.u.shape, x.A.shape[1], CHUNK),
+        (batch, T, channels, x.A.shape[1], CHUNK),
         (x.u, x.delta_pre, x.z, x.B, x.C, x.reset),
         (x.A, x.D, x.delta_bias, x.h0),
     )

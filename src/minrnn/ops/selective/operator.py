@@ -24,7 +24,7 @@ __all__ = ["MODULES", "SELECTIVE_SCAN"]
 
 MODULES = {
     "cpp": "minrnn.ops.selective.cpu",
-    "triton": "minrnn.ops.selective.triton",
+    "triton": "minrnn.ops.selective.triton.engine",
     "reference": "minrnn.ops.selective.reference",
 }
 """The modules that compute the selective scan, by the engine's name in minrnn.ops.registry.ENGINES."""
@@ -42,7 +42,7 @@ class SelectiveScan(Operator):
     modules = MODULES
     shared = frozenset(Inputs._fields.index(name) for name in ("A", "D", "delta_bias"))
 
-    def pack(self, tensors: Tensors, mode: bool, *, record: bool) -> tuple[Any, ...]:
+    def pack(self, tensors: Tensors, mode: bool, record: bool) -> tuple[Any, ...]:
         return *tensors, record or mode
 
     def unpack(self, arguments: Sequence[Any]) -> tuple[tuple[Any, ...], bool]:

@@ -1,21 +1,13 @@
-"""What the compiler makes of the GPU engine's kernels, for cards that need not be there.
+"""The GPU engine's kernels, compiled for cards that need not be present; needs Triton.
 
-    python benchmarks/kernels.py
-
-The engine is called on tensors without memory, and its kernels are compiled where they would be launched. The
-bytes of the rows that a program moves are counted in them; registers, what is spilled and instructions are
-read off the assembled code, whose instructions for chunks that time does not fill are counted too. What
-programs tell each other, which mostly stays in the card's cache, is worked out. Writes results/kernels.json
-and results/kernels.md. Needs Triton; no GPU.
+The engine is called on tensors without memory, and its kernels are compiled where they would be launched.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,19 +19,16 @@ from unittest import mock
 import torch
 import triton
 
-import minrnn.ops.triton as engine
 from minrnn.benchmarks.scan import traffic
 from minrnn.ops import GATES
 
-RESULTS = Path(__file__).parent / "results"
+engine: Any = importlib.import_module("minrnn.ops.triton.engine")
+
 CAPABILITIES = {80: 108, 90: 132}  # compute capability: multiprocessors of the A100 and the H100
-SHAPES = [(8, 4096, 2048), (1, 2**20, 256)]
-GATES_SHOWN = ("mingru", "minlstm")
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Absent(NamedTuple):
-    """A driver for a card that is not there: enough for a kernel's arguments to be typed, and it compiled."""
+    """A driver for a card that is not present: enough to type a kernel's arguments and to compile it."""
 
     capability: int
 
@@ -72,7 +61,7 @@ def compiling(capability: int, processors: int) -> Iterator[list[Any]]:
     """Let the engine's calls compile their kernels for such a card, and collect them."""
     built: list[Any] = []
     names = ("forward_kernel", "backward_kernel")
-    kernels = {name: Compiling(getattr(engine, name), built) for name in names}
+    kernels: dict[str, Any] = {name: Compiling(getattr(engine, name), built) for name in names}
     with (
         mock.patch.object(triton.runtime.driver, "_active", Absent(capability)),
         mock.patch.multiple(engine, _processors=lambda _: processors, **kernels),
@@ -116,7 +105,7 @@ def build(
 
 
 def rows_kept(gate: str, direction: str) -> int:
-    """Return how many values a program keeps of each step: what it reads, and at least decay and drive."""
+    """Return how many values a program keeps of each step: what it reads, at least decay and input term."""
     num_pre = GATES[gate].num_pre
     return max(2, num_pre) if direction == "forward" else num_pre + 2
 
@@ -144,7 +133,7 @@ def assembly(kernel: Any) -> tuple[dict[str, int], Counter[str]]:
 
 
 def message_bytes(shape: tuple[int, int, int], rows: int, dtype: torch.dtype, processors: int) -> float:
-    """Return the bytes that programs write and read for each element to hand on the state."""
+    """Return the bytes that programs write and read for each element to pass on the state."""
     cut = engine._cut(shape, rows, dtype.itemsize, processors)
     if cut.chunks == 1:
         return 0.0
@@ -153,17 +142,16 @@ def message_bytes(shape: tuple[int, int, int], rows: int, dtype: torch.dtype, pr
     return 4 * (carries + spans) / (cut.WARPS * cut.STEPS)
 
 
-def measure() -> list[dict[str, Any]]:
-    """Build and count everything."""
-    results = []
-    for capability, processors in CAPABILITIES.items():
-        for gate in GATES_SHOWN:
-            for dtype in DTYPES:
-                for shape in SHAPES:
-                    kernels = build(gate, dtype, shape, capability, processors)
-                    for direction, kernel in kernels.items():
-                        results.append(_count(kernel, direction, gate, dtype, shape, capability, processors))
-    return results
+def count(
+    gate: str, dtype: torch.dtype, shape: tuple[int, int, int], capability: int
+) -> list[dict[str, Any]]:
+    """Compile the kernels of a gate, forward and backward, and count what is in each."""
+    processors = CAPABILITIES[capability]
+    kernels = build(gate, dtype, shape, capability, processors)
+    return [
+        _count(kernel, direction, gate, dtype, shape, capability, processors)
+        for direction, kernel in kernels.items()
+    ]
 
 
 def _count(
@@ -197,49 +185,3 @@ def _count(
         "instructions": sum(instructions.values()),
         "instructions_a_step": sum(instructions.values()) / cut.STEPS,
     }
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    """Return the results as a table in Markdown."""
-    head = (
-        "card, gate, dtype",
-        "B x T x D",
-        "",
-        "bytes an element",
-        "budget",
-        "messages",
-        "steps in a chunk",
-        "registers",
-        "spilled, bytes",
-        "instructions a step",
-    )
-    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
-    for r in results:
-        cells = (
-            f"sm_{r['capability']} {r['gate']} {r['dtype']}",
-            " x ".join(f"{size:,}" for size in r["shape"]),
-            r["direction"],
-            r["bytes"],
-            r["budget"],
-            f"{r['message_bytes']:.2f}",
-            r["steps"],
-            r["registers"],
-            r["stack_bytes"],
-            f"{r['instructions_a_step']:.0f}",
-        )
-        lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def main() -> int:
-    results = measure()
-    RESULTS.mkdir(exist_ok=True)
-    document = {"triton": triton.__version__, "torch": torch.__version__, "results": results}
-    (RESULTS / "kernels.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    (RESULTS / "kernels.md").write_text(table(results), encoding="utf-8")
-    print(table(results), end="")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Workloads that several benchmarks time: a training step, calls in a row, copies of memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minrnn.benchmarks.timing import Phases, Workload, clock
+
+__all__ = ["Step", "calls_in_a_row", "copies", "run_steps", "steps_in_a_row", "training_step"]
+
+Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
+"""(x, state) -> (y, state), for one step of time; state None is the empty one."""
+
+ROW_SECONDS = 2e-3
+"""The duration of a row of calls, which hides the cost of reading the clock."""
+
+
+def training_step(call: Callable[[], Tensor], leaves: Sequence[Tensor], dy: Tensor) -> Workload:
+    """Return a workload that times forward, and backward to the leaves given the gradient of the output.
+
+    Args:
+        call: the forward pass.
+        leaves: the tensors whose gradients are computed.
+        dy: gradient of the output.
+    """
+    device = dy.device
+
+    def step() -> Phases:
+        start = clock(device)
+        y = call()
+        middle = clock(device)
+        gradients = torch.autograd.grad(y, leaves, dy)
+        end = clock(device)
+        del y, gradients  # freed after the clock was read
+        return {"forward": middle - start, "backward": end - middle, "step": end - start}
+
+    return step
+
+
+def calls_in_a_row(calls: Mapping[str, Callable[[int], object]], device: torch.device) -> Workload:
+    """Return a workload that times each call as the mean of many in a row, which overlaps their launches.
+
+    Args:
+        calls: by phase; a call gets its index in the row.
+        device: where they compute.
+    """
+    counts: dict[str, int] = {}
+
+    def sample() -> Phases:
+        if not counts:
+            for name, call in calls.items():
+                _mean_seconds(call, 2, device)  # compiles
+                counts[name] = 1 + int(ROW_SECONDS / max(_mean_seconds(call, 3, device), 1e-7))
+        return _with_step({name: _mean_seconds(call, counts[name], device) for name, call in calls.items()})
+
+    return sample
+
+
+@torch.inference_mode()
+def run_steps(step: Step, x: Tensor) -> Tensor:
+    """Run x, (B, T) or (B, T, D), through a step at a time from the empty state; return all outputs."""
+    ys, state = [], None
+    for x_t in x.split(1, 1):
+        y, state = step(x_t, state)
+        ys.append(y)
+    return torch.cat(ys, 1)
+
+
+def steps_in_a_row(step: Step, x: Tensor) -> Workload:
+    """Return a workload that times steps with one input, each from the state that the one before returned."""
+    state: Any = None
+
+    def call(index: int) -> None:
+        nonlocal state
+        _, state = step(x, state)
+
+    return torch.inference_mode()(calls_in_a_row({"step": call}, x.device))
+
+
+def copies(moved: Mapping[str, int], device: torch.device) -> Workload:
+    """Return a workload that times copies between existing buffers; a copy of n bytes moves 2 n.
+
+    Args:
+        moved: bytes to move, by phase.
+        device: where the buffers are.
+    """
+    buffers = {}
+    for phase, size in moved.items():
+        source = torch.ones(max(1, size // 8), device=device)  # float32, half of the bytes
+        buffers[phase] = source, torch.zeros_like(source)
+
+    def copy() -> Phases:
+        taken = {}
+        for phase, (source, target) in buffers.items():
+            start = clock(device)
+            target.copy_(source)
+            taken[phase] = clock(device) - start
+        return _with_step(taken)
+
+    return copy
+
+
+def _with_step(phases: Phases) -> Phases:
+    return phases if "step" in phases else phases | {"step": sum(phases.values())}
+
+
+def _mean_seconds(call: Callable[[int], object], count: int, device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for i in range(count):
+            call(i)
+        return (time.perf_counter() - start) / count
+    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start_event.record()
+    for i in range(count):
+        call(i)
+    end_event.record()
+    end_event.synchronize()
+    return start_event.elapsed_time(end_event) / 1e3 / count

@@ -1,0 +1,51 @@
+"""What tables and plots read from records: groups of runs, means over seeds, learning curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from minrnn.experiments.experiment import Record
+
+__all__ = ["bests", "by_kind", "points", "spread"]
+
+
+def by_kind(records: Sequence[Record], *names: str) -> dict[tuple[Any, ...], list[Record]]:
+    """Group the records that did not fail by these entries of their settings, in the order they come in."""
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        if record["failed"] is None:
+            groups.setdefault(tuple(record["setting"].get(name) for name in names), []).append(record)
+    return groups
+
+
+def spread(values: Sequence[float], digits: int = 3, scale: float = 1.0) -> str:
+    """Return the mean of several seeds' figures, with the standard deviation where there are several.
+
+    >>> spread([0.5, 0.7], 1), spread([0.123], 1, scale=100)
+    ('0.6 ± 0.1', '12.3')
+    """
+    scaled = [scale * value for value in values]
+    text = f"{mean(scaled):.{digits}f}"
+    return f"{text} ± {stdev(scaled):.{digits}f}" if len(scaled) > 1 else text
+
+
+def bests(records: Sequence[Record], *path: str) -> list[float]:
+    """Return an entry of each record's result, found by its path.
+
+    >>> bests([{"result": {"test": {"accuracy": 1.0}}}], "test", "accuracy")
+    [1.0]
+    """
+    found = []
+    for record in records:
+        value = record["result"]
+        for name in path:
+            value = value[name]
+        found.append(value)
+    return found
+
+
+def points(record: Record, y: str, x: str = "step") -> list[tuple[float, float]]:
+    """Return what a metric was at each evaluation of a run."""
+    return [(entry[x], entry[y]) for entry in record["result"]["evaluations"] if y in entry]
