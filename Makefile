@@ -16,7 +16,7 @@ BUILD_TOOLS := scikit-build-core nanobind cmake ninja
 
 # Where the compiled engine is led to every end of its arrays. Of its comparison with the reference, cell by cell and
 # size by size, a part: under the sanitizers all of it would take half an hour.
-ENGINE_TESTS := $(addprefix tests/test_,infinities.py border.py selective_scan.py stepping.py) \
+ENGINE_TESTS := $(addprefix tests/test_,infinities.py border.py selective_scan.py decoder.py) \
   $(addprefix tests/test_scan.py::test_,engine_partitions chunks_of_time chunks_never_forget_what_is_not_finite \
   layouts restart extremes nan_propagates_from_its_step_on half_conversions_are_torchs)
 NOT_SANITIZED := where_there_is_no_memory or instruction_set or compile or export or opcheck or gradcheck

@@ -296,7 +296,7 @@ BATCH, T = 3, 7
 
 
 def model_of(kind: str, mixer: str = "mingru", **options: Any) -> SequenceModel | DecisionModel:
-    """A model in double precision where torch computes, so that laws hold to rounding."""
+    """A small model of one of KINDS."""
     torch.manual_seed(0)
     trunk: dict[str, Any] = {"d_model": 24, "num_layers": 2, "mixer": mixer, **options}
     if kind == "sequence":
@@ -327,8 +327,7 @@ def test_a_decoder_is_the_model(kind: str, mixer: str) -> None:
     outputs, state = decoder.prefill(up_to(inputs, 3))
     assert_equal((outputs, state), forward(model, up_to(inputs, 3)))
     for t in range(3, T):
-        step = inputs_of(model, steps=T)
-        now = one(step, t)
+        now = one(inputs, t)
         piece = now if isinstance(now, Steps) else now.unsqueeze(1)
         if t % 2:
             outputs, state = decoder.step(now, state)
@@ -537,10 +536,6 @@ def reason_of(model: Any) -> str:
     assert decoder.reason is not None
     assert "\n" not in decoder.reason
     return decoder.reason
-
-
-def without_a_norm(model: SequenceModel) -> None:
-    model.norm = nn.BatchNorm1d(20)  # its forward fails; only the reason is asked for
 
 
 class Twice(nn.Linear):
