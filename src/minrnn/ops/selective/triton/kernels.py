@@ -176,24 +176,9 @@ def backward_kernel(
                 first = tl.cast(chunk * CHUNK + block * STEPS, tl.int64)
                 h = tl.load(scratch_ptr + block * BLOCK_D * BLOCK_N + slot)
                 g, g_low, drate, dskip, dbias = _walk_back(
-                    g,
-                    g_low,
-                    drate,
-                    dskip,
-                    dbias,
-                    dx,
-                    dy,
-                    h,
-                    x,
-                    reset,
-                    first,
-                    tile,
-                    row,
-                    N,
-                    member > 0,
-                    REAL,
-                    STEPS,
-                )
+                    g, g_low, drate, dskip, dbias, dx, dy, h, x, reset, first, tile, row, N, member > 0,
+                    REAL, STEPS,
+                )  # fmt: skip
             tl.store(carry, g, mask=tile.inside)
             tl.store(carry + size, g_low, mask=tile.inside)
             _accumulate(dx.A + b * D * N + tile.number, drate, tile.inside)
