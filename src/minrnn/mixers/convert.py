@@ -75,9 +75,7 @@ def convert_rnns(module: nn.Module, *, candidate: str = "positive", signed: bool
         _check_convertible(child, path)
     ties = _find_ties(module, found)
     passed_over = [*_find_foreign(module), *_find_unregistered(module, found)]
-    replacements: dict[nn.Module, nn.Module] = {
-        child: _counterpart(child, candidate, signed) for child in found
-    }
+    replacements = {child: _counterpart(child, candidate, signed) for child in found}
     _replace(module, replacements, ties)
     if passed_over:
         warnings.warn(f"convert_rnns: left as it was: {'; '.join(passed_over)}", stacklevel=2)
