@@ -17,6 +17,9 @@ from minrnn.mixers.mingru import MinGRU, MinGRUCell
 from minrnn.mixers.paired import PairedMinLSTM, PairedMinLSTMCell
 from minrnn.ops import CANDIDATES
 
+_Place = tuple[nn.Module, str]
+"""A module, and the name of a parameter in it."""
+
 
 def convert_rnns(module: nn.Module, *, candidate: str = "positive", signed: bool = False) -> nn.Module:
     """Replace every torch.nn GRU and LSTM in a model by its counterpart, with new weights.
@@ -72,18 +75,21 @@ def convert_rnns(module: nn.Module, *, candidate: str = "positive", signed: bool
         _check_convertible(child, path)
     ties = _find_ties(module, found)
     passed_over = [*_find_foreign(module), *_find_unregistered(module, found)]
-    replacements: dict[nn.Module, nn.Module] = {
-        child: _counterpart(child, candidate, signed) for child in found
-    }
+    replacements = {child: _counterpart(child, candidate, signed) for child in found}
+    _replace(module, replacements, ties)
+    if passed_over:
+        warnings.warn(f"convert_rnns: left as it was: {'; '.join(passed_over)}", stacklevel=2)
+    return replacements.get(module, module)
+
+
+def _replace(module: nn.Module, replacements: dict[nn.Module, nn.Module], ties: list[list[_Place]]) -> None:
+    """Put the replacements in the model, wherever a module is used, with the parameters that they share."""
     for (first, name), *others in ties:
         for child, other in others:
             setattr(replacements[child], other, getattr(replacements[first], name))
     for path, child in list(module.named_modules(remove_duplicate=False)):
         if path and child in replacements:
             module.set_submodule(path, replacements[child])
-    if passed_over:
-        warnings.warn(f"convert_rnns: left as it was: {'; '.join(passed_over)}", stacklevel=2)
-    return replacements.get(module, module)
 
 
 def _counterpart(old: Any, candidate: str, signed: bool) -> nn.Module:
@@ -182,9 +188,6 @@ def _check_convertible(old: Any, path: str) -> None:
 
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 """The attributes in which a parameter keeps its hooks."""
-
-_Place = tuple[nn.Module, str]
-"""A module, and the name of a parameter in it."""
 
 
 def _find_ties(module: nn.Module, found: dict[nn.Module, str]) -> list[list[_Place]]:
