@@ -6,7 +6,7 @@
 //
 // where f is an activation, or a gate and the state that it advances. In torch a step is some sixty small operations,
 // each of which costs more to call than to compute; here they are fused. Rows are few, so most of the time goes into
-// reading the weights, which are read once. Knows pointers and sizes; nothing of Python or torch.
+// reading the weights, which are read once. Independent of Python and torch: pointers and sizes.
 //
 // The result of an overflow depends on the order of each sum, which is torch's own: a norm turns it into zeros here and
 // NaN there, and an activation into zero. A step that comes near float's largest number reports that and has no result.

@@ -54,17 +54,17 @@ template <class Real, int K> struct ForwardTile : Tile<Real, K> {
     template <bool kCareful>
     void steps(int64_t first, int64_t end, const Real *rate, const Real *skip, const Real *bias,
                Pair<Real> state) const {
-        alignas(64) Real delta[W], drive[W], y[W], buffers[4][W];
+        alignas(64) Real delta[W], delta_u[W], y[W], buffers[4][W];
         for (int64_t t = first; t < end; ++t) {
             if (call.borders && t > first && t % in.chunk == 0) save(t / in.chunk, state.hi);
             const Real *u = this->row(in.u, t, buffers[0]), *pre = this->row(in.delta_pre, t, buffers[1]);
             for (int k = 0; k < K; ++k) {
                 const V step = Softplus<V>(with_bias<Real, K>(pre, bias, k)).value;
                 store(step, delta + k * L);
-                store(step * load(u + k * L), drive + k * L);
+                store(step * load(u + k * L), delta_u + k * L);
             }
-            advance<Real, K, false, kCareful>(in.N, rate, W, delta, drive, in.B.at(b, t), in.C.at(b, t), state, nullptr,
-                                              nullptr, y);
+            advance<Real, K, false, kCareful>(in.N, rate, W, delta, delta_u, in.B.at(b, t), in.C.at(b, t), state,
+                                              nullptr, nullptr, y);
             Real *out = this->target(call.y, t, buffers[2]);
             const Real *z = in.z ? this->row(in.z, t, buffers[3]) : nullptr;
             for (int k = 0; k < K; ++k) {
@@ -101,11 +101,11 @@ template <class Real> struct Group {
 
 // A tile's arrays for a chunk. W: channels of a tile; S: steps of a chunk.
 template <class Real> struct Chunk {
-    Real *states, *rests;              // (1 + S, N, W), the first before the chunk, and (S, N, W)
-    Real *delta, *slope, *drive, *dy;  // (S, W)
-    Pair<Real> state;                  // (N, W)
-    Real *zeros;                       // (N, W)
-    Real *dB, *dC;                     // (S, N, lanes), to be summed over the lanes: all tiles of a group add to them
+    Real *states, *rests;                // (1 + S, N, W), the first before the chunk, and (S, N, W)
+    Real *delta, *slope, *delta_u, *dy;  // (S, W); slope: of delta as a function of delta_pre
+    Pair<Real> state;                    // (N, W)
+    Real *zeros;                         // (N, W)
+    Real *dB, *dC;                       // (S, N, lanes), to be summed over the lanes: all tiles of a group add to them
 };
 
 template <class Real, int K> struct BackwardTile : Tile<Real, K> {
@@ -164,14 +164,14 @@ template <class Real, int K> struct BackwardTile : Tile<Real, K> {
         const int64_t s = t - begin, size = in.N * W;
         alignas(64) Real y[W], buffers[3][W];
         const Real *u = this->row(in.u, t, buffers[0]), *pre = this->row(in.delta_pre, t, buffers[1]);
-        Real *delta = chunk.delta + s * W, *slope = chunk.slope + s * W, *drive = chunk.drive + s * W;
+        Real *delta = chunk.delta + s * W, *slope = chunk.slope + s * W, *delta_u = chunk.delta_u + s * W;
         for (int k = 0; k < K; ++k) {
             const Softplus<V> step(with_bias<Real, K>(pre, bias, k));
             store(step.value, delta + k * L);
             store(step.slope, slope + k * L);
-            store(step.value * load(u + k * L), drive + k * L);
+            store(step.value * load(u + k * L), delta_u + k * L);
         }
-        advance<Real, K, true, kCareful>(in.N, group.rate, stride, delta, drive, in.B.at(b, t), in.C.at(b, t),
+        advance<Real, K, true, kCareful>(in.N, group.rate, stride, delta, delta_u, in.B.at(b, t), in.C.at(b, t),
                                          chunk.state, chunk.states + (s + 1) * size, chunk.rests + s * size, y);
         const Real *dy = this->row(call.dy, t, buffers[2]);
         if (in.z) return ungate(t, u, y, dy);
@@ -205,17 +205,17 @@ template <class Real, int K> struct BackwardTile : Tile<Real, K> {
     template <bool kCareful> void adjoin(int64_t t, Real *dskip) const {
         const int64_t s = t - begin, size = in.N * W;
         const bool resets = in.reset.at(b, t);
-        alignas(64) Real by_rate[W], by_drive[W], buffers[3][W];
+        alignas(64) Real by_rate[W], by_delta_u[W], buffers[3][W];
         sweep<kCareful>(s, in.B.at(b, t), in.C.at(b, t), resets ? chunk.zeros : chunk.states + s * size, by_rate,
-                        by_drive);
+                        by_delta_u);
         if (resets) forget();
         const Real *u = this->row(in.u, t, buffers[0]), *dy = chunk.dy + s * W;
         Real *du = this->target(call.du, t, buffers[1]), *ddelta_pre = this->target(call.ddelta_pre, t, buffers[2]);
         for (int k = 0; k < K; ++k) {
-            const V of_drive = load(by_drive + k * L), u_k = load(u + k * L), dy_k = load(dy + k * L);
-            const V of_delta = load(by_rate + k * L) * Real(kLn2) + of_drive * u_k;
+            const V of_delta_u = load(by_delta_u + k * L), u_k = load(u + k * L), dy_k = load(dy + k * L);
+            const V of_delta = load(by_rate + k * L) * Real(kLn2) + of_delta_u * u_k;
             store(of_delta * load(chunk.slope + s * W + k * L), ddelta_pre + k * L);
-            V of_u = of_drive * load(chunk.delta + s * W + k * L);
+            V of_u = of_delta_u * load(chunk.delta + s * W + k * L);
             if (skip) {
                 of_u += load(skip + k * L) * dy_k;
                 store(load(dskip + k * L) + dy_k * u_k, dskip + k * L);
@@ -228,15 +228,15 @@ template <class Real, int K> struct BackwardTile : Tile<Real, K> {
 
     template <bool kCareful>
     MINRNN_INLINE void sweep(int64_t s, const Real *B, const Real *C, const Real *before, Real *by_rate,
-                             Real *by_drive) const {
+                             Real *by_delta_u) const {
         const Real *after = chunk.states + (s + 1) * in.N * W, *rests = chunk.rests + s * in.N * W;
         Real *const dB = chunk.dB + s * in.N * L, *const dC = chunk.dC + s * in.N * L;
-        V dy[K], delta[K], drive[K], of_rate[K], of_drive[K];
+        V dy[K], delta[K], delta_u[K], of_rate[K], of_delta_u[K];
         for (int k = 0; k < K; ++k) {
             dy[k] = load(chunk.dy + s * W + k * L);
             delta[k] = load(chunk.delta + s * W + k * L);
-            drive[k] = load(chunk.drive + s * W + k * L);
-            of_rate[k] = of_drive[k] = V{};
+            delta_u[k] = load(chunk.delta_u + s * W + k * L);
+            of_rate[k] = of_delta_u[k] = V{};
         }
         for (int64_t j = 0; j < in.N; ++j) {
             V of_B = load(dB + j * L), of_C = load(dC + j * L);
@@ -267,8 +267,8 @@ template <class Real, int K> struct BackwardTile : Tile<Real, K> {
                     store(next, group.carry.hi + there);
                 }
                 of_C += dy[k] * load(after + at);
-                of_B += g * drive[k];
-                of_drive[k] += g * B[j];
+                of_B += g * delta_u[k];
+                of_delta_u[k] += g * B[j];
                 of_rate[k] += of_exponent * rate;
                 store(load(group.drate + there) + of_exponent * delta[k], group.drate + there);
             }
@@ -277,7 +277,7 @@ template <class Real, int K> struct BackwardTile : Tile<Real, K> {
         }
         for (int k = 0; k < K; ++k) {
             store(of_rate[k], by_rate + k * L);
-            store(of_drive[k], by_drive + k * L);
+            store(of_delta_u[k], by_delta_u + k * L);
         }
     }
 
@@ -317,7 +317,7 @@ template <class Real> struct BackwardGroup {
         for (Real **part : {&group.rate, &group.carry.hi, &group.carry.lo, &group.drate}) *part = take(N * stride);
         chunk.states = take((S + 1) * N * W);
         chunk.rests = take(S * N * W);
-        for (Real **part : {&chunk.delta, &chunk.slope, &chunk.drive, &chunk.dy}) *part = take(S * W);
+        for (Real **part : {&chunk.delta, &chunk.slope, &chunk.delta_u, &chunk.dy}) *part = take(S * W);
         for (Real **part : {&chunk.state.hi, &chunk.state.lo, &chunk.zeros}) *part = take(N * W);
         for (Real **part : {&chunk.dB, &chunk.dC}) *part = take(S * N * L);
     }

@@ -142,8 +142,8 @@ template <class Real> struct Pair {
     Real *hi, *lo;
 };
 
-// Advances a tile by a step, h = 2^x h + drive B with x = delta rate, and returns y = sum C h. With kKeep, `states` takes
-// h, and `rests` e, from which BackwardTile::sweep computes 2^x again.
+// Advances a tile by a step, h = 2^x h + delta u B with x = delta rate, and returns y = sum C h. With kKeep, `states`
+// takes h, and `rests` e, from which BackwardTile::sweep computes 2^x again.
 //
 //     2^x h = s h + s e h, with s a power of two and e = 2^r - 1 small
 //
@@ -151,22 +151,22 @@ template <class Real> struct Pair {
 // strong ones leave nothing of a large state behind, not even its rounding errors. But with an infinite state they may
 // cancel: where one was found, kCareful takes the plain product and sum instead.
 template <class Real, int K, bool kKeep, bool kCareful>
-MINRNN_INLINE void advance(int64_t N, const Real *rate, int64_t stride, const Real *delta, const Real *drive,
+MINRNN_INLINE void advance(int64_t N, const Real *rate, int64_t stride, const Real *delta, const Real *delta_u,
                            const Real *B, const Real *C, Pair<Real> state, Real *states, Real *rests, Real *y) {
     using V = Lanes<Real>;
     constexpr int L = Tile<Real, K>::L;
     for (int k = 0; k < K; ++k) {
-        const V delta_k = load(delta + k * L), drive_k = load(drive + k * L);
+        const V delta_k = load(delta + k * L), delta_u_k = load(delta_u + k * L);
         V sum{};
         for (int64_t j = 0; j < N; ++j) {
             const int64_t at = (j * K + k) * L;
             const Split<V> power(delta_k * load(rate + j * stride + k * L));
             const V e = power_less_one(power.rest), kept = power.scale * load(state.hi + at);
-            V change = e * kept + drive_k * B[j];
+            V change = e * kept + delta_u_k * B[j];
             if constexpr (sizeof(Real) == sizeof(float)) change += power.scale * load(state.lo + at);
             V h = kept + change, low = change - (h - kept);
             if constexpr (kCareful) {
-                const V plain = (e * power.scale + power.scale) * load(state.hi + at) + drive_k * B[j];
+                const V plain = (e * power.scale + power.scale) * load(state.hi + at) + delta_u_k * B[j];
                 low = is_finite(h) ? low : V{};
                 h = is_finite(h) ? h : plain;
             }
