@@ -26,7 +26,7 @@ from minrnn.ops.selective.operator import MODULES as SELECTIVE_ENGINES
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "src" / "minrnn"
 
-# A room imports only from floors below its own: docs/design.md, "The rooms".
+# A room (a package) imports only from floors below its own: docs/architecture.md.
 FLOORS = {
     "files": 0,
     "ops": 1,

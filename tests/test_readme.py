@@ -1,4 +1,4 @@
-"""README.md keeps its word: its Python runs, its commands are real, and what it points to is there."""
+"""The README and the page on training: their Python and their commands run, and what they name is there."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ from pathlib import Path
 import pytest
 from episode_files import MISSING, cannot_draw
 
+from minrnn.benchmarks import BENCHES
 from minrnn.cli.main import COMMANDS, main
+from minrnn.experiments import EXPERIMENTS
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-TINY = {  # what makes a command quick, after what the README gives it
+RESULTS = (REPOSITORY / "RESULTS.md").read_text(encoding="utf-8")
+TRAINING = (REPOSITORY / "docs" / "tasks-and-training.md").read_text(encoding="utf-8")
+ARCHITECTURE = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+TINY = {  # what makes a command quick, after what the page gives it
     "train": "--task.source corpus.txt --task.window 8 --model.d-model 8 --model.num-layers 1 "
     "--train.steps 2 --train.batch-size 2 --train.warmup-steps 1 --train.device cpu",
     "evaluate": "--max-tokens 50",
@@ -30,13 +36,13 @@ TINY_POLICY = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    return [text for name, text in fenced if name == language]
+def blocks(language: str, text: str = README) -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [block for name, block in fenced if name == language]
 
 
-def shell_lines(program: str) -> list[list[str]]:
-    lines = [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines()]
+def shell_lines(program: str, text: str = README) -> list[list[str]]:
+    lines = [shlex.split(line, comments=True) for block in blocks("sh", text) for line in block.splitlines()]
     return [line[1:] for line in lines if line and line[0] == program]
 
 
@@ -45,18 +51,44 @@ def acts(command: list[str]) -> bool:
 
 
 def map_entries() -> list[Path]:
-    (block,) = [block for block in blocks("") if "src/minrnn/ops/" in block]
+    (block,) = [block for block in blocks("", ARCHITECTURE) if "src/minrnn/ops/" in block]
     return [REPOSITORY / line.split()[0] for line in block.splitlines()]
 
 
 def test_it_is_short() -> None:
-    assert len(README.splitlines()) <= 200
+    assert len(README.splitlines()) <= 150
 
 
 def test_its_python_runs() -> None:
     (block,) = blocks("python")
-    assert len(block.splitlines()) <= 12
+    assert len([line for line in block.splitlines() if line]) <= 8
     exec(compile(block, "README.md", "exec"), {})
+
+
+def rows(text: str, head: str) -> list[list[str]]:
+    """Return the rows of the table with this beginning, without emphasis."""
+    (table,) = re.findall(rf"^{re.escape(head)}.*\n\|[-| ]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    return [[cell.strip(" *`") for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def test_its_quality_is_that_of_the_results() -> None:
+    measured = {
+        row[0]: [f"{int(row[1].replace(',', '')) / 1e6:.2f} M", row[3], row[6], row[7]]
+        for row in rows(RESULTS, "| mixer | parameters | seeds | state carried |")
+    }
+    quoted = {row[0]: row[1:] for row in rows(README, "| mixer | parameters | state carried |")}
+    assert quoted == measured
+
+
+def test_its_speed_is_that_of_the_results() -> None:
+    names = ("linear", "minrnn", "mingru-pytorch", "gru")
+    (_, layers) = RESULTS.split("A layer's training step, (B, T, D) in and out", 1)
+    block = layers[: layers.index("    minrnn bench layer")]
+    found = {(row[0], row[1]): row for row in rows(block, "| B, T, D | system |")}
+    shapes = ("16, 512, 256", "8, 1024, 512")
+    for name, quoted in zip(names, rows(README, "| (B, T, D) |"), strict=True):
+        measured = [found[shape, name] for shape in shapes]
+        assert quoted[1:] == [f"{float(row[4]):.0f} ms, {row[6]} MB" for row in measured]
 
 
 def test_its_make_commands_are_targets_that_do_what_it_says() -> None:
@@ -78,7 +110,7 @@ def test_its_commands_run_one_after_the_other(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINRNN_CACHE", str(tmp_path / "cache"))
     (tmp_path / "corpus.txt").write_text("ROMEO: but soft, what light\n" * 30, encoding="utf-8")
-    commands = [command for command in shell_lines("minrnn") if not acts(command)]
+    commands = [command for command in shell_lines("minrnn", README + TRAINING) if not acts(command)]
     assert {arguments[0] for arguments in commands} >= TINY.keys()
     for arguments in commands:
         verb = arguments[0]
@@ -88,6 +120,8 @@ def test_its_commands_run_one_after_the_other(
         elif "--resume" in arguments:  # whose settings are those of the run
             assert main(arguments) == 0
         else:
+            if verb == "train":  # both pages train the same run
+                shutil.rmtree("runs", ignore_errors=True)
             assert main([*arguments, *shlex.split(TINY[verb])]) == 0
     assert "ROMEO:" in capsys.readouterr().out
 
@@ -98,7 +132,8 @@ def test_its_policy_hops(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINRNN_CACHE", str(tmp_path / "cache"))
-    commands = [command for command in shell_lines("minrnn") if acts(command)]
+    commands = [command for command in shell_lines("minrnn", TRAINING) if acts(command)]
+    assert [command for command in shell_lines("minrnn") if acts(command)] == commands[-1:]
     assert [arguments[0] for arguments in commands] == list(TINY_POLICY)
     undrawn = ""
     for arguments in commands:
@@ -119,18 +154,19 @@ def test_its_map_names_what_is_there() -> None:
     assert rooms - {REPOSITORY / "src" / "minrnn"} <= set(entries)
 
 
-def test_its_links_lead_somewhere() -> None:
-    targets = re.findall(r"\]\(([^)]+)\)", README) + re.findall(r"<img[^>]*src=\"([^\"]+)\"", README)
-    local = [target for target in targets if "://" not in target]
-    assert local
-    assert [target for target in local if not (REPOSITORY / target).exists()] == []
-
-
 def test_every_recipe_and_verb_is_named_as_it_is() -> None:
     recipes = [path.stem for path in (REPOSITORY / "src" / "minrnn" / "recipes").glob("*.toml")]
     assert recipes
-    assert all(f"`{name}`" in README for name in recipes)
-    assert (
-        set(re.findall(r"minrnn ([a-z][a-z-]*)\b", " ".join(re.findall(r"`([^`\n]+)`", README))))
-        <= COMMANDS.keys()
-    )
+    assert all(f"`{name}`" in TRAINING for name in recipes)
+    for page in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")):
+        text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        assert set(re.findall(r"`minrnn ([a-z][a-z-]*)", text)) <= COMMANDS.keys(), page.name
+
+
+def test_every_benchmark_and_experiment_that_a_page_names_is_there() -> None:
+    tables = {"bench": BENCHES, "reproduce": {*EXPERIMENTS, "report", "NAME"}}
+    for page in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")):
+        for command, name in re.findall(
+            r"\bminrnn (bench|reproduce) ([\w-]+)", page.read_text(encoding="utf-8")
+        ):
+            assert name in tables[command] or name.startswith("-"), f"{page.name}: {command} {name}"

@@ -1,0 +1,112 @@
+"""The documentation: links and anchors lead somewhere, Python runs, what a page names is there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+DOCS = REPOSITORY / "docs"
+GUIDES = sorted(DOCS.glob("*.md"))
+PAGES = [
+    *(page for page in sorted(REPOSITORY.glob("*.md"))),
+    *GUIDES,
+    *sorted((REPOSITORY / "benchmarks").rglob("*.md")),
+    *sorted((REPOSITORY / "results").rglob("*.md")),
+]
+
+LONGEST_PAGE = 120
+"""Lines of a page in docs, which answers one question."""
+
+SOURCES = ("src", "csrc", "tests", "docs", "benchmarks", "results")
+"""Folders whose files are named in full."""
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(REPOSITORY).as_posix()
+
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
+every_guide = pytest.mark.parametrize("page", GUIDES, ids=name_of)
+
+
+def without_code(text: str) -> str:
+    """Return Markdown without its code, fenced, indented or in a line."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"(?<=\n\n)(?: {4}.*\n)+", "", text)
+    return re.sub(r"`[^`\n]*`", "", text)
+
+
+def links(page: Path) -> Iterator[str]:
+    text = without_code(page.read_text(encoding="utf-8"))
+    yield from re.findall(r"\]\(([^)\s]+)\)", text)
+    yield from re.findall(r"<img[^>]*src=\"([^\"]+)\"", text)
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+def dead(page: Path, target: str) -> bool:
+    """Whether a link to a file of this repository, or to a heading in one, leads nowhere."""
+    path, _, anchor = target.partition("#")
+    file = (page.parent / path).resolve() if path else page
+    return not file.exists() or bool(anchor and anchor not in anchors(file))
+
+
+@every_page
+def test_links_lead_somewhere(page: Path) -> None:
+    local = [target for target in links(page) if "://" not in target and not target.startswith("mailto:")]
+    assert [target for target in local if dead(page, target)] == []
+
+
+def test_dead_links_are_found() -> None:
+    page = DOCS / "index.md"
+    assert not dead(page, "idea.md#the-laws")
+    assert not dead(page, "../README.md")
+    assert dead(page, "idea.md#no-such-heading")
+    assert dead(page, "no-such-page.md")
+    assert {"idea.md", "../RESULTS.md"} <= set(links(page))
+
+
+@every_guide
+def test_a_page_is_short_and_has_one_title(page: Path) -> None:
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= LONGEST_PAGE
+    assert re.sub(r"```.*?```", "", "\n".join(lines), flags=re.DOTALL).count("\n# ") == 0
+    assert lines[0].startswith("# ")
+
+
+def test_every_page_is_listed() -> None:
+    listed = set(links(DOCS / "index.md"))
+    assert {page.name for page in GUIDES} - {"index.md"} <= listed
+    assert {f"docs/{page.name}" for page in GUIDES} - {"docs/index.md"} <= set(
+        links(REPOSITORY / "README.md")
+    )
+
+
+@every_guide
+def test_its_python_runs(page: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.DOTALL | re.MULTILINE):
+        exec(compile(block, name_of(page), "exec"), {})
+
+
+@pytest.mark.parametrize("page", [*GUIDES, REPOSITORY / "CONTRIBUTING.md"], ids=name_of)
+def test_files_that_it_names_are_there(page: Path) -> None:
+    """Of the paths in backticks those that start with a folder of the repository, without placeholders."""
+    named = re.findall(rf"`((?:{'|'.join(SOURCES)})/[\w./-]+)`", page.read_text(encoding="utf-8"))
+    assert [path for path in named if not (REPOSITORY / path).exists()] == []
+
+
+@every_guide
+def test_names_of_the_package_that_it_uses_are_there(page: Path) -> None:
+    import minrnn
+
+    for name in re.findall(r"\bminrnn\.(\w+)\(", page.read_text(encoding="utf-8")):
+        assert hasattr(minrnn, name) or hasattr(minrnn.ops, name), name
