@@ -316,5 +316,12 @@ template <template <class> class Candidate, bool is_signed> struct MinLSTMUnnorm
     }
 };
 
+// The gates: the functor, the name in Python, and whether there is a signed form.
+#define MINRNN_GATES(X)                                   \
+    X(Identity, "identity", false)                        \
+    X(MinGRU, "mingru", true)                             \
+    X(MinLSTM, "minlstm", true)                           \
+    X(MinLSTMUnnormalized, "minlstm_unnormalized", false)
+
 }  // namespace
 }  // namespace minrnn
