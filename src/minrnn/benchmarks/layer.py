@@ -92,7 +92,7 @@ def build_ours(case: Case, input_size: int) -> MinRNN:
     """Return our layer with biases of zero, so that layers without biases are the same function."""
     kind = GATED_RNNS[case.gate].layer
     layer = kind(input_size, case.shape["D"], batch_first=True, device=case.device, dtype=case.torch_dtype)
-    nn.init.zeros_(layer.bias_ih_l0)
+    nn.init.zeros_(layer.get_parameter("bias_ih_l0"))
     return layer
 
 
