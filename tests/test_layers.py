@@ -44,6 +44,7 @@ PAPER: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
     "mingru": lambda z: (1 - z, 1 - 2 * z, z),
     "minlstm": lambda f, i: (f / (f + i), (f - i) / (f + i), i / (f + i)),
     "minlstm_unnormalized": lambda f, i: (f, f, i),
+    "minema": lambda alpha, delta: (1 - alpha * delta, 1 - 2 * alpha * delta, alpha),
 }
 
 

@@ -157,6 +157,19 @@ def _unnormalized_derivatives(candidate: Candidate, f: Tensor, i: Tensor, c: Ten
     return (of_f, None, None), (None, of_i * candidate.value(c), torch.sigmoid(i) * candidate.slope(c))
 
 
+def _minema(candidate: Candidate, alpha: Tensor, delta: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    # 1 - alpha delta = (1 - alpha) + alpha (1 - delta), of which nothing cancels.
+    kept = torch.logaddexp(logsigmoid(-alpha), logsigmoid(alpha) + logsigmoid(-delta))
+    return kept - logsigmoid(alpha) - logsigmoid(delta), torch.sigmoid(alpha) * candidate.value(c)
+
+
+def _minema_derivatives(candidate: Candidate, alpha: Tensor, delta: Tensor, c: Tensor) -> Partials:
+    update, damping = torch.sigmoid(alpha), torch.sigmoid(delta)
+    slope = update * torch.sigmoid(-alpha)
+    of_a = -slope * damping, -update * damping * torch.sigmoid(-delta), None
+    return of_a, (slope * candidate.value(c), None, update * candidate.slope(c))
+
+
 GATES: dict[str, Gate] = {
     # a and b themselves: the plain scan.
     "identity": Gate(
@@ -193,5 +206,14 @@ GATES: dict[str, Gate] = {
         derivatives=_unnormalized_derivatives,
         neutral=(inf, -inf, 0.0),
         keeps=("f", +1),
+    ),
+    # a = 1 - alpha delta, b = alpha candidate: the damped moving average of Mega (arXiv 2209.10655, section
+    # 3.1), with an update rate and a damping that depend on the input. At delta = 1 it is minGRU.
+    "minema": Gate(
+        pre=("alpha", "delta", "candidate"),
+        terms=_minema,
+        derivatives=_minema_derivatives,
+        neutral=(-inf, 0.0, 0.0),
+        keeps=("delta", -1),
     ),
 }
