@@ -316,5 +316,39 @@ template <template <class> class Candidate, bool is_signed> struct MinLSTMUnnorm
     }
 };
 
+// a = 1 - alpha delta, b = alpha * candidate
+template <template <class> class Candidate, bool is_signed> struct MinEMA {
+    static_assert(!is_signed);
+    static constexpr int num_pre = 3;
+
+    template <class V> static MINRNN_INLINE Decay<V> decay_of(const Sigmoid<V> &alpha, const Sigmoid<V> &delta) {
+        // 1 - alpha delta = (1 - alpha) + alpha (1 - delta), of which nothing cancels
+        return decay<false>(alpha.complement() + alpha.value() * delta.complement(), alpha.value() * delta.value());
+    }
+
+    template <class V> static MINRNN_INLINE Recurrence<V> forward(V alpha_pre, V delta_pre, V c_pre) {
+        const Sigmoid<V> alpha(alpha_pre), delta(delta_pre);
+        const Candidate<V> c(c_pre);
+        return {decay_of(alpha, delta), alpha.value() * c.value};
+    }
+
+    template <class V>
+    static MINRNN_INLINE Gradients<V> backward(V alpha_pre, V delta_pre, V c_pre, V h_prev, V dh) {
+        const Sigmoid<V> alpha(alpha_pre), delta(delta_pre);
+        const Candidate<V> c(c_pre);
+        return {dh * (c.value - delta.value() * h_prev) * (alpha.large * alpha.small),
+                -dh * h_prev * (alpha.value() * (delta.large * delta.small)), dh * (alpha.value() * c.slope),
+                decay_of(alpha, delta)};
+    }
+};
+
+// The gates: the functor, the name in Python, and whether there is a signed form.
+#define MINRNN_GATES(X)                                   \
+    X(Identity, "identity", false)                        \
+    X(MinGRU, "mingru", true)                             \
+    X(MinLSTM, "minlstm", true)                           \
+    X(MinLSTMUnnormalized, "minlstm_unnormalized", false) \
+    X(MinEMA, "minema", false)
+
 }  // namespace
 }  // namespace minrnn

@@ -220,7 +220,7 @@ template <class IO, class G> struct Kernels {
 };
 
 template <class IO, template <template <class> class, bool> class G, bool has_signed>
-constexpr void fill(KernelSet<IO> &set, Gate gate) {
+constexpr void fill(KernelSet<IO> &set, int gate) {
 #define MINRNN_FILL(candidate, ...)                                                  \
     set.kernels[gate][k##candidate][0] = Kernels<IO, G<candidate, false>>::table();  \
     if constexpr (has_signed) set.kernels[gate][k##candidate][1] = Kernels<IO, G<candidate, true>>::table();
@@ -229,13 +229,17 @@ constexpr void fill(KernelSet<IO> &set, Gate gate) {
 }
 
 template <class IO> constexpr void fill_all(KernelSet<IO> &set) {
-#define MINRNN_FILL(gate, name, has_signed) fill<IO, gate, has_signed>(set, k##gate);
+    int gate = 0;
+#define MINRNN_FILL(functor, name, has_signed) fill<IO, functor, has_signed>(set, gate++);
     MINRNN_GATES(MINRNN_FILL)
 #undef MINRNN_FILL
 }
 
 constexpr RowTable make_rows() {
     RowTable table{};
+#define MINRNN_NAME(functor, name, has_signed) table.gate_names[table.num_gates++] = name;
+    MINRNN_GATES(MINRNN_NAME)
+#undef MINRNN_NAME
 #define MINRNN_FILL(IO, ...) fill_all<IO>(table);
     MINRNN_DTYPES(MINRNN_FILL)
 #undef MINRNN_FILL

@@ -11,12 +11,8 @@
 
 namespace minrnn {
 
-// The gates: the functor in gates.h, the name in Python, and whether there is a signed form.
-#define MINRNN_GATES(X)                                   \
-    X(Identity, "identity", false)                        \
-    X(MinGRU, "mingru", true)                             \
-    X(MinLSTM, "minlstm", true)                           \
-    X(MinLSTMUnnormalized, "minlstm_unnormalized", false)
+// Room for the gates, whose functors, names and codes are in gates.h.
+constexpr int kMostGates = 16;
 
 // The candidates: the functor in gates.h and the name in Python.
 #define MINRNN_CANDIDATES(X) \
@@ -33,10 +29,8 @@ namespace minrnn {
 
 #define MINRNN_ENUMERATOR(name, ...) k##name,
 #define MINRNN_NAME(type, name, ...) name,
-enum Gate : int { MINRNN_GATES(MINRNN_ENUMERATOR) kNumGates };
 enum Candidate : int { MINRNN_CANDIDATES(MINRNN_ENUMERATOR) kNumCandidates };
 enum Dtype : int { MINRNN_DTYPES(MINRNN_ENUMERATOR) kNumDtypes };
-constexpr const char *kGateNames[] = {MINRNN_GATES(MINRNN_NAME)};
 constexpr const char *kCandidateNames[] = {MINRNN_CANDIDATES(MINRNN_NAME)};
 constexpr const char *kDtypeNames[] = {MINRNN_DTYPES(MINRNN_NAME)};
 #undef MINRNN_ENUMERATOR
@@ -93,28 +87,29 @@ template <class IO> struct RowKernels {
     int num_pre;                                 // pre-activations of the gate
 };
 
-// Selects kernels: indices into the lists above, and whether the decay is signed.
+// Selects kernels: indices into the lists of gates and candidates, and whether the decay is signed.
 struct Mode {
     int gate, candidate;
     bool is_signed;
 };
 
 template <class IO> struct KernelSet {
-    RowKernels<IO> kernels[kNumGates][kNumCandidates][2];  // last axis: signed; null where there is no such form
-
-    const RowKernels<IO> &of(Mode mode) const {
-        if (mode.gate < 0 || mode.gate >= kNumGates || mode.candidate < 0 || mode.candidate >= kNumCandidates)
-            throw std::invalid_argument("minrnn: no gate " + std::to_string(mode.gate) + " with candidate " +
-                                        std::to_string(mode.candidate));
-        const RowKernels<IO> &found = kernels[mode.gate][mode.candidate][mode.is_signed];
-        if (!found.forward)
-            throw std::invalid_argument(std::string("minrnn: gate '") + kGateNames[mode.gate] + "' has no signed form");
-        return found;
-    }
+    RowKernels<IO> kernels[kMostGates][kNumCandidates][2];  // last axis: signed; null where there is no such form
 };
 
 struct RowTable : KernelSet<float>, KernelSet<double>, KernelSet<bfloat16>, KernelSet<float16> {
-    template <class IO> const RowKernels<IO> &of(Mode mode) const { return KernelSet<IO>::of(mode); }
+    int num_gates;
+    const char *gate_names[kMostGates];
+
+    template <class IO> const RowKernels<IO> &of(Mode mode) const {
+        if (mode.gate < 0 || mode.gate >= num_gates || mode.candidate < 0 || mode.candidate >= kNumCandidates)
+            throw std::invalid_argument("minrnn: no gate " + std::to_string(mode.gate) + " with candidate " +
+                                        std::to_string(mode.candidate));
+        const RowKernels<IO> &found = KernelSet<IO>::kernels[mode.gate][mode.candidate][mode.is_signed];
+        if (!found.forward)
+            throw std::invalid_argument(std::string("minrnn: gate '") + gate_names[mode.gate] + "' has no signed form");
+        return found;
+    }
 };
 
 MINRNN_KERNELS(RowTable, rows)

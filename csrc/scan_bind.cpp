@@ -97,9 +97,9 @@ template <std::size_t n> nb::tuple names(const char *const (&of)[n]) {
 // {name: (number of pre-activations, whether there is a signed form)}
 nb::dict gates() {
     nb::dict found;
-    for (int gate = 0; gate < kNumGates; ++gate) {
+    for (int gate = 0; gate < table->num_gates; ++gate) {
         const auto &kernels = table->KernelSet<float>::kernels[gate][0];
-        found[kGateNames[gate]] = nb::make_tuple(kernels[0].num_pre, kernels[1].forward != nullptr);
+        found[table->gate_names[gate]] = nb::make_tuple(kernels[0].num_pre, kernels[1].forward != nullptr);
     }
     return found;
 }

@@ -19,10 +19,3 @@ RECURRENCES: dict[str, tuple[str, dict[str, bool]]] = {
     },
 }
 """A gate and the options of its modules, for each recurrence that they can be."""
-
-
-def keeping_sign(name: str) -> int:
-    """Return the sign with which the pre-activation that has the forget bias moves the decay."""
-    keeps = GATES[name].keeps
-    assert keeps is not None
-    return keeps[1]

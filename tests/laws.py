@@ -49,6 +49,13 @@ class Form:
         return len(self.pre)
 
     @property
+    def keeps(self) -> tuple[int, int]:
+        """The index of the pre-activation that sets how long the state is kept, and its sign."""
+        keeps = minrnn.ops.GATES[self.gate].keeps
+        assert keeps is not None
+        return self.pre.index(keeps[0]), keeps[1]
+
+    @property
     def has_candidate(self) -> bool:
         return minrnn.ops.GATES[self.gate].has_candidate
 

@@ -29,11 +29,12 @@ def inputs(gate: str, T: int) -> tuple[list[Tensor], Tensor, Tensor]:
     pre = [torch.randn(B, T, D, generator=generator) for _ in GATES[gate].pre]
     if gate == "identity":
         pre[0] = torch.sigmoid(pre[0] - bias)
-    elif GATES[gate].pre[0] == "z":
-        pre[0] = pre[0] + bias
-    else:  # f against i
+    elif GATES[gate].pre[:2] == ("f", "i"):  # one against the other
         pre[0] = pre[0] - bias
         pre[1] = pre[1] + bias
+    else:
+        index, sign = GATES[gate].keeps
+        pre[index] = pre[index] - sign * bias
     h0 = torch.randn(B, D, generator=generator).abs() * torch.tensor([INITIAL[i] for _, i in CASES])[:, None]
     dh = torch.randn(B, T, D, generator=generator)
     return pre, h0, dh

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from gated import RECURRENCES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import GATES
@@ -24,7 +25,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
-from minrnn.mixers import MIXERS
+from minrnn.mixers import GATED_RNNS, MIXERS
 from minrnn.models import (
     TOKENS,
     DecisionConfig,
@@ -47,13 +48,7 @@ V = 11
 TOLERANCE = 2e-5  # of float32 through some layers, relative to the largest number
 
 MinCell = dict[str, Any]
-CELLS: list[MinCell] = [
-    {"mixer": "mingru"},
-    {"mixer": "mingru", "signed": True},
-    {"mixer": "minlstm"},
-    {"mixer": "minlstm", "normalize": False},
-    {"mixer": "minlstm", "signed": True},
-]
+CELLS: list[MinCell] = [{"mixer": name, **options} for name, options in RECURRENCES.values()]
 
 compiled = pytest.mark.skipif(
     isinstance(load("cpp"), ImportError) or forced() not in (None, "cpp"),
@@ -340,7 +335,7 @@ def test_a_decoder_is_the_model(kind: str, mixer: str) -> None:
 
 def is_fused(kind: str, mixer: str) -> bool:
     has_engine = not isinstance(load("cpp"), ImportError) and forced() in (None, "cpp")
-    return has_engine and mixer in ("mingru", "minlstm") and kind != "decision-interleaved"
+    return has_engine and mixer in GATED_RNNS and kind != "decision-interleaved"
 
 
 @every_kind
@@ -642,7 +637,7 @@ def test_a_missing_engine_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 @compiled
 @every_mixer
 def test_it_is_the_step_of_our_cells_alone(mixer: str) -> None:
-    assert is_served(build(mixer=mixer, d_model=24)) == (mixer in ("mingru", "minlstm"))
+    assert is_served(build(mixer=mixer, d_model=24)) == (mixer in GATED_RNNS)
 
 
 @compiled

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from minrnn.mixers import MIXERS
+from minrnn.mixers import GATED_RNNS, MIXERS
 from minrnn.models import DecisionConfig, DecisionModel, ModelConfig, SequenceModel, Steps
 from minrnn.models.decision import TOKENS
 
 V = 7
 SIZES = ((1, 1), (5, 9), (10, 4), (5, 70))  # of no size that the model has: torch would take them for one
 
-OF_ANY_LENGTH = ("mingru", "minlstm", "attention", "aaren", "s4d", "mamba")
+OF_ANY_LENGTH = (*GATED_RNNS, "attention", "aaren", "s4d", "mamba")
 """The others are torch's own, which torch unrolls over time."""
 
-WITH_RESET = ("mingru", "minlstm", "attention", "aaren", "mamba")
+WITH_RESET = (*GATED_RNNS, "attention", "aaren", "mamba")
 """The others cut time where reset says."""
 
 

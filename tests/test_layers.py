@@ -8,9 +8,10 @@ from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
+import laws
 import pytest
 import torch
-from gated import LAYERS, RECURRENCES, keeping_sign
+from gated import LAYERS, RECURRENCES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ PAPER: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
     "mingru": lambda z: (1 - z, 1 - 2 * z, z),
     "minlstm": lambda f, i: (f / (f + i), (f - i) / (f + i), i / (f + i)),
     "minlstm_unnormalized": lambda f, i: (f, f, i),
+    "minema": lambda alpha, delta: (1 - alpha * delta, 1 - 2 * alpha * delta, alpha),
 }
 
 
@@ -215,13 +217,13 @@ def test_reset_separates_sequences_in_both_directions(name: str, starts: list[se
 
 
 @pytest.mark.parametrize("form", RECURRENCES)
-def test_forget_bias_moves_the_first_gate_only(form: str) -> None:
+def test_forget_bias_moves_one_gate_only(form: str) -> None:
     name, options = RECURRENCES[form]
     plain, moved = (build(name, forget_bias=bias, **options) for bias in (0.0, 2.5))
-    sign = keeping_sign(name)
-    shift = (moved.bias_ih_l0 - plain.bias_ih_l0).detach()
-    torch.testing.assert_close(shift[:H], torch.full((H,), 2.5 * sign, dtype=torch.float64))
-    assert not shift[H:].any()
+    index, sign = laws.GATES[plain.gate].keeps
+    shift = (moved.bias_ih_l0 - plain.bias_ih_l0).detach().view(-1, H)
+    torch.testing.assert_close(shift[index], torch.full((H,), 2.5 * sign, dtype=torch.float64))
+    assert not shift[[i for i in range(len(shift)) if i != index]].any()
     assert torch.equal(plain.weight_ih_l0, moved.weight_ih_l0)
 
 

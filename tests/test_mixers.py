@@ -338,6 +338,7 @@ PARAMETERS: dict[str, tuple[Callable[[int, int], int], Callable[[int, int], int]
     # "Were RNNs All We Needed?", sections 3.1 and 3.2; one bias a pre-activation.
     "mingru": (lambda d_x, d_h: 2 * d_h * d_x, lambda d_x, d_h: 2 * d_h),
     "minlstm": (lambda d_x, d_h: 3 * d_h * d_x, lambda d_x, d_h: 3 * d_h),
+    "minema": (lambda d_x, d_h: 3 * d_h * d_x, lambda d_x, d_h: 3 * d_h),
     # torch.nn's cells have two biases a pre-activation, of which one would do.
     "rnn": (lambda d_x, d_h: d_h * (d_x + d_h), lambda d_x, d_h: 2 * d_h),
     "gru": (lambda d_x, d_h: 3 * d_h * (d_x + d_h), lambda d_x, d_h: 2 * 3 * d_h),

@@ -51,6 +51,15 @@ def mingru(w: Weights, x: Tensor, *, candidate: str = "positive", signed: bool =
     return torch.stack(states)
 
 
+def minema(w: Weights, x: Tensor, **_: Any) -> Tensor:
+    h, states = torch.zeros(D_HIDDEN, dtype=x.dtype), []
+    for step in x:
+        alpha, delta, c = affine(w, "rnn.*_ih_l0", step, 3)
+        h = (1 - sigmoid(alpha) * sigmoid(delta)) * h + sigmoid(alpha) * CANDIDATES["positive"](c)
+        states.append(h)
+    return torch.stack(states)
+
+
 def minlstm(
     w: Weights,
     x: Tensor,
@@ -197,6 +206,7 @@ def mamba(w: Weights, x: Tensor, *, d_state: int = 16, dt_rank: int = 1, **_: An
 ORACLES: dict[str, Callable[..., Tensor]] = {
     "mingru": mingru,
     "minlstm": minlstm,
+    "minema": minema,
     "rnn": rnn,
     "gru": gru,
     "lstm": lstm,

@@ -21,7 +21,8 @@ from minrnn.benchmarks.session import Case, Kind, run
 from minrnn.benchmarks.tables import by_length, by_system
 from minrnn.benchmarks.timing import Workload
 from minrnn.benchmarks.workloads import training_step
-from minrnn.mixers import MinGRU, MinLSTM
+from minrnn.mixers import GATED_RNNS
+from minrnn.mixers.layer import MinRNN
 from minrnn.ops import GATES
 
 __all__ = [
@@ -87,22 +88,22 @@ def render(document: Document) -> str:
 BENCH = Bench(LayerBench, bench_layer, render)
 
 
-def build_ours(case: Case, input_size: int) -> MinGRU | MinLSTM:
+def build_ours(case: Case, input_size: int) -> MinRNN:
     """Return our layer with biases of zero, so that layers without biases are the same function."""
-    kind = {"mingru": MinGRU, "minlstm": MinLSTM}[case.gate]
+    kind = GATED_RNNS[case.gate].layer
     layer = kind(input_size, case.shape["D"], batch_first=True, device=case.device, dtype=case.torch_dtype)
-    nn.init.zeros_(layer.bias_ih_l0)
+    nn.init.zeros_(layer.get_parameter("bias_ih_l0"))
     return layer
 
 
-def _recomputing(layer: MinGRU | MinLSTM) -> MinGRU | MinLSTM:
+def _recomputing(layer: MinRNN) -> MinRNN:
     """Return a copy that keeps less for backward."""
     again = deepcopy(layer)
     again.recompute = True
     return again
 
 
-def our_weight(layer: MinGRU | MinLSTM) -> Tensor:
+def our_weight(layer: MinRNN) -> Tensor:
     """Return the rows of all pre-activations, (k * hidden_size, input_size)."""
     return layer.all_weights[0][0]
 
@@ -150,7 +151,7 @@ def layer_systems(case: Case, peers: Mapping[str, LayerPeer], input_size: int) -
         named = zip(weights, dweights, strict=True)
         return errors({"h": y, "dx": dx} | {f"d{name}": d for name, d in named}, exact)
 
-    def our_system(layer: MinGRU | MinLSTM) -> System:
+    def our_system(layer: MinRNN) -> System:
         def call(x: Tensor) -> Tensor:
             return layer(x)[0]
 

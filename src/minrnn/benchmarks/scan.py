@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from rich.console import Console
@@ -27,6 +27,12 @@ LIMIT = "copy"
 KIND = Kind("scan", "BTD", across="T", limit=LIMIT, phases=("forward", "backward", "step"), unit="ms")
 
 
+if TYPE_CHECKING:
+    GateName = str
+else:
+    GateName = Literal[tuple(GATES)]
+
+
 @dataclass(frozen=True)
 class ScanBench(TimedBench):
     """Time a gated scan from pre-activations to states, and back, beside the peers that are installed.
@@ -37,10 +43,7 @@ class ScanBench(TimedBench):
 
     shapes: tuple[str, ...] = ("8x256..4096x512",)
     """BxTxD: batch, length, channels; 64..1024 stands for 64, 128, 256, 512 and 1024."""
-    gates: tuple[
-        Literal["mingru", "minlstm", "minlstm_unnormalized", "identity"],
-        ...,
-    ] = ("mingru",)
+    gates: tuple[GateName, ...] = ("mingru",)
     """Gates of the recurrence (identity: the plain scan of a and b)."""
     packed: bool = False
     """Take the pre-activations side by side in one tensor, as a linear layer emits them."""

@@ -8,6 +8,7 @@ from minrnn.mixers.cell import MinRNNCell
 from minrnn.mixers.classic import GRUMixer, LSTMMixer, RNNMixer
 from minrnn.mixers.layer import MinRNN, MinRNNMixer
 from minrnn.mixers.mamba import MambaMixer
+from minrnn.mixers.minema import MinEMA, MinEMACell, MinEMAMixer
 from minrnn.mixers.mingru import MinGRU, MinGRUCell, MinGRUMixer
 from minrnn.mixers.minlstm import MinLSTM, MinLSTMCell, MinLSTMMixer
 from minrnn.mixers.mixer import Mixer
@@ -28,6 +29,7 @@ class GatedRNN(NamedTuple):
 GATED_RNNS: dict[str, GatedRNN] = {
     "mingru": GatedRNN(MinGRU, MinGRUCell, MinGRUMixer),
     "minlstm": GatedRNN(MinLSTM, MinLSTMCell, MinLSTMMixer),
+    "minema": GatedRNN(MinEMA, MinEMACell, MinEMAMixer),
 }
 """The layer, the cell and the mixer of each gate, by the gate's name."""
 

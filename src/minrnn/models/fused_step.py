@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from minrnn.mixers.calls import is_plain
 from minrnn.mixers.convolution import CausalConv
-from minrnn.mixers.mingru import MinGRU, MinGRUMixer
-from minrnn.mixers.minlstm import MinLSTM, MinLSTMMixer
+from minrnn.mixers.layer import MinRNN
+from minrnn.mixers.registry import GATED_RNNS
 from minrnn.models.block import GATED, MLP, Block, BlockState
 from minrnn.models.decision import DecisionModel, Steps
 from minrnn.models.dropout import Dropout
@@ -327,8 +327,8 @@ class _Translation:
 
     def _add_mixer(self, path: str, residual: bool) -> tuple[int | None, int]:
         """Add a block's first branch; return the sizes of its state."""
-        mixer = self.module(f"{path}.mixer", MinGRUMixer, MinLSTMMixer)
-        rnn = self.module(f"{path}.mixer.rnn", MinGRU, MinLSTM)
+        mixer = self.module(f"{path}.mixer", *(row.mixer for row in GATED_RNNS.values()))
+        rnn = self.module(f"{path}.mixer.rnn", *(row.layer for row in GATED_RNNS.values()))
         if rnn.num_layers != 1 or rnn.bidirectional or not rnn.batch_first or rnn.input_size != self.width:
             raise NotFusableError(
                 f"{path}.mixer.rnn is not one batch-first layer over {self.width} channels in one direction"
@@ -344,7 +344,7 @@ class _Translation:
         self.step.add_branch(norm, taps, conv, num_pre * D, D, (up, bias), down, mode, num_pre, 0, residual)
         return taps - 1 if taps else None, D
 
-    def _mode(self, path: str, rnn: MinGRU | MinLSTM) -> tuple[tuple[int, int, bool], int]:
+    def _mode(self, path: str, rnn: MinRNN) -> tuple[tuple[int, int, bool], int]:
         """Return the engine's codes of the gate and its candidate, signed, and the gate's pre-activations."""
         gate = self._engine.GATE_CODES.get(rnn.gate)
         candidate = self._engine.CANDIDATE_CODES.get(rnn.candidate)

@@ -32,7 +32,7 @@ GATE_CODES = {name: code for code, name in enumerate(_scan.gates)}
 CANDIDATE_CODES = {name: code for code, name in enumerate(_scan.candidates)}
 _DTYPE_CODES = {getattr(torch, name): code for code, name in enumerate(_scan.dtypes)}
 assert _scan.gates == {name: (gate.num_pre, gate.can_be_signed) for name, gate in GATES.items()}, (
-    f"csrc/rows.h and gates.py must hold the same gates, got {_scan.gates} and {list(GATES)}: rebuild minrnn"
+    f"csrc/gates.h and gates.py must hold the same gates, got {_scan.gates} and {list(GATES)}: rebuild minrnn"
 )
 assert {*_scan.candidates} == CANDIDATES.keys(), (
     f"csrc/rows.h and gates.py must hold the same candidates, got {_scan.candidates} and {list(CANDIDATES)}: "

@@ -55,10 +55,8 @@ class Gate:
 
     pre: tuple[str, ...]
     """The names of the pre-activations, in the order in which they are passed."""
-    logit: Callable[..., Tensor] | None
-    """`logit(*pre)` is u, the decay's log-odds; None: a is the first pre-activation itself."""
-    input_term: Callable[..., Tensor]
-    """`input_term(candidate, *pre)` is b."""
+    terms: Callable[..., tuple[Tensor, Tensor]]
+    """`terms(candidate, *pre)` is (u, b): the decay's log-odds and the input term."""
     derivatives: Callable[..., Partials]
     """`derivatives(candidate, *pre)`: of sigmoid(u), then of b, the derivative with respect to each
     pre-activation, None where it is zero."""
@@ -68,6 +66,8 @@ class Gate:
     """The pre-activation whose bias sets how long a state is kept, and the sign of its effect on a."""
     can_be_signed: bool = False
     """Whether there is a signed form, with decays in (-1, 1)."""
+    gives_decay: bool = False
+    """Whether u is a itself, and not its log-odds."""
 
     @property
     def num_pre(self) -> int:
@@ -81,11 +81,10 @@ class Gate:
 
     def equations(self, candidate: Candidate, *pre: Tensor, signed: bool = False) -> tuple[Tensor, Tensor]:
         """Compute a and b."""
-        if self.logit is None:
-            return pre[0], self.input_term(candidate, *pre)
-        u = self.logit(*pre)
-        # 2 sigmoid(u) - 1 would cancel where the decay changes its sign.
-        return torch.tanh(u / 2) if signed else torch.sigmoid(u), self.input_term(candidate, *pre)
+        u, b = self.terms(candidate, *pre)
+        if self.gives_decay:
+            return u, b
+        return torch.tanh(u / 2) if signed else torch.sigmoid(u), b  # 2 sigmoid(u) - 1 would cancel near 0
 
     def partials(self, candidate: Candidate, *pre: Tensor, signed: bool = False) -> Partials:
         """Compute the derivatives of a, and of b, with respect to each pre-activation, None where zero."""
@@ -124,8 +123,8 @@ def _identity_derivatives(candidate: Candidate, a: Tensor, b: Tensor) -> Partial
     return (one, None), (None, one)
 
 
-def _mingru_input(candidate: Candidate, z: Tensor, c: Tensor) -> Tensor:
-    return torch.sigmoid(z) * candidate.value(c)
+def _mingru(candidate: Candidate, z: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    return -z, torch.sigmoid(z) * candidate.value(c)
 
 
 def _mingru_derivatives(candidate: Candidate, z: Tensor, c: Tensor) -> Partials:
@@ -134,25 +133,22 @@ def _mingru_derivatives(candidate: Candidate, z: Tensor, c: Tensor) -> Partials:
     return (-slope, None), (slope * candidate.value(c), update * candidate.slope(c))
 
 
-def _minlstm_logit(f: Tensor, i: Tensor, c: Tensor) -> Tensor:
+def _minlstm(candidate: Candidate, f: Tensor, i: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     # f / (f + i) = sigmoid(log f - log i): exact where both gates underflow.
-    return logsigmoid(f) - logsigmoid(i)
-
-
-def _minlstm_input(candidate: Candidate, f: Tensor, i: Tensor, c: Tensor) -> Tensor:
-    return torch.sigmoid(-_minlstm_logit(f, i, c)) * candidate.value(c)
+    u = logsigmoid(f) - logsigmoid(i)
+    return u, torch.sigmoid(-u) * candidate.value(c)
 
 
 def _minlstm_derivatives(candidate: Candidate, f: Tensor, i: Tensor, c: Tensor) -> Partials:
-    u = _minlstm_logit(f, i, c)
+    u = logsigmoid(f) - logsigmoid(i)
     slope = torch.sigmoid(u) * torch.sigmoid(-u)
     of_f, of_i = slope * torch.sigmoid(-f), -slope * torch.sigmoid(-i)
     value = candidate.value(c)
     return (of_f, of_i, None), (-of_f * value, -of_i * value, torch.sigmoid(-u) * candidate.slope(c))
 
 
-def _unnormalized_input(candidate: Candidate, f: Tensor, i: Tensor, c: Tensor) -> Tensor:
-    return torch.sigmoid(i) * candidate.value(c)
+def _unnormalized(candidate: Candidate, f: Tensor, i: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    return f, torch.sigmoid(i) * candidate.value(c)
 
 
 def _unnormalized_derivatives(candidate: Candidate, f: Tensor, i: Tensor, c: Tensor) -> Partials:
@@ -161,21 +157,33 @@ def _unnormalized_derivatives(candidate: Candidate, f: Tensor, i: Tensor, c: Ten
     return (of_f, None, None), (None, of_i * candidate.value(c), torch.sigmoid(i) * candidate.slope(c))
 
 
+def _minema(candidate: Candidate, alpha: Tensor, delta: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    # 1 - alpha delta = (1 - alpha) + alpha (1 - delta), of which nothing cancels.
+    kept = torch.logaddexp(logsigmoid(-alpha), logsigmoid(alpha) + logsigmoid(-delta))
+    return kept - logsigmoid(alpha) - logsigmoid(delta), torch.sigmoid(alpha) * candidate.value(c)
+
+
+def _minema_derivatives(candidate: Candidate, alpha: Tensor, delta: Tensor, c: Tensor) -> Partials:
+    update, damping = torch.sigmoid(alpha), torch.sigmoid(delta)
+    slope = update * torch.sigmoid(-alpha)
+    of_a = -slope * damping, -update * damping * torch.sigmoid(-delta), None
+    return of_a, (slope * candidate.value(c), None, update * candidate.slope(c))
+
+
 GATES: dict[str, Gate] = {
     # a and b themselves: the plain scan.
     "identity": Gate(
         pre=("a", "b"),
-        logit=None,
-        input_term=lambda candidate, a, b: b,
+        terms=lambda candidate, a, b: (a, b),
         derivatives=_identity_derivatives,
         neutral=(1.0, 0.0),
+        gives_decay=True,
     ),
     # a = 1 - z, b = z candidate, z = sigmoid(z_pre): minGRU (arXiv 2410.01201, section 3.1).
     # Signed, a = 1 - 2 z, it can track parity (arXiv 2411.12537).
     "mingru": Gate(
         pre=("z", "candidate"),
-        logit=lambda z, c: -z,
-        input_term=_mingru_input,
+        terms=_mingru,
         derivatives=_mingru_derivatives,
         neutral=(-inf, 0.0),
         keeps=("z", -1),
@@ -185,8 +193,7 @@ GATES: dict[str, Gate] = {
     # Signed, a = (f - i) / (f + i).
     "minlstm": Gate(
         pre=("f", "i", "candidate"),
-        logit=_minlstm_logit,
-        input_term=_minlstm_input,
+        terms=_minlstm,
         derivatives=_minlstm_derivatives,
         neutral=(inf, -inf, 0.0),
         keeps=("f", +1),
@@ -195,10 +202,18 @@ GATES: dict[str, Gate] = {
     # a = f, b = i candidate.
     "minlstm_unnormalized": Gate(
         pre=("f", "i", "candidate"),
-        logit=lambda f, i, c: f,
-        input_term=_unnormalized_input,
+        terms=_unnormalized,
         derivatives=_unnormalized_derivatives,
         neutral=(inf, -inf, 0.0),
         keeps=("f", +1),
+    ),
+    # a = 1 - alpha delta, b = alpha candidate: the damped moving average of Mega (arXiv 2209.10655, section
+    # 3.1), with an update rate and a damping that depend on the input. At delta = 1 it is minGRU.
+    "minema": Gate(
+        pre=("alpha", "delta", "candidate"),
+        terms=_minema,
+        derivatives=_minema_derivatives,
+        neutral=(-inf, 0.0, 0.0),
+        keeps=("delta", -1),
     ),
 }

@@ -131,7 +131,7 @@ def _settings(dtype: torch.dtype, cut: _Cut, gate: str, candidate: str, signed: 
         "GATE": GATE_FUNCTIONS[gate],
         "CANDIDATE": CANDIDATE_FUNCTIONS[candidate],
         "NEUTRAL": record.neutral,
-        "DECAY": "signed" if signed else "any" if record.logit is None else "share",
+        "DECAY": "signed" if signed else "any" if record.gives_decay else "share",
         "REAL": REALS[state_dtype(dtype)],
         "EXACT": dtype.itemsize >= 4,
         "BLOCK_D": cut.BLOCK_D,

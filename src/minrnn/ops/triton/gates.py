@@ -111,10 +111,26 @@ def _minlstm_unnormalized(pre, h_prev, CANDIDATE: tl.constexpr, SIGNED: tl.const
     return f, f_complement, i * c, (h_prev * (f * f_complement), c * (i * i_complement), i * slope)
 
 
+@triton.jit
+def _minema(pre, h_prev, CANDIDATE: tl.constexpr, SIGNED: tl.constexpr, EXACT: tl.constexpr):
+    # a = 1 - alpha delta, b = alpha * candidate
+    alpha, alpha_complement, P = sigmoid(pre[0], EXACT)
+    delta, delta_complement, Q = sigmoid(pre[1], EXACT)
+    of_alpha, of_delta = reciprocal(P), reciprocal(Q)
+    c, slope = CANDIDATE(pre[2], EXACT)
+    alpha, alpha_complement = alpha * of_alpha, alpha_complement * of_alpha
+    delta, delta_complement = delta * of_delta, delta_complement * of_delta
+    rest = alpha * delta
+    of_update = (c - delta * h_prev) * (alpha * alpha_complement)
+    factors = (of_update, -h_prev * (rest * delta_complement), alpha * slope)
+    return alpha_complement + alpha * delta_complement, rest, alpha * c, factors
+
+
 GATE_FUNCTIONS: dict[str, Any] = {
     "identity": _identity,
     "mingru": _mingru,
     "minlstm": _minlstm,
     "minlstm_unnormalized": _minlstm_unnormalized,
+    "minema": _minema,
 }
 """By name in minrnn.ops.gates.GATES."""
