@@ -6,6 +6,7 @@ Everything is read from the syntax trees of the files that are there, function-l
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import inspect
 import re
 import subprocess
@@ -304,6 +305,10 @@ def test_public_names_are_the_ones_declared() -> None:
         assert getattr(minrnn, name) is getattr(import_module(home or ""), name)
     with pytest.raises(AttributeError, match="no attribute 'MinGru'"):
         _ = minrnn.MinGru  # type: ignore[attr-defined]
+
+
+def test_the_version_is_the_installed_ones() -> None:
+    assert minrnn.__version__ == importlib.metadata.version("minrnn")
 
 
 def test_torch_is_imported_only_when_it_is_needed() -> None:

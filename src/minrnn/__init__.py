@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from minrnn.ops import gated_scan as gated_scan
     from minrnn.ops import release_memory as release_memory
     from minrnn.ops import scan as scan
+    from minrnn.ops import selective_scan as selective_scan
     from minrnn.tasks import TASKS as TASKS
     from minrnn.tasks import TextConfig as TextConfig
     from minrnn.tasks import TextTask as TextTask
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from minrnn.training import RunLog as RunLog
     from minrnn.training import TrainConfig as TrainConfig
     from minrnn.training import train as train
+
+    __version__: str
 else:
     import sys
     from importlib import import_module
@@ -73,13 +76,15 @@ else:
             "load_checkpoint",
             "save_checkpoint",
         ),
-        "ops": ("CANDIDATES", "GATES", "engines", "gated_scan", "release_memory", "scan"),
+        "ops": ("CANDIDATES", "GATES", "engines", "gated_scan", "release_memory", "scan", "selective_scan"),
         "tasks": ("TASKS", "TextConfig", "TextTask"),
         "training": ("RunConfig", "RunLog", "TrainConfig", "train"),
     }
     __all__ = sorted(name for names in _ROOMS.values() for name in names)
 
     def __getattr__(name):
+        if name == "__version__":
+            return import_module("importlib.metadata").version("minrnn")
         for room, names in _ROOMS.items():
             if name in names:
                 return getattr(import_module(f"minrnn.{room}"), name)

@@ -1,4 +1,4 @@
-"""MinEMA: a damped moving average whose rate and damping are gates, so that it trains in parallel over time."""
+"""MinEMA: a damped moving average whose rate and damping are gates, so that it trains in parallel."""
 
 from minrnn.mixers.cell import MinRNNCell
 from minrnn.mixers.layer import MinRNN, MinRNNMixer
