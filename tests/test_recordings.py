@@ -34,7 +34,7 @@ from minrnn.tasks.locomotion import (
     fetch_d4rl,
     find_episodes,
     minari_folder,
-    normalised_score,
+    normalized_score,
 )
 from minrnn.tasks.recordings import read_episodes, write_episodes
 
@@ -843,10 +843,10 @@ def test_names_are_checked_and_the_nearest_is_named() -> None:
 def test_scores_are_0_for_random_and_100_for_the_expert(name: str) -> None:
     reference = REFERENCES[name]
     for environment in (reference.environment, f"{name}-medium-v2", name):
-        assert normalised_score(environment, reference.random) == 0
-        assert normalised_score(environment, reference.expert) == pytest.approx(100)
-        assert normalised_score(environment, (reference.expert + reference.random) / 2) == pytest.approx(50)
-    assert normalised_score("Ant-v5", 1000) is None
+        assert normalized_score(environment, reference.random) == 0
+        assert normalized_score(environment, reference.expert) == pytest.approx(100)
+        assert normalized_score(environment, (reference.expert + reference.random) / 2) == pytest.approx(50)
+    assert normalized_score("Ant-v5", 1000) is None
 
 
 @pytest.mark.parametrize("name", REFERENCES)

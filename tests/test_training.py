@@ -50,7 +50,7 @@ from minrnn.training.optim import (
     decayed_parameters,
     learning_rate_at,
     make_optimizers,
-    orthogonalised_parameters,
+    orthogonalized_parameters,
 )
 from minrnn.training.resume import _flatten, _unflatten
 
@@ -257,7 +257,7 @@ def test_only_matrices_of_linear_layers_decay(mixer: str, tied: bool) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_muon_moves_the_matrices_of_blocks_and_adamw_the_rest(mixer: str, tied: bool) -> None:
     model = SequenceModel(ModelConfig(d_model=16, num_layers=1, mixer=mixer, tie_embeddings=tied))
-    turned = orthogonalised_parameters(model)
+    turned = orthogonalized_parameters(model)
     for name, parameter in model.named_parameters():
         if name in turned:
             assert parameter.ndim == 2
@@ -287,7 +287,7 @@ def test_muon_steps_are_as_long_as_adamw_s() -> None:
     for name, parameter in model.named_parameters():
         length = (parameter - before[name]).square().mean().sqrt().item()
         typical = (
-            0.2 * 0.01 if name in orthogonalised_parameters(model) else 0.01
+            0.2 * 0.01 if name in orthogonalized_parameters(model) else 0.01
         )  # AdamW's first is its rate
         assert length == pytest.approx(typical, rel=0.4), name
 

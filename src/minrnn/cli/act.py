@@ -18,7 +18,7 @@ from minrnn.files import write_json
 from minrnn.models import DecisionModel, Policy
 from minrnn.tasks.environments import make_environment
 from minrnn.tasks.film import Film
-from minrnn.tasks.locomotion import normalised_score
+from minrnn.tasks.locomotion import normalized_score
 from minrnn.tasks.rollouts import Played, make_filmed, picture, play
 from minrnn.training import MOST_SEEDS, Output, attempt, choose_device, load_trained, provenance
 
@@ -39,12 +39,12 @@ class ActCommand:
     """Directory of the run whose policy acts."""
     env: str | None = None
     """Environment, by gymnasium's name, such as Hopper-v5 or package.module:Name-v0 (None: the one that the
-    policy learnt from)."""
+    policy learned from)."""
     episodes: int = 10
     """Episodes, each with a seed of its own."""
     target_return: float | None = None
     """Return that the policy asks for (None: what its run says, by default the mean of the best episodes
-    that it learnt from, those that hold a tenth of the steps)."""
+    that it learned from, those that hold a tenth of the steps)."""
     record: Path | None = None
     """File for a film of the first episode, without a screen too: .gif, .mp4, or .png for a few pictures side
     by side (None: no film)."""
@@ -65,11 +65,11 @@ def run(args: Sequence[str]) -> int:
     model, _, step, _ = load_trained(command.run, command.checkpoint, device)
     if not isinstance(model, DecisionModel):
         raise ValueError(
-            f"act: {command.run} must be a run of decisions; what this one learnt takes no actions"
+            f"act: {command.run} must be a run of decisions; what this one learned takes no actions"
         )
     name = command.env or model.config.environment
     if name is None:
-        raise ValueError("act: --env must be given, as the data that the policy learnt from name none")
+        raise ValueError("act: --env must be given, as the data that the policy learned from name none")
     policy = Policy(model, target_return=command.target_return)
     console = Output()
     played, film = _play(policy, name, command, console)
@@ -136,7 +136,7 @@ def _summary(name: str, played: Sequence[Played]) -> dict[str, Any]:
     return {
         "mean_return": mean(returns),
         "spread": stdev(returns) if len(returns) > 1 else 0.0,
-        "score": normalised_score(name, mean(returns)),
+        "score": normalized_score(name, mean(returns)),
         "returns": returns,
         "lengths": [episode.steps for episode in played],
     }
@@ -146,7 +146,7 @@ def _conclusion(results: dict[str, Any]) -> str:
     """Say it in one line."""
     count = len(results["returns"])
     asked = "" if results["target_return"] is None else f", asked for {results['target_return']:,.1f}"
-    score = "" if results["score"] is None else f"; D4RL's normalised score {results['score']:.1f}"
+    score = "" if results["score"] is None else f"; D4RL's normalized score {results['score']:.1f}"
     spread = f" ± {results['spread']:,.1f}" if count > 1 else ""
     episodes = "1 episode" if count == 1 else f"{count} episodes"
     return f"return {results['mean_return']:,.1f}{spread} over {episodes}{asked}{score}"

@@ -41,7 +41,7 @@ COMMANDS: dict[str, Command] = {
 ENVIRONMENT = {
     "MINRNN_ENGINE": "reference: use the plain loop instead of the compiled engines",
     "MINRNN_DATA": "folder that is searched for data sets before they are downloaded",
-    "MINRNN_CACHE": "folder for downloads and tokenised corpora (default: the user's cache)",
+    "MINRNN_CACHE": "folder for downloads and tokenized corpora (default: the user's cache)",
     "MINRNN_DEBUG": "1: show the traceback of an error",
 }
 

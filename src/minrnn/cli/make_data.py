@@ -26,7 +26,7 @@ LINE_SECONDS = 10.0  # between lines, where there is no terminal to draw on
 class MakeDataCommand:
     """Make data to learn acting from: train a policy in an environment, and record episodes in D4RL's layout.
 
-    Interrupted, the same command goes on. The data are labelled as local: their scores do not compare with
+    Interrupted, the same command goes on. The data are labeled as local: their scores do not compare with
     those of D4RL's or Minari's data sets.
     """
 
@@ -45,7 +45,7 @@ class MakeDataCommand:
     training_steps: int = 0
     """Steps to train for; 0 for as many as suit the environment."""
     algorithm: Literal["", "ppo", "ars"] = ""
-    """Proximal policy optimisation or augmented random search; by default what suits the environment."""
+    """Proximal policy optimization or augmented random search; by default what suits the environment."""
 
 
 def run(args: Sequence[str]) -> int:

@@ -52,7 +52,7 @@ def run(args: Sequence[str]) -> int:
     device = choose_device(command.device)
     model, vocabulary, *_ = load_trained(command.run, command.checkpoint, device)
     if vocabulary is None or not isinstance(model, SequenceModel):
-        raise ValueError(f"sample: {command.run} must be a run that learnt text; what this one says is none")
+        raise ValueError(f"sample: {command.run} must be a run that learned text; what this one says is none")
     given = command.prompt or default_prompt(vocabulary, PROMPTS)
     prompt = torch.from_numpy(vocabulary.encode(given))[None].to(device)  # (1, T)
     tokens = generate(

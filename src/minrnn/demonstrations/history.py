@@ -1,4 +1,4 @@
-"""A behaviour's training as it went: every round's policy, kept in a file that training goes on from."""
+"""A behavior's training as it went: every round's policy, kept in a file that training goes on from."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from minrnn.demonstrations.behaviour import Behaviour
+from minrnn.demonstrations.behavior import Behavior
 from minrnn.demonstrations.trainers import Arrays, Round, Trainer, training_environments
 from minrnn.files import lock, naming
 from minrnn.tasks.arrays import read_arrays, write_arrays
 from minrnn.training import interruptible
 from minrnn.training.threads import cpu_threads
 
-SMOOTHED_ROUNDS = 3  # a round's mean return is noisy, so its neighbours count as well
+SMOOTHED_ROUNDS = 3  # a round's mean return is noisy, so its neighbors count as well
 SAVE_EVERY = 15.0  # seconds, which is what an interruption costs at most, and a round
 
 Report = Callable[[str, int, int, str], None]
@@ -29,7 +29,7 @@ Report = Callable[[str, int, int, str], None]
 class History:
     """What each round of training left, and what the next one needs."""
 
-    behaviours: list[Behaviour] = field(default_factory=list)
+    behaviors: list[Behavior] = field(default_factory=list)
     """The policy that each round began with."""
     steps: list[int] = field(default_factory=list)
     """Steps in the environment up to the end of each round."""
@@ -49,7 +49,7 @@ class History:
 
     def add(self, result: Round) -> None:
         """Append a round."""
-        self.behaviours.append(result.behaviour)
+        self.behaviors.append(result.behavior)
         self.steps.append(self.total_steps + result.steps)
         self.returns.append(result.mean_return)
         self.state = result.state
@@ -57,7 +57,7 @@ class History:
     def until(self, steps: int) -> History:
         """Return the rounds up to the one that reached so many steps, without what more would need."""
         count = int(np.searchsorted(self.steps, steps)) + 1
-        return History(self.behaviours[:count], self.steps[:count], self.returns[:count])
+        return History(self.behaviors[:count], self.steps[:count], self.returns[:count])
 
     def best(self) -> int:
         """Return the number of the round with the highest mean return, averaged with those beside it."""
@@ -76,15 +76,15 @@ class History:
             OSError: it cannot be written.
         """
         columns = {
-            "parameters": [behaviour.parameters for behaviour in self.behaviours],
-            "mean": [behaviour.mean for behaviour in self.behaviours],
-            "variance": [behaviour.variance for behaviour in self.behaviours],
-            "action_noise": [behaviour.action_noise for behaviour in self.behaviours],
+            "parameters": [behavior.parameters for behavior in self.behaviors],
+            "mean": [behavior.mean for behavior in self.behaviors],
+            "variance": [behavior.variance for behavior in self.behaviors],
+            "action_noise": [behavior.action_noise for behavior in self.behaviors],
         }
         write_arrays(
             path,
             {
-                "sizes": np.array(self.behaviours[0].sizes),
+                "sizes": np.array(self.behaviors[0].sizes),
                 "steps": np.array(self.steps),
                 "returns": np.array(self.returns),
                 **{name: np.stack(values) for name, values in columns.items()},
@@ -113,7 +113,7 @@ def read_history(path: Path) -> History:
             f"arrays of {', '.join(f'{name} {arrays[name].shape}' for name in columns)}; remove it"
         )
     return History(
-        [Behaviour(row[0], sizes, *row[1:]) for row in zip(*(arrays[name] for name in columns), strict=True)],
+        [Behavior(row[0], sizes, *row[1:]) for row in zip(*(arrays[name] for name in columns), strict=True)],
         arrays["steps"].tolist(),
         arrays["returns"].tolist(),
         {name.removeprefix("state/"): value for name, value in arrays.items() if name.startswith("state/")},
@@ -138,7 +138,7 @@ def check_arrays(path: Path, arrays: Arrays, axes: Mapping[str, int]) -> None:
             )
 
 
-def train_behaviour(
+def train_behavior(
     environment: str, trainer: Trainer, steps: int, seed: int, path: Path, report: Report
 ) -> History:
     """Return the rounds of a training of `steps` steps or a little more, and keep them in a file.

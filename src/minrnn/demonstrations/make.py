@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from minrnn.demonstrations.behaviour import Behaviour
-from minrnn.demonstrations.history import Report, train_behaviour
+from minrnn.demonstrations.behavior import Behavior
+from minrnn.demonstrations.history import Report, train_behavior
 from minrnn.demonstrations.record import Share, always, play, record, replayed, uniform
 from minrnn.demonstrations.trainers import TRAINERS, Trainer, library_versions
 from minrnn.files import lock
 from minrnn.tasks.downloads import cache_folder
 from minrnn.tasks.environments import make_environment
-from minrnn.tasks.locomotion import local_name, local_path, normalised_score
+from minrnn.tasks.locomotion import local_name, local_path, normalized_score
 from minrnn.tasks.recordings import read_episodes, write_episodes
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ LABEL = (
 
 
 class Plan(NamedTuple):
-    """How a behaviour is trained, unless it is said otherwise."""
+    """How a behavior is trained, unless it is said otherwise."""
 
     algorithm: str
     steps: int
@@ -53,7 +53,7 @@ OTHER_PLAN = Plan("ppo", 300_000)
 
 
 def plan_for(environment: str) -> Plan:
-    """Return how behaviours are trained in an environment, whatever its version."""
+    """Return how behaviors are trained in an environment, whatever its version."""
     name = environment.rpartition(":")[2]  # an id may begin with the module that registers it
     return PLANS.get(name.rpartition("-v")[0], OTHER_PLAN)
 
@@ -69,7 +69,7 @@ def make_data(
     training_steps: int = 0,
     algorithm: str = "",
 ) -> Path:
-    """Train a behaviour where that was not done before, record it, and return the file, in D4RL's layout.
+    """Train a behavior where that was not done before, record it, and return the file, in D4RL's layout.
 
     - random: actions drawn evenly between their bounds.
     - medium: the best policy that training reached, with the noise on its actions that it was trained with.
@@ -120,7 +120,7 @@ def make_data(
         about = {
             **episodes.about,
             "mean_return": mean_return,
-            "score": normalised_score(environment, mean_return),
+            "score": normalized_score(environment, mean_return),
             "made": made,
             "versions": library_versions(trainer),
             "label": LABEL,
@@ -166,9 +166,9 @@ def _shares(
             draw = uniform(made.action_space.low, made.action_space.high)
             return [Share(draw, steps)], {"quality": quality}
         file = _work_folder() / f"training-{_digest({**training, **library_versions(trainer)})}.npz"
-        history = train_behaviour(environment, trainer, training_steps, training["seed"], file, report)
+        history = train_behavior(environment, trainer, training_steps, training["seed"], file, report)
         history = history.until(history.steps[history.best()])
-        best = history.behaviours[-1]
+        best = history.behaviors[-1]
         quiet = replace(best, action_noise=np.zeros_like(best.action_noise))
         returns = _evaluate(made, quiet, training["seed"], report)
     shares = {
@@ -182,7 +182,7 @@ def _shares(
         "best_after_steps": history.last_start,
         "policy_return": float(returns.mean()),
         "policy_return_deviation": float(returns.std()),
-        "policy_score": normalised_score(environment, float(returns.mean())),
+        "policy_score": normalized_score(environment, float(returns.mean())),
         "action_noise": best.action_noise.tolist(),
     }
     return shares[quality], said
@@ -205,12 +205,12 @@ def _check_spaces(environment: Environment) -> None:
 
 
 def _evaluate(
-    environment: Environment, behaviour: Behaviour, seed: int, report: Report
+    environment: Environment, behavior: Behavior, seed: int, report: Report
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Return the returns of some episodes."""
     returns: list[float] = []
     for number in range(EVALUATION_EPISODES):
-        played = play(environment, always(behaviour), (seed, len(QUALITIES), number), EPISODE_LIMIT)
+        played = play(environment, always(behavior), (seed, len(QUALITIES), number), EPISODE_LIMIT)
         returns.append(float(played.rewards.sum(dtype=np.float64)))
         report("evaluating", number + 1, EVALUATION_EPISODES, f"return {np.mean(returns):,.0f}")
     return np.array(returns)

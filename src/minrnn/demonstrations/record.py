@@ -1,4 +1,4 @@
-"""What behaviours do, recorded: who acts in which episode, and parts on disk from which recording goes on."""
+"""What behaviors do, recorded: who acts in which episode, and parts on disk from which recording goes on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from minrnn.demonstrations.behaviour import Behaviour
+from minrnn.demonstrations.behavior import Behavior
 from minrnn.demonstrations.history import History, Report, check_arrays
 from minrnn.files import claim, naming
 from minrnn.tasks.arrays import read_arrays, write_arrays
@@ -67,9 +67,9 @@ def uniform(low: Floats, high: Floats) -> Draw:
     return lambda _: act
 
 
-def always(behaviour: Behaviour) -> Draw:
-    """Let one behaviour act in every episode."""
-    return lambda _: behaviour.act
+def always(behavior: Behavior) -> Draw:
+    """Let one behavior act in every episode."""
+    return lambda _: behavior.act
 
 
 def replayed(history: History, parameter_noise: float) -> Draw:
@@ -85,12 +85,12 @@ def replayed(history: History, parameter_noise: float) -> Draw:
 
     def draw(random: np.random.Generator) -> Act:
         step = random.integers(history.total_steps)
-        behaviour = history.behaviours[int(np.searchsorted(history.steps, step, side="right"))]
+        behavior = history.behaviors[int(np.searchsorted(history.steps, step, side="right"))]
         if not parameter_noise:
-            return behaviour.act
-        changes = parameter_noise * random.standard_normal(len(behaviour.parameters))
-        quiet = np.zeros_like(behaviour.action_noise)
-        return replace(behaviour, parameters=behaviour.parameters + changes, action_noise=quiet).act
+            return behavior.act
+        changes = parameter_noise * random.standard_normal(len(behavior.parameters))
+        quiet = np.zeros_like(behavior.action_noise)
+        return replace(behavior, parameters=behavior.parameters + changes, action_noise=quiet).act
 
     return draw
 

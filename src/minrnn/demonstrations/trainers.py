@@ -1,4 +1,4 @@
-"""The libraries that train behaviours: stable-baselines3's PPO and sb3-contrib's augmented random search.
+"""The libraries that train behaviors: stable-baselines3's PPO and sb3-contrib's augmented random search.
 
 Training goes round by round. A round is a pure function of what the one before left (arrays, which a file
 can hold) and of its seed: models and environments are made or seeded anew for it. So training that was
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minrnn.demonstrations.behaviour import Behaviour
+from minrnn.demonstrations.behavior import Behavior
 from minrnn.tasks.environments import INSTALL, make_environment
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Round(NamedTuple):
 
     state: Arrays
     """What the next round needs."""
-    behaviour: Behaviour
+    behavior: Behavior
     """The policy that the round began with."""
     steps: int
     """Steps that the round took in the environment."""
@@ -44,8 +44,8 @@ class Trainer(Protocol):
     """Settings of an algorithm, and its rounds.
 
     `library` is the package that it is in and `title` what people call it; `environments` are stepped in
-    turn; `parameter_noise` is the standard deviation of what training adds to a behaviour's parameters for
-    an episode. `sizes` are the widths of the behaviour's network; `train` does a round from the state that
+    turn; `parameter_noise` is the standard deviation of what training adds to a behavior's parameters for
+    an episode. `sizes` are the widths of the behavior's network; `train` does a round from the state that
     the one before left, empty for the first.
     """
 
@@ -87,7 +87,7 @@ class RandomSearch:
     parameter_noise: float = 0.03
     """Standard deviation of the changes."""
     action_noise: float = 0.2
-    """Standard deviation of the noise on actions with which the behaviour is recorded, in half the distance
+    """Standard deviation of the noise on actions with which the behavior is recorded, in half the distance
     of their bounds; training itself adds none."""
     alive_bonus: float = 0.0
     """What the environment pays for each step that is survived; it does not count in the comparison."""
@@ -97,17 +97,17 @@ class RandomSearch:
         return asdict(self)
 
     def sizes(self, observation_size: int, action_size: int) -> tuple[int, ...]:
-        """Return the widths of the behaviour's network, which has no hidden layer."""
+        """Return the widths of the behavior's network, which has no hidden layer."""
         return observation_size, action_size
 
     def train(self, environment: VecEnv, state: Mapping[str, NDArray[Any]], seed: int) -> Round:
         """Make one move."""
         from sb3_contrib import ARS
 
-        normalised = _normalise(environment, state, norm_reward=False)
+        normalized = _normalize(environment, state, norm_reward=False)
         model = ARS(
             "LinearPolicy",
-            normalised,
+            normalized,
             n_delta=self.directions,
             n_top=self.top,
             learning_rate=self.learning_rate,
@@ -120,27 +120,27 @@ class RandomSearch:
             model.weights = torch.from_numpy(state["weights"])
             model.policy.load_from_vector(model.weights)
         actions = environment.action_space
-        behaviour = Behaviour(
+        behavior = Behavior(
             np.concatenate([model.weights.numpy(), np.zeros(actions.shape[0], np.float32)]),  # without biases
             self.sizes(*_sizes(environment)),
-            *_moments(normalised),
+            *_moments(normalized),
             self.action_noise * (actions.high - actions.low) / 2,
         )
         model.learn(1, log_interval=None)
-        left = {"weights": model.weights.numpy(), **_statistics(normalised)}
-        return Round(left, behaviour, model.num_timesteps, _mean_return(model))
+        left = {"weights": model.weights.numpy(), **_statistics(normalized)}
+        return Round(left, behavior, model.num_timesteps, _mean_return(model))
 
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """Proximal policy optimisation with normalised observations and rewards.
+    """Proximal policy optimization with normalized observations and rewards.
 
     Source: Schulman et al., "Proximal Policy Optimization Algorithms" (arXiv 1707.06347), in
     stable-baselines3.
     """
 
     library: ClassVar[str] = "stable-baselines3"
-    title: ClassVar[str] = "proximal policy optimisation"
+    title: ClassVar[str] = "proximal policy optimization"
     parameter_noise: ClassVar[float] = 0.0  # its noise is that of actions
 
     environments: int = 8
@@ -163,17 +163,17 @@ class PolicyGradient:
         return asdict(self)
 
     def sizes(self, observation_size: int, action_size: int) -> tuple[int, ...]:
-        """Return the widths of the behaviour's network."""
+        """Return the widths of the behavior's network."""
         return observation_size, self.hidden_size, self.hidden_size, action_size
 
     def train(self, environment: VecEnv, state: Mapping[str, NDArray[Any]], seed: int) -> Round:
         """Make `updates` updates."""
         from stable_baselines3 import PPO
 
-        normalised = _normalise(environment, state, norm_reward=True)
+        normalized = _normalize(environment, state, norm_reward=True)
         model = PPO(
             "MlpPolicy",
-            normalised,
+            normalized,
             n_steps=self.steps,
             batch_size=self.batch_size,
             n_epochs=self.epochs,
@@ -186,17 +186,17 @@ class PolicyGradient:
             model.set_parameters(_nested(state, model.get_parameters()))
         policy = {name: value.numpy().copy() for name, value in model.get_parameters()["policy"].items()}
         layers = ("mlp_extractor.policy_net.0", "mlp_extractor.policy_net.2", "action_net")
-        behaviour = Behaviour(
+        behavior = Behavior(
             np.concatenate(
                 [policy[f"{layer}.{part}"].ravel() for layer in layers for part in ("weight", "bias")]
             ),
             self.sizes(*_sizes(environment)),
-            *_moments(normalised),
+            *_moments(normalized),
             np.exp(policy["log_std"]),
         )
         model.learn(self.steps * self.environments * self.updates, log_interval=None)
-        left = {**_flat(model.get_parameters()), **_statistics(normalised)}
-        return Round(left, behaviour, model.num_timesteps, _mean_return(model))
+        left = {**_flat(model.get_parameters()), **_statistics(normalized)}
+        return Round(left, behavior, model.num_timesteps, _mean_return(model))
 
 
 TRAINERS: dict[str, Trainer] = {"ppo": PolicyGradient(), "ars": RandomSearch()}
@@ -240,28 +240,28 @@ def _sizes(environment: VecEnv) -> tuple[int, int]:
     return environment.observation_space.shape[0], environment.action_space.shape[0]
 
 
-def _normalise(environment: VecEnv, state: Mapping[str, NDArray[Any]], *, norm_reward: bool) -> VecNormalize:
-    """Return the environments with normalised observations, and the statistics that the last round left."""
+def _normalize(environment: VecEnv, state: Mapping[str, NDArray[Any]], *, norm_reward: bool) -> VecNormalize:
+    """Return the environments with normalized observations, and the statistics that the last round left."""
     from stable_baselines3.common.vec_env import VecNormalize
 
-    normalised = VecNormalize(environment, norm_reward=norm_reward)
+    normalized = VecNormalize(environment, norm_reward=norm_reward)
     if state:
-        for name, statistics in (("observation", normalised.obs_rms), ("return", normalised.ret_rms)):
+        for name, statistics in (("observation", normalized.obs_rms), ("return", normalized.ret_rms)):
             statistics.mean = state[f"{name}_mean"].copy()
             statistics.var = state[f"{name}_variance"].copy()
             statistics.count = float(state[f"{name}_count"])
-    return normalised
+    return normalized
 
 
-def _moments(normalised: VecNormalize) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _moments(normalized: VecNormalize) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return mean and variance of the observations so far."""
-    return np.array(normalised.obs_rms.mean), np.array(normalised.obs_rms.var)
+    return np.array(normalized.obs_rms.mean), np.array(normalized.obs_rms.var)
 
 
-def _statistics(normalised: VecNormalize) -> Arrays:
-    """Return what `_normalise` takes."""
+def _statistics(normalized: VecNormalize) -> Arrays:
+    """Return what `_normalize` takes."""
     arrays: Arrays = {}
-    for name, statistics in (("observation", normalised.obs_rms), ("return", normalised.ret_rms)):
+    for name, statistics in (("observation", normalized.obs_rms), ("return", normalized.ret_rms)):
         arrays[f"{name}_mean"] = np.array(statistics.mean)
         arrays[f"{name}_variance"] = np.array(statistics.var)
         arrays[f"{name}_count"] = np.array(statistics.count)
@@ -274,7 +274,7 @@ def _mean_return(model: BaseAlgorithm) -> float:
 
 
 def _flat(parameters: Mapping[str, Any]) -> Arrays:
-    """Return a model's and its optimiser's tensors as arrays: policy/NAME and optimizer/NUMBER/NAME."""
+    """Return a model's and its optimizer's tensors as arrays: policy/NAME and optimizer/NUMBER/NAME."""
     arrays = {f"policy/{name}": value.numpy().copy() for name, value in parameters["policy"].items()}
     for number, moments in parameters["policy.optimizer"]["state"].items():
         arrays |= {f"optimizer/{number}/{name}": value.numpy().copy() for name, value in moments.items()}

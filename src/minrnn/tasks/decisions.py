@@ -71,7 +71,7 @@ class DecisionsConfig(TaskConfig):
     tokens: Tokens | None = None
     """A step is read as: interleaved, three tokens (the action before, the return still to come, the
     observation); joined, one token of all three; observation, one token that knows neither return nor action,
-    which is behaviour cloning. (None: interleaved for attention, as Decision Transformer has it, and joined,
+    which is behavior cloning. (None: interleaved for attention, as Decision Transformer has it, and joined,
     in a third of the time, for recurrences.)"""
     carry: bool | None = None
     """Act from a state that is carried since the episode began, and train so, with episodes as streams; if

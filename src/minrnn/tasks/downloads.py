@@ -17,7 +17,7 @@ CHUNK_BYTES = 1 << 20  # pooch's own 1 KiB flushes a file of 200 MB two hundred 
 
 
 def cache_folder() -> Path:
-    """Return the folder for downloads and tokenised text: MINRNN_CACHE, or the user's cache folder."""
+    """Return the folder for downloads and tokenized text: MINRNN_CACHE, or the user's cache folder."""
     return folder_from("MINRNN_CACHE") or Path(platformdirs.user_cache_dir("minrnn", appauthor=False))
 
 

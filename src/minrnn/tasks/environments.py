@@ -1,4 +1,4 @@
-"""Gymnasium's environments, made by name: an error says what is missing or misspelt."""
+"""Gymnasium's environments, made by name: an error says what is missing or misspelled."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ class Episodes:
 
     @cached_property
     def sha256(self) -> str:
-        """Digest of steps and cuts: runs with the same digest learnt from the same."""
+        """Digest of steps and cuts: runs with the same digest learned from the same."""
         digest = hashlib.sha256()
         for array in (self.observations, self.actions, self.rewards, self.ends, self.terminated):
             digest.update(f"{array.dtype.str}{array.shape}".encode())

@@ -1,6 +1,6 @@
 """Formal languages: rules that a machine of few states, or a counter, computes at any length.
 
-Trained on short strings and measured on long ones, they show what a cell has learnt: the rule or the strings.
+Trained on short strings and measured on long ones, they show what a cell has learned: the rule or the strings.
 A string is followed by a marker for each token of its answer, as in Delétang et al., "Neural Networks and the
 Chomsky Hierarchy" (arXiv 2207.02098); the languages are those of Beck et al., "xLSTM" (arXiv 2405.04517),
 with the alphabets of the code that the authors of "Were RNNs All We Needed?" released.
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from minrnn.files import check_bounds, require
 from minrnn.tasks.draws import Draws, Part
-from minrnn.tasks.labelled import LabelledTask, blocks, pack
+from minrnn.tasks.labeled import LabeledTask, blocks, pack
 from minrnn.tasks.task import Batch, TaskConfig, check_batch
 
 String = NDArray[np.int64]
@@ -85,7 +85,7 @@ LANGUAGES: dict[str, Language] = {
 
 @dataclass(frozen=True)
 class FormalLanguageConfig(TaskConfig):
-    """Which language is learnt, and on strings of which lengths. The defaults are the paper's."""
+    """Which language is learned, and on strings of which lengths. The defaults are the paper's."""
 
     language: Literal[
         "bucket-sort",
@@ -126,7 +126,7 @@ class FormalLanguageConfig(TaskConfig):
                 )
 
 
-class FormalLanguageTask(LabelledTask):
+class FormalLanguageTask(LabeledTask):
     """Answer strings by a rule.
 
     Tokens are the symbols and answers 0 .. n - 1, and the marker n that asks for an answer.

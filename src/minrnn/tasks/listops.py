@@ -27,7 +27,7 @@ from minrnn.files import check_bounds
 from minrnn.tasks.arrays import read_arrays, write_arrays
 from minrnn.tasks.downloads import cache_folder
 from minrnn.tasks.draws import Draws, Part
-from minrnn.tasks.labelled import LabelledTask, blocks, pack
+from minrnn.tasks.labeled import LabeledTask, blocks, pack
 from minrnn.tasks.task import Batch, TaskConfig, check_batch
 
 FORMAT_VERSION = 1  # part of a cached file's name: one of another version is not found
@@ -46,7 +46,7 @@ PATIENCE = 100_000
 
 @dataclass(frozen=True)
 class ListOpsConfig(TaskConfig):
-    """Which expressions are learnt. The defaults are Long Range Arena's."""
+    """Which expressions are learned. The defaults are Long Range Arena's."""
 
     max_length: int = 2000
     """Every expression has fewer tokens than this."""
@@ -109,7 +109,7 @@ class Expressions(NamedTuple):
         return self.tokens[start : self.ends[index]]
 
 
-class ListOpsTask(LabelledTask):
+class ListOpsTask(LabeledTask):
     """Say the value of an expression after its last bracket: ten classes.
 
     The expressions are generated when the task is made (a minute or two at the defaults) and kept in the

@@ -1,4 +1,4 @@
-"""D4RL's locomotion data by name, Minari's by id, and D4RL's normalised scores.
+"""D4RL's locomotion data by name, Minari's by id, and D4RL's normalized scores.
 
 Sources: Fu et al., "D4RL: Datasets for Deep Data-Driven Reinforcement Learning" (arXiv 2004.07219) and its
 list of reference returns; Minari's documentation. The two have different policies and different versions of
@@ -66,7 +66,7 @@ D4RL_SHA256 = {
 D4RL_NAMES = tuple(D4RL_SHA256)
 
 
-def normalised_score(environment: str, mean_return: float) -> float | None:
+def normalized_score(environment: str, mean_return: float) -> float | None:
     """Return D4RL's score of a mean return, or None for environments that D4RL gives no references for.
 
         score = 100 (return - random) / (expert - random)

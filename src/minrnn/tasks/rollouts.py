@@ -117,14 +117,14 @@ def check_fit(config: DecisionConfig, environment: Environment) -> None:
     if seen.shape != (config.observation_size,):
         raise ValueError(
             f"act: the environment must have observations of {config.observation_size} numbers, as the "
-            f"policy learnt from, got {name} with {seen}"
+            f"policy learned from, got {name} with {seen}"
         )
     takes = action_space(environment)
     wanted = ActionSpace(config.discrete, config.action_size)
     fits = (takes.discrete, takes.size) == (wanted.discrete, wanted.size)
     if not fits:
         raise ValueError(
-            f"act: the environment must take {_described(wanted)}, as the policy learnt from, got {name} "
+            f"act: the environment must take {_described(wanted)}, as the policy learned from, got {name} "
             f"with {done}"
         )
     limit = None if environment.spec is None else environment.spec.max_episode_steps

@@ -17,7 +17,7 @@ import torch
 
 from minrnn.files import check_bounds
 from minrnn.tasks.draws import Draws, Part
-from minrnn.tasks.labelled import LabelledTask, blocks
+from minrnn.tasks.labeled import LabeledTask, blocks
 from minrnn.tasks.task import IGNORED, Batch, TaskConfig, check_batch
 
 MARKER = 0
@@ -51,7 +51,7 @@ class SelectiveCopyingConfig(TaskConfig):
             )
 
 
-class SelectiveCopyingTask(LabelledTask):
+class SelectiveCopyingTask(LabeledTask):
     """Copy the data tokens that stand among blanks.
 
     Args:

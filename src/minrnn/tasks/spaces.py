@@ -4,7 +4,7 @@ A policy chooses one of some actions, numbered from 0, or answers with a vector 
 the same in more ways: choices that do not start at 0, alone in an array, numbers in a matrix or without any
 axis, integers between bounds. Those are brought into the two forms where data are read, and back where a
 policy acts; of what has no such form (several choices at once, parts by name) the reader says so, before
-anything is learnt.
+anything is learned.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class Task(ABC):
     @property
     @abstractmethod
     def sha256(self) -> str:
-        """Digest of the data: runs with the same digest learnt from the same."""
+        """Digest of the data: runs with the same digest learned from the same."""
 
     @property
     def saved_vocabulary(self) -> dict[str, str] | None:

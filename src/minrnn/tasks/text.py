@@ -1,4 +1,4 @@
-"""Language modelling of text: predict every token from the ones before it."""
+"""Language modeling of text: predict every token from the ones before it."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ from minrnn.tasks.task import (
     evaluation_mode,
     nats,
 )
-from minrnn.tasks.tokens import TokenisedCorpus, tokenise
+from minrnn.tasks.tokens import TokenizedCorpus, tokenize
 from minrnn.tasks.vocabulary import VOCABULARIES, Vocabulary
 
 _COUNTED_TOKENS = 1 << 22  # counted at once: bincount widens them to 64 bits, 32 MiB
@@ -66,7 +66,7 @@ class TextTask(TokenTask):
 
     Args:
         config: the text and its pieces.
-        vocabulary: a vocabulary to use (a checkpoint's); by default the one that `config` asks for, learnt
+        vocabulary: a vocabulary to use (a checkpoint's); by default the one that `config` asks for, learned
             from the whole text, so that the validation part can be written in it too.
 
     Raises:
@@ -81,7 +81,7 @@ class TextTask(TokenTask):
         self.config = config
         corpus = find_corpus(config.source)
         self._left_out = corpus.left_out
-        self._corpus: TokenisedCorpus = tokenise(corpus, vocabulary or config.vocabulary)
+        self._corpus: TokenizedCorpus = tokenize(corpus, vocabulary or config.vocabulary)
         for part, tokens in (("training", self.train_tokens), ("validation", self.val_tokens)):
             if tokens.size <= config.window:
                 raise ValueError(
@@ -123,7 +123,7 @@ class TextTask(TokenTask):
 
     @property
     def sha256(self) -> str:
-        """Digest of tokens, vocabulary and parts: runs with the same digest learnt from the same text."""
+        """Digest of tokens, vocabulary and parts: runs with the same digest learned from the same text."""
         return self._corpus.sha256
 
     def describe(self) -> str:

@@ -1,4 +1,4 @@
-"""Text as token ids on disk: tokenised once, in chunks, and memory-mapped; so a corpus may exceed memory.
+"""Text as token ids on disk: tokenized once, in chunks, and memory-mapped; so a corpus may exceed memory.
 
 One entry of the cache is a folder, `tokens/<corpus>/<state>`, with `tokens.bin` (ids, training then
 validation), `tokens.json` and `checked.json`. It appears whole, by renaming, and never changes: a corpus
@@ -41,7 +41,7 @@ _HASHED_BYTES = 1 << 20  # read at once
 
 
 @dataclass(frozen=True)
-class TokenisedCorpus:
+class TokenizedCorpus:
     """A corpus as token ids, mapped from disk."""
 
     vocabulary: Vocabulary
@@ -56,7 +56,7 @@ class TokenisedCorpus:
     """Digest of the ids, the vocabulary and the parts: tells one state of a corpus from another."""
 
 
-def tokenise(corpus: Corpus, vocabulary: str | Vocabulary) -> TokenisedCorpus:
+def tokenize(corpus: Corpus, vocabulary: str | Vocabulary) -> TokenizedCorpus:
     """Return the ids of `corpus`, from the cache unless a file changed (path, size, or time of a change).
 
     Args:
@@ -70,14 +70,14 @@ def tokenise(corpus: Corpus, vocabulary: str | Vocabulary) -> TokenisedCorpus:
     state = [_file_state(file) for file in corpus.files]
     if not any(size for _, size, *_ in state):
         raise ValueError(
-            f"tokenise: source {corpus.name!r} must hold text, got an empty file: {corpus.origin}"
+            f"tokenize: source {corpus.name!r} must hold text, got an empty file: {corpus.origin}"
         )
     wanted = vocabulary if isinstance(vocabulary, str) else vocabulary.to_dict()
     shelf = cache_folder() / "tokens" / _digest([FORMAT_VERSION, str(corpus.origin), corpus.name, wanted])
     entry = shelf / _digest([len(corpus.train), state])
     if (found := _find(entry)) is None:
-        learnt = VOCABULARIES[vocabulary].learn(corpus.files) if isinstance(vocabulary, str) else vocabulary
-        found = _make(entry, corpus, learnt)
+        learned = VOCABULARIES[vocabulary].learn(corpus.files) if isinstance(vocabulary, str) else vocabulary
+        found = _make(entry, corpus, learned)
     return found
 
 
@@ -100,7 +100,7 @@ class _Header(TypedDict):
     sha256: str
 
 
-def _find(entry: Path) -> TokenisedCorpus | None:
+def _find(entry: Path) -> TokenizedCorpus | None:
     """Return the entry, or one that stands beside what another user has left damaged in its place."""
     for place in (entry, *sorted(entry.parent.glob(f"{entry.name}-*"))):
         if (found := _load(place)) is not None:
@@ -108,7 +108,7 @@ def _find(entry: Path) -> TokenisedCorpus | None:
     return None
 
 
-def _load(entry: Path) -> TokenisedCorpus | None:
+def _load(entry: Path) -> TokenizedCorpus | None:
     """Map the entry's files; None when it is not there, cannot be read, or is not what was written."""
     try:
         header = read_json(entry / _HEADER, _Header)
@@ -125,7 +125,7 @@ def _load(entry: Path) -> TokenisedCorpus | None:
         ids = np.asarray(np.memmap(entry / _IDS, dtype, mode="r"))
     except (OSError, ValueError):
         return None
-    return TokenisedCorpus(vocabulary, ids[: sizes[0]], ids[sizes[0] :], header["sha256"])
+    return TokenizedCorpus(vocabulary, ids[: sizes[0]], ids[sizes[0] :], header["sha256"])
 
 
 def _hash_entry(entry: Path, header: _Header) -> str:
@@ -156,7 +156,7 @@ def _state_of(entry: Path) -> list[list[int]]:
     return [[each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns] for each in found]
 
 
-def _make(entry: Path, corpus: Corpus, vocabulary: Vocabulary) -> TokenisedCorpus:
+def _make(entry: Path, corpus: Corpus, vocabulary: Vocabulary) -> TokenizedCorpus:
     """Write the entry beside its final place, rename it, and remove those of the corpus's earlier states."""
     shelf = entry.parent
     try:
@@ -175,12 +175,12 @@ def _make(entry: Path, corpus: Corpus, vocabulary: Vocabulary) -> TokenisedCorpu
     except OSError as error:
         if (found := _find(entry)) is None:  # otherwise another process was faster: its entry is as good
             raise OSError(
-                f"tokenise: cannot write the tokens of {corpus.name!r} to {shelf}: {error} (MINRNN_CACHE "
+                f"tokenize: cannot write the tokens of {corpus.name!r} to {shelf}: {error} (MINRNN_CACHE "
                 "can name another folder)"
             ) from error
         return found
     if (found := _find(entry)) is None:
-        raise OSError(f"tokenise: {entry} was just written, and is not what was written; try once more")
+        raise OSError(f"tokenize: {entry} was just written, and is not what was written; try once more")
     for earlier in shelf.iterdir():
         if not earlier.name.startswith((_UNFINISHED, entry.name)):
             shutil.rmtree(earlier, ignore_errors=True)  # some systems refuse while another run has it open

@@ -55,16 +55,16 @@ BOUNDS = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the weights are found: an optimiser on a cosine schedule with a linear warm-up."""
+    """How the weights are found: an optimizer on a cosine schedule with a linear warm-up."""
 
     steps: int = 1000
-    """Optimiser steps in the whole run."""
+    """Optimizer steps in the whole run."""
     batch_size: int = 8
     """Sequences in one forward pass."""
     accumulate: int = 1
     """Forward passes whose gradients are averaged into one step."""
     optimizer: OptimizerName = "adamw"
-    """What moves the weights: adamw; or muon, which moves the blocks' matrices by orthogonalised momentum, at
+    """What moves the weights: adamw; or muon, which moves the blocks' matrices by orthogonalized momentum, at
     steps as long as AdamW's, and leaves the rest to AdamW."""
     learning_rate: float = 1e-3
     """Peak learning rate, reached when the warm-up ends."""

@@ -199,7 +199,7 @@ class Run:
         return step == self.settings.steps or (every > 0 and step % every == 0)
 
     def step(self) -> None:
-        """Take one step: the gradients of `accumulate` batches, clipped, into the optimisers."""
+        """Take one step: the gradients of `accumulate` batches, clipped, into the optimizers."""
         set_learning_rate(self.optimizers, learning_rate_at(self.state.step, self.settings))
         losses = [self._gradients(part) for part in range(self.settings.accumulate)]
         norm = clip_gradients(self.model, self.settings.grad_clip)

@@ -1,4 +1,4 @@
-"""The optimisers and their schedule: who moves which weights, which decay, the learning rate of each step."""
+"""The optimizers and their schedule: who moves which weights, which decay, the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MUON_MOMENTUM = 0.95
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Build the optimisers that move a model's parameters together, each its own.
+    """Build the optimizers that move a model's parameters together, each its own.
 
     `adamw` is fused AdamW over two groups: weights that decay, and all other parameters. `muon` gives the
-    matrices that `orthogonalised_parameters` names to Muon, all of which decay, and AdamW the rest:
+    matrices that `orthogonalized_parameters` names to Muon, all of which decay, and AdamW the rest:
 
         m = momentum * m + (1 - momentum) * g
         u = momentum * m + (1 - momentum) * g
@@ -32,7 +32,7 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
         config: optimizer, learning rate, betas and weight decay.
 
     Returns:
-        The optimisers; each group holds its parameters in the model's order.
+        The optimizers; each group holds its parameters in the model's order.
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019); Jordan et al., "Muon: an
     optimizer for hidden layers in neural networks" (2024); the factor: Liu et al., "Muon is scalable for LLM
@@ -41,7 +41,7 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     decayed, turned = decayed_parameters(model), set[str]()
     optimizers: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
-        turned = orthogonalised_parameters(model)
+        turned = orthogonalized_parameters(model)
         optimizers.append(
             torch.optim.Muon(
                 [parameter for name, parameter in model.named_parameters() if name in turned],
@@ -66,7 +66,7 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     return optimizers
 
 
-def orthogonalised_parameters(model: nn.Module) -> set[str]:
+def orthogonalized_parameters(model: nn.Module) -> set[str]:
     """Name the parameters that Muon moves: the matrices that the blocks multiply channels by.
 
     They are the weights of the blocks' linear layers and the recurrences' projections. Embeddings and the
@@ -95,11 +95,11 @@ def orthogonalised_parameters(model: nn.Module) -> set[str]:
 
 
 def decayed_parameters(model: nn.Module) -> set[str]:
-    """Name the parameters that weight decay pulls towards zero: the weight matrices of linear layers.
+    """Name the parameters that weight decay pulls toward zero: the weight matrices of linear layers.
 
     Everything else is left alone: biases and norms, whose size says nothing about complexity; embeddings (and
     the head, where it is tied to them), whose rare rows would fade between their updates; the convolution's
-    filters; and the recurrences' own projections, because a gate pulled towards zero is pulled towards half
+    filters; and the recurrences' own projections, because a gate pulled toward zero is pulled toward half
     open. The paper's authors leave the gates' projections out too (main.py of their code).
 
     Args:
@@ -134,14 +134,14 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], rate: float) -> None:
-    """Give every group of the optimisers this learning rate."""
+    """Give every group of the optimizers this learning rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
 
 
 def clip_gradients(model: nn.Module, longest: float) -> torch.Tensor:
-    """Shorten the gradient to the given norm, and return the norm that it had (a scalar, not synchronised).
+    """Shorten the gradient to the given norm, and return the norm that it had (a scalar, not synchronized).
 
     Args:
         model: the module whose parameters' gradients are scaled in place.

@@ -45,15 +45,15 @@ MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
     torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
     torch.optim.Muon: ("momentum_buffer",),
 }
-"""What each optimiser keeps of a parameter, like it in shape and dtype; AdamW counts its steps beside."""
+"""What each optimizer keeps of a parameter, like it in shape and dtype; AdamW counts its steps beside."""
 
 
 @dataclass
 class TrainState:
-    """Where a run is: what its next step needs beside weights, optimisers and random generators."""
+    """Where a run is: what its next step needs beside weights, optimizers and random generators."""
 
     step: int = 0
-    """Optimiser steps that are done."""
+    """Optimizer steps that are done."""
     tokens: int = 0
     """Tokens trained on."""
     seconds: float = 0.0
@@ -80,14 +80,14 @@ def save_last(
 ) -> None:
     """Write the checkpoint that a run resumes from, whole or not at all.
 
-    The directory is a model's checkpoint with two files more: trainer.safetensors (the optimisers' moments,
+    The directory is a model's checkpoint with two files more: trainer.safetensors (the optimizers' moments,
     the random generators, the carried state) and trainer.json (the rest of `TrainState`, and the run's
     settings but for those that may change).
 
     Args:
         directory: where to write; a checkpoint that is already there stays until the new one is complete.
         model: the model.
-        optimizers: its optimisers, each of its own parameters.
+        optimizers: its optimizers, each of its own parameters.
         state: where the run is.
         config: the run's settings.
         extra: JSON values saved with the model; `step` is among them.
@@ -119,7 +119,7 @@ def load_last(
     config: RunConfig,
     say: Callable[[str], object],
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Put weights, optimisers and random generators back as `save_last` found them.
+    """Put weights, optimizers and random generators back as `save_last` found them.
 
     Nothing is changed before every file has been checked: its size and digest; that its tensors are exactly
     those that the run has, in name, shape and dtype; that its steps agree, and that it is of the same run.
@@ -128,7 +128,7 @@ def load_last(
     Args:
         directory: what `save_last` wrote.
         model: a model of the same configuration, on its device; changed in place.
-        optimizers: its optimisers; changed in place.
+        optimizers: its optimizers; changed in place.
         config: the run's settings.
         say: told in one line what could not be checked, in a checkpoint of an earlier format.
 
@@ -195,7 +195,7 @@ class Trained(NamedTuple):
     step: int
     """That the weights are of."""
     corpus: str
-    """Digest of what they learnt from, as `Task.sha256` gives it."""
+    """Digest of what they learned from, as `Task.sha256` gives it."""
 
 
 def load_trained(run_dir: Path, which: str, device: torch.device) -> Trained:
@@ -208,7 +208,7 @@ def load_trained(run_dir: Path, which: str, device: torch.device) -> Trained:
 
     Returns:
         The model, the vocabulary of its tokens (None where they are no text), its weights' step, and the
-        digest of what they learnt from.
+        digest of what they learned from.
 
     Raises:
         FileNotFoundError: there is no such run, or it has no such checkpoint yet.
@@ -329,7 +329,7 @@ def _check_counts(tensors: Mapping[str, Tensor], step: int) -> None:
 
 
 def _optimizer_tensors(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Name the optimisers' tensors after the parameters that they belong to: `<parameter>/exp_avg`."""
+    """Name the optimizers' tensors after the parameters that they belong to: `<parameter>/exp_avg`."""
     return {
         f"{name}/{key}": value
         for optimizer in optimizers
@@ -350,7 +350,7 @@ def _restore_optimizers(
 
 
 def _names_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
-    """Return the parameters that an optimiser moves, with their names in the model, in its order."""
+    """Return the parameters that an optimizer moves, with their names in the model, in its order."""
     moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in moved]
 

@@ -1,4 +1,4 @@
-"""Policies that make data, in numpy: a small network on normalised observations, and what training left of "
+"""Policies that make data, in numpy: a small network on normalized observations, and what training left of "
 "it."""
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ OBSERVATION_EPSILON = 1e-8
 
 
 @dataclass(frozen=True)
-class Behaviour:
-    """A policy: tanh between the layers of a network on normalised observations, noise on its actions.
+class Behavior:
+    """A policy: tanh between the layers of a network on normalized observations, noise on its actions.
 
         x = clip((observation - mean) / sqrt(variance + epsilon), -10, 10)
         action = W_k tanh(... tanh(W_1 x + b_1) ...) + b_k + noise

@@ -23,7 +23,7 @@ BLOCK = 64
 """Sequences that are evaluated at once: fixed, so that the sequences do not depend on a machine's memory."""
 
 
-class LabelledTask(TokenTask):
+class LabeledTask(TokenTask):
     """Sequences in which some positions have an answer, and all others are left out of loss and metrics."""
 
     @abstractmethod
