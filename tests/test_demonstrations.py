@@ -22,7 +22,7 @@ from minrnn.demonstrations import QUALITIES, TRAINERS, make_data, plan_for
 from minrnn.demonstrations import record as recorder
 from minrnn.demonstrations.behavior import Behavior
 from minrnn.demonstrations.history import History, read_history, train_behavior
-from minrnn.demonstrations.record import Share, always, play, record, replayed, uniform
+from minrnn.demonstrations.record import Share, always, play_episode, record, replayed, uniform
 from minrnn.demonstrations.trainers import PolicyGradient, RandomSearch, Round, Trainer, training_environments
 from minrnn.files import InUseError
 from minrnn.tasks.environments import make_environment
@@ -236,14 +236,14 @@ def test_an_episode_is_a_function_of_its_seed_and_ends_as_the_environment_says()
     for environment, is_terminated, steps in ((PENDULUM, True, None), ("Pendulum-v1", False, 200)):
         made = make_environment(environment)
         draw = uniform(made.action_space.low, made.action_space.high)
-        one, two, other = (play(made, draw, (0, seed), 1000) for seed in (5, 5, 6))
+        one, two, other = (play_episode(made, draw, (0, seed), 1000) for seed in (5, 5, 6))
         for name in one._fields:
             np.testing.assert_array_equal(getattr(one, name), getattr(two, name), err_msg=name)
         assert not np.array_equal(one.observations[0], other.observations[0])
         assert one.terminated == [is_terminated]
         assert one.ends == [len(one.rewards)] == [steps or one.ends[0]]
         np.testing.assert_array_equal(one.next_observations[:-1], one.observations[1:])
-        cut = play(made, draw, (0, 5), 3)
+        cut = play_episode(made, draw, (0, 5), 3)
         np.testing.assert_array_equal(cut.actions, one.actions[:3])
         assert cut.terminated == [False]
         made.close()
@@ -252,7 +252,7 @@ def test_an_episode_is_a_function_of_its_seed_and_ends_as_the_environment_says()
 def test_actions_stay_within_bounds() -> None:
     made = make_environment("Pendulum-v1")
     wild = Behavior(np.array([9.0, 9.0, 9.0, 0.0]), (3, 1), np.zeros(3), np.ones(3), np.array([50.0]))
-    actions = play(made, always(wild), (0,), 100).actions
+    actions = play_episode(made, always(wild), (0,), 100).actions
     assert actions.dtype == np.float32
     assert set(np.unique(actions)) >= {-2.0, 2.0}
     assert np.abs(actions).max() == 2

@@ -143,7 +143,7 @@ def handlers() -> Any:
 @pytest.mark.parametrize("second", NUMBERS)
 def test_one_signal_asks_and_a_second_one_of_any_kind_ends(first: int, second: int, handlers: Any) -> None:
     with interruptible() as interruption:
-        assert not interruption.asked
+        assert not interruption.requested
         os.kill(os.getpid(), first)
         assert interruption.signum == first
         with pytest.raises(KeyboardInterrupt):
@@ -157,7 +157,7 @@ def test_a_signal_that_is_ignored_stays_ignored(signum: int, handlers: Any) -> N
     with interruptible() as interruption:
         assert signal.getsignal(signum) is signal.SIG_IGN
         os.kill(os.getpid(), signum)
-    assert not interruption.asked
+    assert not interruption.requested
 
 
 @pytest.mark.parametrize("stream", [None, io.StringIO(), "full", "closed"])
@@ -183,7 +183,7 @@ def test_outside_the_main_thread_nothing_is_changed(handlers: Any) -> None:
 
     def look() -> None:
         with interruptible() as interruption:
-            found.extend([interruption.asked, signal.getsignal(signal.SIGTERM)])
+            found.extend([interruption.requested, signal.getsignal(signal.SIGTERM)])
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -217,14 +217,14 @@ def test_a_signal_at_any_moment_of_a_step_saves_it(
 
 
 def test_nothing_is_met_before_it_is_asked() -> None:
-    assert not Interruption().asked
-    assert Interruption(signum=signal.SIGTERM).asked
+    assert not Interruption().requested
+    assert Interruption(signum=signal.SIGTERM).requested
     broken = Interruption()
-    with broken.telling():
+    with broken.guard_output():
         raise BrokenPipeError(errno.EPIPE, "gone")
-    with broken.telling():
+    with broken.guard_output():
         raise OSError(errno.ENOSPC, "full")
-    assert str(broken.met("step 3")) == "SIGPIPE: stopped and saved after step 3"
+    assert str(broken.to_exception("step 3")) == "SIGPIPE: stopped and saved after step 3"
 
 
 # --- claims ----------------------------------------------------------------------------------------------

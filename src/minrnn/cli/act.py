@@ -19,15 +19,15 @@ from minrnn.models import DecisionModel, Policy
 from minrnn.tasks.environments import make_environment
 from minrnn.tasks.film import Film
 from minrnn.tasks.locomotion import normalized_score
-from minrnn.tasks.rollouts import Played, make_filmed, picture, play
+from minrnn.tasks.rollouts import Rollout, make_filmed, picture, play
 from minrnn.training import MOST_SEEDS, Output, attempt, choose_device, load_trained, provenance
 
-TOGETHER = 10
+PARALLEL_EPISODES = 10
 """Episodes that are played at a time."""
 
 MOST_EPISODES = 1 << 31
 
-SHOWN = 20
+TABLE_ROWS = 20
 """Rows of the table while it moves: as many as fit on a screen."""
 
 
@@ -96,17 +96,17 @@ def run(args: Sequence[str]) -> int:
 
 def _play(
     policy: Policy, name: str, command: ActCommand, console: Output
-) -> tuple[list[Played], Film | None]:
+) -> tuple[list[Rollout], Film | None]:
     """Play all episodes under a table that moves, where there is a terminal, and film the first."""
     first = make_environment(name) if command.record is None else make_filmed(name)
     rate = float(first.metadata.get("render_fps") or 25)
     film = None if command.record is None else Film(command.record, rate)
-    others = [make_environment(name) for _ in range(min(TOGETHER, command.episodes) - 1)]
+    others = [make_environment(name) for _ in range(min(PARALLEL_EPISODES, command.episodes) - 1)]
     title = f"{name}, {command.run}"
-    played: list[Played] = []
+    played: list[Rollout] = []
 
     def latest() -> Table:
-        return _table(title, played[-SHOWN:])
+        return _table(title, played[-TABLE_ROWS:])
 
     live: Live | None = None  # a thread of it draws, eight times a second
     if console.is_terminal:
@@ -122,7 +122,7 @@ def _play(
     return played, film
 
 
-def _table(title: str, played: Sequence[Played]) -> Table:
+def _table(title: str, played: Sequence[Rollout]) -> Table:
     table = Table("episode", "steps", "return", "ended", title=title)
     for episode in played:
         table.add_row(
@@ -131,7 +131,7 @@ def _table(title: str, played: Sequence[Played]) -> Table:
     return table
 
 
-def _summary(name: str, played: Sequence[Played]) -> dict[str, Any]:
+def _summary(name: str, played: Sequence[Rollout]) -> dict[str, Any]:
     returns = [episode.total_return for episode in played]
     return {
         "mean_return": mean(returns),

@@ -48,19 +48,26 @@ ENVIRONMENT = {
 FAILURE, USAGE = 1, 2  # exit statuses; a signal's is 128 + its number, as shells have it
 BROKEN_PIPE = 128 + 13  # SIGPIPE, which not every system has a name for
 
-ENDING = ("SIGTERM", "SIGHUP")
+ENDING_SIGNALS = ("SIGTERM", "SIGHUP")
 """Signals that end a command as Ctrl-C does where nothing takes them for a request; Windows has no SIGHUP."""
 
-WRONG_USE = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+USAGE_ERRORS = (
+    ValueError,
+    TypeError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+)
 """What says itself what is wrong with arguments and files."""
 
-FAILED = (RuntimeError, OSError, ImportError, subprocess.SubprocessError, EOFError, BufferError)
+FAILURES = (RuntimeError, OSError, ImportError, subprocess.SubprocessError, EOFError, BufferError)
 """What says itself what has failed; torch's lack of memory is a RuntimeError."""
 
-UNSAID = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError)
+TYPED_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError)
 """Errors whose kind says more than their text."""
 
-NARROWEST = 60
+MIN_COLUMNS = 60
 """Columns that help and tables are given at least."""
 
 
@@ -115,9 +122,9 @@ def _main(args: list[str]) -> int:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader has gone, as `head` does: nobody is left to tell
         return BROKEN_PIPE
-    except WRONG_USE as error:
+    except USAGE_ERRORS as error:
         return _complain(error, USAGE)
-    except (*FAILED, *UNSAID) as error:
+    except (*FAILURES, *TYPED_ERRORS) as error:
         return _complain(error, FAILURE)
 
 
@@ -173,8 +180,8 @@ def _open_descriptors() -> None:
 def _widen_terminal() -> None:
     """Let tables and help be as wide as they have to be; in a narrower terminal they would vanish."""
     width = shutil.get_terminal_size().columns  # of COLUMNS, or the terminal, or by default
-    if width < NARROWEST or os.environ.get("COLUMNS") == "0":
-        os.environ["COLUMNS"] = str(max(width, NARROWEST))
+    if width < MIN_COLUMNS or os.environ.get("COLUMNS") == "0":
+        os.environ["COLUMNS"] = str(max(width, MIN_COLUMNS))
 
 
 @contextmanager
@@ -195,7 +202,7 @@ def _ended_by_signals() -> Iterator[None]:
         if not isinstance(args.exc_value, OSError) or _debugging():
             old_hook(args)
 
-    known = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
+    known = [getattr(signal, name) for name in ENDING_SIGNALS if hasattr(signal, name)]
     ours = [signum for signum in known if signal.getsignal(signum) is signal.SIG_DFL]
     old_hook, threading.excepthook = threading.excepthook, hook
     for signum in ours:
@@ -228,7 +235,7 @@ def _describe(error: Exception) -> str:
     text, kind = " ".join(str(error).split()), type(error).__name__
     if isinstance(error, MemoryError):
         return f"out of memory: {text}" if text else "out of memory"
-    if isinstance(error, UNSAID):
+    if isinstance(error, TYPED_ERRORS):
         return f"{kind}: {text} (MINRNN_DEBUG=1 shows where)"
     return text or kind
 

@@ -102,12 +102,12 @@ class _Lines:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._said = 0.0
+        self._printed_at = 0.0
 
     def report(self, what: str, done: int, total: int, text: str) -> None:
         """Say how far it is, unless that was said just now."""
-        if done >= total or time.monotonic() - self._said > LINE_SECONDS:
-            self._said = time.monotonic()
+        if done >= total or time.monotonic() - self._printed_at > LINE_SECONDS:
+            self._printed_at = time.monotonic()
             _say(self._console, f"{what} {done:,}/{total:,}  {text}")
 
     def __enter__(self) -> _Lines:

@@ -21,7 +21,7 @@ from minrnn.training.threads import cpu_threads
 SMOOTHED_ROUNDS = 3  # a round's mean return is noisy, so its neighbors count as well
 SAVE_EVERY = 15.0  # seconds, which is what an interruption costs at most, and a round
 
-Report = Callable[[str, int, int, str], None]
+ReportProgress = Callable[[str, int, int, str], None]
 """Called with what is going on, steps that are done, steps in all, and what there is to say."""
 
 
@@ -120,7 +120,7 @@ def read_history(path: Path) -> History:
     )
 
 
-WHOLE = ("sizes", "steps", "ends")
+INTEGER_ARRAYS = ("sizes", "steps", "ends")
 """Arrays of whole numbers."""
 
 
@@ -131,7 +131,7 @@ def check_arrays(path: Path, arrays: Arrays, axes: Mapping[str, int]) -> None:
             found = ", ".join(arrays) or "nothing"
             raise ValueError(f"make_data: {path} must hold {name}, got {found}; remove it")
         array = arrays[name]
-        if array.ndim != count or array.dtype.kind not in ("iu" if name in WHOLE else "biuf"):
+        if array.ndim != count or array.dtype.kind not in ("iu" if name in INTEGER_ARRAYS else "biuf"):
             raise ValueError(
                 f"make_data: {path}: {name} must be numbers with {count} axes, got {array.shape} "
                 f"{array.dtype}; remove it"
@@ -139,7 +139,7 @@ def check_arrays(path: Path, arrays: Arrays, axes: Mapping[str, int]) -> None:
 
 
 def train_behavior(
-    environment: str, trainer: Trainer, steps: int, seed: int, path: Path, report: Report
+    environment: str, trainer: Trainer, steps: int, seed: int, path: Path, report: ReportProgress
 ) -> History:
     """Return the rounds of a training of `steps` steps or a little more, and keep them in a file.
 
@@ -169,7 +169,13 @@ def train_behavior(
 
 
 def _train(
-    history: History, environment: str, trainer: Trainer, steps: int, seed: int, path: Path, report: Report
+    history: History,
+    environment: str,
+    trainer: Trainer,
+    steps: int,
+    seed: int,
+    path: Path,
+    report: ReportProgress,
 ) -> None:
     """Add rounds to a history, and save it now and then."""
     # One thread: networks this small are slower on more.
@@ -181,14 +187,14 @@ def _train(
         saved = time.monotonic()
         while history.total_steps < steps:
             history.add(trainer.train(environments, history.state, _round_seed(seed, len(history.steps))))
-            with interruption.telling():
+            with interruption.guard_output():
                 report("training", history.total_steps, steps, f"return {history.returns[-1]:,.0f}")
-            is_last = history.total_steps >= steps or interruption.asked
+            is_last = history.total_steps >= steps or interruption.requested
             if is_last or time.monotonic() - saved > SAVE_EVERY:
                 history.save(path)
                 saved = time.monotonic()
-            if interruption.asked:
-                raise interruption.met(f"{history.total_steps:,} of {steps:,} steps of training")
+            if interruption.requested:
+                raise interruption.to_exception(f"{history.total_steps:,} of {steps:,} steps of training")
 
 
 def _round_seed(seed: int, number: int) -> int:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from minrnn.demonstrations.behavior import Behavior
-from minrnn.demonstrations.history import Report, train_behavior
-from minrnn.demonstrations.record import Share, always, play, record, replayed, uniform
+from minrnn.demonstrations.history import ReportProgress, train_behavior
+from minrnn.demonstrations.record import Share, always, play_episode, record, replayed, uniform
 from minrnn.demonstrations.trainers import TRAINERS, Trainer, library_versions
 from minrnn.files import lock
 from minrnn.tasks.downloads import cache_folder
@@ -61,7 +61,7 @@ def plan_for(environment: str) -> Plan:
 def make_data(
     environment: str,
     quality: str,
-    report: Report,
+    report: ReportProgress,
     *,
     output: Path | None = None,
     seed: int = 0,
@@ -157,7 +157,7 @@ def _shares(
     training: dict[str, Any],
     training_steps: int,
     steps: int,
-    report: Report,
+    report: ReportProgress,
 ) -> tuple[list[Share], dict[str, Any]]:
     """Return who acts for how many steps, and what a label says of them."""
     with closing(make_environment(environment)) as made:
@@ -205,12 +205,12 @@ def _check_spaces(environment: Environment) -> None:
 
 
 def _evaluate(
-    environment: Environment, behavior: Behavior, seed: int, report: Report
+    environment: Environment, behavior: Behavior, seed: int, report: ReportProgress
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Return the returns of some episodes."""
     returns: list[float] = []
     for number in range(EVALUATION_EPISODES):
-        played = play(environment, always(behavior), (seed, len(QUALITIES), number), EPISODE_LIMIT)
+        played = play_episode(environment, always(behavior), (seed, len(QUALITIES), number), EPISODE_LIMIT)
         returns.append(float(played.rewards.sum(dtype=np.float64)))
         report("evaluating", number + 1, EVALUATION_EPISODES, f"return {np.mean(returns):,.0f}")
     return np.array(returns)

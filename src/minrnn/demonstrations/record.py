@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minrnn.demonstrations.behavior import Behavior
-from minrnn.demonstrations.history import History, Report, check_arrays
+from minrnn.demonstrations.history import History, ReportProgress, check_arrays
 from minrnn.files import claim, naming
 from minrnn.tasks.arrays import read_arrays, write_arrays
 from minrnn.tasks.environments import make_environment
@@ -98,7 +98,7 @@ def replayed(history: History, parameter_noise: float) -> Draw:
 # --- what they do ----------------------------------------------------------------------------------------
 
 
-def play(environment: Environment, draw: Draw, seed: tuple[int, ...], limit: int) -> Recording:
+def play_episode(environment: Environment, draw: Draw, seed: tuple[int, ...], limit: int) -> Recording:
     """Play an episode, and cut it off after `limit` steps.
 
     Args:
@@ -126,7 +126,9 @@ def play(environment: Environment, draw: Draw, seed: tuple[int, ...], limit: int
     )
 
 
-def record(environment: str, shares: list[Share], seed: int, folder: Path, report: Report) -> Recording:
+def record(
+    environment: str, shares: list[Share], seed: int, folder: Path, report: ReportProgress
+) -> Recording:
     """Record shares one after the other, and keep the parts that are done in a folder.
 
     Each episode is a function of the seed and its number; so a recording that was interrupted and goes on
@@ -156,10 +158,10 @@ def record(environment: str, shares: list[Share], seed: int, folder: Path, repor
             for part in _parts(made, share, (seed, number), folder):
                 parts.append(part)
                 done = sum(len(part.rewards) for part in parts)
-                with interruption.telling():
+                with interruption.guard_output():
                     report("recording", done, steps, f"return {part.rewards.sum() / len(part.ends):,.0f}")
-                if interruption.asked:
-                    raise interruption.met(f"{done:,} of {steps:,} recorded steps")
+                if interruption.requested:
+                    raise interruption.to_exception(f"{done:,} of {steps:,} recorded steps")
     return _join(parts)
 
 
@@ -199,7 +201,7 @@ def _record_part(
     played: list[Recording] = []
     done = 0
     while done < min(PART_STEPS, limit):
-        played.append(play(environment, draw, (*seed, episode + len(played)), limit - done))
+        played.append(play_episode(environment, draw, (*seed, episode + len(played)), limit - done))
         done += len(played[-1].rewards)
     return _join(played)
 

@@ -49,7 +49,7 @@ def claim(directory: Path, say: Say | None = None) -> Iterator[None]:
         OSError: the directory cannot be made.
     """
     directory = Path(directory)
-    made = _missing(directory)
+    made = _missing_directories(directory)
     try:
         for last in (False, False, True):
             with contextlib.ExitStack() as stack:
@@ -100,7 +100,7 @@ def fresh_directory(path: Path) -> Iterator[Path]:
 
     It is removed again if nothing has been put into it.
     """
-    made = _missing(path.parent)
+    made = _missing_directories(path.parent)
     for candidate in _numbered(path, ""):
         candidate.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -152,8 +152,8 @@ def _acquire(path: Path, wait: float) -> tuple[int | None, str]:
             os.close(handle)
             return None, error.strerror or str(error)
         # The file's last holder may have removed it since it was opened: then the lock is on nothing.
-        if held and _is_at(handle, path):
-            _sign(handle)
+        if held and _is_same_file(handle, path):
+            _write_holder(handle)
             return handle, ""
         holder = "" if held else _holder(handle)
         os.close(handle)
@@ -190,14 +190,14 @@ def _try_lock(handle: int) -> bool:
     return True
 
 
-def _is_at(handle: int, path: Path) -> bool:
+def _is_same_file(handle: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
         return False
 
 
-def _sign(handle: int) -> None:
+def _write_holder(handle: int) -> None:
     """Write who holds the lock; where that cannot be written, it holds all the same."""
     text = f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
     with contextlib.suppress(OSError):
@@ -216,7 +216,7 @@ def _holder(handle: int) -> str:
 
 
 def _release(handle: int, path: Path) -> None:
-    ours = _is_at(handle, path)  # and not another's, where the directory was removed and made again
+    ours = _is_same_file(handle, path)  # and not another's, where the directory was removed and made again
     if sys.platform == "win32":  # where an open file cannot be removed
         os.close(handle)
         handle = -1
@@ -227,7 +227,7 @@ def _release(handle: int, path: Path) -> None:
         os.close(handle)
 
 
-def _missing(directory: Path) -> list[Path]:
+def _missing_directories(directory: Path) -> list[Path]:
     """Return the directory and those above it that are not there, the innermost first."""
     directory = directory.absolute()
     return [place for place in (directory, *directory.parents) if not place.exists()]

@@ -55,7 +55,7 @@ def _is_left_over(path: Path, found: re.Match[str]) -> bool:
         pid = int(found["pid"])
         if pid == os.getpid():
             return found["token"] != _TOKEN
-        if not _lives(pid):
+        if not _is_alive(pid):
             return True
     try:
         return time.time() - path.stat().st_mtime > OLD
@@ -63,7 +63,7 @@ def _is_left_over(path: Path, found: re.Match[str]) -> bool:
         return False
 
 
-def _lives(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

@@ -98,14 +98,14 @@ def write_directory(directory: Path) -> Iterator[Path]:
     folder = partial_path(place)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(place) as aside:
+        with _exclusive(place) as aside:
             _check_replaceable(place)
             _clear_up(place, aside)
         folder.mkdir()
         yield folder
         for path in [*folder.rglob("*"), folder]:
             _flush(path)
-        with _alone(place) as aside:
+        with _exclusive(place) as aside:
             _clear_up(place, aside)  # another process, killed since
             _swap(place, folder, aside)
     except OSError as error:
@@ -125,7 +125,7 @@ def recover_directory(directory: Path) -> None:
         OSError: it cannot be renamed or removed.
     """
     if directory.absolute().parent.is_dir():
-        with _alone(directory) as aside:
+        with _exclusive(directory) as aside:
             _clear_up(directory, aside)
 
 
@@ -180,7 +180,7 @@ def _check_replaceable(directory: Path) -> None:
 
 
 @contextmanager
-def _alone(directory: Path) -> Iterator[Path]:
+def _exclusive(directory: Path) -> Iterator[Path]:
     """Keep other processes from moving directories to and from this place; yield where the old one steps."""
     with lock(_sibling(directory, "lock"), wait=LONGEST_SWAP):
         yield _sibling(directory, "previous")

@@ -43,19 +43,19 @@ from minrnn.tasks.task import (
 
 Tokens = Literal["interleaved", "joined", "observation"]
 
-HELD_OUT = 10
+EPISODES_PER_VALIDATION_EPISODE = 10
 """Of so many episodes one is validated on."""
 
-BEST_SHARE = 0.1
+BEST_FRACTION = 0.1
 """Of all training steps, those of the best episodes, whose return a policy asks for."""
 
-LONGEST_EPISODE = 1000
+MIN_TIMESTEPS = 1000
 """Steps that a table of embedded times has at least: how long an episode of gymnasium's MuJoCo may last."""
 
 EVAL_ROWS, EVAL_STEPS = 32, 128
 """Rows and steps that are evaluated at once: fixed, so that a loss does not depend on a machine's memory."""
 
-FLAT = 1e-6
+MIN_DEVIATION = 1e-6
 """An observation that varies by less is one that does not vary, and is not magnified."""
 
 
@@ -143,7 +143,7 @@ class DecisionsTask(Task):
                 f"{data.num_episodes}"
             )
         held_out = Draws(0, "validation", 0).subsets(
-            data.num_episodes, max(1, data.num_episodes // HELD_OUT), 1
+            data.num_episodes, max(1, data.num_episodes // EPISODES_PER_VALIDATION_EPISODE), 1
         )
         self.val_episodes: NDArray[np.int64] = held_out[0]
         """Indices of the episodes that are validated on."""
@@ -185,7 +185,7 @@ class DecisionsTask(Task):
         if self.config.target_return is not None:
             return self.config.target_return
         data, train = self.episodes, self.train_episodes
-        return best_return(data.returns[train], data.lengths[train], BEST_SHARE)
+        return best_return(data.returns[train], data.lengths[train], BEST_FRACTION)
 
     @property
     def carries_state(self) -> bool:
@@ -242,7 +242,7 @@ class DecisionsTask(Task):
             bound = torch.from_numpy(np.abs(self.episodes.actions[steps]).max(axis=0).clip(min=1))
         model.set_statistics(
             torch.from_numpy(observations.mean(axis=0, dtype=np.float64)),
-            torch.from_numpy(np.where(deviation < FLAT, 1.0, deviation)),
+            torch.from_numpy(np.where(deviation < MIN_DEVIATION, 1.0, deviation)),
             bound,
         )
         return model
@@ -257,7 +257,7 @@ class DecisionsTask(Task):
         longest = int(data.lengths.max())
         timesteps = settings.timesteps
         if timesteps is None:
-            timesteps = max(longest, LONGEST_EPISODE) if config.mixer == "attention" else 0
+            timesteps = max(longest, MIN_TIMESTEPS) if config.mixer == "attention" else 0
         if 0 < timesteps < longest:
             raise ValueError(
                 f"DecisionsTask: timesteps must be 0 (none) or at least {longest}, the steps of the longest "

@@ -13,7 +13,7 @@ import pooch  # type: ignore[import-untyped]  # it ships no types
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-CHUNK_BYTES = 1 << 20  # pooch's own 1 KiB flushes a file of 200 MB two hundred thousand times
+BLOCK_BYTES = 1 << 20  # pooch's own 1 KiB flushes a file of 200 MB two hundred thousand times
 
 
 def cache_folder() -> Path:
@@ -81,7 +81,7 @@ class _Download:
         with _Bar(self._name) as bar:
             fetch = pooch.HTTPDownloader(
                 progressbar=bar,
-                chunk_size=CHUNK_BYTES,
+                chunk_size=BLOCK_BYTES,
                 headers={"Accept-Encoding": "identity"},  # else its length is not the file's
                 hooks={
                     "response": _refuse_downgrade

@@ -39,7 +39,7 @@ def make_environment(name: str, **options: Any) -> Environment:
     module, _, registered = name.rpartition(":")
     try:
         if registered in gymnasium.registry or not module:
-            _hear_mujoco(registered)
+            _redirect_mujoco_warnings(registered)
         with warnings.catch_warnings():  # that there is a newer version is no news to who names this one
             warnings.filterwarnings("ignore", message=".*out of date.*", category=DeprecationWarning)
             return gymnasium.make(name, **options)
@@ -81,14 +81,14 @@ def known_actions(name: str, *, by_user: bool) -> ActionSpace | None:
             raise
         return None
     try:
-        return ActionSpace.of(environment.action_space)
+        return ActionSpace.from_gymnasium(environment.action_space)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     finally:
         environment.close()
 
 
-def _hear_mujoco(name: str) -> None:
+def _redirect_mujoco_warnings(name: str) -> None:
     """Turn MuJoCo's warnings, which it would write into a file in the working folder, into Python's.
 
     But for one on a spelling in gymnasium's own description of older robots, which is nobody's concern here.

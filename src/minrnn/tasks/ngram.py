@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from minrnn.tasks.text import TextTask
 
-CHUNK_TOKENS = 1 << 22  # counted or scored at once: bounds memory at about 200 MiB
+BLOCK_TOKENS = 1 << 22  # counted or scored at once: bounds memory at about 200 MiB
 
 _Keys = NDArray[np.unsignedinteger]  # n-grams, each one number: its tokens are the digits in base V
 _Counts = NDArray[np.int64]
@@ -83,12 +83,12 @@ class NGramModel:
 
     def nats(self, tokens: NDArray[np.integer]) -> float:
         """Return the negative log-likelihood of every token but the first, summed."""
-        return -sum(float(np.log(p).sum()) for p in self._chunk_probabilities(tokens))
+        return -sum(float(np.log(p).sum()) for p in self._probabilities_by_block(tokens))
 
-    def _chunk_probabilities(self, tokens: NDArray[np.integer]) -> Iterator[NDArray[np.float64]]:
-        for start in range(1, tokens.size, CHUNK_TOKENS):
+    def _probabilities_by_block(self, tokens: NDArray[np.integer]) -> Iterator[NDArray[np.float64]]:
+        for start in range(1, tokens.size, BLOCK_TOKENS):
             context = min(start, self.order)
-            yield self.probabilities(tokens[start - context : start + CHUNK_TOKENS])[context:]
+            yield self.probabilities(tokens[start - context : start + BLOCK_TOKENS])[context:]
 
     def _count_orders(self, tokens: NDArray[np.integer]) -> list["_OrderCounts"]:
         """Count every order from 0 up; a lower one is the sum over the leading token of the one above.
@@ -105,8 +105,8 @@ class NGramModel:
     def _count_longest(self, tokens: NDArray[np.integer]) -> tuple[_Keys, _Counts]:
         """Return the distinct runs of order + 1 tokens, sorted, and how often each occurs."""
         parts = []
-        for start in range(0, tokens.size - self.order, CHUNK_TOKENS):
-            piece = tokens[start : start + CHUNK_TOKENS + self.order]  # pieces share tokens, but no run
+        for start in range(0, tokens.size - self.order, BLOCK_TOKENS):
+            piece = tokens[start : start + BLOCK_TOKENS + self.order]  # pieces share tokens, but no run
             parts.append(np.unique(self._keys(piece, self.order + 1), return_counts=True))
         keys, counts = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return _sum_by_key(keys, counts)

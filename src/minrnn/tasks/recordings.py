@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from minrnn.files import naming, parse_json, read_json, write_file
 from minrnn.tasks.environments import INSTALL, known_actions
 from minrnn.tasks.episodes import Episodes
-from minrnn.tasks.spaces import ActionSpace, recorded_anywhere
+from minrnn.tasks.spaces import ActionSpace, infer_actions
 
 if TYPE_CHECKING:
     import h5py
@@ -77,7 +77,7 @@ def read_episodes(path: str | Path, environment: str | None = None) -> Episodes:
     file_path = _find_file(Path(path).expanduser())
     # A number too large for float32 becomes infinite, which is an error that names its place.
     quiet = np.errstate(over="ignore", invalid="ignore")
-    with _saying_what_is_wrong(file_path), quiet, h5py.File(file_path, "r") as opened:
+    with _one_line_errors(file_path), quiet, h5py.File(file_path, "r") as opened:
         file = _Fields(opened, EXPANSION * file_path.stat().st_size + FREE_BYTES)
         names = [name for name in opened if re.fullmatch(r"episode_\d+", name)]
         read = _read_minari(file, file_path, names) if names else _read_d4rl(file, file_path)
@@ -90,7 +90,7 @@ def read_episodes(path: str | Path, environment: str | None = None) -> Episodes:
                 about["first_action"] = space.start
         return Episodes(
             read.observations,
-            recorded_anywhere(read.actions) if space is None else space.recorded(read.actions),
+            infer_actions(read.actions) if space is None else space.from_recorded(read.actions),
             read.rewards,
             read.ends,
             read.terminated,
@@ -100,7 +100,7 @@ def read_episodes(path: str | Path, environment: str | None = None) -> Episodes:
 
 
 @contextmanager
-def _saying_what_is_wrong(path: Path) -> Iterator[None]:
+def _one_line_errors(path: Path) -> Iterator[None]:
     """Make one line that names the file of whatever h5py says."""
     try:
         yield
@@ -353,7 +353,7 @@ def _read_d4rl(file: _Fields, path: Path) -> _Read:
     is_last = terminated | timeouts.astype(np.bool_)
     is_last[-1:] = True
     if "next_observations" in file:
-        is_last |= _joints(observations, file.one("next_observations"), is_last)
+        is_last |= _find_joints(observations, file.one("next_observations"), is_last)
     ends = np.flatnonzero(is_last) + 1
     said = parse_json(file.text("about") or "{}", _Recorded, "attribute about")
     space = None
@@ -378,7 +378,7 @@ def _as_column(name: str, values: NDArray[Any]) -> NDArray[Any]:
     return values.reshape(-1)
 
 
-def _joints(
+def _find_joints(
     observations: NDArray[np.float32], following: NDArray[Any], is_last: NDArray[np.bool_]
 ) -> NDArray[np.bool_]:
     """Return where one recording was joined to another in mid-episode: what follows was not what came next.
@@ -471,6 +471,6 @@ def _read_metadata(path: Path) -> tuple[str | None, ActionSpace | None, dict[str
     space = None
     if (described := metadata.get("action_space")) is not None:
         with naming(f"{path}: action_space"):
-            space = ActionSpace.described(parse_json(described, dict[str, Any], "its text"))
+            space = ActionSpace.from_minari(parse_json(described, dict[str, Any], "its text"))
     spec = parse_json(metadata.get("env_spec") or "{}", _EnvSpec, f"{path}: env_spec")
     return spec.get("id"), space, {name: value for name, value in said.items() if value is not None}

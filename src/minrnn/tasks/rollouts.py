@@ -30,7 +30,7 @@ along, where there is one: else a body that moves on leaves the picture."""
 
 
 @dataclass
-class Played:
+class Rollout:
     """An episode that a policy acts in, so far."""
 
     number: int
@@ -45,7 +45,7 @@ class Played:
 
 def play(
     policy: Policy, environments: Sequence[Environment], episodes: int, *, seed: int = 0
-) -> Iterator[list[Played]]:
+) -> Iterator[list[Rollout]]:
     """Let a policy act in as many episodes as are asked for, as many at a time as there are environments.
 
     Episode k begins with `seed + k` as the environment's seed, so that equal policies on a machine play equal
@@ -77,10 +77,10 @@ def play(
 
 def _play(
     policy: Policy, environments: Sequence[Environment], episodes: int, seed: int
-) -> Iterator[list[Played]]:
-    played: list[Played] = []
+) -> Iterator[list[Rollout]]:
+    played: list[Rollout] = []
     spaces = [action_space(environment) for environment in environments]
-    seats: list[Played | None] = [None] * len(environments)
+    seats: list[Rollout | None] = [None] * len(environments)
     observations = np.zeros((len(environments), policy.model.config.observation_size))
     rewards = np.zeros(len(environments))
     starts = np.ones(len(environments), dtype=bool)
@@ -89,7 +89,7 @@ def _play(
         starts[seat], seats[seat] = True, None
         if len(played) < episodes:
             observations[seat], _ = environments[seat].reset(seed=seed + len(played))
-            seats[seat] = episode = Played(len(played))
+            seats[seat] = episode = Rollout(len(played))
             played.append(episode)
 
     for seat in range(len(environments)):
@@ -99,7 +99,7 @@ def _play(
         for seat, (environment, episode) in enumerate(zip(environments, seats, strict=True)):
             if episode is None:
                 continue  # nobody plays here any more; the row starts again and again, and bothers nobody
-            action = spaces[seat].acted(actions[seat], environment.action_space)
+            action = spaces[seat].to_environment(actions[seat], environment.action_space)
             seen, reward, terminated, truncated, _ = environment.step(action)
             observations[seat], rewards[seat], starts[seat] = seen, reward, False
             episode.steps += 1
@@ -142,7 +142,7 @@ def action_space(environment: Environment) -> ActionSpace:
         ValueError: no policy here acts in such an environment.
     """
     try:
-        return ActionSpace.of(environment.action_space)
+        return ActionSpace.from_gymnasium(environment.action_space)
     except ValueError as error:
         name = environment.spec.id if environment.spec is not None else type(environment).__name__
         raise ValueError(f"act: {name}: {error}") from error

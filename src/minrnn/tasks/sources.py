@@ -26,7 +26,7 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", 
 _NOT_LIBRARY_PREFIXES = ("config-", "_sysconfigdata", "sitecustomize", "usercustomize")  # differ by machine
 
 # What a folder of text holds beside it, and nobody means to learn: folders of these names or with one of
-# these files, whatever else is in them; see also `_is_no_text`.
+# these files, whatever else is in them; see also `_is_excluded`.
 _NOT_TEXT = {"__pycache__", "node_modules"}
 _MARKS = ("pyvenv.cfg", "CACHEDIR.TAG")  # a virtual environment's; a cache's, by bford.info/cachedir
 _FIRST_BLOCK = 8192  # bytes, in which a file with a NUL is taken for binary, as by git and grep
@@ -168,13 +168,13 @@ def _walk_text(top: Path) -> Iterator[Path]:
     pending = [top]
     while pending:  # links last, so that what is met without one keeps its own place
         path = pending.pop(0)
-        if path is top or _leads_on(path, top):
+        if path is top or _is_followed(path, top):
             yield from _walk_unlinked(path, pending, met)
 
 
-def _leads_on(link: Path, top: Path) -> bool:
+def _is_followed(link: Path, top: Path) -> bool:
     """Whether a link is to be followed: it leads somewhere, and not to what holds the folder itself."""
-    return link.exists() and not top.is_relative_to(link.resolve()) and not _is_no_text(link)
+    return link.exists() and not top.is_relative_to(link.resolve()) and not _is_excluded(link)
 
 
 def _walk_unlinked(path: Path, links: list[Path], met: set[tuple[int, int]]) -> Iterator[Path]:
@@ -188,7 +188,7 @@ def _walk_unlinked(path: Path, links: list[Path], met: set[tuple[int, int]]) -> 
         for inside in sorted(path.iterdir()):
             if inside.is_symlink():
                 links.append(inside)
-            elif not _is_no_text(inside):
+            elif not _is_excluded(inside):
                 yield from _walk_unlinked(inside, links, met)
 
 
@@ -197,7 +197,7 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _is_no_text(path: Path) -> bool:
+def _is_excluded(path: Path) -> bool:
     """Whether this is hidden, tensors, or a folder that is a cache, an environment, a run or a checkpoint."""
     if path.name.startswith(".") or path.name in _NOT_TEXT or path.suffix == ".safetensors":
         return True

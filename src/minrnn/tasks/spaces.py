@@ -57,7 +57,7 @@ class ActionSpace:
         return f"one of {self.size} choices" + (f", {self.start} to {last}" if self.start else "")
 
     @classmethod
-    def of(cls, space: Any) -> ActionSpace:
+    def from_gymnasium(cls, space: Any) -> ActionSpace:
         """Read one of gymnasium's spaces.
 
         Raises:
@@ -71,7 +71,7 @@ class ActionSpace:
         return _space(kind, described, str(space))
 
     @classmethod
-    def described(cls, text: Mapping[str, Any]) -> ActionSpace:
+    def from_minari(cls, text: Mapping[str, Any]) -> ActionSpace:
         """Read a space as Minari writes it: `{"type": "Discrete", "n": 3, "start": 0}`.
 
         Raises:
@@ -80,7 +80,7 @@ class ActionSpace:
         kind = convert(text.get("type"), str, "type")
         return _space(kind, text, str(dict(text))[:100])
 
-    def recorded(self, actions: NDArray[Any]) -> NDArray[Any]:
+    def from_recorded(self, actions: NDArray[Any]) -> NDArray[Any]:
         """Return actions that were recorded in this space, (N, ...), as (N,) int64 from 0 or (N, A) float32.
 
         Raises:
@@ -103,7 +103,7 @@ class ActionSpace:
             )
         return column.astype(np.int64) - self.start
 
-    def acted(self, action: NDArray[Any], space: Any) -> Any:
+    def to_environment(self, action: NDArray[Any], space: Any) -> Any:
         """Return a policy's action, a number of a choice or (A,), as the environment's space takes it."""
         if self.discrete:
             choice = int(action) + self.start
@@ -112,7 +112,7 @@ class ActionSpace:
         return np.asarray(numbers if space.dtype.kind == "f" else np.rint(numbers), space.dtype)
 
 
-def recorded_anywhere(actions: NDArray[Any]) -> NDArray[Any]:
+def infer_actions(actions: NDArray[Any]) -> NDArray[Any]:
     """Return recorded actions of an unknown space: choices from 0 where they are whole numbers, one a step.
 
     Raises:

@@ -37,7 +37,7 @@ FORMAT_VERSION = 1  # part of every entry's name: an entry of another version is
 _UNFINISHED = ".building-"  # starts the names of folders that are being written
 _LOCK = ".lock"  # ends the name of what is locked while such a folder is written
 _IDS, _HEADER, _CHECKED = "tokens.bin", "tokens.json", "checked.json"
-_HASHED_BYTES = 1 << 20  # read at once
+_BLOCK_BYTES = 1 << 20  # read at once
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ def _hash_entry(entry: Path, header: _Header) -> str:
     """Return the digest that `_write_files` computed, from what is there now."""
     sha256 = hashlib.sha256()
     with (entry / _IDS).open("rb") as file:  # not the map: what is cut under a map ends the process
-        while chunk := file.read(_HASHED_BYTES):
-            sha256.update(chunk)
+        while block := file.read(_BLOCK_BYTES):
+            sha256.update(block)
     sha256.update(_described(header["vocabulary"], header["num_train"], header["num_val"]).encode())
     return sha256.hexdigest()
 

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from minrnn.files import shown
 
-CHUNK_BYTES = 1 << 20  # read at once: bounds memory, and a chunk's code points (4 MiB) still fit the cache
+BLOCK_BYTES = 1 << 20  # read at once: bounds memory, and a block's code points (4 MiB) still fit the cache
 
 
 class Vocabulary(ABC):
@@ -51,7 +51,7 @@ class Vocabulary(ABC):
 
     @abstractmethod
     def encode_file(self, path: Path) -> Iterator[NDArray[np.integer]]:
-        """Yield the ids of the file at `path` chunk by chunk; raise ValueError where it holds none."""
+        """Yield the ids of the file at `path` block by block; raise ValueError where it holds none."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, str]:
@@ -140,8 +140,8 @@ class ByteVocabulary(Vocabulary):
 
     def encode_file(self, path: Path) -> Iterator[NDArray[np.integer]]:
         """Yield the bytes of the file at `path`."""
-        for chunk in _read_bytes(path):
-            yield np.frombuffer(chunk, np.uint8)
+        for block in _read_bytes(path):
+            yield np.frombuffer(block, np.uint8)
 
     def to_dict(self) -> dict[str, str]:
         """Return {"kind": "bytes"}."""
@@ -246,22 +246,22 @@ def _code_points(text: str) -> NDArray[np.uint32]:
 
 def _read_bytes(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            yield chunk
+        while block := file.read(BLOCK_BYTES):
+            yield block
 
 
 def _read_text(path: Path) -> Iterator[str]:
     """Yield the file's text, line ends untouched; raise ValueError at the first byte that is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    consumed = 0  # bytes handed to the decoder before this chunk
-    for chunk in chain(_read_bytes(path), (b"",)):
-        pending = len(decoder.getstate()[0])  # first bytes of a character that the last chunk cut
+    consumed = 0  # bytes handed to the decoder before this block
+    for block in chain(_read_bytes(path), (b"",)):
+        pending = len(decoder.getstate()[0])  # first bytes of a character that the last block cut
         try:
-            yield decoder.decode(chunk, final=not chunk)
+            yield decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             offset = consumed - pending + error.start
             raise ValueError(
                 f"vocabulary 'characters' needs UTF-8, got byte {error.object[error.start]:#04x} at offset "
                 f"{offset} of {path}; use vocabulary 'bytes'"
             ) from error
-        consumed += len(chunk)
+        consumed += len(block)

@@ -89,7 +89,7 @@ class Progress:
     def __init__(self, console: Console, what: str) -> None:
         self._console, self._pace = console, Pace(what)
         self._status = console.status(what) if console.is_terminal else None
-        self._said = time.monotonic()
+        self._printed_at = time.monotonic()
 
     def __enter__(self) -> Progress:
         if self._status is not None:
@@ -105,8 +105,8 @@ class Progress:
         text = self._pace(fraction)
         if self._status is not None:
             self._status.update(text)
-        elif time.monotonic() - self._said > LINE_SECONDS:
-            self._said = time.monotonic()
+        elif time.monotonic() - self._printed_at > LINE_SECONDS:
+            self._printed_at = time.monotonic()
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -352,11 +352,11 @@ class _Lines:
     def __init__(self, console: Console, step: int, steps: int) -> None:
         self._console = console
         self._steps = steps
-        self._said = 0.0
+        self._printed_at = 0.0
 
     def busy(self, text: str, fraction: float) -> None:
-        if fraction == 0 or time.monotonic() - self._said > LINE_SECONDS:
-            self._said = time.monotonic()
+        if fraction == 0 or time.monotonic() - self._printed_at > LINE_SECONDS:
+            self._printed_at = time.monotonic()
             if fraction:
                 self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 

@@ -25,7 +25,7 @@ from minrnn.training.memory import keep_freed_memory
 from minrnn.training.optim import clip_gradients, learning_rate_at, make_optimizers, set_learning_rate
 from minrnn.training.provenance import provenance
 from minrnn.training.resume import (
-    State,
+    CarriedState,
     TrainState,
     check_carry,
     check_unchanged,
@@ -86,17 +86,17 @@ def _train(config: RunConfig, run_dir: Path, resume: bool, log: RunLog) -> dict[
         products_of(settings.precision),
     ):
         with interruptible(stop):
-            while run.state.step < settings.steps and not stop.asked:
+            while run.state.step < settings.steps and not stop.requested:
                 run.step()
                 if run.due(settings.log_every):
                     run.report()
                 if run.due(settings.eval_every):
                     run.evaluate()
-                if run.due(settings.checkpoint_every) or stop.asked:
+                if run.due(settings.checkpoint_every) or stop.requested:
                     run.save()
-        if stop.asked:
+        if stop.requested:
             run.save()  # asked since it was saved last, perhaps
-            raise stop.met(f"step {run.state.step}")
+            raise stop.to_exception(f"step {run.state.step}")
         return run.finish()
 
 
@@ -159,10 +159,10 @@ class Run:
         self.interruption = Interruption()
         self._pending: list[Tensor] = []  # (loss, norm) of steps that are still on the device
         self._seconds_before = 0.0  # spent by the sessions before this one
-        self._window_tokens = 0  # since the last report
+        self._tokens_since_report = 0  # since the last report
         # The last evaluation that was as long as the final one, and its step.
         self._whole: tuple[int, dict[str, float]] | None = None
-        self._session_started = self._window_started = time.perf_counter()
+        self._session_started = self._report_started = time.perf_counter()
 
     @property
     def parameters(self) -> int:
@@ -180,7 +180,7 @@ class Run:
             self._restore()
         self.run_dir.mkdir(parents=True, exist_ok=True)
         write_json(self.run_dir / "config.json", self.config.to_dict())
-        self._session_started = self._window_started = time.perf_counter()
+        self._session_started = self._report_started = time.perf_counter()
 
     def describe(self) -> str:
         """Return what is trained, on what: the engine, the model and its size, the data and their size."""
@@ -219,12 +219,12 @@ class Run:
             "grad_norm": math.fsum(state.grad_norms) / len(state.grad_norms),
             "tokens": state.tokens,
             "seconds": self._seconds(),
-            "tokens_per_second": self._window_tokens / (time.perf_counter() - self._window_started),
+            "tokens_per_second": self._tokens_since_report / (time.perf_counter() - self._report_started),
         }
-        with self.interruption.telling():
+        with self.interruption.guard_output():
             self.log.training(state.step, metrics)
         state.losses, state.grad_norms = [], []
-        self._window_tokens, self._window_started = 0, time.perf_counter()
+        self._tokens_since_report, self._report_started = 0, time.perf_counter()
 
     def evaluate(self) -> None:
         """Measure the model on the validation split, and keep its weights if they are the best so far."""
@@ -240,9 +240,9 @@ class Run:
         if is_best:
             save_checkpoint(self.run_dir / "checkpoints" / "best", self.model, extra=self._extra())
             self.state.best = {"step": self.state.step, **metrics}
-        with self.interruption.telling():
+        with self.interruption.guard_output():
             self.log.evaluation(self.state.step, metrics, is_best)
-        self._window_started += time.perf_counter() - began  # tokens_per_second is training's alone
+        self._report_started += time.perf_counter() - began  # tokens_per_second is training's alone
 
     def save(self) -> None:
         """Write the checkpoint that the run would resume from."""
@@ -255,7 +255,7 @@ class Run:
         self.log.flush()
         last = self.run_dir / "checkpoints" / "last"
         save_last(last, self.model, self.optimizers, self.state, self.config, self._extra())
-        self._window_started += time.perf_counter() - began
+        self._report_started += time.perf_counter() - began
 
     def finish(self) -> dict[str, Any]:
         """Measure the last weights on the whole validation split; write results.json and loss.png."""
@@ -286,7 +286,7 @@ class Run:
         """Evaluate the model, and tell how far it is."""
 
         def tell(fraction: float) -> None:
-            with self.interruption.telling():
+            with self.interruption.guard_output():
                 self.log.busy(what, fraction)
 
         tell(0.0)
@@ -344,11 +344,11 @@ class Run:
         (loss / settings.accumulate).backward()
         state.carry = map_state(torch.detach, parts[0][1]) if self.carries_state else None
         state.tokens += targets
-        self._window_tokens += targets
+        self._tokens_since_report += targets
         return loss.detach()
 
     @torch.no_grad()
-    def _carried(self, steps: int) -> State:
+    def _carried(self, steps: int) -> CarriedState:
         """Return what the model carries after so many steps, or None where the run carries nothing."""
         if not self.carries_state:
             return None

@@ -17,7 +17,7 @@ from minrnn.models.checkpoint import check_files, load_tensors, save_tensors, wr
 from minrnn.tasks import Vocabulary
 from minrnn.training.config import RunConfig, read_config
 
-State = Any  # nested tuples of tensors, as a model's state is
+CarriedState = Any  # nested tuples of tensors, or None
 
 # Settings that a resumed run may change: none alters the steps that are done, nor the shape of what is saved.
 CHANGEABLE = frozenset(
@@ -66,7 +66,7 @@ class TrainState:
     """Norms of the gradients of the same steps."""
     unwritten: list[dict[str, Any]] = field(default_factory=list)
     """Lines of metrics.jsonl that could not be written (the disk was full), to be written when it goes on."""
-    carry: State = None
+    carry: CarriedState = None
     """The model's state at the end of the last window, where the run carries it."""
 
 
@@ -166,7 +166,7 @@ def load_last(
     return state, extra
 
 
-def check_carry(path: Path, carry: State, examples: Sequence[State]) -> None:
+def check_carry(path: Path, carry: CarriedState, examples: Sequence[CarriedState]) -> None:
     """Refuse a carried state that the run's model cannot have.
 
     Args:
@@ -373,7 +373,7 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _flatten(state: State, tensors: list[Tensor]) -> Any:
+def _flatten(state: CarriedState, tensors: list[Tensor]) -> Any:
     """Append the tensors of a nested state to the list; return the nesting, with their places in it."""
     if state is None:
         return None
@@ -394,7 +394,7 @@ def _places(nesting: Any) -> list[int]:
     return [place for part in nesting for place in _places(part)]
 
 
-def _form(state: State) -> Any:
+def _form(state: CarriedState) -> Any:
     """Return a nested state with each tensor's form in its place."""
     if state is None or isinstance(state, Tensor):
         return None if state is None else _Form.of(state)
@@ -428,7 +428,7 @@ def _shown(form: Any) -> str:
     return f"({', '.join(map(_shown, form))})"
 
 
-def _unflatten(nesting: Any, tensors: Mapping[int, Tensor]) -> State:
+def _unflatten(nesting: Any, tensors: Mapping[int, Tensor]) -> CarriedState:
     """Undo `_flatten`: lists become tuples, places become tensors."""
     if nesting is None:
         return None

@@ -47,19 +47,19 @@ class Interruption:
     """Why what the run says of itself can be said no more."""
 
     @property
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         """Whether to stop."""
         return bool(self.signum) or self.failure is not None
 
     @contextmanager
-    def telling(self) -> Iterator[None]:
+    def guard_output(self) -> Iterator[None]:
         """Take an error of what is said in the block (a reader that has gone, a full disk) for a request."""
         try:
             yield
         except OSError as error:
             self.failure = self.failure or error
 
-    def met(self, done: str) -> Interrupted | OSError:
+    def to_exception(self, done: str) -> Interrupted | OSError:
         """Return what is to be raised once all is saved.
 
         Args:
