@@ -1,4 +1,4 @@
-"""What to learn: the table TASKS, and each task's configuration and batches."""
+"""Tasks: the registry TASKS, and each task's configuration, batches, loss and evaluation."""
 
 from minrnn.tasks.decisions import DecisionsConfig as DecisionsConfig
 from minrnn.tasks.decisions import DecisionsTask as DecisionsTask
