@@ -1,4 +1,4 @@
-"""A behavior's training as it went: every round's policy, kept in a file that training goes on from."""
+"""Training of a behavior policy, saved round by round to a file from which it resumes."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from minrnn.tasks.arrays import read_arrays, write_arrays
 from minrnn.training import interruptible
 from minrnn.training.threads import cpu_threads
 
-SMOOTHED_ROUNDS = 3  # a round's mean return is noisy, so its neighbors count as well
-SAVE_EVERY = 15.0  # seconds, which is what an interruption costs at most, and a round
+SMOOTHED_ROUNDS = 3  # a round's mean return is noisy, so it is averaged with its neighbors
+SAVE_EVERY = 15.0  # seconds; an interruption loses at most this and a round
 
 ReportProgress = Callable[[str, int, int, str], None]
-"""Called with what is going on, steps that are done, steps in all, and what there is to say."""
+"""A progress callback: (activity, steps done, total steps, further text)."""
 
 
 @dataclass
 class History:
-    """What each round of training left, and what the next one needs."""
+    """The rounds of a training, and the state for the next one."""
 
     behaviors: list[Behavior] = field(default_factory=list)
-    """The policy that each round began with."""
+    """The policy at the start of each round."""
     steps: list[int] = field(default_factory=list)
-    """Steps in the environment up to the end of each round."""
+    """Total environment steps at the end of each round."""
     returns: list[float] = field(default_factory=list)
-    """Mean return of each round's episodes, with the noise of training; NaN where none ended."""
+    """Mean return of the episodes that ended in each round, with exploration noise; NaN if none did."""
     state: Arrays = field(default_factory=dict)
 
     @property
     def total_steps(self) -> int:
-        """Steps in the environment so far."""
+        """Total environment steps."""
         return self.steps[-1] if self.steps else 0
 
     @property
     def last_start(self) -> int:
-        """Steps in the environment before the last round."""
+        """Environment steps before the last round."""
         return self.steps[-2] if len(self.steps) > 1 else 0
 
     def add(self, result: Round) -> None:
@@ -55,25 +55,25 @@ class History:
         self.state = result.state
 
     def until(self, steps: int) -> History:
-        """Return the rounds up to the one that reached so many steps, without what more would need."""
+        """Return the rounds up to the one that reaches `steps`, without the state for the next."""
         count = int(np.searchsorted(self.steps, steps)) + 1
         return History(self.behaviors[:count], self.steps[:count], self.returns[:count])
 
     def best(self) -> int:
-        """Return the number of the round with the highest mean return, averaged with those beside it."""
+        """Return the index of the round with the highest mean return, averaged over adjacent rounds."""
         reach = SMOOTHED_ROUNDS // 2
         means = []
         for number in range(len(self.returns)):
-            window = self.returns[max(0, number - reach) : number + reach + 1]
-            known = [value for value in window if not math.isnan(value)]
+            near = self.returns[max(0, number - reach) : number + reach + 1]
+            known = [value for value in near if not math.isnan(value)]
             means.append(sum(known) / len(known) if known else -math.inf)
         return int(np.argmax(means))
 
     def save(self, path: Path) -> None:
-        """Write the history, whole or not at all.
+        """Write the history to a file atomically.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         columns = {
             "parameters": [behavior.parameters for behavior in self.behaviors],
@@ -94,10 +94,10 @@ class History:
 
 
 def read_history(path: Path) -> History:
-    """Read what `History.save` wrote.
+    """Return the history in a file written by `History.save`.
 
     Raises:
-        ValueError: the file is damaged or something else.
+        ValueError: the file is damaged or has another content.
     """
     with naming("make_data"):
         arrays = read_arrays(path)
@@ -109,7 +109,7 @@ def read_history(path: Path) -> History:
     expected = [sum((a + 1) * b for a, b in pairwise(sizes)), sizes[0], sizes[0], sizes[-1]] if sizes else []
     if len(rounds) != 1 or widths != expected or np.any(np.diff(arrays["steps"], prepend=0) < 1):
         raise ValueError(
-            f"make_data: {path} must hold as much of each round, in order, and policies of {sizes}, got "
+            f"make_data: {path} must hold equal numbers of rounds, in order, and policies of {sizes}, got "
             f"arrays of {', '.join(f'{name} {arrays[name].shape}' for name in columns)}; remove it"
         )
     return History(
@@ -121,11 +121,11 @@ def read_history(path: Path) -> History:
 
 
 INTEGER_ARRAYS = ("sizes", "steps", "ends")
-"""Arrays of whole numbers."""
+"""Names of the integer arrays."""
 
 
 def check_arrays(path: Path, arrays: Arrays, axes: Mapping[str, int]) -> None:
-    """Raise ValueError unless there are arrays of numbers of these names, each with so many axes."""
+    """Raise ValueError unless `arrays` has a numeric array of each name with that number of axes."""
     for name, count in axes.items():
         if name not in arrays:
             found = ", ".join(arrays) or "nothing"
@@ -141,24 +141,24 @@ def check_arrays(path: Path, arrays: Arrays, axes: Mapping[str, int]) -> None:
 def train_behavior(
     environment: str, trainer: Trainer, steps: int, seed: int, path: Path, report: ReportProgress
 ) -> History:
-    """Return the rounds of a training of `steps` steps or a little more, and keep them in a file.
+    """Train a behavior policy for at least `steps` steps, and return the rounds.
 
-    What the file holds is not trained again: training that was interrupted goes on to where it would have
-    gone, and a shorter one is the beginning of a longer one.
+    Rounds are saved to a file and not trained again: an interrupted training gives the same rounds as an
+    uninterrupted one, and a shorter training is a prefix of a longer one.
 
     Args:
         environment: gymnasium's id.
-        trainer: the algorithm's settings.
-        steps: in the environment, at least 1.
-        seed: of all random numbers.
-        path: the file, of trainings with these arguments only; `steps` may differ.
-        report: is told of the progress.
+        trainer: the algorithm and its settings.
+        steps: environment steps, at least 1.
+        seed: seed of all random numbers.
+        path: the file; it must be used with the same other arguments, except `steps`.
+        report: progress callback.
 
     Raises:
-        InUseError: another process is at it.
-        Interrupted: a signal asked for a stop, or nobody reads the reports, and all whole rounds are saved.
+        InUseError: another process uses the file.
+        Interrupted: a signal or a closed output requested a stop; all completed rounds are saved.
         ValueError: the file is damaged, or there is no such environment.
-        ImportError: a library is not installed; the extra is named.
+        ImportError: a library is not installed; the message names the extra to install.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path.with_name(f"{path.name}.lock")):
@@ -177,8 +177,8 @@ def _train(
     path: Path,
     report: ReportProgress,
 ) -> None:
-    """Add rounds to a history, and save it now and then."""
-    # One thread: networks this small are slower on more.
+    """Add rounds to a history until it has `steps` steps, and save it at intervals."""
+    # Networks this small are slower with more than one thread.
     with (
         training_environments(environment, trainer) as environments,
         cpu_threads(1),
@@ -198,5 +198,5 @@ def _train(
 
 
 def _round_seed(seed: int, number: int) -> int:
-    """Return a round's own seed, which the libraries want below 2^32."""
+    """Return the seed of a round; the libraries require it to be below 2^32."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0] >> 1)

@@ -1,4 +1,4 @@
-"""What behaviors do, recorded: who acts in which episode, and parts on disk from which recording goes on."""
+"""Recording of episodes of behavior policies, in parts on disk from which it resumes."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.floating[Any]]
 Act = Callable[[Floats, np.random.Generator], Floats]
-"""An action on an observation."""
+"""Maps an observation and a random generator to an action."""
 Draw = Callable[[np.random.Generator], Act]
-"""Who acts in an episode."""
+"""Draws the policy of an episode."""
 
-PART_STEPS = 10_000  # kept at once: a few seconds of recording, which is what an interruption costs
+PART_STEPS = 10_000  # steps of a part, a few seconds; an interruption loses at most one
 
 
 class Share(NamedTuple):
-    """A stretch of a recording: who acts in it, and for how many steps."""
+    """A share of a recording: how its policies are drawn, and its number of steps."""
 
     draw: Draw
     steps: int
 
 
 class Recording(NamedTuple):
-    """Recorded steps, as arrays like those of `Episodes`, and what was seen after each."""
+    """Recorded steps, as arrays like those of `Episodes`, and the next observations."""
 
     observations: NDArray[np.float32]
     actions: NDArray[np.float32]
@@ -55,11 +55,11 @@ class Recording(NamedTuple):
         )
 
 
-# --- who acts --------------------------------------------------------------------------------------------
+# --- policies --------------------------------------------------------------------------------------------
 
 
 def uniform(low: Floats, high: Floats) -> Draw:
-    """Draw actions between bounds (A,), whatever is observed."""
+    """Return a Draw of policies with uniform random actions between bounds (A,)."""
 
     def act(_: Floats, random: np.random.Generator) -> Floats:
         return random.uniform(low, high)
@@ -68,19 +68,19 @@ def uniform(low: Floats, high: Floats) -> Draw:
 
 
 def always(behavior: Behavior) -> Draw:
-    """Let one behavior act in every episode."""
+    """Return a Draw of the same behavior policy in every episode."""
     return lambda _: behavior.act
 
 
 def replayed(history: History, parameter_noise: float) -> Draw:
-    """Let each episode be that of a moment of training, all of its steps alike, with the noise that it had.
+    """Return a Draw of the policy at a uniformly random step of a training, with its exploration noise.
 
-    So the episodes are distributed as those that training had itself, of which nothing needs to be kept.
+    The episodes have the same distribution as those of the training, which need not be stored.
 
     Args:
-        history: of the training.
-        parameter_noise: standard deviation of what training adds to parameters for an episode; where it is
-            not 0, that is all its noise.
+        history: the rounds of the training.
+        parameter_noise: standard deviation of the parameter noise of an episode; if not 0, there is no noise
+            on actions.
     """
 
     def draw(random: np.random.Generator) -> Act:
@@ -95,17 +95,17 @@ def replayed(history: History, parameter_noise: float) -> Draw:
     return draw
 
 
-# --- what they do ----------------------------------------------------------------------------------------
+# --- episodes --------------------------------------------------------------------------------------------
 
 
 def play_episode(environment: Environment, draw: Draw, seed: tuple[int, ...], limit: int) -> Recording:
-    """Play an episode, and cut it off after `limit` steps.
+    """Record an episode, truncated after `limit` steps.
 
     Args:
-        environment: with vectors for observations and actions.
-        draw: who acts.
-        seed: of who acts, of the environment and of the noise.
-        limit: at least 1.
+        environment: an environment with vectors as observations and actions.
+        draw: draws the policy.
+        seed: seed of the policy, the environment and the noise.
+        limit: maximum number of steps, at least 1.
     """
     random = np.random.default_rng(seed)
     act = draw(random)
@@ -129,21 +129,21 @@ def play_episode(environment: Environment, draw: Draw, seed: tuple[int, ...], li
 def record(
     environment: str, shares: list[Share], seed: int, folder: Path, report: ReportProgress
 ) -> Recording:
-    """Record shares one after the other, and keep the parts that are done in a folder.
+    """Record shares one after the other, and save completed parts to a folder.
 
-    Each episode is a function of the seed and its number; so a recording that was interrupted and goes on
-    is the one that would have been.
+    Each episode is a function of the seed and its index, so an interrupted recording that is resumed equals
+    an uninterrupted one.
 
     Args:
         environment: gymnasium's id.
-        shares: who acts and for how many steps; the last episode of each is cut off when those are reached.
-        seed: of all random numbers.
-        folder: of recordings with these arguments only.
-        report: is told of the progress.
+        shares: the shares; the last episode of each is truncated at its number of steps.
+        seed: seed of all random numbers.
+        folder: the folder of the parts; it must be used with the same other arguments.
+        report: progress callback.
 
     Raises:
-        InUseError: another process is at it.
-        Interrupted: a signal asked for a stop, or nobody reads the reports, and all whole parts are kept.
+        InUseError: another process uses the folder.
+        Interrupted: a signal or a closed output requested a stop; all completed parts are saved.
         ValueError: a part is damaged, or there is no such environment.
         ImportError: the environment is not installed.
     """
@@ -168,7 +168,7 @@ def record(
 def _parts(
     environment: Environment, share: Share, seed: tuple[int, int], folder: Path
 ) -> Iterator[Recording]:
-    """Yield the parts of a share: those that are in the folder, then those that are recorded into it."""
+    """Yield the parts of a share, read from the folder or recorded and saved to it."""
     done = episode = 0
     while done < share.steps:
         path = folder / f"{seed[1]}-{episode}.npz"
@@ -190,14 +190,14 @@ def _read_part(path: Path) -> Recording:
     part = Recording(*(arrays[name] for name in Recording._fields))
     steps = {len(getattr(part, name)) for name in (*vectors, "rewards")}
     if len(part.ends) == 0 or steps != {int(part.ends[-1])} or len(part.terminated) != len(part.ends):
-        raise ValueError(f"make_data: {path} must hold as much of each step and episode; remove it")
+        raise ValueError(f"make_data: {path} must hold arrays of consistent lengths; remove it")
     return part
 
 
 def _record_part(
     environment: Environment, draw: Draw, seed: tuple[int, int], episode: int, limit: int
 ) -> Recording:
-    """Play the episodes from number `episode` on: PART_STEPS steps or a little more, but at most `limit`."""
+    """Record episodes from index `episode` on: at least PART_STEPS steps, but at most `limit`."""
     played: list[Recording] = []
     done = 0
     while done < min(PART_STEPS, limit):
@@ -207,7 +207,7 @@ def _record_part(
 
 
 def _join(parts: list[Recording]) -> Recording:
-    """Return recordings end to end."""
+    """Concatenate recordings."""
     starts = np.cumsum([0] + [len(part.rewards) for part in parts])
     moved = [part._replace(ends=part.ends + start) for part, start in zip(parts, starts, strict=False)]
     return Recording(*map(np.concatenate, zip(*moved, strict=True)))

@@ -71,7 +71,7 @@ class DecisionsConfig(TaskConfig):
     tokens: Tokens | None = None
     """Tokens of a step: interleaved, three tokens (previous action, return-to-go, observation); joined, one
     token of all three; observation, one token of the observation alone, which is behavior cloning. (None:
-    interleaved for attention, as in Decision Transformer; joined, at a third of the cost, for recurrences.)"""
+    interleaved for attention, as in Decision Transformer; joined, a third as long, for recurrences.)"""
     carry: bool | None = None
     """Carry the hidden state through an episode, in training (with episodes as streams) and when acting;
     otherwise each action is computed from the last `window` steps. (None: yes for recurrences, no for
@@ -80,7 +80,7 @@ class DecisionsConfig(TaskConfig):
     """Steps of a training sequence: the length of backpropagation through time and, without a carried state,
     the context of a policy."""
     timesteps: int | None = None
-    """Size of the table of learned time-step embeddings, which limits the length of an episode; 0 for no table
+    """Size of the table of learned time-step embeddings, which limits the length of an episode; 0: no table
     and no limit. (None: for attention the longest episode, at least 1,000; for recurrences no table.)"""
     target_return: float | None = None
     """Return that the policy is conditioned on when it acts. (None: the mean return of the best training
@@ -358,7 +358,7 @@ class DecisionsTask(Task):
             yield self._gather(steps[None, whole:], fresh=True)
 
     def _errors(self, predicted: Tensor, targets: Tensor) -> Tensor:
-        """Return the squared error of each number, or the cross-entropy of each action, in at least float32."""
+        """Return the squared errors of numbers or the cross-entropies of actions, in at least float32."""
         if predicted.dtype.itemsize < 4:
             predicted = predicted.float()
         if self.episodes.is_discrete:
@@ -413,7 +413,7 @@ class DecisionsTask(Task):
 def best_return(returns: NDArray[np.float64], lengths: NDArray[np.int64], share: float) -> float:
     """Return the mean return of the best episodes, each weighted by its steps.
 
-        sum(w R) / sum(w),   w[k] = steps of episode k among the first `share` of all steps, best episode first
+        sum(w R) / sum(w),   w[k] = steps of episode k among the first `share` of all, best episodes first
 
     Args:
         returns: the return of each episode.

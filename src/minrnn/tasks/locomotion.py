@@ -132,9 +132,7 @@ def fetch_d4rl(name: str, url: str | None = None) -> Path:
     """
     if name not in D4RL_SHA256:
         hint = nearest(name, D4RL_NAMES) or f"; their names are like {D4RL_NAMES[0]}"
-        raise ValueError(
-            f"fetch_d4rl: name must be one of D4RL's locomotion data sets, got {name!r}{hint}"
-        )
+        raise ValueError(f"fetch_d4rl: name must be one of D4RL's locomotion data sets, got {name!r}{hint}")
     file_name, sha256 = _file_name(name), D4RL_SHA256[name]
     if supplied := supplied_file(file_name):
         check_digest("fetch_d4rl", supplied, sha256, f"D4RL's {name}")

@@ -133,9 +133,7 @@ class Task(ABC):
         Raises:
             ValueError: the task has no streams.
         """
-        raise ValueError(
-            f"{type(self).__name__}: train.carry_state must be off, as this task has no streams"
-        )
+        raise ValueError(f"{type(self).__name__}: train.carry_state must be off, as this task has no streams")
 
     @abstractmethod
     def loss(
