@@ -403,7 +403,7 @@ SECRET = "a private file of this machine, which is nobody's data"
             "/observations must lie in the file itself, got numbers of another file",
         ),
         (virtual, "/observations must lie in the file itself, got numbers of another file"),
-        (plugin, "/rewards is compressed by filter 32001 .* a plugin of HDF5 that is not here"),
+        (plugin, "/rewards is compressed by filter 32001 .* a plugin of HDF5 that is not installed"),
         (make("rewards", (13,), h5py.ref_dtype), "rewards must be numbers"),
         (make("rewards", (13,), h5py.regionref_dtype), "rewards must be numbers"),
         (make("rewards", (13,), h5py.vlen_dtype(np.float32)), "rewards must be numbers"),
@@ -878,7 +878,7 @@ def test_a_missing_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.M
         make_environment("Hopper-v5")
     monkeypatch.setitem(sys.modules, "gymnasium", None)  # as if it were not installed
     with pytest.raises(
-        ImportError, match=r"needs gymnasium, which is not here; .* pip install 'minrnn\[rl\]'"
+        ImportError, match=r"needs gymnasium, which is not installed; .* pip install 'minrnn\[rl\]'"
     ):
         make_environment("Hopper-v5")
     path = write(tmp_path / "a.hdf5", d4rl_fields(*made_up()))

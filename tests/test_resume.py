@@ -295,7 +295,7 @@ def test_metrics_of_another_run_are_refused_and_missing_ones_said(run_dir: Path)
     path = run_dir / "metrics.jsonl"
     text = path.read_text()
     path.write_text("".join(text.splitlines(keepends=True)[:2]))
-    refused(run_dir, "metrics.jsonl", "it is another run's, or was cut")
+    refused(run_dir, "metrics.jsonl", "it belongs to another run, or was truncated")
     path.write_text(text.replace('"step"', '"stop"'))
     refused(run_dir, "metrics.jsonl", "step is missing")
     path.unlink()

@@ -73,12 +73,11 @@ def make_data(
 
     - random: actions drawn uniformly between their bounds.
     - medium: the best policy of the training, with its exploration noise.
-    - medium-replay: policies of the whole training up to the best, with their noise: the same distribution as
-      the training's own episodes.
+    - medium-replay: policies of the training up to the best, with their noise, as in the training's episodes.
     - medium-expert: one half medium, one half the same policy without noise.
 
-    An interrupted call is resumed by the same call. All qualities share one training. A file that was made
-    with the same arguments is not changed.
+    The same call resumes an interrupted one, and leaves a finished file as it is. All qualities share one
+    training.
 
     Args:
         environment: gymnasium's id of an environment with vectors as observations and actions: Hopper-v5.
@@ -93,9 +92,9 @@ def make_data(
     Raises:
         InUseError: another process is making the same file.
         Interrupted: a signal requested a stop; completed work is saved.
-        ValueError: an argument is out of range, there is no such environment, or its spaces are unsupported.
+        ValueError: an argument is out of range, or the environment is unknown or has unsupported spaces.
         FileExistsError: the output exists and was made with other arguments.
-        ImportError: a library is not installed; the message names the extra to install.
+        ImportError: a library is not installed.
     """
     plan = plan_for(environment)
     algorithm, training_steps = algorithm or plan.algorithm, training_steps or plan.steps
@@ -119,7 +118,7 @@ def make_data(
         about = {**episodes.about, **_summary(environment, episodes), "made": made}
         about |= {"versions": library_versions(trainer), "label": LABEL}
         write_episodes(path, replace(episodes, about=about), recording.next_observations)
-        shutil.rmtree(parts, ignore_errors=True)  # the file is complete
+        shutil.rmtree(parts, ignore_errors=True)
     return path
 
 

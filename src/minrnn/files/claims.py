@@ -56,7 +56,7 @@ def claim(directory: Path, say: Say | None = None) -> Iterator[None]:
                 try:
                     directory.mkdir(parents=True, exist_ok=True)
                     stack.enter_context(lock(directory / LOCK_FILE, say=say))
-                except FileNotFoundError:  # its previous holder has just removed it, as it was empty
+                except (FileNotFoundError, FileExistsError):  # its previous holder has just removed it
                     if last:
                         raise
                     continue
