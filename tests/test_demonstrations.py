@@ -355,7 +355,7 @@ def test_a_file_that_is_there_is_kept_or_refused(tmp_path: Path) -> None:
 
     content = make(50).read_bytes()
     assert make(50) == output
-    with pytest.raises(FileExistsError, match=r"a\.hdf5 is there, and was made with .*'steps': 50.*--output"):
+    with pytest.raises(FileExistsError, match=r"a\.hdf5 exists, and was made with .*'steps': 50.*--output"):
         make(51)
     assert output.read_bytes() == content
 
@@ -429,4 +429,4 @@ def test_the_command_says_that_it_goes_on(
 
     monkeypatch.setattr("minrnn.cli.make_data.make_data", stopped)
     assert main(["make-data", PENDULUM]) == 130
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command resumes" in capsys.readouterr().out

@@ -860,7 +860,7 @@ def test_an_interrupted_command_says_so_and_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(stability.Stability, "measure", stop)
         assert main(command) == 128 + signal.SIGTERM
-    assert "SIGTERM: stopped and saved after step 1; the same command goes on" in capsys.readouterr().out
+    assert "SIGTERM: stopped and saved after step 1; the same command resumes" in capsys.readouterr().out
     assert main(command) == 0
     said = capsys.readouterr().out
     assert "stability: 0 of 3 trials are finished" in said

@@ -22,19 +22,9 @@ from minrnn.training.config import OPTIMIZERS, OptimizerName
 from minrnn.training.loop import Run
 from minrnn.training.resume import _form, _places, _unflatten
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 FILES = ("config.json", "model.safetensors", "trainer.json", "trainer.safetensors")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MINRNN_CACHE", str(tmp_path_factory.getbasetemp() / "minrnn-cache"))
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("corpus") / "squares.txt"
-    path.write_text("".join(f"{n} times {n} is {n * n}.\n" for n in range(200)), encoding="utf-8")
-    return path
 
 
 def config_of(corpus: Path, optimizer: OptimizerName = "adamw", **settings: Any) -> RunConfig:

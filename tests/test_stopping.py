@@ -21,19 +21,9 @@ from minrnn.training import BROKEN_PIPE, Interrupted, Interruption, Output, RunL
 from minrnn.training import log as log_module
 from minrnn.training.stopping import SIGNALS
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 NUMBERS = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MINRNN_CACHE", str(tmp_path_factory.getbasetemp() / "minrnn-cache"))
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("corpus") / "squares.txt"
-    path.write_text("".join(f"{n} times {n} is {n * n}.\n" for n in range(200)), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -37,16 +37,13 @@ from minrnn.tasks.labeled import BLOCK, pack
 from minrnn.tasks.listops import SYMBOLS, generate_expressions
 from minrnn.training import RunConfig, RunLog, TrainConfig, read_metrics, train
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 SMALL: dict[str, Any] = {
     "selective-copying": SelectiveCopyingConfig(length=12, num_tokens=3, kinds=5, eval_sequences=100),
     "formal-languages": FormalLanguageConfig("bucket-sort", 1, 6, 6, 12, eval_sequences=100),
     "listops": ListOpsConfig(40, 4, 4, 4, num_train=200, num_validation=100, num_test=70),
 }
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MINRNN_CACHE", str(tmp_path_factory.getbasetemp() / "minrnn-cache"))
 
 
 @pytest.fixture(params=SMALL)

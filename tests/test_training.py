@@ -57,18 +57,6 @@ from minrnn.training.resume import _flatten, _unflatten
 SECONDS = ("tokens_per_second", "seconds")  # what differs between two runs that are the same
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MINRNN_CACHE", str(tmp_path_factory.getbasetemp() / "minrnn-cache"))
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("corpus") / "squares.txt"
-    path.write_text("".join(f"{n} times {n} is {n * n}.\n" for n in range(200)), encoding="utf-8")
-    return path
-
-
 def run_config(corpus: Path, **settings: Any) -> RunConfig:
     """A run of a second: small enough for a test, with dropout so that the random generator matters."""
     mixer = settings.pop("mixer", "mingru")
@@ -456,7 +444,7 @@ def test_products_are_rounded_within_a_run_alone(monkeypatch: pytest.MonkeyPatch
 def test_a_full_directory_is_not_overwritten(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("all of it")
-    with pytest.raises(FileExistsError, match="go on with --resume, or choose another --run"):
+    with pytest.raises(FileExistsError, match="resume it with --resume, or choose another --run"):
         trained(run_config(corpus), tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
@@ -493,6 +481,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from minrnn.training import RunLog, read_config, train
+
+pytestmark = pytest.mark.usefixtures("cache")
 
 killed_at, calls, fsync = int(sys.argv[3]), 0, os.fsync
 

@@ -20,7 +20,7 @@ class EnginesCommand:
 def run(args: Sequence[str]) -> int:
     """Run `minrnn engines`."""
     parse(EnginesCommand, "engines", args)
-    table = Table("engine", "device", "serves it", "detail")
+    table = Table("engine", "device", "in use", "detail")
     for engine in engines():
         table.add_row(engine.name, engine.device, "yes" if engine.serves else "no", engine.detail)
     Output().print(table)

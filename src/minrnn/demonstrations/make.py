@@ -143,7 +143,7 @@ def _check_made(path: Path, made: dict[str, Any]) -> None:
     before = read_episodes(path).about.get("made")
     if before != made:
         raise FileExistsError(
-            f"make_data: {path} is there, and was made with {before} instead of {made}; remove it, or name "
+            f"make_data: {path} exists, and was made with {before} instead of {made}; remove it, or name "
             f"another with --output"
         )
 

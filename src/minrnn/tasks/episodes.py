@@ -165,8 +165,8 @@ class Episodes:
     def _check_ends(self) -> None:
         if len(self.ends) != len(self.terminated):
             raise ValueError(
-                f"Episodes: terminated must say of each of the {len(self.ends)} ends whether the environment "
-                f"made it, got {len(self.terminated)} values"
+                f"Episodes: terminated must have a value for each of the {len(self.ends)} ends of episodes, "
+                f"got {len(self.terminated)} values"
             )
         if (
             not len(self.ends)

@@ -333,8 +333,8 @@ def _check_lengths(place: str, lengths: Mapping[str, int], expected: int) -> Non
 def _check_vectors(place: str, shape: str, observations: NDArray[Any]) -> None:
     if observations.ndim != 2:
         raise ValueError(
-            f"{place}: observations must be vectors, {shape}, got {observations.shape}; record what "
-            "gymnasium.wrappers.FlattenObservation makes of images, numbers of states and parts"
+            f"{place}: observations must be vectors, {shape}, got {observations.shape}; record "
+            "images, discrete observations and dicts with gymnasium.wrappers.FlattenObservation"
         )
 
 

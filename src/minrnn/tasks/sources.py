@@ -140,7 +140,9 @@ def _split_by_file(name: str, folder: Path, found: Iterable[Path], what: str) ->
     whole = [file for file in found if file.is_file() and file.stat().st_size]  # not sockets, dead links
     files = sorted(whole, key=lambda file: file.relative_to(folder).as_posix())
     if not files:
-        raise ValueError(f"find_corpus: source {name!r} must hold text, got no {what} that do in {folder}")
+        raise ValueError(
+            f"find_corpus: source {name!r} must hold text, got no {what} with content in {folder}"
+        )
     if len(files) == 1:
         return Corpus(name, folder, tuple(files))
     ranked = sorted(files, key=lambda file: _path_hash(file.relative_to(folder)))

@@ -22,8 +22,8 @@ MOST_CHOICES = 1 << 16
 """Maximum number of discrete actions; larger numbers are not the index of an action."""
 
 OTHERS = (
-    "policies here choose one action of several (Discrete) or give numbers (Box); wrap the environment so "
-    "that it takes one of these, say one Discrete for all combinations, and record that"
+    "policies support the action spaces Discrete and Box; wrap the environment so that it takes one of these, "
+    "for example one Discrete for all combinations, and record that"
 )
 
 

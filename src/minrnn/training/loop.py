@@ -412,4 +412,4 @@ def _count(number: int, thing: str) -> str:
 def _check_new(run_dir: Path) -> None:
     """Raise FileExistsError unless a locked directory is empty."""
     if any(path.name != LOCK_FILE for path in run_dir.iterdir()):
-        raise FileExistsError(f"{run_dir} already exists; go on with --resume, or choose another --run")
+        raise FileExistsError(f"{run_dir} already exists; resume it with --resume, or choose another --run")
