@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     from minrnn.tasks.episodes import Episodes
 
 QUALITIES = ("random", "medium", "medium-replay", "medium-expert")
-"""Kinds of data, with D4RL's names; `make_data` describes them."""
+"""Kinds of data, with D4RL's names.
+
+- random: actions drawn uniformly between their bounds.
+- medium: the best policy of the training, with its exploration noise.
+- medium-replay: policies of the training up to the best, with their noise, as in the training's episodes.
+- medium-expert: one half medium, one half the same policy without noise.
+"""
 
 EVALUATION_EPISODES = 10
 EPISODE_LIMIT = 10_000  # steps of an evaluation episode, if the environment sets no limit
@@ -70,11 +76,6 @@ def make_data(
     algorithm: str = "",
 ) -> Path:
     """Train a behavior policy, record its episodes, and return the file, in D4RL's layout.
-
-    - random: actions drawn uniformly between their bounds.
-    - medium: the best policy of the training, with its exploration noise.
-    - medium-replay: policies of the training up to the best, with their noise, as in the training's episodes.
-    - medium-expert: one half medium, one half the same policy without noise.
 
     The same call resumes an interrupted one, and leaves a finished file as it is. All qualities share one
     training.

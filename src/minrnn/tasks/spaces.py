@@ -22,7 +22,7 @@ MOST_CHOICES = 1 << 16
 """Maximum number of discrete actions; larger numbers are not the index of an action."""
 
 OTHERS = (
-    "policies support the action spaces Discrete and Box; wrap the environment so that it takes one of these, "
+    "policies support the spaces Discrete and Box; wrap the environment so that it takes one of these, "
     "for example one Discrete for all combinations, and record that"
 )
 
