@@ -250,7 +250,7 @@ def test_a_task_that_is_no_text_is_trained_and_evaluated(
     assert evaluation["accuracy"] == results["accuracy"]
     for args, message in (
         ("evaluate run --window 4", "window must be left out for formal-languages, got 4"),
-        ("sample run", "run must be a run that learnt text"),
+        ("sample run", "run must be a run of the text task"),
         ("demo listops", "the recipe must be one of text, got listops"),
         ("train listops --task.windo 4", "Unrecognized options: --task.windo"),
         ("train listops --task.max-arg 4", "did you mean --task.max-args"),

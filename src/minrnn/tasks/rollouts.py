@@ -79,33 +79,33 @@ def _play(
 ) -> Iterator[list[Rollout]]:
     played: list[Rollout] = []
     spaces = [action_space(environment) for environment in environments]
-    seats: list[Rollout | None] = [None] * len(environments)
+    running: list[Rollout | None] = [None] * len(environments)
     observations = np.zeros((len(environments), policy.model.config.observation_size))
     rewards = np.zeros(len(environments))
     starts = np.ones(len(environments), dtype=bool)
 
-    def begin(seat: int) -> None:
-        starts[seat], seats[seat] = True, None
+    def begin(row: int) -> None:
+        starts[row], running[row] = True, None
         if len(played) < episodes:
-            observations[seat], _ = environments[seat].reset(seed=seed + len(played))
-            seats[seat] = episode = Rollout(len(played))
+            observations[row], _ = environments[row].reset(seed=seed + len(played))
+            running[row] = episode = Rollout(len(played))
             played.append(episode)
 
-    for seat in range(len(environments)):
-        begin(seat)
-    while any(episode is not None for episode in seats):
+    for row in range(len(environments)):
+        begin(row)
+    while any(episode is not None for episode in running):
         actions = policy.act(observations, rewards, reset=starts).numpy()
-        for seat, (environment, episode) in enumerate(zip(environments, seats, strict=True)):
+        for row, (environment, episode) in enumerate(zip(environments, running, strict=True)):
             if episode is None:
                 continue  # no episode is left for this environment; its row of the batch is unused
-            action = spaces[seat].to_environment(actions[seat], environment.action_space)
+            action = spaces[row].to_environment(actions[row], environment.action_space)
             seen, reward, terminated, truncated, _ = environment.step(action)
-            observations[seat], rewards[seat], starts[seat] = seen, reward, False
+            observations[row], rewards[row], starts[row] = seen, reward, False
             episode.steps += 1
             episode.total_return += float(reward)
             if terminated or truncated:
                 episode.ended = "terminated" if terminated else "time limit"
-                begin(seat)
+                begin(row)
         yield played
 
 

@@ -183,10 +183,10 @@ class Run:
     def describe(self) -> str:
         """Return a description of the engine, the model and the data, for the log."""
         device = self.device.type
-        serving = next(engine for engine in engines() if engine.serves and engine.device in (device, "any"))
+        active = next(engine for engine in engines() if engine.serves and engine.device in (device, "any"))
         model = self.config.model
         return (
-            f"{self.device}, engine {serving.name} ({serving.detail})\n"
+            f"{self.device}, engine {active.name} ({active.detail})\n"
             f"{model.mixer}, {_count(model.num_layers, 'layer')}, {self.parameters / 1e6:.2f} M parameters\n"
             f"{self.task.describe()}"
         )
