@@ -230,7 +230,11 @@ STATES = {
     "no step": (lambda s: s.pop("step"), "trainer.json", "must hold best, carry"),
     "a step in words": (lambda s: s.update(step="7"), "trainer.json", "step must be int, got '7'"),
     "negative tokens": (lambda s: s.update(tokens=-1), "trainer.json", "must be 0 or more"),
-    "no loss of a norm": (lambda s: s.update(losses=[1.0], grad_norms=[]), "trainer.json", "as many losses as norms"),
+    "no loss of a norm": (
+        lambda s: s.update(losses=[1.0], grad_norms=[]),
+        "trainer.json",
+        "as many losses as norms",
+    ),
     "another run": (
         lambda s: s["run"]["train"].update(seed=5),
         "trainer.json",
