@@ -365,7 +365,7 @@ def test_two_in_one_folder_compute_each_trial_once(tmp_path: Path, monkeypatch: 
     ("content", "message"),
     [
         ("[]", "it must be a table, got "),
-        ("{", "is no JSON"),
+        ("{", "is not valid JSON"),
         ("{}", "format is missing"),
         ({"format": 2}, "is no record of this version"),
         ({"setting": []}, "setting must be a table"),
@@ -798,7 +798,7 @@ def test_mistakes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "device must be" in error_of(capsys, "runtime", "--device", "gpu")
     assert "runtime has one set of data" in error_of(capsys, "runtime", "--envs", "hopper")
     assert "data must be among local" in error_of(capsys, "locomotion", "--data", "own")
-    assert "--list must stand alone" in error_of(capsys, "--list", "runtime")
+    assert "--list takes no other arguments" in error_of(capsys, "--list", "runtime")
     assert "results.md.template: No such file" in error_of(capsys, "report")
     assert list(Path.cwd().iterdir()) == []
 

@@ -419,7 +419,7 @@ SECRET = "a private file of this machine, which is nobody's data"
             "of which the file holds 0: more",
         ),
         (make("rewards", (13,), "f4", maxshape=(None,), chunks=(1 << 28,)), "declares 1,073,741,824 bytes"),
-        (lambda file: file.attrs.update(about="{"), "attribute about is no JSON"),
+        (lambda file: file.attrs.update(about="{"), "attribute about is not valid JSON"),
         (lambda file: file.attrs.update(about="[]"), r"attribute about: it must be a table, got \[\]"),
         (
             lambda file: file.attrs.update(about='{"num_actions": "3"}'),
@@ -496,9 +496,9 @@ def test_a_file_that_is_being_written_is_locked_not_damaged(tmp_path: Path) -> N
     ("metadata", "message"),
     [
         ("[]", r"metadata.json: it must be a table, got \[\]"),
-        ("{", "metadata.json is no JSON"),
+        ("{", "metadata.json is not valid JSON"),
         ('{"dataset_id": 3}', "metadata.json: dataset_id must be str, got 3"),
-        ('{"env_spec": "["}', "metadata.json: env_spec is no JSON"),
+        ('{"env_spec": "["}', "metadata.json: env_spec is not valid JSON"),
         ('{"env_spec": {}}', "metadata.json: env_spec must be str"),
         ('{"env_spec": "{\\"id\\": []}"}', r"metadata.json: env_spec: id must be str, got \[\]"),
         ('{"action_space": "3"}', "metadata.json: action_space: its text: it must be a table, got 3"),

@@ -225,7 +225,7 @@ STATES = {
     "null carry": (lambda s: s.update(carry=None), "trainer.safetensors", "unexpected: carry.0"),
     "flat carry": (lambda s: s.update(carry=_places(s["carry"])), "trainer.json", "as the model carries it"),
     "a carry twice": (lambda s: s.update(carry=[s["carry"], 0]), "trainer.safetensors", "missing: carry"),
-    "no carry at all": (lambda s: s.update(carry="x"), "trainer.safetensors", "lists of places, got 'x'"),
+    "no carry at all": (lambda s: s.update(carry="x"), "trainer.safetensors", "lists of indices, got 'x'"),
     "another step": (lambda s: s.update(step=6), "trainer.json", "is of step 6, .* are of step 7"),
     "no step": (lambda s: s.pop("step"), "trainer.json", "must hold best, carry"),
     "a step in words": (lambda s: s.update(step="7"), "trainer.json", "step must be int, got '7'"),

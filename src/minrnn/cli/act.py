@@ -145,8 +145,8 @@ def _summary(name: str, played: Sequence[Rollout]) -> dict[str, Any]:
 def _conclusion(results: dict[str, Any]) -> str:
     """Return the results in one line."""
     count = len(results["returns"])
-    asked = "" if results["target_return"] is None else f", asked for {results['target_return']:,.1f}"
+    target = "" if results["target_return"] is None else f", target {results['target_return']:,.1f}"
     score = "" if results["score"] is None else f"; D4RL's normalized score {results['score']:.1f}"
     spread = f" ± {results['spread']:,.1f}" if count > 1 else ""
     episodes = "1 episode" if count == 1 else f"{count} episodes"
-    return f"return {results['mean_return']:,.1f}{spread} over {episodes}{asked}{score}"
+    return f"return {results['mean_return']:,.1f}{spread} over {episodes}{target}{score}"

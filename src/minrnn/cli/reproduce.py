@@ -72,7 +72,7 @@ REPORT = "report"
 
 
 def run(args: Sequence[str]) -> int:
-    """Run `minrnn reproduce`; a stop by signal n that was saved is the exit status 128 + n."""
+    """Run `minrnn reproduce`; the exit status is 128 + n if signal n stopped it."""
     if not args or args[0] in ("-h", "--help"):
         print(help_text())
         raise SystemExit(0)
@@ -99,7 +99,7 @@ def help_text() -> str:
             "       minrnn reproduce report [OPTIONS]",
             "       minrnn reproduce --list",
             "",
-            "Make the tables and figures of the paper again, all on the same data, budget and code.",
+            "Reproduce the tables and figures of the paper, with the same data, budget and code for all models.",
             "",
             "experiments:",
             *lines,
@@ -110,12 +110,12 @@ def help_text() -> str:
 
 
 def _list(args: Sequence[str]) -> int:
-    """Print each experiment's trials at each scale, and how many are finished in ./results."""
+    """Print the number of trials of each experiment at each scale, and of those finished in ./results."""
     from minrnn.experiments.experiment import Choice
     from minrnn.experiments.results import ResultsFolder
 
     if args:
-        raise ValueError(f"reproduce: --list must stand alone, got {' '.join(args)}")
+        raise ValueError(f"reproduce: --list takes no other arguments, got {' '.join(args)}")
     width = max(map(len, EXPERIMENTS))
     for name, entry in EXPERIMENTS.items():
         experiment = entry.load()

@@ -86,7 +86,7 @@ def lock(path: Path, *, wait: float = 0.0, say: Say | None = None) -> Iterator[N
     """
     handle, reason = _acquire(path, wait)
     if handle is None and say is not None:
-        say(f"{path.parent} cannot be locked ({reason}): nothing keeps another process from writing there")
+        say(f"{path.parent} cannot be locked ({reason}): other processes may write to it too")
     try:
         yield
     finally:

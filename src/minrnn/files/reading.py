@@ -77,6 +77,6 @@ def _parse(text: str | bytes, loads: Callable[[str], Any], name: str, kind: Any,
         value = loads(text if isinstance(text, str) else text.decode())
     except (ValueError, RecursionError) as error:  # parse errors and Unicode errors are ValueErrors
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ValueError(f"{origin} is no {name} ({reason})") from error
+        raise ValueError(f"{origin} is not valid {name} ({reason})") from error
     with naming(origin):
         return convert(value, kind)

@@ -175,7 +175,7 @@ def _check_replaceable(directory: Path) -> None:
     else:
         replaceable = not directory.exists()
     if not replaceable:
-        raise FileExistsError(errno.EEXIST, "there is something else than a checkpoint", str(directory))
+        raise FileExistsError(errno.EEXIST, "it exists and is not a checkpoint", str(directory))
 
 
 @contextmanager

@@ -137,7 +137,7 @@ class DecisionsTask(Task):
         data = self.episodes
         if data.num_episodes < 2:
             raise ValueError(
-                f"DecisionsTask: there must be at least 2 episodes, one of them to validate on, got "
+                f"DecisionsTask: there must be at least 2 episodes, one of them for validation, got "
                 f"{data.num_episodes}"
             )
         held_out = Draws(0, "validation", 0).subsets(

@@ -184,7 +184,7 @@ class RunConfig:
         return dataclasses.replace(self, **changed)
 
     def resolved(self) -> RunConfig:
-        """Return the configuration with those of the task's settings decided that are left to the mixer."""
+        """Return the configuration with the task's settings filled in that depend on the mixer."""
         return dataclasses.replace(self, task=self.task.resolved(self.model))
 
 
@@ -198,7 +198,7 @@ def load_recipe(name: str) -> RunConfig:
         The configuration that it describes.
 
     Raises:
-        ValueError: the name is unknown (the nearest one is named), the file is not TOML, or a key is unknown.
+        ValueError: the name is unknown, the file is not TOML, or a key is unknown.
         OSError: the file cannot be read.
     """
     path, table = Path(name).expanduser(), dict[str, Any]

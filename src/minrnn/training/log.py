@@ -258,7 +258,7 @@ def check_written(
     if unwritten:
         return
     if not path.exists():
-        note(f"note: {path} is missing: it starts again after step {step}")
+        note(f"note: {path} is missing; a new one starts after step {step}")
         return
     found = max(
         (line["step"] for line in read_metrics(path) if "loss" in line and line["step"] <= step), default=0

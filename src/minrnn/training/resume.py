@@ -143,7 +143,7 @@ def load_last(
     folder = find_directory(directory)
     saved, extra = load_checkpoint(folder)
     if unchecked := check_files(folder, [TENSORS_FILE, STATE_FILE]):
-        say(f"{directory} was written when checkpoints did not list {' and '.join(unchecked)}: not checked")
+        say(f"{directory} has an earlier format without digests of {' and '.join(unchecked)}: not checked")
     state, nesting = _read_state(folder / STATE_FILE, config, is_old=bool(unchecked))
     if extra.get("step") != state.step:
         raise ValueError(
@@ -264,7 +264,7 @@ def _read_state(path: Path, config: RunConfig, is_old: bool) -> tuple[TrainState
     if values.keys() != names:
         raise ValueError(
             f"resume: {path} must hold {', '.join(sorted(names))}, got {', '.join(sorted(values))}; it was "
-            "written by another version of minrnn: use that"
+            "written by another version of minrnn; use that version"
         )
     nesting, run = values.pop("carry"), values.pop("run", None)
     with naming(f"resume: {path}"):
@@ -389,7 +389,7 @@ def _places(nesting: Any) -> list[int]:
     if type(nesting) is int:
         return [nesting]
     if not isinstance(nesting, list):
-        raise ValueError(f"carry must be lists of places, got {nesting!r}")
+        raise ValueError(f"carry must be lists of indices, got {nesting!r}")
     return [place for part in nesting for place in _places(part)]
 
 

@@ -20,10 +20,10 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 BROKEN_PIPE = 13
 """Number of SIGPIPE, for an output whose reader has gone (as `head` does); Windows has no such signal."""
 
-_NOTICE = b"\nstopping after this step; once more stops at once, without saving\n"
+_NOTICE = b"\nstopping after this step; a second signal stops immediately, without saving\n"
 
 
-class Interrupted(Exception):  # noqa: N818 - a request that was met, not an error
+class Interrupted(Exception):  # noqa: N818 - a completed request, not an error
     """The run was stopped by a signal or a closed output, after its state was saved.
 
     Args:
