@@ -194,7 +194,7 @@ def test_a_run_acts(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["act", "run", "--episodes", "1", "--seed", "2", "--target-return", "-100"]) == 0
     found_again = json.loads((run_dir / "acting.json").read_text())
     assert found_again["target_return"] == -100
-    assert "over 1 episode, asked for -100.0" in capsys.readouterr().out
+    assert "over 1 episode, target -100.0" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(bool(MISSING), reason=MISSING)

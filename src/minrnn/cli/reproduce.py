@@ -99,7 +99,7 @@ def help_text() -> str:
             "       minrnn reproduce report [OPTIONS]",
             "       minrnn reproduce --list",
             "",
-            "Reproduce the tables and figures of the paper, with the same data, budget and code for all models.",
+            "Reproduce the tables and figures of the paper, all with the same data, budget and code.",
             "",
             "experiments:",
             *lines,
