@@ -190,13 +190,11 @@ def test_a_run_acts(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
         None,
     )
     assert said.count("time limit") == 3
-    assert (
-        f"return {found['mean_return']:,.1f} ± {found['spread']:,.1f} over 3 episodes, asked for 5.0" in said
-    )
+    assert f"return {found['mean_return']:,.1f} ± {found['spread']:,.1f} over 3 episodes, target 5.0" in said
     assert main(["act", "run", "--episodes", "1", "--seed", "2", "--target-return", "-100"]) == 0
     found_again = json.loads((run_dir / "acting.json").read_text())
     assert found_again["target_return"] == -100
-    assert "over 1 episode, asked for -100.0" in capsys.readouterr().out
+    assert "over 1 episode, target -100.0" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(bool(MISSING), reason=MISSING)

@@ -164,7 +164,7 @@ def test_missing_directory_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"model": {}}'])
 def test_config_that_is_none_is_refused(saved: Path, content: bytes) -> None:
     (saved / CONFIG_FILE).write_bytes(content)
-    refused(saved, "config.json (is no JSON|names no format_version)")
+    refused(saved, "config.json (is not valid JSON|names no format_version)")
 
 
 @pytest.mark.parametrize(

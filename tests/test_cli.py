@@ -155,7 +155,7 @@ def test_help_of_train_lists_recipes_and_shows_their_values(capsys: pytest.Captu
         ("train demo --task.vocabulary words", "'bytes', 'characters'"),
         ("train demo --run", "'--run'"),
         ("train demo extra", "extra"),
-        ("train --train.steps 5 shakespeare", "the recipe comes first: minrnn train shakespeare"),
+        ("train --train.steps 5 shakespeare", "the recipe must come first: minrnn train shakespeare"),
         ("train --resume", "--resume needs --run DIR"),
         ("train --resume --run nowhere", "nowhere is not a run directory"),
         ("train nowhere.toml", "nowhere.toml: No such file"),
@@ -250,7 +250,7 @@ def test_a_task_that_is_no_text_is_trained_and_evaluated(
     assert evaluation["accuracy"] == results["accuracy"]
     for args, message in (
         ("evaluate run --window 4", "window must be left out for formal-languages, got 4"),
-        ("sample run", "run must be a run that learnt text"),
+        ("sample run", "run must be a run of the text task"),
         ("demo listops", "the recipe must be one of text, got listops"),
         ("train listops --task.windo 4", "Unrecognized options: --task.windo"),
         ("train listops --task.max-arg 4", "did you mean --task.max-args"),
@@ -281,7 +281,7 @@ def test_an_existing_run_is_resumed_not_overwritten(recipe: str, capsys: pytest.
     capsys.readouterr()
     status, error = error_of(capsys, "train", recipe, "--run", "run")
     assert status == 2
-    assert "run already exists; go on with --resume" in error
+    assert "run already exists; resume it with --resume" in error
     status, error = error_of(capsys, "train", "--run", "run", "--resume", "--model.d-model", "8")
     assert status == 2
     assert "model.d_model is 16 in this run, got 8" in error
@@ -333,7 +333,7 @@ def test_a_signal_saves_the_run_and_is_the_status(signum: signal.Signals, recipe
     assert process.returncode == 128 + signum
     assert "stopping after this step" in error
     assert "Traceback" not in error
-    stopped = re.search(r"saved after step (\d+); go on with: minrnn train --run run --resume", out)
+    stopped = re.search(r"saved after step (\d+); resume with: minrnn train --run run --resume", out)
     assert stopped is not None, out
     assert main(["train", "--run", "run", "--resume", "--train.steps", str(int(stopped[1]) + 2)]) == 0
 

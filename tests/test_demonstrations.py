@@ -1,4 +1,4 @@
-"""Locally made data: behaviours are the libraries' policies, and an interruption changes nothing."""
+"""Locally made data: behaviors are the libraries' policies, and an interruption changes nothing."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ import stable_baselines3
 from minrnn.cli.main import main
 from minrnn.demonstrations import QUALITIES, TRAINERS, make_data, plan_for
 from minrnn.demonstrations import record as recorder
-from minrnn.demonstrations.behaviour import Behaviour
-from minrnn.demonstrations.history import History, read_history, train_behaviour
-from minrnn.demonstrations.record import Share, always, play, record, replayed, uniform
+from minrnn.demonstrations.behavior import Behavior
+from minrnn.demonstrations.history import History, read_history, train_behavior
+from minrnn.demonstrations.record import Share, always, play_episode, record, replayed, uniform
 from minrnn.demonstrations.trainers import PolicyGradient, RandomSearch, Round, Trainer, training_environments
 from minrnn.files import InUseError
 from minrnn.tasks.environments import make_environment
-from minrnn.tasks.locomotion import find_episodes, local_name, normalised_score
+from minrnn.tasks.locomotion import find_episodes, local_name, normalized_score
 from minrnn.tasks.recordings import D4RL_FIELDS, read_episodes
 from minrnn.training import BROKEN_PIPE, Interrupted
 
@@ -72,7 +72,7 @@ def each_trainer(test: Callable[..., None]) -> Any:
 def assert_equal_histories(one: History, two: History) -> None:
     assert one.steps == two.steps
     np.testing.assert_array_equal(one.returns, two.returns)
-    for left, right in zip(one.behaviours, two.behaviours, strict=True):
+    for left, right in zip(one.behaviors, two.behaviors, strict=True):
         for part in ("parameters", "mean", "variance", "action_noise"):
             np.testing.assert_array_equal(getattr(left, part), getattr(right, part), err_msg=part)
 
@@ -142,11 +142,11 @@ def test_a_behaviour_acts_as_the_library_does(name: str, monkeypatch: pytest.Mon
     with training_environments("Hopper-v5", trainer) as environments:
         first = trainer.train(environments, {}, 0)
         second = trainer.train(environments, first.state, 1)
-    policy, behaviour = models[0].policy, second.behaviour  # with which the second round began
+    policy, behavior = models[0].policy, second.behavior  # with which the second round began
     normalise = models[0].get_vec_normalize_env().normalize_obs
     random = np.random.default_rng(0)
-    quiet = replace(behaviour, action_noise=np.zeros_like(behaviour.action_noise))
-    assert np.any(behaviour.parameters)
+    quiet = replace(behavior, action_noise=np.zeros_like(behavior.action_noise))
+    assert np.any(behavior.parameters)
     for observation in random.standard_normal((20, 11)) * 3:
         expected, _ = policy.predict(normalise(observation[None]), deterministic=True)
         np.testing.assert_allclose(
@@ -156,9 +156,9 @@ def test_a_behaviour_acts_as_the_library_does(name: str, monkeypatch: pytest.Mon
 
 def test_noise_is_added_to_actions() -> None:
     noise = np.array([0.5, 0.0])
-    behaviour = Behaviour(np.array([1.0, 2.0, 3.0, 4.0]), (1, 2), np.zeros(1), np.ones(1) - 1e-8, noise)
+    behavior = Behavior(np.array([1.0, 2.0, 3.0, 4.0]), (1, 2), np.zeros(1), np.ones(1) - 1e-8, noise)
     random = np.random.default_rng(0)
-    actions = np.array([behaviour.act(np.array([2.0]), random) for _ in range(4000)])
+    actions = np.array([behavior.act(np.array([2.0]), random) for _ in range(4000)])
     np.testing.assert_allclose(actions.mean(axis=0), [1 * 2 + 3, 2 * 2 + 4], atol=0.05)
     np.testing.assert_allclose(actions.std(axis=0), noise, atol=0.02)
 
@@ -166,7 +166,7 @@ def test_noise_is_added_to_actions() -> None:
 @each_trainer
 def test_training_that_goes_on_is_training_that_never_stopped(name: str, tmp_path: Path) -> None:
     def train(steps: int, file: str, report: Callable[..., None] = unseen) -> History:
-        return train_behaviour(PENDULUM, SMALL[name], steps, 3, tmp_path / file, report)
+        return train_behavior(PENDULUM, SMALL[name], steps, 3, tmp_path / file, report)
 
     whole = train(600, "whole.npz")
     assert len(whole.steps) > 3
@@ -176,13 +176,13 @@ def test_training_that_goes_on_is_training_that_never_stopped(name: str, tmp_pat
     assert 0 < len(read_history(tmp_path / "parts.npz").steps) < len(whole.steps)
     assert_equal_histories(train(600, "parts.npz"), whole)
     assert_equal_histories(train(300, "parts.npz"), train(300, "short.npz"))  # no training, and a shorter one
-    other = train_behaviour(PENDULUM, SMALL[name], 300, 4, tmp_path / "other.npz", unseen)
+    other = train_behavior(PENDULUM, SMALL[name], 300, 4, tmp_path / "other.npz", unseen)
     assert other.returns != train(300, "short.npz").returns
 
 
 def round_of(steps: int, mean_return: float) -> Round:
-    behaviour = Behaviour(np.full(2, float(steps)), (1, 1), np.zeros(1), np.ones(1), np.ones(1))
-    return Round({"state": np.array(steps)}, behaviour, steps, mean_return)
+    behavior = Behavior(np.full(2, float(steps)), (1, 1), np.zeros(1), np.ones(1), np.ones(1))
+    return Round({"state": np.array(steps)}, behavior, steps, mean_return)
 
 
 def test_the_best_round_is_that_with_good_ones_beside_it() -> None:
@@ -236,14 +236,14 @@ def test_an_episode_is_a_function_of_its_seed_and_ends_as_the_environment_says()
     for environment, is_terminated, steps in ((PENDULUM, True, None), ("Pendulum-v1", False, 200)):
         made = make_environment(environment)
         draw = uniform(made.action_space.low, made.action_space.high)
-        one, two, other = (play(made, draw, (0, seed), 1000) for seed in (5, 5, 6))
+        one, two, other = (play_episode(made, draw, (0, seed), 1000) for seed in (5, 5, 6))
         for name in one._fields:
             np.testing.assert_array_equal(getattr(one, name), getattr(two, name), err_msg=name)
         assert not np.array_equal(one.observations[0], other.observations[0])
         assert one.terminated == [is_terminated]
         assert one.ends == [len(one.rewards)] == [steps or one.ends[0]]
         np.testing.assert_array_equal(one.next_observations[:-1], one.observations[1:])
-        cut = play(made, draw, (0, 5), 3)
+        cut = play_episode(made, draw, (0, 5), 3)
         np.testing.assert_array_equal(cut.actions, one.actions[:3])
         assert cut.terminated == [False]
         made.close()
@@ -251,8 +251,8 @@ def test_an_episode_is_a_function_of_its_seed_and_ends_as_the_environment_says()
 
 def test_actions_stay_within_bounds() -> None:
     made = make_environment("Pendulum-v1")
-    wild = Behaviour(np.array([9.0, 9.0, 9.0, 0.0]), (3, 1), np.zeros(3), np.ones(3), np.array([50.0]))
-    actions = play(made, always(wild), (0,), 100).actions
+    wild = Behavior(np.array([9.0, 9.0, 9.0, 0.0]), (3, 1), np.zeros(3), np.ones(3), np.array([50.0]))
+    actions = play_episode(made, always(wild), (0,), 100).actions
     assert actions.dtype == np.float32
     assert set(np.unique(actions)) >= {-2.0, 2.0}
     assert np.abs(actions).max() == 2
@@ -305,7 +305,7 @@ def test_every_quality_is_a_labelled_file_in_d4rls_layout(quality: str, tmp_path
     assert "not one of D4RL's" in about["label"]
     if quality != "random":
         assert about["policy_return"] > 0
-        assert "proximal policy optimisation" in about["algorithm"]
+        assert "proximal policy optimization" in about["algorithm"]
         assert about["made"]["training_steps"] == 300
         assert 0 <= about["best_after_steps"] < 300
     assert [file.name for file in path.parent.iterdir()] == [path.name]
@@ -355,7 +355,7 @@ def test_a_file_that_is_there_is_kept_or_refused(tmp_path: Path) -> None:
 
     content = make(50).read_bytes()
     assert make(50) == output
-    with pytest.raises(FileExistsError, match=r"a\.hdf5 is there, and was made with .*'steps': 50.*--output"):
+    with pytest.raises(FileExistsError, match=r"a\.hdf5 exists, and was made with .*'steps': 50.*--output"):
         make(51)
     assert output.read_bytes() == content
 
@@ -363,7 +363,7 @@ def test_a_file_that_is_there_is_kept_or_refused(tmp_path: Path) -> None:
 def test_scores_are_d4rls_where_it_has_references(tmp_path: Path) -> None:
     path = make_data("Hopper-v5", "random", unseen, steps=60, output=tmp_path / "a.hdf5")
     about = read_episodes(path).about
-    assert about["score"] == pytest.approx(normalised_score("Hopper-v5", about["mean_return"]))
+    assert about["score"] == pytest.approx(normalized_score("Hopper-v5", about["mean_return"]))
     assert -5 < about["score"] < 5
     assert {plan_for(f"{name}-v5").algorithm for name in ("Hopper", "HalfCheetah", "Walker2d", "Ant")} <= set(
         TRAINERS
@@ -429,4 +429,4 @@ def test_the_command_says_that_it_goes_on(
 
     monkeypatch.setattr("minrnn.cli.make_data.make_data", stopped)
     assert main(["make-data", PENDULUM]) == 130
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command resumes" in capsys.readouterr().out

@@ -365,7 +365,7 @@ def test_two_in_one_folder_compute_each_trial_once(tmp_path: Path, monkeypatch: 
     ("content", "message"),
     [
         ("[]", "it must be a table, got "),
-        ("{", "is no JSON"),
+        ("{", "is not valid JSON"),
         ("{}", "format is missing"),
         ({"format": 2}, "is no record of this version"),
         ({"setting": []}, "setting must be a table"),
@@ -798,7 +798,7 @@ def test_mistakes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "device must be" in error_of(capsys, "runtime", "--device", "gpu")
     assert "runtime has one set of data" in error_of(capsys, "runtime", "--envs", "hopper")
     assert "data must be among local" in error_of(capsys, "locomotion", "--data", "own")
-    assert "--list must stand alone" in error_of(capsys, "--list", "runtime")
+    assert "--list takes no other arguments" in error_of(capsys, "--list", "runtime")
     assert "results.md.template: No such file" in error_of(capsys, "report")
     assert list(Path.cwd().iterdir()) == []
 
@@ -860,7 +860,7 @@ def test_an_interrupted_command_says_so_and_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(stability.Stability, "measure", stop)
         assert main(command) == 128 + signal.SIGTERM
-    assert "SIGTERM: stopped and saved after step 1; the same command goes on" in capsys.readouterr().out
+    assert "SIGTERM: stopped and saved after step 1; the same command resumes" in capsys.readouterr().out
     assert main(command) == 0
     said = capsys.readouterr().out
     assert "stability: 0 of 3 trials are finished" in said

@@ -86,7 +86,7 @@ def test_what_is_no_json_is_named(tmp_path: Path, text: bytes) -> None:
     for read in (read_json, read_json_lines):
         path.write_bytes(text + b"\n")
         if text:
-            with pytest.raises(ValueError, match=r"file.json.* is no JSON \("):
+            with pytest.raises(ValueError, match=r"file.json.* is not valid JSON \("):
                 read(path, Outer)
 
 
@@ -94,7 +94,7 @@ def test_what_is_no_json_is_named(tmp_path: Path, text: bytes) -> None:
 def test_what_is_no_toml_is_named(tmp_path: Path, text: bytes) -> None:
     path = tmp_path / "file.toml"
     path.write_bytes(text)
-    with pytest.raises(ValueError, match=r"file.toml( is no TOML \(|: name must be str)"):
+    with pytest.raises(ValueError, match=r"file.toml( is not valid TOML \(|: name must be str)"):
         read_toml(path, Outer)
 
 

@@ -46,7 +46,7 @@ def test_probabilities_sum_to_one_after_any_context(train: list[int], context: l
 def test_chunks_change_nothing(train: list[int], text: list[int], order: int, chunk: int) -> None:
     whole = NGramModel(np.array(train), V, order).nats(np.array(text))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ngram, "CHUNK_TOKENS", chunk)
+        patch.setattr(ngram, "BLOCK_TOKENS", chunk)
         assert NGramModel(np.array(train), V, order).nats(np.array(text)) == pytest.approx(whole)
 
 

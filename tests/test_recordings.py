@@ -34,7 +34,7 @@ from minrnn.tasks.locomotion import (
     fetch_d4rl,
     find_episodes,
     minari_folder,
-    normalised_score,
+    normalized_score,
 )
 from minrnn.tasks.recordings import read_episodes, write_episodes
 
@@ -403,7 +403,7 @@ SECRET = "a private file of this machine, which is nobody's data"
             "/observations must lie in the file itself, got numbers of another file",
         ),
         (virtual, "/observations must lie in the file itself, got numbers of another file"),
-        (plugin, "/rewards is compressed by filter 32001 .* a plugin of HDF5 that is not here"),
+        (plugin, "/rewards is compressed by filter 32001 .* a plugin of HDF5 that is not installed"),
         (make("rewards", (13,), h5py.ref_dtype), "rewards must be numbers"),
         (make("rewards", (13,), h5py.regionref_dtype), "rewards must be numbers"),
         (make("rewards", (13,), h5py.vlen_dtype(np.float32)), "rewards must be numbers"),
@@ -419,7 +419,7 @@ SECRET = "a private file of this machine, which is nobody's data"
             "of which the file holds 0: more",
         ),
         (make("rewards", (13,), "f4", maxshape=(None,), chunks=(1 << 28,)), "declares 1,073,741,824 bytes"),
-        (lambda file: file.attrs.update(about="{"), "attribute about is no JSON"),
+        (lambda file: file.attrs.update(about="{"), "attribute about is not valid JSON"),
         (lambda file: file.attrs.update(about="[]"), r"attribute about: it must be a table, got \[\]"),
         (
             lambda file: file.attrs.update(about='{"num_actions": "3"}'),
@@ -496,9 +496,9 @@ def test_a_file_that_is_being_written_is_locked_not_damaged(tmp_path: Path) -> N
     ("metadata", "message"),
     [
         ("[]", r"metadata.json: it must be a table, got \[\]"),
-        ("{", "metadata.json is no JSON"),
+        ("{", "metadata.json is not valid JSON"),
         ('{"dataset_id": 3}', "metadata.json: dataset_id must be str, got 3"),
-        ('{"env_spec": "["}', "metadata.json: env_spec is no JSON"),
+        ('{"env_spec": "["}', "metadata.json: env_spec is not valid JSON"),
         ('{"env_spec": {}}', "metadata.json: env_spec must be str"),
         ('{"env_spec": "{\\"id\\": []}"}', r"metadata.json: env_spec: id must be str, got \[\]"),
         ('{"action_space": "3"}', "metadata.json: action_space: its text: it must be a table, got 3"),
@@ -843,10 +843,10 @@ def test_names_are_checked_and_the_nearest_is_named() -> None:
 def test_scores_are_0_for_random_and_100_for_the_expert(name: str) -> None:
     reference = REFERENCES[name]
     for environment in (reference.environment, f"{name}-medium-v2", name):
-        assert normalised_score(environment, reference.random) == 0
-        assert normalised_score(environment, reference.expert) == pytest.approx(100)
-        assert normalised_score(environment, (reference.expert + reference.random) / 2) == pytest.approx(50)
-    assert normalised_score("Ant-v5", 1000) is None
+        assert normalized_score(environment, reference.random) == 0
+        assert normalized_score(environment, reference.expert) == pytest.approx(100)
+        assert normalized_score(environment, (reference.expert + reference.random) / 2) == pytest.approx(50)
+    assert normalized_score("Ant-v5", 1000) is None
 
 
 @pytest.mark.parametrize("name", REFERENCES)
@@ -878,7 +878,7 @@ def test_a_missing_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.M
         make_environment("Hopper-v5")
     monkeypatch.setitem(sys.modules, "gymnasium", None)  # as if it were not installed
     with pytest.raises(
-        ImportError, match=r"needs gymnasium, which is not here; .* pip install 'minrnn\[rl\]'"
+        ImportError, match=r"needs gymnasium, which is not installed; .* pip install 'minrnn\[rl\]'"
     ):
         make_environment("Hopper-v5")
     path = write(tmp_path / "a.hdf5", d4rl_fields(*made_up()))

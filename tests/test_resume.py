@@ -22,19 +22,9 @@ from minrnn.training.config import OPTIMIZERS, OptimizerName
 from minrnn.training.loop import Run
 from minrnn.training.resume import _form, _places, _unflatten
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 FILES = ("config.json", "model.safetensors", "trainer.json", "trainer.safetensors")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MINRNN_CACHE", str(tmp_path_factory.getbasetemp() / "minrnn-cache"))
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("corpus") / "squares.txt"
-    path.write_text("".join(f"{n} times {n} is {n * n}.\n" for n in range(200)), encoding="utf-8")
-    return path
 
 
 def config_of(corpus: Path, optimizer: OptimizerName = "adamw", **settings: Any) -> RunConfig:
@@ -235,12 +225,16 @@ STATES = {
     "null carry": (lambda s: s.update(carry=None), "trainer.safetensors", "unexpected: carry.0"),
     "flat carry": (lambda s: s.update(carry=_places(s["carry"])), "trainer.json", "as the model carries it"),
     "a carry twice": (lambda s: s.update(carry=[s["carry"], 0]), "trainer.safetensors", "missing: carry"),
-    "no carry at all": (lambda s: s.update(carry="x"), "trainer.safetensors", "lists of places, got 'x'"),
+    "no carry at all": (lambda s: s.update(carry="x"), "trainer.safetensors", "lists of indices, got 'x'"),
     "another step": (lambda s: s.update(step=6), "trainer.json", "is of step 6, .* are of step 7"),
     "no step": (lambda s: s.pop("step"), "trainer.json", "must hold best, carry"),
     "a step in words": (lambda s: s.update(step="7"), "trainer.json", "step must be int, got '7'"),
     "negative tokens": (lambda s: s.update(tokens=-1), "trainer.json", "must be 0 or more"),
-    "no loss of a norm": (lambda s: s.update(losses=[1.0], grad_norms=[]), "trainer.json", "as many as its"),
+    "no loss of a norm": (
+        lambda s: s.update(losses=[1.0], grad_norms=[]),
+        "trainer.json",
+        "as many losses as norms",
+    ),
     "another run": (
         lambda s: s["run"]["train"].update(seed=5),
         "trainer.json",
@@ -295,7 +289,7 @@ def test_metrics_of_another_run_are_refused_and_missing_ones_said(run_dir: Path)
     path = run_dir / "metrics.jsonl"
     text = path.read_text()
     path.write_text("".join(text.splitlines(keepends=True)[:2]))
-    refused(run_dir, "metrics.jsonl", "it is another run's, or was cut")
+    refused(run_dir, "metrics.jsonl", "it belongs to another run, or was truncated")
     path.write_text(text.replace('"step"', '"stop"'))
     refused(run_dir, "metrics.jsonl", "step is missing")
     path.unlink()

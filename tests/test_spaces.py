@@ -122,7 +122,7 @@ def record(path: Path, name: str, as_column: bool = False, environment: str | No
 def test_actions_of_every_form_are_learnt_and_acted(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    space = ActionSpace.of(SUPPORTED[name])
+    space = ActionSpace.from_gymnasium(SUPPORTED[name])
     episodes = read_episodes(record(tmp_path / "a.hdf5", name))
     assert read_episodes(record(tmp_path / "b.hdf5", name, as_column=True)).sha256 == episodes.sha256
     assert episodes.is_discrete == space.discrete

@@ -21,19 +21,9 @@ from minrnn.training import BROKEN_PIPE, Interrupted, Interruption, Output, RunL
 from minrnn.training import log as log_module
 from minrnn.training.stopping import SIGNALS
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 NUMBERS = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MINRNN_CACHE", str(tmp_path_factory.getbasetemp() / "minrnn-cache"))
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("corpus") / "squares.txt"
-    path.write_text("".join(f"{n} times {n} is {n * n}.\n" for n in range(200)), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +133,7 @@ def handlers() -> Any:
 @pytest.mark.parametrize("second", NUMBERS)
 def test_one_signal_asks_and_a_second_one_of_any_kind_ends(first: int, second: int, handlers: Any) -> None:
     with interruptible() as interruption:
-        assert not interruption.asked
+        assert not interruption.requested
         os.kill(os.getpid(), first)
         assert interruption.signum == first
         with pytest.raises(KeyboardInterrupt):
@@ -157,7 +147,7 @@ def test_a_signal_that_is_ignored_stays_ignored(signum: int, handlers: Any) -> N
     with interruptible() as interruption:
         assert signal.getsignal(signum) is signal.SIG_IGN
         os.kill(os.getpid(), signum)
-    assert not interruption.asked
+    assert not interruption.requested
 
 
 @pytest.mark.parametrize("stream", [None, io.StringIO(), "full", "closed"])
@@ -183,7 +173,7 @@ def test_outside_the_main_thread_nothing_is_changed(handlers: Any) -> None:
 
     def look() -> None:
         with interruptible() as interruption:
-            found.extend([interruption.asked, signal.getsignal(signal.SIGTERM)])
+            found.extend([interruption.requested, signal.getsignal(signal.SIGTERM)])
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -217,14 +207,14 @@ def test_a_signal_at_any_moment_of_a_step_saves_it(
 
 
 def test_nothing_is_met_before_it_is_asked() -> None:
-    assert not Interruption().asked
-    assert Interruption(signum=signal.SIGTERM).asked
+    assert not Interruption().requested
+    assert Interruption(signum=signal.SIGTERM).requested
     broken = Interruption()
-    with broken.telling():
+    with broken.guard_output():
         raise BrokenPipeError(errno.EPIPE, "gone")
-    with broken.telling():
+    with broken.guard_output():
         raise OSError(errno.ENOSPC, "full")
-    assert str(broken.met("step 3")) == "SIGPIPE: stopped and saved after step 3"
+    assert str(broken.to_exception("step 3")) == "SIGPIPE: stopped and saved after step 3"
 
 
 # --- claims ----------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from minrnn.tasks import (
     Batch,
     FormalLanguageConfig,
     FormalLanguageTask,
-    LabelledTask,
+    LabeledTask,
     ListOpsConfig,
     ListOpsTask,
     SelectiveCopyingConfig,
@@ -33,9 +33,11 @@ from minrnn.tasks import (
     make_task,
 )
 from minrnn.tasks.draws import Draws
-from minrnn.tasks.labelled import BLOCK, pack
+from minrnn.tasks.labeled import BLOCK, pack
 from minrnn.tasks.listops import SYMBOLS, generate_expressions
 from minrnn.training import RunConfig, RunLog, TrainConfig, read_metrics, train
+
+pytestmark = pytest.mark.usefixtures("cache")
 
 SMALL: dict[str, Any] = {
     "selective-copying": SelectiveCopyingConfig(length=12, num_tokens=3, kinds=5, eval_sequences=100),
@@ -44,20 +46,15 @@ SMALL: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MINRNN_CACHE", str(tmp_path_factory.getbasetemp() / "minrnn-cache"))
-
-
 @pytest.fixture(params=SMALL)
-def task(request: pytest.FixtureRequest) -> LabelledTask:
+def task(request: pytest.FixtureRequest) -> LabeledTask:
     config = SMALL[request.param]
     made = make_task(config)
-    assert isinstance(made, LabelledTask)
+    assert isinstance(made, LabeledTask)
     return made
 
 
-def model_of(task: LabelledTask) -> SequenceModel:
+def model_of(task: LabeledTask) -> SequenceModel:
     return SequenceModel(task.model_config(ModelConfig(d_model=8, num_layers=1)))
 
 
@@ -90,7 +87,7 @@ def test_a_configuration_names_its_task_and_the_command_that_follows(name: str) 
 # --- batches ---------------------------------------------------------------------------------------------
 
 
-def test_a_batch_is_a_pure_function_of_step_and_seed(task: LabelledTask) -> None:
+def test_a_batch_is_a_pure_function_of_step_and_seed(task: LabeledTask) -> None:
     seen = []
     torch.manual_seed(0)
     before = torch.get_rng_state()
@@ -119,13 +116,13 @@ def test_a_batch_is_a_pure_function_of_step_and_seed(task: LabelledTask) -> None
     ],
 )
 def test_arguments_out_of_range_are_refused(
-    task: LabelledTask, arguments: tuple[int, int, int], message: str
+    task: LabeledTask, arguments: tuple[int, int, int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=f"batch: {message}"):
         task.batch(*arguments)
 
 
-def test_sequences_continue_nothing(task: LabelledTask) -> None:
+def test_sequences_continue_nothing(task: LabeledTask) -> None:
     with pytest.raises(ValueError, match="carry_state must be off"):
         task.stream_batch(0, 2)
 
@@ -154,7 +151,7 @@ def test_packed_rows_ask_at_their_markers() -> None:
 # --- evaluation ------------------------------------------------------------------------------------------
 
 
-def test_evaluation_is_counted_answer_by_answer(task: LabelledTask) -> None:
+def test_evaluation_is_counted_answer_by_answer(task: LabeledTask) -> None:
     torch.manual_seed(0)
     model = model_of(task).train()
     torch.manual_seed(1)
@@ -178,7 +175,7 @@ def test_evaluation_is_counted_answer_by_answer(task: LabelledTask) -> None:
     assert task.evaluate(model) == found
 
 
-def test_a_part_of_the_evaluation_is_its_first_blocks(task: LabelledTask) -> None:
+def test_a_part_of_the_evaluation_is_its_first_blocks(task: LabeledTask) -> None:
     model = model_of(task)
     part = task.evaluate(model, max_tokens=1)
     assert part["val_sequences"] == BLOCK
@@ -187,7 +184,7 @@ def test_a_part_of_the_evaluation_is_its_first_blocks(task: LabelledTask) -> Non
         task.evaluate(model, max_tokens=-1)
 
 
-def test_parts_are_different_sequences(task: LabelledTask) -> None:
+def test_parts_are_different_sequences(task: LabeledTask) -> None:
     config = task.config  # type: ignore[attr-defined]
     other = type(task)(dataclasses.replace(config, part="test"))  # type: ignore[call-arg]
     rows = [
@@ -205,7 +202,7 @@ def test_parts_are_different_sequences(task: LabelledTask) -> None:
 class Oracle(nn.Module):
     """Knows the answers of a task's validation part, and says something else where it is told to."""
 
-    def __init__(self, task: LabelledTask, wrong: int) -> None:
+    def __init__(self, task: LabeledTask, wrong: int) -> None:
         super().__init__()
         self.vocab_size, self.wrong = task.vocab_size, wrong
         self.batches = task.evaluation_batches()
@@ -217,19 +214,19 @@ class Oracle(nn.Module):
         return nn.functional.one_hot(targets, self.vocab_size).double(), None
 
 
-def test_all_right_is_one_and_a_wrong_sequence_is_counted(task: LabelledTask) -> None:
+def test_all_right_is_one_and_a_wrong_sequence_is_counted(task: LabeledTask) -> None:
     right = task.evaluate(Oracle(task, wrong=0))
     assert right["accuracy"] == right["exact_match"] == 1.0
     wrong = task.evaluate(Oracle(task, wrong=1))
     assert wrong["exact_match"] == pytest.approx(1 - 2 / wrong["val_sequences"])  # of two blocks
 
 
-def test_the_commonest_answer_is_counted(task: LabelledTask) -> None:
+def test_the_commonest_answer_is_counted(task: LabeledTask) -> None:
     answers = [a for batch in task.evaluation_batches() for *_, row in questions(batch) for a in row]
     assert task.commonest_answer() == Counter(answers).most_common(1)[0][1] / len(answers)
 
 
-def test_unanswered_positions_move_nothing(task: LabelledTask) -> None:
+def test_unanswered_positions_move_nothing(task: LabeledTask) -> None:
     """The gradient at an input after a row's last answer is zero: what fills a row up is not learnt from."""
     model = model_of(task).double()
     batch = task.batch(0, 4, 0)

@@ -20,7 +20,7 @@ import pytest
 from minrnn.tasks import tokens
 from minrnn.tasks.downloads import cache_folder
 from minrnn.tasks.sources import find_corpus
-from minrnn.tasks.tokens import TokenisedCorpus, tokenise
+from minrnn.tasks.tokens import TokenizedCorpus, tokenize
 
 TEXT = "some text, and some more of it. " * 20
 NOBODY = 65534  # a user without rights
@@ -38,15 +38,15 @@ def text(tmp_path: Path) -> str:
     return str(tmp_path / "text.txt")
 
 
-def read(source: str) -> TokenisedCorpus:
-    return tokenise(find_corpus(source), "characters")
+def read(source: str) -> TokenizedCorpus:
+    return tokenize(find_corpus(source), "characters")
 
 
 def entries() -> list[Path]:
     return sorted(path for path in cache_folder().glob("tokens/*/*"))
 
 
-def content(corpus: TokenisedCorpus) -> str:
+def content(corpus: TokenizedCorpus) -> str:
     return corpus.vocabulary.decode(np.concatenate([corpus.train, corpus.val]))
 
 

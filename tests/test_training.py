@@ -50,23 +50,11 @@ from minrnn.training.optim import (
     decayed_parameters,
     learning_rate_at,
     make_optimizers,
-    orthogonalised_parameters,
+    orthogonalized_parameters,
 )
 from minrnn.training.resume import _flatten, _unflatten
 
 SECONDS = ("tokens_per_second", "seconds")  # what differs between two runs that are the same
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MINRNN_CACHE", str(tmp_path_factory.getbasetemp() / "minrnn-cache"))
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("corpus") / "squares.txt"
-    path.write_text("".join(f"{n} times {n} is {n * n}.\n" for n in range(200)), encoding="utf-8")
-    return path
 
 
 def run_config(corpus: Path, **settings: Any) -> RunConfig:
@@ -257,7 +245,7 @@ def test_only_matrices_of_linear_layers_decay(mixer: str, tied: bool) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_muon_moves_the_matrices_of_blocks_and_adamw_the_rest(mixer: str, tied: bool) -> None:
     model = SequenceModel(ModelConfig(d_model=16, num_layers=1, mixer=mixer, tie_embeddings=tied))
-    turned = orthogonalised_parameters(model)
+    turned = orthogonalized_parameters(model)
     for name, parameter in model.named_parameters():
         if name in turned:
             assert parameter.ndim == 2
@@ -287,7 +275,7 @@ def test_muon_steps_are_as_long_as_adamw_s() -> None:
     for name, parameter in model.named_parameters():
         length = (parameter - before[name]).square().mean().sqrt().item()
         typical = (
-            0.2 * 0.01 if name in orthogonalised_parameters(model) else 0.01
+            0.2 * 0.01 if name in orthogonalized_parameters(model) else 0.01
         )  # AdamW's first is its rate
         assert length == pytest.approx(typical, rel=0.4), name
 
@@ -456,7 +444,7 @@ def test_products_are_rounded_within_a_run_alone(monkeypatch: pytest.MonkeyPatch
 def test_a_full_directory_is_not_overwritten(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("all of it")
-    with pytest.raises(FileExistsError, match="go on with --resume, or choose another --run"):
+    with pytest.raises(FileExistsError, match="resume it with --resume, or choose another --run"):
         trained(run_config(corpus), tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
@@ -493,6 +481,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from minrnn.training import RunLog, read_config, train
+
+pytestmark = pytest.mark.usefixtures("cache")
 
 killed_at, calls, fsync = int(sys.argv[3]), 0, os.fsync
 

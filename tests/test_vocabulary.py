@@ -102,7 +102,7 @@ def test_characters_must_be_sorted_and_distinct(characters: str) -> None:
 def test_files_are_encoded_alike_however_they_are_chunked(
     kind: str, chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vocabulary_module, "CHUNK_BYTES", chunk_bytes)  # cuts characters in their middle
+    monkeypatch.setattr(vocabulary_module, "BLOCK_BYTES", chunk_bytes)  # cuts characters in their middle
     vocabulary = learn(kind, TEXT, tmp_path)
     pieces = list(vocabulary.encode_file(tmp_path / "text.txt"))
     assert np.array_equal(np.concatenate(pieces), vocabulary.encode(TEXT))
@@ -144,7 +144,7 @@ def test_bytes_of_a_command_line_that_are_not_utf8_survive() -> None:
 def test_a_file_that_is_not_utf8_is_named_with_the_place(
     content: bytes, offset: int, chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vocabulary_module, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(vocabulary_module, "BLOCK_BYTES", chunk_bytes)
     path = tmp_path / "latin.txt"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"needs UTF-8, got byte 0x.. at offset {offset} of .*latin\.txt"):

@@ -1,4 +1,4 @@
-"""Recurrent networks that train in parallel over time: minGRU, minLSTM, and all that is built on them.
+"""Recurrent networks that train in parallel over time: minGRU, minLSTM, and models and tasks built on them.
 
 >>> import torch
 >>> from minrnn import MinGRU
@@ -6,9 +6,9 @@
 >>> output.shape, h_n.shape
 (torch.Size([1, 10, 8]), torch.Size([1, 1, 8]))
 
-Importing minrnn does not import torch: the names below are imported when they are asked for, so that the
-command's --help need not wait. It does register the operators `torch.ops.minrnn.*`, which programs saved by
-torch.export and torch.jit call by name: at once where torch has been imported, else as soon as it is.
+Importing minrnn does not import torch: the names below are imported on first use, which keeps `minrnn --help`
+fast. It does register the operators `torch.ops.minrnn.*`, which programs saved by torch.export and torch.jit
+call by name: immediately if torch is already imported, otherwise when it is.
 """
 
 from typing import TYPE_CHECKING
@@ -52,7 +52,7 @@ else:
     import sys
     from importlib import import_module
 
-    # The names above, by room.
+    # The names above, by subpackage.
     _ROOMS = {
         "mixers": (
             "MIXERS",
@@ -94,7 +94,7 @@ else:
         return [*globals(), *__all__]
 
     class _TorchFinder:
-        """Finds torch as others do, and has it register the operators when it has been loaded."""
+        """An import hook that registers the operators once torch has been imported."""
 
         @classmethod
         def find_spec(cls, name, path=None, target=None):
@@ -112,8 +112,8 @@ else:
                 exec_module(module)
                 try:
                     import_module("minrnn.ops")
-                except (ImportError, RuntimeError, ValueError) as error:  # torch itself is whole
-                    import_module("warnings").warn(f"minrnn's operators are not registered: {error}")
+                except (ImportError, RuntimeError, ValueError) as error:  # importing torch still succeeds
+                    import_module("warnings").warn(f"minrnn's operators could not be registered: {error}")
 
             return exec_module_and_register
 

@@ -1,4 +1,4 @@
-"""`python -m minrnn` is `minrnn`."""
+"""Entry point of `python -m minrnn`."""
 
 import sys
 

@@ -35,7 +35,7 @@ from rich.console import Console
 from minrnn.cli.main import main
 from minrnn.demonstrations import history as histories
 from minrnn.demonstrations import record as recording
-from minrnn.demonstrations.behaviour import Behaviour
+from minrnn.demonstrations.behavior import Behavior
 from minrnn.experiments.experiment import Record
 from minrnn.experiments.results import ResultsFolder
 from minrnn.models import checkpoint, load_checkpoint
@@ -44,7 +44,7 @@ from minrnn.tasks.arrays import write_arrays
 from minrnn.tasks.listops import ListOpsTask
 from minrnn.tasks.recordings import read_episodes
 from minrnn.tasks.sources import find_corpus
-from minrnn.tasks.tokens import tokenise
+from minrnn.tasks.tokens import tokenize
 from minrnn.training import RunConfig, RunLog, load_recipe, load_trained, read_config, train
 from minrnn.training.log import read_metrics
 
@@ -363,7 +363,7 @@ def write_text(folder: Path) -> None:
 
 def read_text(folder: Path) -> object:
     os.environ["MINRNN_CACHE"] = str(folder / "cache")
-    corpus = tokenise(find_corpus(str(folder / "text.txt")), "characters")
+    corpus = tokenize(find_corpus(str(folder / "text.txt")), "characters")
     assert corpus.vocabulary.decode(np.concatenate([corpus.train, corpus.val])) == TEXT
     return corpus
 
@@ -477,8 +477,8 @@ def write_history(folder: Path) -> None:
     draws = np.random.default_rng(0)
     made = histories.History()
     for _ in range(3):
-        made.behaviours.append(
-            Behaviour(draws.normal(size=9), (2, 2, 1), *draws.random((2, 2)), draws.random(1))
+        made.behaviors.append(
+            Behavior(draws.normal(size=9), (2, 2, 1), *draws.random((2, 2)), draws.random(1))
         )
         made.steps.append(made.total_steps + 100)
         made.returns.append(1.0)

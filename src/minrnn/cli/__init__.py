@@ -1,1 +1,1 @@
-"""The command line: one file a verb. Nothing here imports torch until a verb that needs it runs."""
+"""The command line: one module per command. torch is imported only when a command needs it."""

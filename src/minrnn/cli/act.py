@@ -1,4 +1,4 @@
-"""`minrnn act`: a trained policy in its environment, episode by episode."""
+"""`minrnn act`: run a trained policy in its environment."""
 
 from __future__ import annotations
 
@@ -18,42 +18,42 @@ from minrnn.files import write_json
 from minrnn.models import DecisionModel, Policy
 from minrnn.tasks.environments import make_environment
 from minrnn.tasks.film import Film
-from minrnn.tasks.locomotion import normalised_score
-from minrnn.tasks.rollouts import Played, make_filmed, picture, play
+from minrnn.tasks.locomotion import normalized_score
+from minrnn.tasks.rollouts import Rollout, make_filmed, picture, play
 from minrnn.training import MOST_SEEDS, Output, attempt, choose_device, load_trained, provenance
 
-TOGETHER = 10
-"""Episodes that are played at a time."""
+PARALLEL_EPISODES = 10
+"""Number of episodes run at a time."""
 
 MOST_EPISODES = 1 << 31
 
-SHOWN = 20
-"""Rows of the table while it moves: as many as fit on a screen."""
+TABLE_ROWS = 20
+"""Rows of the live table, to fit on a screen."""
 
 
 @dataclass(frozen=True)
 class ActCommand:
-    """Let a trained policy act in an environment; print what it earns, and write acting.json in the run."""
+    """Run a trained policy in an environment; print its returns, and write acting.json to the run."""
 
     run: tyro.conf.Positional[Path]
-    """Directory of the run whose policy acts."""
+    """Run directory."""
     env: str | None = None
-    """Environment, by gymnasium's name, such as Hopper-v5 or package.module:Name-v0 (None: the one that the
-    policy learnt from)."""
+    """Environment, by gymnasium's id, such as Hopper-v5 or package.module:Name-v0 (None: the one of the
+    training data)."""
     episodes: int = 10
-    """Episodes, each with a seed of its own."""
+    """Number of episodes, each with its own seed."""
     target_return: float | None = None
-    """Return that the policy asks for (None: what its run says, by default the mean of the best episodes
-    that it learnt from, those that hold a tenth of the steps)."""
+    """Return that the policy is conditioned on (None: that of its run, by default the mean return of the best
+    training episodes, those with a tenth of the steps)."""
     record: Path | None = None
-    """File for a film of the first episode, without a screen too: .gif, .mp4, or .png for a few pictures side
-    by side (None: no film)."""
+    """File for a video of the first episode, which needs no display: .gif, .mp4, or .png for a few frames
+    side by side (None: no video)."""
     seed: int = 0
-    """Seed of the first episode; the others follow."""
+    """Seed of the first episode; episode k has the seed plus k."""
     checkpoint: Literal["best", "last"] = "best"
     """Weights with the lowest validation loss, or the last ones."""
     device: str = "auto"
-    """Device to compute on: auto (a GPU when there is one), cpu, cuda, ..."""
+    """Device: auto (a GPU if there is one), cpu, cuda, ..."""
 
 
 def run(args: Sequence[str]) -> int:
@@ -65,11 +65,11 @@ def run(args: Sequence[str]) -> int:
     model, _, step, _ = load_trained(command.run, command.checkpoint, device)
     if not isinstance(model, DecisionModel):
         raise ValueError(
-            f"act: {command.run} must be a run of decisions; what this one learnt takes no actions"
+            f"act: {command.run} must be a run of decisions, got one of another task, without actions"
         )
     name = command.env or model.config.environment
     if name is None:
-        raise ValueError("act: --env must be given, as the data that the policy learnt from name none")
+        raise ValueError("act: --env must be given, as the policy's training data name no environment")
     policy = Policy(model, target_return=command.target_return)
     console = Output()
     played, film = _play(policy, name, command, console)
@@ -84,11 +84,11 @@ def run(args: Sequence[str]) -> int:
     }
     try:
         write_json(command.run / "acting.json", results)
-    finally:  # of a run that is read-only, say: what was played can be seen all the same
+    finally:  # print the results even if the run directory is read-only
         console.print(_table(f"{name}, {command.run}", played))
         if film is not None:
             why_not = attempt(film.write)
-            said = f"film: {film.path}" if why_not is None else f"no film: {why_not}"
+            said = f"video: {film.path}" if why_not is None else f"no video: {why_not}"
             console.print(said, markup=False, highlight=False, soft_wrap=True)
     print(_conclusion(results))
     return 0
@@ -96,19 +96,19 @@ def run(args: Sequence[str]) -> int:
 
 def _play(
     policy: Policy, name: str, command: ActCommand, console: Output
-) -> tuple[list[Played], Film | None]:
-    """Play all episodes under a table that moves, where there is a terminal, and film the first."""
+) -> tuple[list[Rollout], Film | None]:
+    """Run all episodes, with a live table on a terminal, and record the first."""
     first = make_environment(name) if command.record is None else make_filmed(name)
     rate = float(first.metadata.get("render_fps") or 25)
     film = None if command.record is None else Film(command.record, rate)
-    others = [make_environment(name) for _ in range(min(TOGETHER, command.episodes) - 1)]
+    others = [make_environment(name) for _ in range(min(PARALLEL_EPISODES, command.episodes) - 1)]
     title = f"{name}, {command.run}"
-    played: list[Played] = []
+    played: list[Rollout] = []
 
     def latest() -> Table:
-        return _table(title, played[-SHOWN:])
+        return _table(title, played[-TABLE_ROWS:])
 
-    live: Live | None = None  # a thread of it draws, eight times a second
+    live: Live | None = None  # refreshed by a thread of its own
     if console.is_terminal:
         live = Live(console=console, refresh_per_second=8, transient=True, get_renderable=latest)
     with live or nullcontext():
@@ -122,7 +122,7 @@ def _play(
     return played, film
 
 
-def _table(title: str, played: Sequence[Played]) -> Table:
+def _table(title: str, played: Sequence[Rollout]) -> Table:
     table = Table("episode", "steps", "return", "ended", title=title)
     for episode in played:
         table.add_row(
@@ -131,22 +131,22 @@ def _table(title: str, played: Sequence[Played]) -> Table:
     return table
 
 
-def _summary(name: str, played: Sequence[Played]) -> dict[str, Any]:
+def _summary(name: str, played: Sequence[Rollout]) -> dict[str, Any]:
     returns = [episode.total_return for episode in played]
     return {
         "mean_return": mean(returns),
         "spread": stdev(returns) if len(returns) > 1 else 0.0,
-        "score": normalised_score(name, mean(returns)),
+        "score": normalized_score(name, mean(returns)),
         "returns": returns,
         "lengths": [episode.steps for episode in played],
     }
 
 
 def _conclusion(results: dict[str, Any]) -> str:
-    """Say it in one line."""
+    """Return the results in one line."""
     count = len(results["returns"])
-    asked = "" if results["target_return"] is None else f", asked for {results['target_return']:,.1f}"
-    score = "" if results["score"] is None else f"; D4RL's normalised score {results['score']:.1f}"
+    target = "" if results["target_return"] is None else f", target {results['target_return']:,.1f}"
+    score = "" if results["score"] is None else f"; D4RL's normalized score {results['score']:.1f}"
     spread = f" ± {results['spread']:,.1f}" if count > 1 else ""
     episodes = "1 episode" if count == 1 else f"{count} episodes"
-    return f"return {results['mean_return']:,.1f}{spread} over {episodes}{asked}{score}"
+    return f"return {results['mean_return']:,.1f}{spread} over {episodes}{target}{score}"

@@ -1,4 +1,4 @@
-"""What all verbs share: dataclasses become options, and mistakes in them one line."""
+"""Parsing of options into dataclasses, with one-line errors."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ def parse(
     defaults: C | None = None,
     description: str | None = None,
 ) -> C:
-    """Read options into a dataclass, whose docstring and attributes' docstrings are the help.
+    """Parse options into a dataclass, whose docstring and attributes' docstrings are the help.
 
     Args:
         kind: the dataclass.
-        command: the verb.
+        command: name of the command.
         args: the arguments after it.
-        defaults: what is not given keeps this instance's value, or, when None, the field's default.
-        description: opens the help in place of the dataclass's docstring.
+        defaults: instance with the defaults; None for the defaults of the fields.
+        description: description for the help; by default the docstring of the dataclass.
 
     Returns:
-        The instance that the arguments describe.
+        The instance.
 
     Raises:
-        ValueError: for an argument that cannot be read, in one line that names the nearest option.
+        ValueError: an argument is invalid; the one-line message suggests the nearest option.
         SystemExit: after printing help.
     """
     if {"-h", "--help"} & set(args):
-        args = ["--help"]  # what tyro has read before it would be missing from the help
+        args = ["--help"]  # tyro omits options that precede --help from the help
     box = io.StringIO()
     config = (tyro.conf.PositionalMetavarFromFieldName,)
     try:
@@ -62,10 +62,10 @@ def parse(
 
 
 def expand_paths(value: V) -> V:
-    """Return options with `~` in their paths as the user's home: no shell expands that of `--run=~/here`.
+    """Return options with `~` expanded in their paths, as shells do not expand it in `--run=~/here`.
 
     Args:
-        value: a path, a dataclass, a list or tuple, or anything else, which is left as it is.
+        value: a path, a dataclass, a list or tuple; any other value is returned unchanged.
     """
     if isinstance(value, Path):
         return cast(V, value.expanduser())
@@ -80,16 +80,16 @@ def expand_paths(value: V) -> V:
 
 
 def check_range(command: str, name: str, value: int, least: int, most: int) -> None:
-    """Raise ValueError unless an option lies between two bounds, which may be its values."""
+    """Raise ValueError unless an option lies between two bounds, inclusive."""
     if not least <= value <= most:
         option = name.replace("_", "-")
         raise ValueError(f"{command}: --{option} must be {least} to {most}, got {value}")
 
 
 def _one_line(box: str) -> str:
-    """Return what tyro says in a box: its first part, and the first option that it suggests.
+    """Return the first part of an error box of tyro, with the first suggested option, in one line.
 
-    A box is a title, then parts between rules; where the output is not UTF-8 it has no sides.
+    A box has a title, then parts between rules; without UTF-8 it has no sides.
     """
     rows = [row.strip("│ ") for row in box.splitlines()[1:]]
     groups = itertools.groupby(rows, lambda row: set(row) <= set("─-╰╯"))

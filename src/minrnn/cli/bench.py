@@ -1,4 +1,4 @@
-"""`minrnn bench`: time and check the engines and layers beside other implementations."""
+"""`minrnn bench`: time and check engines and layers against other implementations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from minrnn.benchmarks import BENCHES
 from minrnn.cli.arguments import parse
 from minrnn.files import nearest
 
-WIDTH = 150  # of the tables where there is no terminal
+WIDTH = 150  # of tables if the output is not a terminal
 
 
 def run(args: Sequence[str]) -> int:
@@ -21,7 +21,7 @@ def run(args: Sequence[str]) -> int:
         raise ValueError(f"bench: unknown benchmark {name!r}{nearest(name, BENCHES)} ({', '.join(BENCHES)})")
     bench = BENCHES[name].load()
     options = parse(bench.options, f"bench {name}", rest)
-    from minrnn.training import Output  # here, for torch takes its time
+    from minrnn.training import Output  # imports torch, which is slow
 
     console = Output()
     bench.run(options, rest, console if console.is_terminal else Output(width=WIDTH))
@@ -35,7 +35,7 @@ def help_text() -> str:
         [
             "usage: minrnn bench BENCHMARK [OPTIONS]",
             "",
-            "Check and time the engines and layers beside other implementations that are installed.",
+            "Check and time the engines and layers against other installed implementations.",
             "",
             "benchmarks:",
             *(f"  {name:{width}}  {entry.help}" for name, entry in BENCHES.items()),

@@ -1,4 +1,4 @@
-"""`minrnn demo`: the whole of it once: a small model is trained, compared with a baseline, and writes."""
+"""`minrnn demo`: train a small model, compare it with a baseline, and sample from it."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from minrnn.training import Output, load_recipe
 BASELINE_ORDER = 3
 
 PROMPTS = ("def ", *sample.PROMPTS)
-"""The first that the vocabulary has is gone on from; the demo's own text is Python's."""
+"""Default prompts, of which the first in the vocabulary is used; the demo's default text is Python."""
 
 
 @dataclass(frozen=True)
 class DemoCommand:
-    """Train a small model, compare it with counting what follows what, and let it write."""
+    """Train a small model, compare it with an n-gram baseline, and sample from it."""
 
     recipe: tyro.conf.Positional[str] = train.DEFAULT_RECIPE
     """Name of a recipe, or a path that ends in .toml."""
     prompt: str = ""
-    """Text that the trained model goes on from (empty: "def ", where the vocabulary has it)."""
+    """Prompt for the trained model (empty: "def ", if it is in the vocabulary)."""
     tokens: int = 400
-    """Tokens that it writes."""
+    """Number of tokens to sample."""
 
 
 def run(args: Sequence[str]) -> int:
@@ -53,13 +53,13 @@ def run(args: Sequence[str]) -> int:
     print(f"$ minrnn sample {shlex.join(again)}")
     sample.run(again)
     print(f"\nrun:  {run_dir}")
-    if (run_dir / "loss.png").exists():  # otherwise training has said why there is none
+    if (run_dir / "loss.png").exists():  # otherwise training has printed the reason
         print(f"plot: {run_dir / 'loss.png'}")
     return 0
 
 
 class _Results(TypedDict):
-    """What is shown of results.json."""
+    """The keys of results.json that are shown."""
 
     mixer: str
     parameters: int
@@ -67,7 +67,7 @@ class _Results(TypedDict):
 
 
 def _comparison(run_dir: Path, task: TextTask) -> Table:
-    """Put the run's result beside that of an n-gram model on the same text, in bits per byte."""
+    """Return a table of the run's result and that of an n-gram model on the same text, in bits per byte."""
     results = read_json(run_dir / "results.json", _Results)
     baseline = ngram_baseline(task, BASELINE_ORDER)
     bits_per_byte = {

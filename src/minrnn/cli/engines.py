@@ -1,4 +1,4 @@
-"""`minrnn engines`: what computes the recurrence on which device, or why it cannot."""
+"""`minrnn engines`: list the engines, their devices, and why one is unavailable."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from minrnn.training import Output
 
 @dataclass(frozen=True)
 class EnginesCommand:
-    """Show what computes the recurrence on which device, or why it cannot; MINRNN_ENGINE forces one."""
+    """List the engines, their devices, and why one is unavailable; MINRNN_ENGINE selects one."""
 
 
 def run(args: Sequence[str]) -> int:
     """Run `minrnn engines`."""
     parse(EnginesCommand, "engines", args)
-    table = Table("engine", "device", "serves it", "detail")
+    table = Table("engine", "device", "in use", "detail")
     for engine in engines():
         table.add_row(engine.name, engine.device, "yes" if engine.serves else "no", engine.detail)
     Output().print(table)

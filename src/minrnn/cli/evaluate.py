@@ -1,4 +1,4 @@
-"""`minrnn evaluate`: a trained model's metrics on its validation split."""
+"""`minrnn evaluate`: evaluate a trained model on its validation split."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from minrnn.training import (
 
 @dataclass(frozen=True)
 class EvaluateCommand:
-    """Measure a trained model on its validation split; print that, and write evaluation.json in the run."""
+    """Evaluate a trained model on its validation split; print the metrics and write evaluation.json."""
 
     run: tyro.conf.Positional[Path]
-    """Directory of the run whose model is measured."""
+    """Run directory."""
     checkpoint: Literal["best", "last"] = "best"
     """Weights with the lowest validation loss, or the last ones."""
     window: int | None = None
-    """Tokens in each window of val_loss_windowed (None: as the run was trained); of text only."""
+    """Tokens per window of val_loss_windowed (None: as in training); for text only."""
     max_tokens: int = 0
-    """Tokens of the split that are predicted (0: all)."""
+    """Maximum number of predicted tokens (0: all)."""
     device: str = "auto"
-    """Device to compute on: auto (a GPU when there is one), cpu, cuda, ..."""
+    """Device: auto (a GPU if there is one), cpu, cuda, ..."""
 
 
 def run(args: Sequence[str]) -> int:
@@ -70,6 +70,6 @@ def run(args: Sequence[str]) -> int:
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     try:
         write_json(command.run / "evaluation.json", {**results, **provenance(device)})
-    finally:  # a run that is read-only can be measured all the same
+    finally:  # print the metrics even if the run directory is read-only
         console.print(table)
     return 0

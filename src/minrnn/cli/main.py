@@ -1,4 +1,4 @@
-"""The entry point: choose the verb, run it, and turn errors into one line and an exit status."""
+"""The entry point: run a command, and turn errors into one line and an exit status."""
 
 from __future__ import annotations
 
@@ -20,52 +20,59 @@ from minrnn.files import nearest
 
 
 class Command(NamedTuple):
-    """A verb: the module whose `run(args) -> int` does it, and its line in the help."""
+    """A command: the module with its function `run(args) -> int`, and its line in the help."""
 
     module: str
     help: str
 
 
 COMMANDS: dict[str, Command] = {
-    "demo": Command("minrnn.cli.demo", "train a small model, compare it with a baseline, and let it write"),
-    "train": Command("minrnn.cli.train", "train a model from a recipe, or go on with a run"),
-    "sample": Command("minrnn.cli.sample", "write text with a trained model"),
-    "evaluate": Command("minrnn.cli.evaluate", "measure a trained model on its validation split"),
-    "act": Command("minrnn.cli.act", "let a trained policy act in its environment, and film it"),
-    "make-data": Command("minrnn.cli.make_data", "train a policy in an environment and record what it does"),
-    "engines": Command("minrnn.cli.engines", "show what computes the recurrence on which device"),
-    "bench": Command("minrnn.cli.bench", "time and check engines and layers beside other implementations"),
-    "reproduce": Command("minrnn.cli.reproduce", "make the paper's tables and figures again"),
+    "demo": Command("minrnn.cli.demo", "train a small model, compare it with a baseline, and sample from it"),
+    "train": Command("minrnn.cli.train", "train a model from a recipe, or resume a run"),
+    "sample": Command("minrnn.cli.sample", "generate text with a trained model"),
+    "evaluate": Command("minrnn.cli.evaluate", "evaluate a trained model on its validation split"),
+    "act": Command("minrnn.cli.act", "run a trained policy in its environment, and record a video"),
+    "make-data": Command("minrnn.cli.make_data", "train a policy in an environment and record its episodes"),
+    "engines": Command("minrnn.cli.engines", "list the engines and their devices"),
+    "bench": Command("minrnn.cli.bench", "time and check engines and layers against other implementations"),
+    "reproduce": Command("minrnn.cli.reproduce", "reproduce the paper's tables and figures"),
 }
 
 ENVIRONMENT = {
-    "MINRNN_ENGINE": "reference: use the plain loop instead of the compiled engines",
-    "MINRNN_DATA": "folder that is searched for data sets before they are downloaded",
-    "MINRNN_CACHE": "folder for downloads and tokenised corpora (default: the user's cache)",
+    "MINRNN_ENGINE": "reference: use the reference loop instead of the compiled engines",
+    "MINRNN_DATA": "folder to search for data sets before downloading",
+    "MINRNN_CACHE": "folder for downloads and tokenized corpora (default: the user's cache)",
     "MINRNN_DEBUG": "1: show the traceback of an error",
 }
 
-FAILURE, USAGE = 1, 2  # exit statuses; a signal's is 128 + its number, as shells have it
-BROKEN_PIPE = 128 + 13  # SIGPIPE, which not every system has a name for
+FAILURE, USAGE = 1, 2  # exit statuses; for a signal 128 + its number, as in shells
+BROKEN_PIPE = 128 + 13  # SIGPIPE, which Windows does not have
 
-ENDING = ("SIGTERM", "SIGHUP")
-"""Signals that end a command as Ctrl-C does where nothing takes them for a request; Windows has no SIGHUP."""
+ENDING_SIGNALS = ("SIGTERM", "SIGHUP")
+"""Signals that end a command like Ctrl-C, unless a run handles them; Windows has no SIGHUP."""
 
-WRONG_USE = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
-"""What says itself what is wrong with arguments and files."""
+USAGE_ERRORS = (
+    ValueError,
+    TypeError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+)
+"""Exceptions for invalid arguments and files, whose message is sufficient."""
 
-FAILED = (RuntimeError, OSError, ImportError, subprocess.SubprocessError, EOFError, BufferError)
-"""What says itself what has failed; torch's lack of memory is a RuntimeError."""
+FAILURES = (RuntimeError, OSError, ImportError, subprocess.SubprocessError, EOFError, BufferError)
+"""Exceptions for failures, whose message is sufficient; torch's out-of-memory error is a RuntimeError."""
 
-UNSAID = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError)
-"""Errors whose kind says more than their text."""
+TYPED_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError)
+"""Exceptions whose type is shown too, as their message alone is not sufficient."""
 
-NARROWEST = 60
-"""Columns that help and tables are given at least."""
+MIN_COLUMNS = 60
+"""Minimum width of help and tables, in columns."""
 
 
 class Ended(KeyboardInterrupt):
-    """A signal ends the command; locks, partial files and the terminal are put right on the way.
+    """A signal ends the command; locks, partial files and the terminal are cleaned up.
 
     Args:
         signum: the signal.
@@ -90,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _ended_by_signals():
         try:
             status = _main(list(sys.argv[1:] if argv is None else argv))
-        except SystemExit:  # help was asked for
+        except SystemExit:  # after printing help
             if lost := _flush():
                 return lost
             raise
@@ -113,11 +120,11 @@ def _main(args: list[str]) -> int:
         return 128 + end.signum
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader has gone, as `head` does: nobody is left to tell
+    except BrokenPipeError:  # the reader has gone, as `head` does: no message
         return BROKEN_PIPE
-    except WRONG_USE as error:
+    except USAGE_ERRORS as error:
         return _complain(error, USAGE)
-    except (*FAILED, *UNSAID) as error:
+    except (*FAILURES, *TYPED_ERRORS) as error:
         return _complain(error, FAILURE)
 
 
@@ -154,35 +161,35 @@ def _columns(rows: dict[str, str]) -> list[str]:
 
 
 def _open_descriptors() -> None:
-    """Open those of the descriptors 0 to 2 that are closed, or the next file would get their numbers.
+    """Open closed ones of the descriptors 0 to 2 on devnull, as the next opened file would get their number.
 
-    What is written to its stdout and stderr then goes nowhere, and what they cannot encode is escaped.
+    Characters that stdout and stderr cannot encode are escaped.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # which gets the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
     for name, number in (("stdout", 1), ("stderr", 2)):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", closefd=False))
-        with contextlib.suppress(AttributeError):  # a test's or a notebook's
+        with contextlib.suppress(AttributeError):  # in a test or a notebook
             getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def _widen_terminal() -> None:
-    """Let tables and help be as wide as they have to be; in a narrower terminal they would vanish."""
-    width = shutil.get_terminal_size().columns  # of COLUMNS, or the terminal, or by default
-    if width < NARROWEST or os.environ.get("COLUMNS") == "0":
-        os.environ["COLUMNS"] = str(max(width, NARROWEST))
+    """Set a minimum width for tables and help, which would be cut off in a narrow terminal."""
+    width = shutil.get_terminal_size().columns  # from COLUMNS, the terminal, or the default
+    if width < MIN_COLUMNS or os.environ.get("COLUMNS") == "0":
+        os.environ["COLUMNS"] = str(max(width, MIN_COLUMNS))
 
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Let the signals that would end the process raise Ended; one that is ignored, as under nohup, stays so.
+    """Raise Ended for signals that would end the process; signals that are ignored (nohup) stay ignored.
 
-    What goes wrong with the output in another thread, such as one that redraws a bar, the main thread meets
-    itself, and says.
+    Output errors of other threads, such as one that redraws a progress bar, are not printed: the main thread
+    raises the same error.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -195,7 +202,7 @@ def _ended_by_signals() -> Iterator[None]:
         if not isinstance(args.exc_value, OSError) or _debugging():
             old_hook(args)
 
-    known = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
+    known = [getattr(signal, name) for name in ENDING_SIGNALS if hasattr(signal, name)]
     ours = [signum for signum in known if signal.getsignal(signum) is signal.SIG_DFL]
     old_hook, threading.excepthook = threading.excepthook, hook
     for signum in ours:
@@ -209,10 +216,10 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _complain(error: Exception, status: int) -> int:
-    """Say an error in one line on stderr, unless MINRNN_DEBUG asks for its traceback."""
+    """Print an error to stderr in one line and return the status, or raise it if MINRNN_DEBUG is set."""
     if _debugging():
         raise error
-    with contextlib.suppress(OSError):  # nobody reads it; the status says it too
+    with contextlib.suppress(OSError):  # the reader has gone
         print(f"minrnn: error: {_describe(error)}", file=sys.stderr, flush=True)
     return status
 
@@ -222,19 +229,19 @@ def _debugging() -> bool:
 
 
 def _describe(error: Exception) -> str:
-    """Return an error as one line; the system's own begin with the file that they are about."""
+    """Return an error as one line; an error of the operating system starts with its file."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     text, kind = " ".join(str(error).split()), type(error).__name__
     if isinstance(error, MemoryError):
         return f"out of memory: {text}" if text else "out of memory"
-    if isinstance(error, UNSAID):
+    if isinstance(error, TYPED_ERRORS):
         return f"{kind}: {text} (MINRNN_DEBUG=1 shows where)"
     return text or kind
 
 
 def _flush() -> int:
-    """Write out what is buffered; return the status where that fails, and let the exit of Python succeed."""
+    """Flush stdout and stderr; return 0, or the status of a failure, whose output is discarded."""
     status = 0
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -242,14 +249,14 @@ def _flush() -> int:
         except BrokenPipeError:
             status = status or BROKEN_PIPE
             _discard(stream)
-        except (OSError, ValueError) as error:  # a full disk; a stream that is closed
+        except (OSError, ValueError) as error:  # a full disk; a closed stream
             _discard(stream)
             status = status or _complain(error, FAILURE)
     return status
 
 
 def _discard(stream: IO[str]) -> None:
-    """Let what a stream holds, and whatever else is written to it, go nowhere."""
+    """Redirect a stream, with its buffered data, to devnull."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

@@ -1,4 +1,4 @@
-"""`minrnn make-data`: train a policy in an environment and record it, where no data can be had."""
+"""`minrnn make-data`: train a policy in an environment and record its episodes."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from minrnn.demonstrations import make_data
 from minrnn.tasks.recordings import read_episodes
 from minrnn.training import MOST_SEEDS, MOST_STEPS, Interrupted, Output
 
-LINE_SECONDS = 10.0  # between lines, where there is no terminal to draw on
+LINE_SECONDS = 10.0  # between lines, if the output is not a terminal
 
 
 @dataclass(frozen=True)
 class MakeDataCommand:
-    """Make data to learn acting from: train a policy in an environment, and record episodes in D4RL's layout.
+    """Make data for policies: train a policy in an environment, and record its episodes in D4RL's layout.
 
-    Interrupted, the same command goes on. The data are labelled as local: their scores do not compare with
-    those of D4RL's or Minari's data sets.
+    The same command resumes an interrupted one. The data are labeled as local: their scores are not
+    comparable with those of D4RL's or Minari's data sets.
     """
 
     environment: tyro.conf.Positional[str]
-    """Gymnasium's id, such as Hopper-v5, HalfCheetah-v5, or package.module:Name-v0, for which the module is
-    imported; actions must be continuous."""
+    """Gymnasium's id, such as Hopper-v5, HalfCheetah-v5, or package.module:Name-v0, which imports the module;
+    actions must be continuous."""
     quality: Literal["random", "medium", "medium-replay", "medium-expert"] = "medium"
-    """Random actions; the best policy that training reached, with noise; policies from all of training; or
-    half medium, half without noise."""
+    """Random actions; the best policy of the training, with noise; policies of the whole training; or half
+    medium, half without noise."""
     output: Path | None = None
-    """File to write; by default one in the cache folder, to be found by the name that is printed."""
+    """File to write (None: one in the cache folder, whose name is printed)."""
     seed: int = 0
-    """Of training and recording."""
+    """Seed of training and recording."""
     steps: int = 200_000
-    """Steps to record."""
+    """Number of recorded steps."""
     training_steps: int = 0
-    """Steps to train for; 0 for as many as suit the environment."""
+    """Number of training steps (0: the default of the environment)."""
     algorithm: Literal["", "ppo", "ars"] = ""
-    """Proximal policy optimisation or augmented random search; by default what suits the environment."""
+    """Proximal policy optimization or augmented random search (empty: the default of the environment)."""
 
 
 def run(args: Sequence[str]) -> int:
@@ -69,12 +69,12 @@ def run(args: Sequence[str]) -> int:
                 algorithm=command.algorithm,
             )
     except Interrupted as stop:
-        with contextlib.suppress(OSError):  # whoever has asked by leaving does not read it
-            _say(console, f"{stop}; the same command goes on")
+        with contextlib.suppress(OSError):  # the reader may have gone
+            _say(console, f"{stop}; the same command resumes")
         return 128 + stop.signum
-    except KeyboardInterrupt:  # a second signal, or one between what is kept
+    except KeyboardInterrupt:  # a second signal, or one outside training and recording
         with contextlib.suppress(OSError):
-            _say(console, "stopped; the same command goes on from here")
+            _say(console, "stopped; the same command resumes from here")
         raise
     episodes = read_episodes(path)
     _say(console, episodes.describe())
@@ -98,16 +98,16 @@ def _say(console: Console, text: str) -> None:
 
 
 class _Lines:
-    """Plain lines now and then: for pipes, files and batch systems."""
+    """Plain lines at intervals: for pipes, files and batch systems."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._said = 0.0
+        self._printed_at = 0.0
 
     def report(self, what: str, done: int, total: int, text: str) -> None:
-        """Say how far it is, unless that was said just now."""
-        if done >= total or time.monotonic() - self._said > LINE_SECONDS:
-            self._said = time.monotonic()
+        """Print the progress, at most every LINE_SECONDS."""
+        if done >= total or time.monotonic() - self._printed_at > LINE_SECONDS:
+            self._printed_at = time.monotonic()
             _say(self._console, f"{what} {done:,}/{total:,}  {text}")
 
     def __enter__(self) -> _Lines:
@@ -120,7 +120,7 @@ class _Lines:
 
 
 class _Bars:
-    """A bar for each thing that is done, with the time left."""
+    """A progress bar for each activity, with the remaining time."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
@@ -135,11 +135,11 @@ class _Bars:
         self._tasks: dict[str, TaskID] = {}
 
     def report(self, what: str, done: int, total: int, text: str) -> None:
-        """Draw how far it is."""
+        """Update the progress bar of the activity."""
         done = min(done, total)
         if what in self._tasks:
             self._progress.update(self._tasks[what], completed=done, description=text)
-        else:  # what was done before this sitting took none of its time
+        else:  # steps of earlier sessions do not count for the speed
             self._tasks[what] = self._progress.add_task(text, total=total, completed=done, what=what)
 
     def __enter__(self) -> _Bars:

@@ -1,4 +1,4 @@
-"""`minrnn reproduce`: the paper's tables and figures, trial by trial, and RESULTS.md from all of them."""
+"""`minrnn reproduce`: run the trials of the paper's tables and figures, and write RESULTS.md."""
 
 from __future__ import annotations
 
@@ -23,36 +23,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ReproduceCommand:
-    """Run an experiment's trials that are not finished yet; its tables and plots are in OUTPUT/NAME-SCALE.
+    """Run the unfinished trials of an experiment, and write its tables and plots to OUTPUT/NAME-SCALE.
 
-    Interrupted in whatever way, the same command resumes. Trials are independent: --list-trials prints a
-    command for each, to be run on other machines or at the same time; their files, copied into one folder,
-    are the whole.
+    The same command resumes an interrupted one. Trials are independent: --list-trials prints one command per
+    trial, for other machines or for running them in parallel; copy their files to one folder to combine them.
     """
 
     scale: Literal["cpu", "paper", "tiny"] = "cpu"
-    """cpu: two cores, about two hours; paper: the paper's own setting; tiny: seconds, to see that it runs."""
+    """cpu: two cores, about two hours; paper: the paper's setting; tiny: seconds, for a test."""
     seeds: int | None = None
-    """Seeds of each mixer (None: three of those that matter most, one of the rest)."""
+    """Number of seeds per mixer (None: three for the main ones, one for the others)."""
     mixers: tuple[str, ...] = ()
-    """Mixers, or variants of them; a wrong name lists them all (none: all)."""
-    # --cell, its name in earlier versions, stands in the commands that committed records hold.
+    """Mixers, or variants of them; an unknown name lists them all (none: all)."""
+    # --cell, the name in earlier versions, occurs in the commands of committed records.
     trial: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--cell"])] = ()
-    """Names of the trials to run (none: all that are not finished)."""
+    """Names of the trials to run (none: all unfinished ones)."""
     list_trials: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Print one command for each trial that is not finished, and run nothing."""
+    """Print one command per unfinished trial, and run nothing."""
     estimate: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Time a step of each kind of trial, print how long all would take here, and run nothing."""
+    """Time a step of each kind of trial, print the estimated total time, and run nothing."""
     output: Path = Path("results")
-    """Folder of all experiments' results."""
+    """Folder of the results of all experiments."""
     device: str = "auto"
-    """Device to compute on: auto (a GPU when there is one), cpu, cuda, ..."""
+    """Device: auto (a GPU if there is one), cpu, cuda, ..."""
     threads: int = 0
-    """CPU threads (0: as many as torch chooses)."""
+    """CPU threads (0: torch's default)."""
     envs: tuple[str, ...] = ()
-    """Environments; of locomotion only (none: all)."""
+    """Environments, for locomotion only (none: all)."""
     data: str = ""
-    """Kind of data: local, d4rl or minari; of locomotion only (empty: local)."""
+    """Kind of data: local, d4rl or minari, for locomotion only (empty: local)."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class ReportCommand:
     benchmarks: Path = Path("benchmarks", "results")
     """Folder of the benchmarks' results."""
     page: Path = Path("docs", "results.md.template")
-    """Text with the names of tables in their places."""
+    """Template of the page, with names of tables as placeholders."""
     write: Path = Path("RESULTS.md")
     """File to write."""
 
@@ -73,7 +72,7 @@ REPORT = "report"
 
 
 def run(args: Sequence[str]) -> int:
-    """Run `minrnn reproduce`; a stop by signal n that was saved is the exit status 128 + n."""
+    """Run `minrnn reproduce`; the exit status is 128 + n if signal n stopped it."""
     if not args or args[0] in ("-h", "--help"):
         print(help_text())
         raise SystemExit(0)
@@ -100,7 +99,7 @@ def help_text() -> str:
             "       minrnn reproduce report [OPTIONS]",
             "       minrnn reproduce --list",
             "",
-            "Make the tables and figures of the paper again, all on the same data, budget and code.",
+            "Reproduce the tables and figures of the paper, all with the same data, budget and code.",
             "",
             "experiments:",
             *lines,
@@ -111,12 +110,12 @@ def help_text() -> str:
 
 
 def _list(args: Sequence[str]) -> int:
-    """Print each experiment's trials at each scale, and how many are finished in ./results."""
+    """Print the number of trials of each experiment at each scale, and of those finished in ./results."""
     from minrnn.experiments.experiment import Choice
     from minrnn.experiments.results import ResultsFolder
 
     if args:
-        raise ValueError(f"reproduce: --list must stand alone, got {' '.join(args)}")
+        raise ValueError(f"reproduce: --list takes no other arguments, got {' '.join(args)}")
     width = max(map(len, EXPERIMENTS))
     for name, entry in EXPERIMENTS.items():
         experiment = entry.load()
@@ -156,7 +155,7 @@ def _reproduce(name: str, args: Sequence[str]) -> int:
         command.envs,
         command.data,
     )
-    choose_device(choice.device)  # refuses a wrong name before anything begins
+    choose_device(choice.device)  # raises for an invalid name before anything is run
     experiment = entry.load()
     experiment.check(choice)
     if command.list_trials:
@@ -170,13 +169,13 @@ def _reproduce(name: str, args: Sequence[str]) -> int:
             reproduce(experiment, choice, command.output, watch, only=command.trial)
         except Interrupted as stop:
             with contextlib.suppress(OSError):  # the terminal may be gone
-                watch.note(f"{stop}; the same command goes on")
+                watch.note(f"{stop}; the same command resumes")
             return 128 + stop.signum
     return 0
 
 
 def _list_trials(experiment: Experiment, choice: Choice, command: ReproduceCommand) -> int:
-    """Print a command for each trial, as a comment where it is finished, so that a shell can run the list."""
+    """Print one command per trial, commented out if it is finished, as a shell script."""
     from minrnn.experiments.results import ResultsFolder
     from minrnn.experiments.runner import command_of, pick
 
@@ -188,7 +187,7 @@ def _list_trials(experiment: Experiment, choice: Choice, command: ReproduceComma
 
 
 def _estimate(experiment: Experiment, choice: Choice, command: ReproduceCommand) -> None:
-    """Print the command and about how long it takes on this machine."""
+    """Print the command and its estimated time on this machine."""
     from minrnn.benchmarks.report import load_averages
     from minrnn.experiments.results import ResultsFolder
     from minrnn.experiments.runner import command_of, estimate, pick
@@ -209,7 +208,7 @@ def _estimate(experiment: Experiment, choice: Choice, command: ReproduceCommand)
 
 
 def _duration(seconds: float) -> str:
-    """Write a time with its unit.
+    """Format a time with its unit.
 
     >>> _duration(50), _duration(4000), _duration(200_000)
     ('50 seconds', '1.1 hours', '2.3 days')
@@ -221,7 +220,7 @@ def _duration(seconds: float) -> str:
 
 
 class _Bar:
-    """A progress bar of the current trial, with the time left of all; notes are printed above it."""
+    """A progress bar of the current trial, with the remaining time of all; notes are printed above it."""
 
     def __init__(self, console: Console) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TaskProgressColumn())

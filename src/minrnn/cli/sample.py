@@ -1,4 +1,4 @@
-"""`minrnn sample`: text from a trained model, character by character."""
+"""`minrnn sample`: generate text with a trained model."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from minrnn.tasks import Vocabulary
 from minrnn.training import MOST_SEEDS, MOST_STEPS, choose_device, load_trained
 
 PROMPTS = ("\n", " ")
-"""What a text goes on from when nothing is said: the first that the vocabulary has."""
+"""Default prompts, of which the first in the vocabulary is used."""
 
 
 @dataclass(frozen=True)
 class SampleCommand:
-    """Write text with a trained model, as it comes; memory stays the same however long it gets."""
+    """Generate text with a trained model, character by character, in constant memory."""
 
     run: tyro.conf.Positional[Path]
-    """Directory of the run whose model writes."""
+    """Run directory."""
     prompt: str = ""
-    """Text to go on from (empty: a new line, or what else the vocabulary has)."""
+    """Prompt (empty: a new line, or another symbol in the vocabulary)."""
     tokens: int = 500
-    """Tokens to write after the prompt."""
+    """Number of tokens to generate after the prompt."""
     temperature: float = 1.0
-    """Divides the logits: below 1 the likely becomes likelier, 0 always takes the likeliest token."""
+    """Divisor of the logits; 0 for greedy decoding."""
     top_k: int = 0
-    """Choose among this many of the likeliest tokens only (0: all)."""
+    """Sample from this number of the most probable tokens (0: all)."""
     top_p: float = 1.0
-    """Choose among the likeliest tokens that together have this probability (1: all)."""
+    """Sample from the most probable tokens with this total probability (1: all)."""
     seed: int = 0
-    """Seed of the choices: the same seed writes the same text."""
+    """Seed of the sampling."""
     checkpoint: Literal["best", "last"] = "best"
     """Weights with the lowest validation loss, or the last ones."""
     device: str = "auto"
-    """Device to compute on: auto (a GPU when there is one), cpu, cuda, ..."""
+    """Device: auto (a GPU if there is one), cpu, cuda, ..."""
 
 
 def run(args: Sequence[str]) -> int:
@@ -52,7 +52,7 @@ def run(args: Sequence[str]) -> int:
     device = choose_device(command.device)
     model, vocabulary, *_ = load_trained(command.run, command.checkpoint, device)
     if vocabulary is None or not isinstance(model, SequenceModel):
-        raise ValueError(f"sample: {command.run} must be a run that learnt text; what this one says is none")
+        raise ValueError(f"sample: {command.run} must be a run of the text task, got one of another task")
     given = command.prompt or default_prompt(vocabulary, PROMPTS)
     prompt = torch.from_numpy(vocabulary.encode(given))[None].to(device)  # (1, T)
     tokens = generate(
@@ -72,7 +72,7 @@ def run(args: Sequence[str]) -> int:
 
 
 def default_prompt(vocabulary: Vocabulary, prompts: Sequence[str]) -> str:
-    """Return the first of some prompts that a vocabulary can encode, or else its first symbol."""
+    """Return the first prompt that the vocabulary can encode, or else its first symbol."""
     for prompt in prompts:
         try:
             vocabulary.encode(prompt)
@@ -83,7 +83,7 @@ def default_prompt(vocabulary: Vocabulary, prompts: Sequence[str]) -> str:
 
 
 def _write(text: str) -> None:
-    """Write text at once, in whatever the terminal can show."""
+    """Write text immediately, with characters replaced that the terminal cannot encode."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Data to learn acting from, made here: policies that a library trains for minutes, and what they did."""
+"""Local demonstration data: behavior policies trained for minutes, and recordings of their episodes."""
 
 from minrnn.demonstrations.make import QUALITIES, make_data, plan_for
 from minrnn.demonstrations.trainers import TRAINERS

@@ -1,4 +1,4 @@
-"""A behaviour's training as it went: every round's policy, kept in a file that training goes on from."""
+"""Training of a behavior policy, saved round by round to a file from which it resumes."""
 
 from __future__ import annotations
 
@@ -11,80 +11,80 @@ from pathlib import Path
 
 import numpy as np
 
-from minrnn.demonstrations.behaviour import Behaviour
+from minrnn.demonstrations.behavior import Behavior
 from minrnn.demonstrations.trainers import Arrays, Round, Trainer, training_environments
 from minrnn.files import lock, naming
 from minrnn.tasks.arrays import read_arrays, write_arrays
 from minrnn.training import interruptible
 from minrnn.training.threads import cpu_threads
 
-SMOOTHED_ROUNDS = 3  # a round's mean return is noisy, so its neighbours count as well
-SAVE_EVERY = 15.0  # seconds, which is what an interruption costs at most, and a round
+SMOOTHED_ROUNDS = 3  # a round's mean return is noisy, so it is averaged with its neighbors
+SAVE_EVERY = 15.0  # seconds; an interruption loses at most this and a round
 
-Report = Callable[[str, int, int, str], None]
-"""Called with what is going on, steps that are done, steps in all, and what there is to say."""
+ReportProgress = Callable[[str, int, int, str], None]
+"""A progress callback: (activity, steps done, total steps, further text)."""
 
 
 @dataclass
 class History:
-    """What each round of training left, and what the next one needs."""
+    """The rounds of a training, and the state for the next one."""
 
-    behaviours: list[Behaviour] = field(default_factory=list)
-    """The policy that each round began with."""
+    behaviors: list[Behavior] = field(default_factory=list)
+    """The policy at the start of each round."""
     steps: list[int] = field(default_factory=list)
-    """Steps in the environment up to the end of each round."""
+    """Total environment steps at the end of each round."""
     returns: list[float] = field(default_factory=list)
-    """Mean return of each round's episodes, with the noise of training; NaN where none ended."""
+    """Mean return of the episodes that ended in each round, with exploration noise; NaN if none did."""
     state: Arrays = field(default_factory=dict)
 
     @property
     def total_steps(self) -> int:
-        """Steps in the environment so far."""
+        """Total environment steps."""
         return self.steps[-1] if self.steps else 0
 
     @property
     def last_start(self) -> int:
-        """Steps in the environment before the last round."""
+        """Environment steps before the last round."""
         return self.steps[-2] if len(self.steps) > 1 else 0
 
     def add(self, result: Round) -> None:
         """Append a round."""
-        self.behaviours.append(result.behaviour)
+        self.behaviors.append(result.behavior)
         self.steps.append(self.total_steps + result.steps)
         self.returns.append(result.mean_return)
         self.state = result.state
 
     def until(self, steps: int) -> History:
-        """Return the rounds up to the one that reached so many steps, without what more would need."""
+        """Return the rounds up to the one that reaches `steps`, without the state for the next."""
         count = int(np.searchsorted(self.steps, steps)) + 1
-        return History(self.behaviours[:count], self.steps[:count], self.returns[:count])
+        return History(self.behaviors[:count], self.steps[:count], self.returns[:count])
 
     def best(self) -> int:
-        """Return the number of the round with the highest mean return, averaged with those beside it."""
+        """Return the index of the round with the highest mean return, averaged over adjacent rounds."""
         reach = SMOOTHED_ROUNDS // 2
         means = []
         for number in range(len(self.returns)):
-            window = self.returns[max(0, number - reach) : number + reach + 1]
-            known = [value for value in window if not math.isnan(value)]
+            near = self.returns[max(0, number - reach) : number + reach + 1]
+            known = [value for value in near if not math.isnan(value)]
             means.append(sum(known) / len(known) if known else -math.inf)
         return int(np.argmax(means))
 
     def save(self, path: Path) -> None:
-        """Write the history, whole or not at all.
+        """Write the history to a file atomically.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         columns = {
-            "parameters": [behaviour.parameters for behaviour in self.behaviours],
-            "mean": [behaviour.mean for behaviour in self.behaviours],
-            "variance": [behaviour.variance for behaviour in self.behaviours],
-            "action_noise": [behaviour.action_noise for behaviour in self.behaviours],
+            "parameters": [behavior.parameters for behavior in self.behaviors],
+            "mean": [behavior.mean for behavior in self.behaviors],
+            "variance": [behavior.variance for behavior in self.behaviors],
+            "action_noise": [behavior.action_noise for behavior in self.behaviors],
         }
         write_arrays(
             path,
             {
-                "sizes": np.array(self.behaviours[0].sizes),
+                "sizes": np.array(self.behaviors[0].sizes),
                 "steps": np.array(self.steps),
                 "returns": np.array(self.returns),
                 **{name: np.stack(values) for name, values in columns.items()},
@@ -94,10 +94,10 @@ class History:
 
 
 def read_history(path: Path) -> History:
-    """Read what `History.save` wrote.
+    """Return the history in a file written by `History.save`.
 
     Raises:
-        ValueError: the file is damaged or something else.
+        ValueError: the file is damaged or has another content.
     """
     with naming("make_data"):
         arrays = read_arrays(path)
@@ -109,56 +109,56 @@ def read_history(path: Path) -> History:
     expected = [sum((a + 1) * b for a, b in pairwise(sizes)), sizes[0], sizes[0], sizes[-1]] if sizes else []
     if len(rounds) != 1 or widths != expected or np.any(np.diff(arrays["steps"], prepend=0) < 1):
         raise ValueError(
-            f"make_data: {path} must hold as much of each round, in order, and policies of {sizes}, got "
+            f"make_data: {path} must hold equal numbers of rounds, in order, and policies of {sizes}, got "
             f"arrays of {', '.join(f'{name} {arrays[name].shape}' for name in columns)}; remove it"
         )
     return History(
-        [Behaviour(row[0], sizes, *row[1:]) for row in zip(*(arrays[name] for name in columns), strict=True)],
+        [Behavior(row[0], sizes, *row[1:]) for row in zip(*(arrays[name] for name in columns), strict=True)],
         arrays["steps"].tolist(),
         arrays["returns"].tolist(),
         {name.removeprefix("state/"): value for name, value in arrays.items() if name.startswith("state/")},
     )
 
 
-WHOLE = ("sizes", "steps", "ends")
-"""Arrays of whole numbers."""
+INTEGER_ARRAYS = ("sizes", "steps", "ends")
+"""Names of the integer arrays."""
 
 
 def check_arrays(path: Path, arrays: Arrays, axes: Mapping[str, int]) -> None:
-    """Raise ValueError unless there are arrays of numbers of these names, each with so many axes."""
+    """Raise ValueError unless `arrays` has a numeric array of each name with that number of axes."""
     for name, count in axes.items():
         if name not in arrays:
             found = ", ".join(arrays) or "nothing"
             raise ValueError(f"make_data: {path} must hold {name}, got {found}; remove it")
         array = arrays[name]
-        if array.ndim != count or array.dtype.kind not in ("iu" if name in WHOLE else "biuf"):
+        if array.ndim != count or array.dtype.kind not in ("iu" if name in INTEGER_ARRAYS else "biuf"):
             raise ValueError(
                 f"make_data: {path}: {name} must be numbers with {count} axes, got {array.shape} "
                 f"{array.dtype}; remove it"
             )
 
 
-def train_behaviour(
-    environment: str, trainer: Trainer, steps: int, seed: int, path: Path, report: Report
+def train_behavior(
+    environment: str, trainer: Trainer, steps: int, seed: int, path: Path, report: ReportProgress
 ) -> History:
-    """Return the rounds of a training of `steps` steps or a little more, and keep them in a file.
+    """Train a behavior policy for at least `steps` steps, and return the rounds.
 
-    What the file holds is not trained again: training that was interrupted goes on to where it would have
-    gone, and a shorter one is the beginning of a longer one.
+    Rounds are saved to a file and not trained again: an interrupted training gives the same rounds as an
+    uninterrupted one, and a shorter training is a prefix of a longer one.
 
     Args:
         environment: gymnasium's id.
-        trainer: the algorithm's settings.
-        steps: in the environment, at least 1.
-        seed: of all random numbers.
-        path: the file, of trainings with these arguments only; `steps` may differ.
-        report: is told of the progress.
+        trainer: the algorithm and its settings.
+        steps: environment steps, at least 1.
+        seed: seed of all random numbers.
+        path: the file; it must be used with the same other arguments, except `steps`.
+        report: progress callback.
 
     Raises:
-        InUseError: another process is at it.
-        Interrupted: a signal asked for a stop, or nobody reads the reports, and all whole rounds are saved.
+        InUseError: another process uses the file.
+        Interrupted: a signal or a closed output requested a stop; all completed rounds are saved.
         ValueError: the file is damaged, or there is no such environment.
-        ImportError: a library is not installed; the extra is named.
+        ImportError: a library is not installed; the message names the extra to install.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path.with_name(f"{path.name}.lock")):
@@ -169,10 +169,16 @@ def train_behaviour(
 
 
 def _train(
-    history: History, environment: str, trainer: Trainer, steps: int, seed: int, path: Path, report: Report
+    history: History,
+    environment: str,
+    trainer: Trainer,
+    steps: int,
+    seed: int,
+    path: Path,
+    report: ReportProgress,
 ) -> None:
-    """Add rounds to a history, and save it now and then."""
-    # One thread: networks this small are slower on more.
+    """Add rounds to a history until it has `steps` steps, and save it at intervals."""
+    # Networks this small are slower with more than one thread.
     with (
         training_environments(environment, trainer) as environments,
         cpu_threads(1),
@@ -181,16 +187,16 @@ def _train(
         saved = time.monotonic()
         while history.total_steps < steps:
             history.add(trainer.train(environments, history.state, _round_seed(seed, len(history.steps))))
-            with interruption.telling():
+            with interruption.guard_output():
                 report("training", history.total_steps, steps, f"return {history.returns[-1]:,.0f}")
-            is_last = history.total_steps >= steps or interruption.asked
+            is_last = history.total_steps >= steps or interruption.requested
             if is_last or time.monotonic() - saved > SAVE_EVERY:
                 history.save(path)
                 saved = time.monotonic()
-            if interruption.asked:
-                raise interruption.met(f"{history.total_steps:,} of {steps:,} steps of training")
+            if interruption.requested:
+                raise interruption.to_exception(f"{history.total_steps:,} of {steps:,} steps of training")
 
 
 def _round_seed(seed: int, number: int) -> int:
-    """Return a round's own seed, which the libraries want below 2^32."""
+    """Return the seed of a round; the libraries require it to be below 2^32."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0] >> 1)

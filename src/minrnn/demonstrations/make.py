@@ -1,5 +1,4 @@
-"""From an environment's name to a file of episodes, in D4RL's layout and with a label that says what they "
-"are."""
+"""Making of demonstration data: a file of episodes in D4RL's layout, labeled as local data."""
 
 from __future__ import annotations
 
@@ -13,55 +12,62 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from minrnn.demonstrations.behaviour import Behaviour
-from minrnn.demonstrations.history import Report, train_behaviour
-from minrnn.demonstrations.record import Share, always, play, record, replayed, uniform
+from minrnn.demonstrations.behavior import Behavior
+from minrnn.demonstrations.history import ReportProgress, train_behavior
+from minrnn.demonstrations.record import Share, always, play_episode, record, replayed, uniform
 from minrnn.demonstrations.trainers import TRAINERS, Trainer, library_versions
 from minrnn.files import lock
 from minrnn.tasks.downloads import cache_folder
 from minrnn.tasks.environments import make_environment
-from minrnn.tasks.locomotion import local_name, local_path, normalised_score
+from minrnn.tasks.locomotion import local_name, local_path, normalized_score
 from minrnn.tasks.recordings import read_episodes, write_episodes
 
 if TYPE_CHECKING:
     from minrnn.tasks.environments import Environment
+    from minrnn.tasks.episodes import Episodes
 
 QUALITIES = ("random", "medium", "medium-replay", "medium-expert")
-"""What D4RL calls kinds of data; what they are here, `make_data` says."""
+"""Kinds of data, with D4RL's names.
+
+- random: actions drawn uniformly between their bounds.
+- medium: the best policy of the training, with its exploration noise.
+- medium-replay: policies of the training up to the best, with their noise, as in the training's episodes.
+- medium-expert: one half medium, one half the same policy without noise.
+"""
 
 EVALUATION_EPISODES = 10
-EPISODE_LIMIT = 10_000  # steps of an episode that is evaluated, where the environment sets no limit
+EPISODE_LIMIT = 10_000  # steps of an evaluation episode, if the environment sets no limit
 LABEL = (
-    "made locally in minutes, by a policy of its own: not one of D4RL's or Minari's data sets, with whose "
-    "scores its own do not belong in one column"
+    "made locally in minutes, with a policy of its own: not one of D4RL's or Minari's data sets, and scores "
+    "are not comparable with theirs"
 )
 
 
 class Plan(NamedTuple):
-    """How a behaviour is trained, unless it is said otherwise."""
+    """The default algorithm and training steps of an environment."""
 
     algorithm: str
     steps: int
 
 
 PLANS = {
-    "Hopper": Plan("ppo", 250_000),  # after 500,000 it scores as high as D4RL's expert: no medium
-    "HalfCheetah": Plan("ars", 1_200_000),  # cheap steps, and no falls: where random search is at its best
+    "Hopper": Plan("ppo", 250_000),  # after 500,000 steps it reaches the score of D4RL's expert
+    "HalfCheetah": Plan("ars", 1_200_000),  # random search suits cheap steps and episodes without falls
     "Walker2d": Plan("ppo", 500_000),
 }
 OTHER_PLAN = Plan("ppo", 300_000)
 
 
 def plan_for(environment: str) -> Plan:
-    """Return how behaviours are trained in an environment, whatever its version."""
-    name = environment.rpartition(":")[2]  # an id may begin with the module that registers it
+    """Return the default plan of an environment, independent of its version."""
+    name = environment.rpartition(":")[2]  # an id may start with the module that registers it
     return PLANS.get(name.rpartition("-v")[0], OTHER_PLAN)
 
 
 def make_data(
     environment: str,
     quality: str,
-    report: Report,
+    report: ReportProgress,
     *,
     output: Path | None = None,
     seed: int = 0,
@@ -69,33 +75,27 @@ def make_data(
     training_steps: int = 0,
     algorithm: str = "",
 ) -> Path:
-    """Train a behaviour where that was not done before, record it, and return the file, in D4RL's layout.
+    """Train a behavior policy, record its episodes, and return the file, in D4RL's layout.
 
-    - random: actions drawn evenly between their bounds.
-    - medium: the best policy that training reached, with the noise on its actions that it was trained with.
-    - medium-replay: policies from all of training up to the best, with their noise: in distribution what
-      training saw itself.
-    - medium-expert: half of it medium, half the same policy without noise.
-
-    Interrupted, it goes on where it was when it is called again. One training serves all qualities. A file
-    that was made with the same arguments before is left as it is.
+    The same call resumes an interrupted one, and leaves a finished file as it is. All qualities share one
+    training.
 
     Args:
-        environment: gymnasium's id of one with vectors for observations and actions, such as Hopper-v5.
+        environment: gymnasium's id of an environment with vectors as observations and actions: Hopper-v5.
         quality: one of QUALITIES.
-        report: is told of the progress.
+        report: progress callback.
         output: the file; by default `local_path(local_name(environment, quality, seed))`.
-        seed: of training and recording.
-        steps: recorded.
-        training_steps: in the environment; 0 for `plan_for(environment)`.
+        seed: seed of training and recording.
+        steps: number of recorded steps.
+        training_steps: number of training steps; 0 for `plan_for(environment)`.
         algorithm: a name in TRAINERS; empty for `plan_for(environment)`.
 
     Raises:
-        InUseError: another process is making the same.
-        Interrupted: a signal asked for a stop, and what is done is saved.
-        ValueError: an argument is out of range, there is no such environment, or its spaces are others.
-        FileExistsError: the output is there and was made otherwise.
-        ImportError: a library is not installed; the extra is named.
+        InUseError: another process is making the same file.
+        Interrupted: a signal requested a stop; completed work is saved.
+        ValueError: an argument is out of range, or the environment is unknown or has unsupported spaces.
+        FileExistsError: the output exists and was made with other arguments.
+        ImportError: a library is not installed.
     """
     plan = plan_for(environment)
     algorithm, training_steps = algorithm or plan.algorithm, training_steps or plan.steps
@@ -116,18 +116,17 @@ def make_data(
         parts = _work_folder() / f"recording-{_digest(made)}"
         recording = record(environment, shares, seed, parts, report)
         episodes = recording.episodes(environment, {"source": "local", "name": name, **said})
-        mean_return = float(episodes.returns.mean())
-        about = {
-            **episodes.about,
-            "mean_return": mean_return,
-            "score": normalised_score(environment, mean_return),
-            "made": made,
-            "versions": library_versions(trainer),
-            "label": LABEL,
-        }
+        about = {**episodes.about, **_summary(environment, episodes), "made": made}
+        about |= {"versions": library_versions(trainer), "label": LABEL}
         write_episodes(path, replace(episodes, about=about), recording.next_observations)
-        shutil.rmtree(parts, ignore_errors=True)  # the file is there, and nothing goes on from these
+        shutil.rmtree(parts, ignore_errors=True)
     return path
+
+
+def _summary(environment: str, episodes: Episodes) -> dict[str, Any]:
+    """Return the mean return of episodes and D4RL's normalized score of it."""
+    mean_return = float(episodes.returns.mean())
+    return {"mean_return": mean_return, "score": normalized_score(environment, mean_return)}
 
 
 def _check(quality: str, algorithm: str, seed: int, steps: int, training_steps: int) -> None:
@@ -141,11 +140,11 @@ def _check(quality: str, algorithm: str, seed: int, steps: int, training_steps: 
 
 
 def _check_made(path: Path, made: dict[str, Any]) -> None:
-    """Raise FileExistsError unless a file was made with these settings."""
+    """Raise FileExistsError unless the existing file was made with these settings."""
     before = read_episodes(path).about.get("made")
     if before != made:
         raise FileExistsError(
-            f"make_data: {path} is there, and was made with {before} instead of {made}; remove it, or name "
+            f"make_data: {path} exists, and was made with {before} instead of {made}; remove it, or name "
             f"another with --output"
         )
 
@@ -157,18 +156,18 @@ def _shares(
     training: dict[str, Any],
     training_steps: int,
     steps: int,
-    report: Report,
+    report: ReportProgress,
 ) -> tuple[list[Share], dict[str, Any]]:
-    """Return who acts for how many steps, and what a label says of them."""
+    """Return the shares of a recording, and the metadata of the policy."""
     with closing(make_environment(environment)) as made:
         _check_spaces(made)
         if quality == "random":
             draw = uniform(made.action_space.low, made.action_space.high)
             return [Share(draw, steps)], {"quality": quality}
         file = _work_folder() / f"training-{_digest({**training, **library_versions(trainer)})}.npz"
-        history = train_behaviour(environment, trainer, training_steps, training["seed"], file, report)
+        history = train_behavior(environment, trainer, training_steps, training["seed"], file, report)
         history = history.until(history.steps[history.best()])
-        best = history.behaviours[-1]
+        best = history.behaviors[-1]
         quiet = replace(best, action_noise=np.zeros_like(best.action_noise))
         returns = _evaluate(made, quiet, training["seed"], report)
     shares = {
@@ -182,7 +181,7 @@ def _shares(
         "best_after_steps": history.last_start,
         "policy_return": float(returns.mean()),
         "policy_return_deviation": float(returns.std()),
-        "policy_score": normalised_score(environment, float(returns.mean())),
+        "policy_score": normalized_score(environment, float(returns.mean())),
         "action_noise": best.action_noise.tolist(),
     }
     return shares[quality], said
@@ -193,24 +192,24 @@ def _check_spaces(environment: Environment) -> None:
     seen, done = environment.observation_space, environment.action_space
     if hasattr(done, "n"):
         raise ValueError(
-            f"make_data: actions must be continuous, got {done}; these algorithms train no others here"
+            f"make_data: actions must be continuous, got {done}; the algorithms here support no others"
         )
     bounds = getattr(done, "low", np.array(np.inf)), getattr(done, "high", np.array(np.inf))
     vectors = len(seen.shape or ()) == 1 and len(done.shape or ()) == 1 and hasattr(seen, "low")
     if not vectors or done.dtype is None or done.dtype.kind != "f" or not np.isfinite(bounds).all():
         raise ValueError(
-            f"make_data: observations and actions must be vectors, these of floats and bounded, got {seen} "
-            f"and {done}; gymnasium.wrappers has what flattens, scales and bounds them"
+            f"make_data: observations and actions must be vectors, and actions bounded floats, got {seen} "
+            f"and {done}; wrappers in gymnasium.wrappers flatten, scale and bound them"
         )
 
 
 def _evaluate(
-    environment: Environment, behaviour: Behaviour, seed: int, report: Report
+    environment: Environment, behavior: Behavior, seed: int, report: ReportProgress
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return the returns of some episodes."""
+    """Return the returns of EVALUATION_EPISODES episodes."""
     returns: list[float] = []
     for number in range(EVALUATION_EPISODES):
-        played = play(environment, always(behaviour), (seed, len(QUALITIES), number), EPISODE_LIMIT)
+        played = play_episode(environment, always(behavior), (seed, len(QUALITIES), number), EPISODE_LIMIT)
         returns.append(float(played.rewards.sum(dtype=np.float64)))
         report("evaluating", number + 1, EVALUATION_EPISODES, f"return {np.mean(returns):,.0f}")
     return np.array(returns)

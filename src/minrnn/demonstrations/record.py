@@ -1,4 +1,4 @@
-"""What behaviours do, recorded: who acts in which episode, and parts on disk from which recording goes on."""
+"""Recording of episodes of behavior policies, in parts on disk from which it resumes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from minrnn.demonstrations.behaviour import Behaviour
-from minrnn.demonstrations.history import History, Report, check_arrays
+from minrnn.demonstrations.behavior import Behavior
+from minrnn.demonstrations.history import History, ReportProgress, check_arrays
 from minrnn.files import claim, naming
 from minrnn.tasks.arrays import read_arrays, write_arrays
 from minrnn.tasks.environments import make_environment
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.floating[Any]]
 Act = Callable[[Floats, np.random.Generator], Floats]
-"""An action on an observation."""
+"""Maps an observation and a random generator to an action."""
 Draw = Callable[[np.random.Generator], Act]
-"""Who acts in an episode."""
+"""Draws the policy of an episode."""
 
-PART_STEPS = 10_000  # kept at once: a few seconds of recording, which is what an interruption costs
+PART_STEPS = 10_000  # steps of a part, a few seconds; an interruption loses at most one
 
 
 class Share(NamedTuple):
-    """A stretch of a recording: who acts in it, and for how many steps."""
+    """A share of a recording: how its policies are drawn, and its number of steps."""
 
     draw: Draw
     steps: int
 
 
 class Recording(NamedTuple):
-    """Recorded steps, as arrays like those of `Episodes`, and what was seen after each."""
+    """Recorded steps, as arrays like those of `Episodes`, and the next observations."""
 
     observations: NDArray[np.float32]
     actions: NDArray[np.float32]
@@ -55,11 +55,11 @@ class Recording(NamedTuple):
         )
 
 
-# --- who acts --------------------------------------------------------------------------------------------
+# --- policies --------------------------------------------------------------------------------------------
 
 
 def uniform(low: Floats, high: Floats) -> Draw:
-    """Draw actions between bounds (A,), whatever is observed."""
+    """Return a Draw of policies with uniform random actions between bounds (A,)."""
 
     def act(_: Floats, random: np.random.Generator) -> Floats:
         return random.uniform(low, high)
@@ -67,45 +67,45 @@ def uniform(low: Floats, high: Floats) -> Draw:
     return lambda _: act
 
 
-def always(behaviour: Behaviour) -> Draw:
-    """Let one behaviour act in every episode."""
-    return lambda _: behaviour.act
+def always(behavior: Behavior) -> Draw:
+    """Return a Draw of the same behavior policy in every episode."""
+    return lambda _: behavior.act
 
 
 def replayed(history: History, parameter_noise: float) -> Draw:
-    """Let each episode be that of a moment of training, all of its steps alike, with the noise that it had.
+    """Return a Draw of the policy at a uniformly random step of a training, with its exploration noise.
 
-    So the episodes are distributed as those that training had itself, of which nothing needs to be kept.
+    The episodes have the same distribution as those of the training, which need not be stored.
 
     Args:
-        history: of the training.
-        parameter_noise: standard deviation of what training adds to parameters for an episode; where it is
-            not 0, that is all its noise.
+        history: the rounds of the training.
+        parameter_noise: standard deviation of the parameter noise of an episode; if not 0, there is no noise
+            on actions.
     """
 
     def draw(random: np.random.Generator) -> Act:
         step = random.integers(history.total_steps)
-        behaviour = history.behaviours[int(np.searchsorted(history.steps, step, side="right"))]
+        behavior = history.behaviors[int(np.searchsorted(history.steps, step, side="right"))]
         if not parameter_noise:
-            return behaviour.act
-        changes = parameter_noise * random.standard_normal(len(behaviour.parameters))
-        quiet = np.zeros_like(behaviour.action_noise)
-        return replace(behaviour, parameters=behaviour.parameters + changes, action_noise=quiet).act
+            return behavior.act
+        changes = parameter_noise * random.standard_normal(len(behavior.parameters))
+        quiet = np.zeros_like(behavior.action_noise)
+        return replace(behavior, parameters=behavior.parameters + changes, action_noise=quiet).act
 
     return draw
 
 
-# --- what they do ----------------------------------------------------------------------------------------
+# --- episodes --------------------------------------------------------------------------------------------
 
 
-def play(environment: Environment, draw: Draw, seed: tuple[int, ...], limit: int) -> Recording:
-    """Play an episode, and cut it off after `limit` steps.
+def play_episode(environment: Environment, draw: Draw, seed: tuple[int, ...], limit: int) -> Recording:
+    """Record an episode, truncated after `limit` steps.
 
     Args:
-        environment: with vectors for observations and actions.
-        draw: who acts.
-        seed: of who acts, of the environment and of the noise.
-        limit: at least 1.
+        environment: an environment with vectors as observations and actions.
+        draw: draws the policy.
+        seed: seed of the policy, the environment and the noise.
+        limit: maximum number of steps, at least 1.
     """
     random = np.random.default_rng(seed)
     act = draw(random)
@@ -126,22 +126,24 @@ def play(environment: Environment, draw: Draw, seed: tuple[int, ...], limit: int
     )
 
 
-def record(environment: str, shares: list[Share], seed: int, folder: Path, report: Report) -> Recording:
-    """Record shares one after the other, and keep the parts that are done in a folder.
+def record(
+    environment: str, shares: list[Share], seed: int, folder: Path, report: ReportProgress
+) -> Recording:
+    """Record shares one after the other, and save completed parts to a folder.
 
-    Each episode is a function of the seed and its number; so a recording that was interrupted and goes on
-    is the one that would have been.
+    Each episode is a function of the seed and its index, so an interrupted recording that is resumed equals
+    an uninterrupted one.
 
     Args:
         environment: gymnasium's id.
-        shares: who acts and for how many steps; the last episode of each is cut off when those are reached.
-        seed: of all random numbers.
-        folder: of recordings with these arguments only.
-        report: is told of the progress.
+        shares: the shares; the last episode of each is truncated at its number of steps.
+        seed: seed of all random numbers.
+        folder: the folder of the parts; it must be used with the same other arguments.
+        report: progress callback.
 
     Raises:
-        InUseError: another process is at it.
-        Interrupted: a signal asked for a stop, or nobody reads the reports, and all whole parts are kept.
+        InUseError: another process uses the folder.
+        Interrupted: a signal or a closed output requested a stop; all completed parts are saved.
         ValueError: a part is damaged, or there is no such environment.
         ImportError: the environment is not installed.
     """
@@ -156,17 +158,17 @@ def record(environment: str, shares: list[Share], seed: int, folder: Path, repor
             for part in _parts(made, share, (seed, number), folder):
                 parts.append(part)
                 done = sum(len(part.rewards) for part in parts)
-                with interruption.telling():
+                with interruption.guard_output():
                     report("recording", done, steps, f"return {part.rewards.sum() / len(part.ends):,.0f}")
-                if interruption.asked:
-                    raise interruption.met(f"{done:,} of {steps:,} recorded steps")
+                if interruption.requested:
+                    raise interruption.to_exception(f"{done:,} of {steps:,} recorded steps")
     return _join(parts)
 
 
 def _parts(
     environment: Environment, share: Share, seed: tuple[int, int], folder: Path
 ) -> Iterator[Recording]:
-    """Yield the parts of a share: those that are in the folder, then those that are recorded into it."""
+    """Yield the parts of a share, read from the folder or recorded and saved to it."""
     done = episode = 0
     while done < share.steps:
         path = folder / f"{seed[1]}-{episode}.npz"
@@ -188,24 +190,24 @@ def _read_part(path: Path) -> Recording:
     part = Recording(*(arrays[name] for name in Recording._fields))
     steps = {len(getattr(part, name)) for name in (*vectors, "rewards")}
     if len(part.ends) == 0 or steps != {int(part.ends[-1])} or len(part.terminated) != len(part.ends):
-        raise ValueError(f"make_data: {path} must hold as much of each step and episode; remove it")
+        raise ValueError(f"make_data: {path} must hold arrays of consistent lengths; remove it")
     return part
 
 
 def _record_part(
     environment: Environment, draw: Draw, seed: tuple[int, int], episode: int, limit: int
 ) -> Recording:
-    """Play the episodes from number `episode` on: PART_STEPS steps or a little more, but at most `limit`."""
+    """Record episodes from index `episode` on: at least PART_STEPS steps, but at most `limit`."""
     played: list[Recording] = []
     done = 0
     while done < min(PART_STEPS, limit):
-        played.append(play(environment, draw, (*seed, episode + len(played)), limit - done))
+        played.append(play_episode(environment, draw, (*seed, episode + len(played)), limit - done))
         done += len(played[-1].rewards)
     return _join(played)
 
 
 def _join(parts: list[Recording]) -> Recording:
-    """Return recordings end to end."""
+    """Concatenate recordings."""
     starts = np.cumsum([0] + [len(part.rewards) for part in parts])
     moved = [part._replace(ends=part.ends + start) for part, start in zip(parts, starts, strict=False)]
     return Recording(*map(np.concatenate, zip(*moved, strict=True)))

@@ -1,8 +1,8 @@
-"""The libraries that train behaviours: stable-baselines3's PPO and sb3-contrib's augmented random search.
+"""Trainers of behavior policies: stable-baselines3's PPO and sb3-contrib's augmented random search.
 
-Training goes round by round. A round is a pure function of what the one before left (arrays, which a file
-can hold) and of its seed: models and environments are made or seeded anew for it. So training that was
-interrupted and goes on ends as training that was not.
+Training is divided into rounds. A round is a pure function of its seed and of the state after the round
+before (arrays that are saved to a file): models and environments are created or seeded anew. A resumed
+training is therefore equal to an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minrnn.demonstrations.behaviour import Behaviour
+from minrnn.demonstrations.behavior import Behavior
 from minrnn.tasks.environments import INSTALL, make_environment
 
 if TYPE_CHECKING:
@@ -28,25 +28,30 @@ Arrays = dict[str, NDArray[Any]]
 
 
 class Round(NamedTuple):
-    """What a round of training left."""
+    """The result of a round of training."""
 
     state: Arrays
-    """What the next round needs."""
-    behaviour: Behaviour
-    """The policy that the round began with."""
+    """The state for the next round."""
+    behavior: Behavior
+    """The policy at the start of the round."""
     steps: int
-    """Steps that the round took in the environment."""
+    """Environment steps of the round."""
     mean_return: float
-    """Of the episodes that ended in the round, with all the noise that training adds; NaN where none did."""
+    """Mean return of the episodes that ended in the round, with exploration noise; NaN if none did."""
 
 
 class Trainer(Protocol):
-    """Settings of an algorithm, and its rounds.
+    """The settings of an algorithm, and its rounds.
 
-    `library` is the package that it is in and `title` what people call it; `environments` are stepped in
-    turn; `parameter_noise` is the standard deviation of what training adds to a behaviour's parameters for
-    an episode. `sizes` are the widths of the behaviour's network; `train` does a round from the state that
-    the one before left, empty for the first.
+    Attributes:
+        library: the package of the algorithm.
+        title: its name for humans.
+        environments: number of environments that are stepped in turn.
+        parameter_noise: standard deviation of the noise that training adds to a policy's parameters for the
+            length of an episode.
+
+    `sizes` returns the widths of the policy's network. `train` runs a round from the state after the round
+    before, which is empty for the first.
     """
 
     library: ClassVar[str]
@@ -67,8 +72,7 @@ class Trainer(Protocol):
 
 @dataclass(frozen=True)
 class RandomSearch:
-    """Augmented random search: change a linear policy's weights this way and that, and move to the better
-    side.
+    """Augmented random search: perturb the weights of a linear policy, and move in the better directions.
 
     Source: Mania, Guy and Recht, "Simple random search of static linear policies is competitive for
     reinforcement learning" (arXiv 1803.07055), version V2-t, in sb3-contrib.
@@ -79,35 +83,35 @@ class RandomSearch:
     environments: ClassVar[int] = 1
 
     directions: int = 8
-    """Changes that are tried in a round, each in both directions: 2 * directions episodes."""
+    """Perturbations per round, each with both signs: 2 * directions episodes."""
     top: int = 4
-    """From how many of them the move is made."""
+    """Number of the best perturbations that are used for the update."""
     learning_rate: float = 0.02
-    """Length of the move, in units of the returns' standard deviation."""
+    """Step size, in units of the standard deviation of the returns."""
     parameter_noise: float = 0.03
-    """Standard deviation of the changes."""
+    """Standard deviation of the perturbations."""
     action_noise: float = 0.2
-    """Standard deviation of the noise on actions with which the behaviour is recorded, in half the distance
-    of their bounds; training itself adds none."""
+    """Standard deviation of the noise on recorded actions, as a fraction of half the distance of their
+    bounds; training itself has none."""
     alive_bonus: float = 0.0
-    """What the environment pays for each step that is survived; it does not count in the comparison."""
+    """Reward of the environment for each step without a fall; it is subtracted during training."""
 
     def settings(self) -> dict[str, Any]:
         """Return the settings by name."""
         return asdict(self)
 
     def sizes(self, observation_size: int, action_size: int) -> tuple[int, ...]:
-        """Return the widths of the behaviour's network, which has no hidden layer."""
+        """Return the widths of the policy's network, which has no hidden layer."""
         return observation_size, action_size
 
     def train(self, environment: VecEnv, state: Mapping[str, NDArray[Any]], seed: int) -> Round:
-        """Make one move."""
+        """Run a round: one update."""
         from sb3_contrib import ARS
 
-        normalised = _normalise(environment, state, norm_reward=False)
+        normalized = _normalize(environment, state, norm_reward=False)
         model = ARS(
             "LinearPolicy",
-            normalised,
+            normalized,
             n_delta=self.directions,
             n_top=self.top,
             learning_rate=self.learning_rate,
@@ -120,41 +124,41 @@ class RandomSearch:
             model.weights = torch.from_numpy(state["weights"])
             model.policy.load_from_vector(model.weights)
         actions = environment.action_space
-        behaviour = Behaviour(
+        behavior = Behavior(
             np.concatenate([model.weights.numpy(), np.zeros(actions.shape[0], np.float32)]),  # without biases
             self.sizes(*_sizes(environment)),
-            *_moments(normalised),
+            *_moments(normalized),
             self.action_noise * (actions.high - actions.low) / 2,
         )
         model.learn(1, log_interval=None)
-        left = {"weights": model.weights.numpy(), **_statistics(normalised)}
-        return Round(left, behaviour, model.num_timesteps, _mean_return(model))
+        left = {"weights": model.weights.numpy(), **_statistics(normalized)}
+        return Round(left, behavior, model.num_timesteps, _mean_return(model))
 
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """Proximal policy optimisation with normalised observations and rewards.
+    """Proximal policy optimization with normalized observations and rewards.
 
     Source: Schulman et al., "Proximal Policy Optimization Algorithms" (arXiv 1707.06347), in
     stable-baselines3.
     """
 
     library: ClassVar[str] = "stable-baselines3"
-    title: ClassVar[str] = "proximal policy optimisation"
-    parameter_noise: ClassVar[float] = 0.0  # its noise is that of actions
+    title: ClassVar[str] = "proximal policy optimization"
+    parameter_noise: ClassVar[float] = 0.0  # exploration noise is on actions
 
     environments: int = 8
-    """Environments that are stepped in turn."""
+    """Number of environments that are stepped in turn."""
     steps: int = 256
-    """Steps of each between updates."""
+    """Steps of each environment between updates."""
     updates: int = 8
     """Updates in a round."""
     batch_size: int = 64
     """Steps in a minibatch."""
     epochs: int = 10
-    """How often an update goes over its steps."""
+    """Passes over the steps per update."""
     learning_rate: float = 3e-4
-    """Of Adam."""
+    """Learning rate of Adam."""
     hidden_size: int = 64
     """Width of the two hidden layers, of the policy and of the value function."""
 
@@ -163,17 +167,17 @@ class PolicyGradient:
         return asdict(self)
 
     def sizes(self, observation_size: int, action_size: int) -> tuple[int, ...]:
-        """Return the widths of the behaviour's network."""
+        """Return the widths of the policy's network."""
         return observation_size, self.hidden_size, self.hidden_size, action_size
 
     def train(self, environment: VecEnv, state: Mapping[str, NDArray[Any]], seed: int) -> Round:
-        """Make `updates` updates."""
+        """Run a round: `updates` updates."""
         from stable_baselines3 import PPO
 
-        normalised = _normalise(environment, state, norm_reward=True)
+        normalized = _normalize(environment, state, norm_reward=True)
         model = PPO(
             "MlpPolicy",
-            normalised,
+            normalized,
             n_steps=self.steps,
             batch_size=self.batch_size,
             n_epochs=self.epochs,
@@ -186,29 +190,29 @@ class PolicyGradient:
             model.set_parameters(_nested(state, model.get_parameters()))
         policy = {name: value.numpy().copy() for name, value in model.get_parameters()["policy"].items()}
         layers = ("mlp_extractor.policy_net.0", "mlp_extractor.policy_net.2", "action_net")
-        behaviour = Behaviour(
+        behavior = Behavior(
             np.concatenate(
                 [policy[f"{layer}.{part}"].ravel() for layer in layers for part in ("weight", "bias")]
             ),
             self.sizes(*_sizes(environment)),
-            *_moments(normalised),
+            *_moments(normalized),
             np.exp(policy["log_std"]),
         )
         model.learn(self.steps * self.environments * self.updates, log_interval=None)
-        left = {**_flat(model.get_parameters()), **_statistics(normalised)}
-        return Round(left, behaviour, model.num_timesteps, _mean_return(model))
+        left = {**_flat(model.get_parameters()), **_statistics(normalized)}
+        return Round(left, behavior, model.num_timesteps, _mean_return(model))
 
 
 TRAINERS: dict[str, Trainer] = {"ppo": PolicyGradient(), "ars": RandomSearch()}
-"""Algorithms by name."""
+"""Trainers by the name of their algorithm."""
 
 
 @contextmanager
 def training_environments(name: str, trainer: Trainer) -> Iterator[VecEnv]:
-    """Open as many environments as a trainer steps in turn, and close them.
+    """Make the environments of a trainer, and close them at the end of the block.
 
     Raises:
-        ImportError: the trainer's library, or the environment's, is not installed.
+        ImportError: the library of the trainer or of the environment is not installed.
         ValueError: there is no such environment.
     """
     try:
@@ -218,7 +222,7 @@ def training_environments(name: str, trainer: Trainer) -> Iterator[VecEnv]:
         import_module(trainer.library.replace("-", "_"))
     except ImportError as missing:
         raise ImportError(
-            f"make_data: training needs {trainer.library}, which is not here; {INSTALL}"
+            f"make_data: training needs {trainer.library}, which is not installed; {INSTALL}"
         ) from missing
     environments = DummyVecEnv([lambda: Monitor(make_environment(name))] * trainer.environments)
     try:
@@ -228,7 +232,7 @@ def training_environments(name: str, trainer: Trainer) -> Iterator[VecEnv]:
 
 
 def library_versions(trainer: Trainer) -> dict[str, str]:
-    """Return the versions of what training depends on, as far as it is installed."""
+    """Return the versions of the installed packages that training depends on."""
     versions = {}
     for name in ("gymnasium", "mujoco", trainer.library):
         with suppress(metadata.PackageNotFoundError):
@@ -240,28 +244,28 @@ def _sizes(environment: VecEnv) -> tuple[int, int]:
     return environment.observation_space.shape[0], environment.action_space.shape[0]
 
 
-def _normalise(environment: VecEnv, state: Mapping[str, NDArray[Any]], *, norm_reward: bool) -> VecNormalize:
-    """Return the environments with normalised observations, and the statistics that the last round left."""
+def _normalize(environment: VecEnv, state: Mapping[str, NDArray[Any]], *, norm_reward: bool) -> VecNormalize:
+    """Wrap environments in VecNormalize, with the statistics of `state` if there are any."""
     from stable_baselines3.common.vec_env import VecNormalize
 
-    normalised = VecNormalize(environment, norm_reward=norm_reward)
+    normalized = VecNormalize(environment, norm_reward=norm_reward)
     if state:
-        for name, statistics in (("observation", normalised.obs_rms), ("return", normalised.ret_rms)):
+        for name, statistics in (("observation", normalized.obs_rms), ("return", normalized.ret_rms)):
             statistics.mean = state[f"{name}_mean"].copy()
             statistics.var = state[f"{name}_variance"].copy()
             statistics.count = float(state[f"{name}_count"])
-    return normalised
+    return normalized
 
 
-def _moments(normalised: VecNormalize) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return mean and variance of the observations so far."""
-    return np.array(normalised.obs_rms.mean), np.array(normalised.obs_rms.var)
+def _moments(normalized: VecNormalize) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the running mean and variance of the observations."""
+    return np.array(normalized.obs_rms.mean), np.array(normalized.obs_rms.var)
 
 
-def _statistics(normalised: VecNormalize) -> Arrays:
-    """Return what `_normalise` takes."""
+def _statistics(normalized: VecNormalize) -> Arrays:
+    """Return the statistics of VecNormalize as arrays, for `_normalize`."""
     arrays: Arrays = {}
-    for name, statistics in (("observation", normalised.obs_rms), ("return", normalised.ret_rms)):
+    for name, statistics in (("observation", normalized.obs_rms), ("return", normalized.ret_rms)):
         arrays[f"{name}_mean"] = np.array(statistics.mean)
         arrays[f"{name}_variance"] = np.array(statistics.var)
         arrays[f"{name}_count"] = np.array(statistics.count)
@@ -274,7 +278,7 @@ def _mean_return(model: BaseAlgorithm) -> float:
 
 
 def _flat(parameters: Mapping[str, Any]) -> Arrays:
-    """Return a model's and its optimiser's tensors as arrays: policy/NAME and optimizer/NUMBER/NAME."""
+    """Return the tensors of a model and its optimizer as arrays: policy/NAME and optimizer/NUMBER/NAME."""
     arrays = {f"policy/{name}": value.numpy().copy() for name, value in parameters["policy"].items()}
     for number, moments in parameters["policy.optimizer"]["state"].items():
         arrays |= {f"optimizer/{number}/{name}": value.numpy().copy() for name, value in moments.items()}
@@ -282,7 +286,7 @@ def _flat(parameters: Mapping[str, Any]) -> Arrays:
 
 
 def _nested(state: Mapping[str, NDArray[Any]], fresh: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo `_flat`; what is no tensor comes from a fresh model."""
+    """Invert `_flat`; values other than tensors are taken from a fresh model."""
     policy = {name: torch.from_numpy(state[f"policy/{name}"]) for name in fresh["policy"]}
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in state.items():

@@ -12,14 +12,14 @@ from minrnn.benchmarks.plots import color, draw_lines, finish, new_figure
 from minrnn.experiments.experiment import Record, Table
 from minrnn.experiments.published import Published, recalled, shown
 from minrnn.experiments.records import by_kind, spread
-from minrnn.tasks.locomotion import normalised_score
+from minrnn.tasks.locomotion import normalized_score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BC = "bc"
-"""Behaviour cloning: the same trunk, minGRU's, that reads one observation and nothing else."""
+"""Behavior cloning: the same trunk, minGRU's, that reads one observation and nothing else."""
 
 ENVIRONMENTS = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5"}
 """By D4RL's names, with the version that local data are made in."""
@@ -85,7 +85,7 @@ def draw(records: Sequence[Record]) -> Figure:
 
 def score(environment: str, mean_return: float) -> float:
     """Return D4RL's normalised score, or the return itself where D4RL has none."""
-    found = normalised_score(environment, mean_return)
+    found = normalized_score(environment, mean_return)
     return mean_return if found is None else found
 
 

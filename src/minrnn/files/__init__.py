@@ -1,4 +1,4 @@
-"""Files: read strictly, with one line for what is wrong; written whole or not at all."""
+"""Reading with strict validation and one-line errors; atomic writing."""
 
 from minrnn.files.claims import InUseError as InUseError
 from minrnn.files.claims import claim as claim

@@ -1,4 +1,4 @@
-"""Who writes where: locks that end with their process, and directories that nobody else has."""
+"""File locks that are released when their process ends, and directories and files with unique names."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ else:
     import fcntl
 
 LOCK_FILE = ".lock"
-"""In a directory that is claimed; says who has claimed it."""
+"""The lock file in a claimed directory; its text names the process that holds the lock."""
 
 _POLL = 0.02  # seconds between two tries
-_LONGEST_HOLDER = 200  # bytes of a lock file that are read
+_LONGEST_HOLDER = 200  # bytes read from a lock file
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 Say = Callable[[str], object]
 
 
 class InUseError(OSError):
-    """Another process writes here; the message says which."""
+    """Another process holds the lock; the message names it."""
 
 
 @contextmanager
 def claim(directory: Path, say: Say | None = None) -> Iterator[None]:
-    """Own a directory while the block runs: another process that claims it is refused.
+    """Lock a directory for writing while the block runs.
 
-    The claim is a lock of the operating system, which ends with this process however that ends; the lock
-    file that a killed process leaves claims nothing. The directory is made where it is not there, and removed
-    again if nothing has been put into it. Reading needs no claim.
+    The lock is one of the operating system: it is released when this process ends, however it ends, and a
+    lock file left behind by a killed process has no effect. The directory is created if it does not exist,
+    and removed again if it is empty afterward. Reading does not need the lock.
 
     Args:
-        directory: what is claimed, as a whole.
-        say: told in one line where the file system has no locks, and the directory is used all the same.
+        directory: the directory to lock.
+        say: called with one line if the file system does not support locks; the block then runs unlocked.
 
     Raises:
-        InUseError: another process, or another claim of this one, has it.
-        OSError: the directory cannot be made.
+        InUseError: the directory is locked, by another process or by this one.
+        OSError: the directory cannot be created.
     """
     directory = Path(directory)
-    made = _missing(directory)
+    made = _missing_directories(directory)
     try:
         for last in (False, False, True):
             with contextlib.ExitStack() as stack:
                 try:
                     directory.mkdir(parents=True, exist_ok=True)
                     stack.enter_context(lock(directory / LOCK_FILE, say=say))
-                except FileNotFoundError:  # whoever had it has removed it, empty, since it was made here
+                except (FileNotFoundError, FileExistsError):  # its previous holder has just removed it
                     if last:
                         raise
                     continue
@@ -72,21 +72,21 @@ def claim(directory: Path, say: Say | None = None) -> Iterator[None]:
 def lock(path: Path, *, wait: float = 0.0, say: Say | None = None) -> Iterator[None]:
     """Hold a lock file while the block runs.
 
-    Where there can be no lock (a network file system without them, a directory that is read-only), the block
-    runs without one.
+    Where locking is not possible (a network file system without locks, a read-only directory), the block runs
+    without a lock.
 
     Args:
-        path: the lock file, made here and removed afterwards; it says who holds it.
+        path: the lock file; it is created, names its holder, and is removed at the end.
         wait: seconds to wait for another holder.
-        say: told in one line where there can be no lock.
+        say: called with one line if locking is not possible.
 
     Raises:
-        InUseError: it is held by somebody else still.
-        FileNotFoundError: its directory is not there.
+        InUseError: another holder still has the lock.
+        FileNotFoundError: the directory of the lock file does not exist.
     """
     handle, reason = _acquire(path, wait)
     if handle is None and say is not None:
-        say(f"{path.parent} cannot be locked ({reason}): nothing keeps another process from writing there")
+        say(f"{path.parent} cannot be locked ({reason}): other processes may write to it too")
     try:
         yield
     finally:
@@ -96,18 +96,18 @@ def lock(path: Path, *, wait: float = 0.0, say: Say | None = None) -> Iterator[N
 
 @contextmanager
 def fresh_directory(path: Path) -> Iterator[Path]:
-    """Make a directory that nobody else has, and yield its name: `path`, or one with a number after it.
+    """Create a new directory and yield its path: `path`, or the first free of `path-2`, `path-3`, ...
 
-    It is removed again if nothing has been put into it.
+    The directory is removed again if it is empty afterward.
     """
-    made = _missing(path.parent)
+    made = _missing_directories(path.parent)
     for candidate in _numbered(path, ""):
         candidate.parent.mkdir(parents=True, exist_ok=True)
         try:
             candidate.mkdir()
         except FileExistsError:
             continue
-        except FileNotFoundError:  # a process that failed has removed the parent just now
+        except FileNotFoundError:  # another process has just removed the empty parent
             candidate.parent.mkdir(parents=True, exist_ok=True)
             candidate.mkdir()
         break
@@ -118,7 +118,7 @@ def fresh_directory(path: Path) -> Iterator[Path]:
 
 
 def fresh_file(path: Path) -> Path:
-    """Make an empty file that nobody else has, and return its name: `path`, or one with a number in it."""
+    """Create a new empty file and return its path: `path`, or with a number before the suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for candidate in _numbered(path, path.suffix):
         try:
@@ -126,18 +126,18 @@ def fresh_file(path: Path) -> Path:
         except FileExistsError:
             continue
         return candidate
-    raise AssertionError  # there is always another number
+    raise AssertionError  # the numbers do not end
 
 
 def _numbered(path: Path, suffix: str) -> Iterator[Path]:
-    """Yield `name`, `name-2`, `name-3`, ..., each before the suffix."""
+    """Yield `path`, then paths with `-2`, `-3`, ... before the suffix."""
     yield path
     stem = path.name.removesuffix(suffix)
     yield from (path.with_name(f"{stem}-{number}{suffix}") for number in itertools.count(2))
 
 
 def _acquire(path: Path, wait: float) -> tuple[int | None, str]:
-    """Return the locked file, or None and why there can be no lock."""
+    """Return the descriptor of the locked file, or None and the reason why locking is not possible."""
     deadline = time.monotonic() + wait
     while True:
         try:
@@ -151,9 +151,9 @@ def _acquire(path: Path, wait: float) -> tuple[int | None, str]:
         except OSError as error:
             os.close(handle)
             return None, error.strerror or str(error)
-        # The file's last holder may have removed it since it was opened: then the lock is on nothing.
-        if held and _is_at(handle, path):
-            _sign(handle)
+        # The previous holder may have removed the file after it was opened here: then the lock is void.
+        if held and _is_same_file(handle, path):
+            _write_holder(handle)
             return handle, ""
         holder = "" if held else _holder(handle)
         os.close(handle)
@@ -169,15 +169,15 @@ def _open(path: Path) -> int:
         if error.errno not in _READ_ONLY:
             raise
         try:
-            return os.open(path, os.O_RDONLY)  # another user's, or on a disk that is read-only
+            return os.open(path, os.O_RDONLY)  # owned by another user, or on a read-only disk
         except FileNotFoundError:
             raise error from None
 
 
 def _try_lock(handle: int) -> bool:
-    """Lock a file, or return False where somebody else has; raise OSError where there are no locks."""
+    """Lock a file; return False if it is already locked, raise OSError if locks are not supported."""
     if sys.platform == "win32":
-        os.lseek(handle, 1 << 30, os.SEEK_SET)  # far away: what is locked there, others cannot read
+        os.lseek(handle, 1 << 30, os.SEEK_SET)  # past the end: other processes cannot read locked bytes
         try:
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
         except PermissionError:
@@ -190,15 +190,15 @@ def _try_lock(handle: int) -> bool:
     return True
 
 
-def _is_at(handle: int, path: Path) -> bool:
+def _is_same_file(handle: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
         return False
 
 
-def _sign(handle: int) -> None:
-    """Write who holds the lock; where that cannot be written, it holds all the same."""
+def _write_holder(handle: int) -> None:
+    """Write the name of this process into the lock file; a failure does not affect the lock."""
     text = f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
     with contextlib.suppress(OSError):
         os.ftruncate(handle, 0)
@@ -216,8 +216,8 @@ def _holder(handle: int) -> str:
 
 
 def _release(handle: int, path: Path) -> None:
-    ours = _is_at(handle, path)  # and not another's, where the directory was removed and made again
-    if sys.platform == "win32":  # where an open file cannot be removed
+    ours = _is_same_file(handle, path)  # False if the directory was removed and created again
+    if sys.platform == "win32":  # an open file cannot be removed there
         os.close(handle)
         handle = -1
     if ours:
@@ -227,13 +227,13 @@ def _release(handle: int, path: Path) -> None:
         os.close(handle)
 
 
-def _missing(directory: Path) -> list[Path]:
-    """Return the directory and those above it that are not there, the innermost first."""
+def _missing_directories(directory: Path) -> list[Path]:
+    """Return the directory and its parents that do not exist, innermost first."""
     directory = directory.absolute()
     return [place for place in (directory, *directory.parents) if not place.exists()]
 
 
 def _remove_empty(directories: Sequence[Path]) -> None:
     for directory in directories:
-        with contextlib.suppress(OSError):  # it is not empty, or somebody else has removed it
+        with contextlib.suppress(OSError):  # not empty, or already removed
             directory.rmdir()

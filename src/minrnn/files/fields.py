@@ -1,4 +1,4 @@
-"""What a configuration checks of its own fields: types and bounds, with one line for what is wrong."""
+"""Validation of a configuration's fields: types and bounds."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from minrnn.files.schema import shown
 
 
 def require(config: object, name: str, holds: bool, expected: str) -> None:
-    """Raise ValueError unless a condition on a field holds; the class starts the message.
+    """Raise ValueError unless `holds`; the message names the class, the field and its value.
 
     Args:
-        config: a configuration.
-        name: the field's.
+        config: the configuration.
+        name: name of the field.
         holds: the condition.
-        expected: what the field must be.
+        expected: what the field must be, for the message.
     """
     if not holds:
         raise ValueError(
@@ -26,10 +26,10 @@ def require(config: object, name: str, holds: bool, expected: str) -> None:
 
 
 def check_bounds(config: object, bounds: Mapping[str, tuple[int, int]], unit: str = "") -> None:
-    """Raise ValueError unless each of these fields of a configuration lies between its bounds, both allowed.
+    """Raise ValueError unless each of these fields lies between its bounds, inclusive.
 
-    The upper ones are far above what anybody trains; what is beyond them is a slip or another's file, and
-    would cost memory or minutes before it failed.
+    The upper bounds are far above any practical value. A larger one is a typing error or comes from a damaged
+    file, and would use up memory or minutes before it failed.
     """
     for name, (low, high) in bounds.items():
         value = getattr(config, name)
@@ -38,22 +38,22 @@ def check_bounds(config: object, bounds: Mapping[str, tuple[int, int]], unit: st
 
 
 def check_types(config: Any) -> None:
-    """Raise TypeError unless every field of a dataclass is of its type; the class starts the message.
+    """Raise TypeError unless every field of a dataclass has its declared type.
 
-    Numbers and flags of numpy's become Python's, which can be written to files.
+    numpy scalars are converted to Python's, which can be serialized.
     """
     for name, kind in typing.get_type_hints(type(config)).items():
         value, allowed = as_python(getattr(config, name)), {kind, *typing.get_args(kind)}
-        object.__setattr__(config, name, value)  # configurations are frozen, for all others
+        object.__setattr__(config, name, value)  # the dataclass is frozen
         if float in allowed:
-            allowed.add(int)  # 1 is a good way to write 1.0
+            allowed.add(int)  # 1 for 1.0
         if type(value) not in allowed:
             wanted = getattr(kind, "__name__", kind)
             raise TypeError(f"{type(config).__name__}: {name} must be {wanted}, got {shown(value)}")
 
 
 def as_python(value: Any) -> Any:
-    """Return a number or a flag of numpy's as Python's, and anything else as it is."""
+    """Return a numpy or torch scalar as a Python one, and any other value unchanged."""
     is_number = isinstance(value, numbers.Number) and hasattr(value, "item")
     is_flag = str(getattr(value, "dtype", None)) == "bool" and value.shape == ()
     return value.item() if is_number or is_flag else value

@@ -1,4 +1,4 @@
-"""Names for what is not whole yet, each of its process; and what a killed process has left under one."""
+"""Names of partial files, unique to a process, and removal of those left behind by killed processes."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ import zlib
 from pathlib import Path
 
 OLD = 24 * 3600.0
-"""Seconds; no file takes so long to write: an older partial one is left over, wherever its writer was."""
+"""Seconds after which a partial file counts as left behind, even if it was written on another host."""
 
 _HOST = f"{zlib.crc32(platform.node().encode()):08x}"
-_TOKEN = secrets.token_hex(4)  # of this process: a number may be given to another one after it
+_TOKEN = secrets.token_hex(4)  # of this process, as process ids are reused
 _NUMBERS = itertools.count()
 _FORM = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-(?P<token>[0-9a-f]{8})-\d+\.partial")
 
 
 def partial_path(path: Path) -> Path:
-    """Return a name beside `path` that nothing else has, for what is renamed to `path` once it is whole."""
+    """Return a unique path next to `path`, to be renamed to `path` once it is complete."""
     path = path.absolute()
     return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{_TOKEN}-{next(_NUMBERS)}.partial")
 
 
 def clear_left_over(path: Path) -> None:
-    """Remove what processes that are gone have left of `path` under partial names.
+    """Remove partial files of `path` whose process has ended.
 
-    A file that cannot be removed stays: whoever writes in its place will say what is wrong, if anything is.
+    Files that cannot be removed are skipped: if that is a problem, the following write will report it.
     """
     folder = path.absolute().parent
     try:
@@ -51,23 +51,23 @@ def clear_left_over(path: Path) -> None:
 
 
 def _is_left_over(path: Path, found: re.Match[str]) -> bool:
-    if found["host"] == _HOST and sys.platform != "win32":  # where asking for a process would end it
+    if found["host"] == _HOST and sys.platform != "win32":  # on Windows os.kill(pid, 0) ends the process
         pid = int(found["pid"])
         if pid == os.getpid():
             return found["token"] != _TOKEN
-        if not _lives(pid):
+        if not _is_alive(pid):
             return True
     try:
         return time.time() - path.stat().st_mtime > OLD
-    except OSError:  # removed just now
+    except OSError:  # already removed
         return False
 
 
-def _lives(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # another user's
+    except PermissionError:  # owned by another user
         return True
     return True

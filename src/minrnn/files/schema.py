@@ -1,4 +1,4 @@
-"""Values from JSON and TOML as the types that a program declares, or one line that says what is wrong."""
+"""Conversion of values from JSON and TOML to declared types, with one-line errors."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, is_typeddict
 
 T = TypeVar("T")
 
-LONGEST_SHOWN = 60  # characters of a value in a message
+LONGEST_SHOWN = 60  # characters of a value in an error message
 
 
 def convert(value: Any, kind: type[T], key: str = "") -> T:
-    """Return a value as its declared type; nothing is coerced but an integer where a float is declared.
+    """Return a value as its declared type. The only coercion is from int to a declared float.
 
     Args:
-        value: what a JSON or TOML parser returned.
+        value: a value returned by a JSON or TOML parser.
         kind: None, bool, int, float, str, Any, a Literal, a union, `list[T]`, `tuple[T, ...]`,
-            `dict[str, T]`, a dataclass (a table with its fields; others are refused) or a TypedDict (a table
-            with at least its keys; others are kept as they are).
-        key: what the value is called in messages, such as `train.steps`; empty for a whole file.
+            `dict[str, T]`, a dataclass (a table of its fields only) or a TypedDict (a table with at least
+            its keys; further keys are kept).
+        key: name of the value in error messages, such as `train.steps`; empty for a whole file.
 
     Raises:
-        ValueError: a value has another type, a key is missing or, in a dataclass, unknown (the nearest one is
-            named), or the dataclass refuses a value.
+        ValueError: a value has another type, a key is missing or, for a dataclass, unknown (the message
+            suggests the nearest one), or the dataclass rejects a value.
     """
     if kind is Any or kind is object:
         return typing.cast("T", value)
@@ -45,13 +45,13 @@ def convert(value: Any, kind: type[T], key: str = "") -> T:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """Return `"; did you mean ...?"` for the nearest of the words, or nothing where none is near."""
+    """Return `"; did you mean ...?"` with the most similar of `words`, or "" if none is similar."""
     matches = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 def shown(value: object) -> str:
-    """Return a value as a message shows it: what a file holds may be of any length."""
+    """Return the repr of a value for an error message, shortened to LONGEST_SHOWN characters."""
     text = repr(value)
     return f"{text[:LONGEST_SHOWN]}..." if len(text) > LONGEST_SHOWN else text
 
@@ -71,7 +71,7 @@ def _dataclass(value: Any, kind: type, key: str) -> Any:
 
 def _typed_dict(value: Any, kind: Any, key: str) -> dict[str, Any]:
     table, hints = _table(value, key), typing.get_type_hints(kind)
-    # Not kind.__required_keys__, which takes annotations that are strings for required ones.
+    # kind.__required_keys__ is wrong for string annotations: it lists them all as required.
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         if name not in table and get_origin(hint) is not typing.NotRequired:
             raise ValueError(f"{_below(key, name)} is missing")
@@ -85,7 +85,7 @@ def _table(value: Any, key: str) -> Mapping[str, Any]:
 
 
 def _literal(value: Any, allowed: tuple[Any, ...], key: str) -> Any:
-    # Compared with its type: True is no 1.
+    # Types are compared too, as True == 1.
     if not any(type(value) is type(each) and value == each for each in allowed):
         raise _refusal(key, f"one of {', '.join(map(str, allowed))}", value)
     return value
@@ -119,7 +119,7 @@ def _container(value: Any, kind: Any, key: str) -> Any:
 
 def _scalar(value: Any, kind: Any, key: str) -> Any:
     kind = types.NoneType if kind is None else kind
-    if kind is float and type(value) is int:  # 1 is a good way to write 1.0
+    if kind is float and type(value) is int:  # 1 for 1.0
         try:
             return float(value)
         except OverflowError:

@@ -1,4 +1,4 @@
-"""Files and directories written whole or not at all, whatever ends the process that writes them."""
+"""Atomic writing of files and directories, even if the process is killed."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from minrnn.files.claims import lock
 from minrnn.files.partial import clear_left_over, partial_path
 
 CONFIG_FILE = "config.json"
-"""Tells a directory that may be replaced from one of other things."""
+"""A directory may be replaced only if it is empty or holds this file."""
 
 LONGEST_SWAP = 60.0
-"""Seconds to wait for another process that puts a directory in the same place."""
+"""Seconds to wait for another process that replaces the same directory."""
 
 
 def write_json(path: Path, values: Mapping[str, Any], *, indent: int | None = 2) -> None:
-    """Write values as a JSON file, whole or not at all.
+    """Write a JSON file atomically.
 
     Args:
         path: the file.
-        values: what it holds.
-        indent: spaces for each level; None writes one line, which is much smaller where lists are long.
+        values: its content.
+        indent: spaces per level; None writes a single line, which is much smaller if lists are long.
 
     Raises:
-        OSError: when it cannot be written; a file that was there before is still as it was.
+        OSError: the file cannot be written; an existing file is unchanged.
     """
     replace_text(path, json.dumps(values, indent=indent) + "\n")
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file beside its place, and then move it there.
+    """Write a text file atomically.
 
     Raises:
-        OSError: it cannot be written; the message names it, and a file that was there before is as it was.
+        OSError: the file cannot be written; the message names it, and an existing file is unchanged.
     """
     with write_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -47,16 +47,16 @@ def replace_text(path: Path, text: str) -> None:
 
 @contextmanager
 def write_file(path: Path) -> Iterator[Path]:
-    """Fill a new file and put it in place of `path` at once, if and only if the body succeeds.
+    """Replace `path` atomically with a file written in the block, if the block succeeds.
 
-    Several processes may write one file: each writes one of its own, and the last to be done is read. What a
-    killed one leaves, the next clears up.
+    Several processes may write the same file: each writes a partial file of its own, and the last rename
+    wins. Partial files left behind by killed processes are removed by the next write.
 
     Yields:
-        The file to write, beside `path`; its suffix is not that of `path`.
+        Path of the partial file to write, next to `path`; its suffix differs from that of `path`.
 
     Raises:
-        OSError: it cannot be written; the message names `path`, where what was there before is as it was.
+        OSError: the file cannot be written; the message names `path`, and an existing file is unchanged.
     """
     place = behind_link(path)
     clear_left_over(place)
@@ -65,48 +65,47 @@ def write_file(path: Path) -> Iterator[Path]:
         yield partial
         partial.replace(place)
     except OSError as error:
-        raise OSError(
-            error.errno, error.strerror or str(error), str(path)
-        ) from error  # a write leaves it out
+        # The errors of file.write do not name the file.
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def write_directory(directory: Path) -> Iterator[Path]:
-    """Fill a new directory and put it in place of `directory` at once, if and only if the body succeeds.
+    """Replace `directory` with a new directory filled in the block, if the block succeeds.
 
         with write_directory(path) as folder:
             (folder / "a.txt").write_text("...")
 
-    The files are written to disk before the names change. If the body fails, the folder is removed and what
-    was there before stays. A process killed at any point leaves `directory` whole, or, between two renames,
-    the old one under the name that `find_directory` looks for; the next write clears up. Of several processes
-    that write at once, each puts its own there, one after the other.
+    Files are flushed to disk before the renames. If the block fails, the new folder is removed and
+    `directory` is unchanged. If the process is killed, `directory` is complete, or, between the two renames,
+    the old one has the name that `find_directory` looks for; the next write restores it. Concurrent writers
+    replace the directory one after the other.
 
     Args:
-        directory: the final name, or a link to it; its parents are made.
+        directory: the final path, or a link to it; parents are created.
 
     Yields:
-        The folder to write into, beside `directory`.
+        The folder to write into, next to `directory`.
 
     Raises:
-        OSError: writing failed (the disk is full, say), or `directory` is something else than a checkpoint:
-            not a directory, or one that is not empty and has no config.json.
+        OSError: writing failed (the disk is full, for example), or `directory` is not a checkpoint: it is a
+            file, or a non-empty directory without config.json.
     """
     place = behind_link(directory)
     folder = partial_path(place)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(place) as aside:
+        with _exclusive(place) as aside:
             _check_replaceable(place)
             _clear_up(place, aside)
         folder.mkdir()
         yield folder
         for path in [*folder.rglob("*"), folder]:
             _flush(path)
-        with _alone(place) as aside:
-            _clear_up(place, aside)  # another process, killed since
+        with _exclusive(place) as aside:
+            _clear_up(place, aside)  # of a process killed in the meantime
             _swap(place, folder, aside)
     except OSError as error:
         reason = error.strerror or str(error)
@@ -119,24 +118,24 @@ def write_directory(directory: Path) -> Iterator[Path]:
 
 
 def recover_directory(directory: Path) -> None:
-    """Finish what a killed `write_directory` has left, where no next write may come to do that.
+    """Complete the replacement that a killed `write_directory` left unfinished.
 
     Raises:
-        OSError: it cannot be renamed or removed.
+        OSError: a directory cannot be renamed or removed.
     """
     if directory.absolute().parent.is_dir():
-        with _alone(directory) as aside:
+        with _exclusive(directory) as aside:
             _clear_up(directory, aside)
 
 
 def find_directory(directory: Path) -> Path:
-    """Return where the content of `directory` lies: there, or aside where a killed write has left it.
+    """Return `directory`, or the directory set aside by a write that was killed between its two renames.
 
     Raises:
-        FileNotFoundError: it is in neither place.
+        FileNotFoundError: neither exists.
     """
     place = behind_link(directory)
-    # The first name once more: between the first two looks, a write that is under way may have finished.
+    # The first path is tried twice: a concurrent write may finish between the first two checks.
     for candidate in (place, _sibling(place, "previous"), place):
         if candidate.is_dir():
             return candidate
@@ -144,50 +143,50 @@ def find_directory(directory: Path) -> Path:
 
 
 def behind_link(path: Path) -> Path:
-    """Return where a symbolic link leads, whether something is there or not; of another path, itself.
+    """Return the target of a symbolic link, which need not exist, or the path itself if it is not a link.
 
-    A name is replaced there: renamed onto the link itself, what is written would take the link's place.
+    Writers replace the target: a rename onto the link would replace the link.
     """
     path = Path(path)
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def _sibling(directory: Path, role: str) -> Path:
-    # A fixed name, so that readers and the next write find what a killed one has left.
+    # A fixed name: readers and the next write find it after a write was killed.
     return directory.absolute().with_name(f".{directory.absolute().name}.{role}")
 
 
 def locate(directory: Path) -> tuple[Path, int, int]:
-    """Find the directory, with what tells it from another that has taken its name."""
+    """Return the directory found by `find_directory`, its inode and its modification time in nanoseconds."""
     while True:
         folder = find_directory(directory)
         try:
             status = folder.stat()
-        except FileNotFoundError:  # renamed just now
+        except FileNotFoundError:  # just renamed
             continue
         return folder, status.st_ino, status.st_mtime_ns
 
 
 def _check_replaceable(directory: Path) -> None:
-    """Refuse to remove what is no checkpoint: a mistyped name must not cost a folder of other things."""
+    """Raise FileExistsError unless the directory is a checkpoint: a mistyped path must not delete data."""
     if directory.is_dir():
         names = {path.name for path in directory.iterdir()}
         replaceable = not names or CONFIG_FILE in names
     else:
         replaceable = not directory.exists()
     if not replaceable:
-        raise FileExistsError(errno.EEXIST, "there is something else than a checkpoint", str(directory))
+        raise FileExistsError(errno.EEXIST, "it exists and is not a checkpoint", str(directory))
 
 
 @contextmanager
-def _alone(directory: Path) -> Iterator[Path]:
-    """Keep other processes from moving directories to and from this place; yield where the old one steps."""
+def _exclusive(directory: Path) -> Iterator[Path]:
+    """Lock the renames of this directory; yield the path to which the old one is set aside."""
     with lock(_sibling(directory, "lock"), wait=LONGEST_SWAP):
         yield _sibling(directory, "previous")
 
 
 def _clear_up(directory: Path, aside: Path) -> None:
-    """Finish what a killed write has left."""
+    """Remove or restore what a killed write left behind."""
     clear_left_over(directory)
     if aside.exists() and directory.exists():
         shutil.rmtree(aside)
@@ -196,7 +195,7 @@ def _clear_up(directory: Path, aside: Path) -> None:
 
 
 def _swap(directory: Path, folder: Path, aside: Path) -> None:
-    """Put the folder in the directory's place; the old steps aside, as nothing is renamed onto a full one."""
+    """Rename the folder to the directory; the old one is set aside first, as it is not empty."""
     had_one = directory.exists()
     if had_one:
         directory.rename(aside)
@@ -207,15 +206,13 @@ def _swap(directory: Path, folder: Path, aside: Path) -> None:
             aside.rename(directory)
         raise
     _flush(directory.absolute().parent)
-    shutil.rmtree(
-        aside, ignore_errors=True
-    )  # the new one is in place; what is left here, the next write clears
+    shutil.rmtree(aside, ignore_errors=True)  # the next write removes what is left
 
 
 def _flush(path: Path) -> None:
-    """Have the system write a file, or a directory's names, to disk."""
+    """Flush a file or a directory to disk."""
     if path.is_dir() and os.name == "nt":
-        return  # Windows opens no directories
+        return  # Windows cannot open directories
     handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:
         os.fsync(handle)

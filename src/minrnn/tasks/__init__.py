@@ -1,11 +1,11 @@
-"""What to learn: the table TASKS, and each task's configuration and batches."""
+"""Tasks: the registry TASKS, and each task's configuration, batches, loss and evaluation."""
 
 from minrnn.tasks.decisions import DecisionsConfig as DecisionsConfig
 from minrnn.tasks.decisions import DecisionsTask as DecisionsTask
 from minrnn.tasks.formal_languages import LANGUAGES as LANGUAGES
 from minrnn.tasks.formal_languages import FormalLanguageConfig as FormalLanguageConfig
 from minrnn.tasks.formal_languages import FormalLanguageTask as FormalLanguageTask
-from minrnn.tasks.labelled import LabelledTask as LabelledTask
+from minrnn.tasks.labeled import LabeledTask as LabeledTask
 from minrnn.tasks.listops import ListOpsConfig as ListOpsConfig
 from minrnn.tasks.listops import ListOpsTask as ListOpsTask
 from minrnn.tasks.registry import TASKS as TASKS

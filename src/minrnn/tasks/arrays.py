@@ -1,7 +1,7 @@
-"""Arrays in .npz files: written whole or not at all, and read so that a damaged file is a line and no more.
+"""Arrays in .npz files: atomic writing, and reading that is safe for damaged and untrusted files.
 
-numpy's own reader takes the size of an array from the file's word for it, and its errors are those of five
-libraries. Here a member's bytes are read first, no more than the file can hold, and an array is what lies in
+numpy's own reader allocates whatever size a file declares, and a damaged file raises the exceptions of five
+libraries. This reader first reads a member's bytes, bounded by the size of the file, and takes the array from
 them; nothing is unpickled.
 """
 
@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
-from struct import error as StructError  # noqa: N812 - the library's name says nothing
+from struct import error as StructError  # noqa: N812 - the library's name is just "error"
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
@@ -22,31 +22,31 @@ from numpy.typing import NDArray
 from minrnn.files import write_file
 
 EXPANSION = 1100
-"""Bytes of a member for each that it takes in the file, at most; deflate reaches 1032."""
+"""Maximum compression ratio of a member; deflate reaches 1032."""
 
 LONGEST = 200
-"""Characters that a message takes over from a library."""
+"""Characters of a library's message that are quoted."""
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], *, compress: bool = False) -> None:
-    """Write arrays into an .npz file, whole or not at all.
+    """Write arrays to an .npz file atomically.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     save = np.savez_compressed if compress else np.savez
     with write_file(path) as partial, partial.open("wb") as file:
-        save(file, **arrays)  # type: ignore[arg-type]  # its stubs take allow_pickle for one of them
+        save(file, **arrays)  # type: ignore[arg-type]  # the stubs have allow_pickle among the keywords
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Read what `write_arrays` wrote, or numpy's savez.
+    """Return the arrays of a file written by `write_arrays` or `numpy.savez`.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file is damaged or something else, or holds objects.
+        ValueError: the file is damaged, is not an .npz file, or holds Python objects.
     """
-    content = path.read_bytes()  # zipfile's own errors of a damaged file are the system's, too
+    content = path.read_bytes()  # apart from zipfile, which raises OSError for damaged files too
     try:
         with ZipFile(BytesIO(content)) as archive:
             return {
@@ -56,13 +56,13 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     except (
         BadZipFile, EOFError, KeyError, NotImplementedError, OSError, OverflowError, RuntimeError,
         StructError, SyntaxError, TypeError, ValueError, zlib.error,
-    ) as error:  # fmt: skip  # what zipfile, zlib, struct and numpy say of a damaged file
+    ) as error:  # fmt: skip  # raised by zipfile, zlib, struct and numpy for damaged files
         said = " ".join(str(error).split())[:LONGEST]
         raise ValueError(f"{path} must be an .npz file, got a damaged one ({said}); remove it") from error
 
 
 def _content(archive: ZipFile, name: str) -> bytes:
-    """Return a member's bytes, which zipfile checks against their CRC."""
+    """Return a member's bytes; zipfile checks their CRC."""
     member = archive.getinfo(name)
     if member.file_size > EXPANSION * (member.compress_size + 1):
         raise ValueError(f"{name} declares {member.file_size:,} bytes, more than compression can explain")
@@ -70,7 +70,7 @@ def _content(archive: ZipFile, name: str) -> bytes:
 
 
 def _array(content: bytes) -> NDArray[Any]:
-    """Return the array that lies in a member's bytes."""
+    """Return the array stored in a member's bytes."""
     stream = BytesIO(content)
     version = npy.read_magic(stream)
     read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0

@@ -1,4 +1,4 @@
-"""Learning to act from recorded episodes: predict each action from what was seen and what it led to.
+"""Offline reinforcement learning as sequence modeling: predict recorded actions, conditioned on returns.
 
 Source: Chen et al., "Decision Transformer" (arXiv 2106.01345).
 """
@@ -43,49 +43,48 @@ from minrnn.tasks.task import (
 
 Tokens = Literal["interleaved", "joined", "observation"]
 
-HELD_OUT = 10
-"""Of so many episodes one is validated on."""
+EPISODES_PER_VALIDATION_EPISODE = 10
+"""One in this number of episodes is used for validation."""
 
-BEST_SHARE = 0.1
-"""Of all training steps, those of the best episodes, whose return a policy asks for."""
+BEST_FRACTION = 0.1
+"""Fraction of the training steps, those of the best episodes, that determines the target return."""
 
-LONGEST_EPISODE = 1000
-"""Steps that a table of embedded times has at least: how long an episode of gymnasium's MuJoCo may last."""
+MIN_TIMESTEPS = 1000
+"""Minimum size of the table of time steps: the time limit of gymnasium's MuJoCo environments."""
 
 EVAL_ROWS, EVAL_STEPS = 32, 128
-"""Rows and steps that are evaluated at once: fixed, so that a loss does not depend on a machine's memory."""
+"""Rows and steps per batch of an evaluation; fixed, so that the loss is the same on every machine."""
 
-FLAT = 1e-6
-"""An observation that varies by less is one that does not vary, and is not magnified."""
+MIN_DEVIATION = 1e-6
+"""Observations with a smaller standard deviation are constant, and are not scaled."""
 
 
 @dataclass(frozen=True)
 class DecisionsConfig(TaskConfig):
-    """Which episodes to learn from, and how a policy reads them."""
+    """The training episodes, and how a policy reads them."""
 
     data: str = ""
-    """Episodes to learn from: the path of an HDF5 file in D4RL's layout, as `minrnn make-data` writes, or of
-    a Minari data set; or the name of a public data set, such as hopper-medium-v2; must be given."""
+    """Training episodes: the path of an HDF5 file in D4RL's layout, as written by `minrnn make-data`, or of a
+    Minari data set; or the name of a public data set, such as hopper-medium-v2; required."""
     environment: str | None = None
-    """Environment that the policy is for, by gymnasium's name (None: the one that the data name)."""
+    """Environment of the policy, by gymnasium's name (None: the one named in the data)."""
     tokens: Tokens | None = None
-    """A step is read as: interleaved, three tokens (the action before, the return still to come, the
-    observation); joined, one token of all three; observation, one token that knows neither return nor action,
-    which is behaviour cloning. (None: interleaved for attention, as Decision Transformer has it, and joined,
-    in a third of the time, for recurrences.)"""
+    """Tokens of a step: interleaved, three tokens (previous action, return-to-go, observation); joined, one
+    token of all three; observation, one token of the observation alone, which is behavior cloning. (None:
+    interleaved for attention, as in Decision Transformer; joined, a third as long, for recurrences.)"""
     carry: bool | None = None
-    """Act from a state that is carried since the episode began, and train so, with episodes as streams; if
-    not, every action is read anew from the last `window` steps. (None: yes for recurrences, no for
+    """Carry the hidden state through an episode, in training (with episodes as streams) and when acting;
+    otherwise each action is computed from the last `window` steps. (None: yes for recurrences, no for
     attention.)"""
     window: int = 20
-    """Steps of a training sequence: how far gradients reach back, and, where no state is carried, what a
-    policy sees when it acts."""
+    """Steps of a training sequence: the length of backpropagation through time and, without a carried state,
+    the context of a policy."""
     timesteps: int | None = None
-    """Size of the table of learned embeddings of the time step, which bounds how long an episode may last; 0
-    is none, and no bound. (None: for attention the longest episode, or 1,000; none for recurrences.)"""
+    """Size of the table of learned time-step embeddings, which limits the length of an episode; 0: no table
+    and no limit. (None: for attention the longest episode, at least 1,000; for recurrences no table.)"""
     target_return: float | None = None
-    """Return that the policy asks for when it acts. (None: the mean return of the best training episodes,
-    those that hold a tenth of the steps.)"""
+    """Return that the policy is conditioned on when it acts. (None: the mean return of the best training
+    episodes, those with a tenth of the steps.)"""
 
     task = "decisions"
     verb = "act"
@@ -98,7 +97,7 @@ class DecisionsConfig(TaskConfig):
         require(self, "target_return", self.target_return is None or isfinite(self.target_return), "finite")
 
     def resolved(self, model: ModelConfig) -> DecisionsConfig:
-        """Return the settings with those that are left to the mixer decided."""
+        """Return the configuration with the defaults filled in that depend on the mixer."""
         attends = model.mixer == "attention"
         tokens: Tokens = self.tokens or ("interleaved" if attends else "joined")
         return dataclasses.replace(
@@ -107,26 +106,25 @@ class DecisionsConfig(TaskConfig):
 
 
 class DecisionsTask(Task):
-    """Imitate recorded actions, told what return they led to.
+    """Predict recorded actions, conditioned on the return that followed.
 
         loss = mean of (action - recorded)^2 over steps and numbers         continuous
         loss = mean cross-entropy of the recorded action, in nats           discrete
 
-    One episode in ten is held out, always the same ones, and validated on. Every step of the others is met as
-    often as any other, whatever the length of its episode. Sequences are cut from the episodes end to end;
-    where one begins within a sequence, a reset marks it, so nothing is padded. Without a carried state they
-    are windows at random places. With one they are the next `window` steps of streams, each a stretch of the
-    episodes in an order that is drawn anew for every pass over them: so training meets states as old as those
-    that the policy will act from.
+    One episode in ten, always the same ones, is held out for validation. The steps of the others are sampled
+    uniformly, whatever the lengths of the episodes. Sequences are cut from the concatenated episodes; resets
+    mark where an episode starts within a sequence, so nothing is padded. Without a carried state, sequences
+    are random windows. With one, they are the next `window` steps of streams over the episodes, whose order
+    is shuffled for every pass: training thus sees states as old as those of a policy that acts.
 
     Args:
-        config: the episodes and how they are read, `resolved`.
-        episodes: the data, in place of those that `config` names.
+        config: the configuration, `resolved`.
+        episodes: the data, instead of those named in `config`.
 
     Raises:
-        ValueError: no data are named, or they are damaged, or too few.
-        OSError: they cannot be downloaded or read.
-        ImportError: h5py, which reads them, is not installed.
+        ValueError: no data are named, or they are damaged or too small.
+        OSError: the data cannot be downloaded or read.
+        ImportError: h5py is not installed.
     """
 
     config_type = DecisionsConfig
@@ -139,16 +137,16 @@ class DecisionsTask(Task):
         data = self.episodes
         if data.num_episodes < 2:
             raise ValueError(
-                f"DecisionsTask: there must be at least 2 episodes, one of them to validate on, got "
+                f"DecisionsTask: there must be at least 2 episodes, one of them for validation, got "
                 f"{data.num_episodes}"
             )
         held_out = Draws(0, "validation", 0).subsets(
-            data.num_episodes, max(1, data.num_episodes // HELD_OUT), 1
+            data.num_episodes, max(1, data.num_episodes // EPISODES_PER_VALIDATION_EPISODE), 1
         )
         self.val_episodes: NDArray[np.int64] = held_out[0]
-        """Indices of the episodes that are validated on."""
+        """Indices of the validation episodes."""
         self.train_episodes: NDArray[np.int64] = np.setdiff1d(np.arange(data.num_episodes), held_out)
-        """Indices of the others."""
+        """Indices of the training episodes."""
         self._returns = data.returns_to_go()
         self._times = np.arange(len(data)) - np.repeat(data.starts, data.lengths)
         self._train_steps = self._steps_of(self.train_episodes)
@@ -157,12 +155,12 @@ class DecisionsTask(Task):
                 f"DecisionsTask: window must be at most the {len(self._train_steps)} steps to train on, got "
                 f"{config.window}"
             )
-        # A pass over the streams takes many steps, all of the same order.
+        # All steps of a pass over the streams use the same order.
         self._order = lru_cache(maxsize=2)(self._draw_order)
 
     @property
     def unit(self) -> str:  # type: ignore[override]
-        """What a loss is measured in."""
+        """Unit of the loss."""
         return "nats an action" if self.episodes.is_discrete else "squared error of an action"
 
     @property
@@ -172,28 +170,28 @@ class DecisionsTask(Task):
 
     @property
     def environment(self) -> str | None:
-        """The environment that the policy is for."""
+        """The environment of the policy."""
         return self.config.environment or self.episodes.environment
 
     @property
     def target_return(self) -> float:
-        """What the policy asks for: what the configuration says, or what the best training episodes have.
+        """The target return: that of the configuration, or the mean return of the best training episodes.
 
-        Not their highest return, which may be one episode's alone: a policy that is asked for what it has
-        hardly met does worse than one that is asked for less.
+        The highest return may occur in one episode only: policies do worse on a target return that is rare in
+        the training data than on a lower one.
         """
         if self.config.target_return is not None:
             return self.config.target_return
         data, train = self.episodes, self.train_episodes
-        return best_return(data.returns[train], data.lengths[train], BEST_SHARE)
+        return best_return(data.returns[train], data.lengths[train], BEST_FRACTION)
 
     @property
     def carries_state(self) -> bool:
-        """Whether the policy acts from a carried state."""
+        """Whether the policy carries its hidden state."""
         return bool(self.config.carry)
 
     def describe(self) -> str:
-        """Return the data, their parts, and how they are read, in two lines."""
+        """Return the data, the split, and how they are read, in two lines."""
         config = self.config
         how = f"streams, {config.window} steps at a time" if config.carry else f"windows of {config.window}"
         target = "" if config.tokens == "observation" else f", to reach a return of {self.target_return:,.1f}"
@@ -203,14 +201,14 @@ class DecisionsTask(Task):
         )
 
     def model_config(self, config: ModelConfig) -> ModelConfig:
-        """Return `config` with attention bounded where its state is carried.
+        """Return `config` with a bounded window for attention with a carried state.
 
-        Carried attention whose window is unset sees as far as gradients reach, `DecisionsConfig.window`
-        steps: without a bound, streams would fill the memory.
+        The window defaults to `DecisionsConfig.window` steps, the length of training sequences: without a
+        bound, the state of a stream would grow with it.
 
         Raises:
-            ValueError: it asks for an unbounded window with a carried state, or for what policies lack: a
-                vocabulary or a tied embedding.
+            ValueError: the window is unbounded though the state is carried, or `config` sets a vocabulary
+                size or tied embeddings, which policies do not have.
         """
         if config.vocab_size != ModelConfig.vocab_size or config.tie_embeddings:
             raise ValueError(
@@ -227,7 +225,7 @@ class DecisionsTask(Task):
         return dataclasses.replace(config, window=tokens) if config.window is None else config
 
     def make_model(self, config: ModelConfig) -> DecisionModel:
-        """Return a new policy for this data, with their statistics.
+        """Return a new policy with the statistics of the data.
 
         Raises:
             ValueError: an episode is longer than the table of times.
@@ -238,17 +236,17 @@ class DecisionsTask(Task):
         deviation = observations.std(axis=0, dtype=np.float64)
         bound = None
         if not self.episodes.is_discrete:
-            # At least 1, the range of most environments, which the data need not reach.
+            # At least 1, the range of most environments, which the data may not cover.
             bound = torch.from_numpy(np.abs(self.episodes.actions[steps]).max(axis=0).clip(min=1))
         model.set_statistics(
             torch.from_numpy(observations.mean(axis=0, dtype=np.float64)),
-            torch.from_numpy(np.where(deviation < FLAT, 1.0, deviation)),
+            torch.from_numpy(np.where(deviation < MIN_DEVIATION, 1.0, deviation)),
             bound,
         )
         return model
 
     def decision_config(self, config: ModelConfig) -> DecisionConfig:
-        """Return what a policy with these blocks is built from.
+        """Return the configuration of a policy with these blocks.
 
         Raises:
             ValueError: an episode is longer than the table of times.
@@ -257,7 +255,7 @@ class DecisionsTask(Task):
         longest = int(data.lengths.max())
         timesteps = settings.timesteps
         if timesteps is None:
-            timesteps = max(longest, LONGEST_EPISODE) if config.mixer == "attention" else 0
+            timesteps = max(longest, MIN_TIMESTEPS) if config.mixer == "attention" else 0
         if 0 < timesteps < longest:
             raise ValueError(
                 f"DecisionsTask: timesteps must be 0 (none) or at least {longest}, the steps of the longest "
@@ -301,17 +299,19 @@ class DecisionsTask(Task):
     def evaluate(
         self, model: nn.Module, *, max_tokens: int = 0, tell: Tell | None = None
     ) -> dict[str, float]:
-        """Measure `model` on the held-out episodes, read as in training, less the streams' odd last steps.
+        """Evaluate `model` on the validation episodes, read as in training.
+
+        Streams are cut to equal length, so a few steps are left out.
 
         Args:
-            model: what `make_model` made.
-            max_tokens: stop after the block of steps that holds this one; 0 for all.
-            tell: told how much is done.
+            model: a model returned by `make_model`.
+            max_tokens: stop after the batch that reaches this number of steps; 0 for all.
+            tell: progress callback.
 
         Returns:
-            val_loss: squared error of an action's numbers, or nats an action.
-            accuracy: of discrete actions, how many are the likeliest.
-            val_tokens: how many actions there are.
+            val_loss: mean squared error of the numbers of an action, or nats per action.
+            accuracy: for discrete actions, the fraction that have the highest logit.
+            val_tokens: number of actions.
 
         Raises:
             ValueError: `max_tokens` is negative.
@@ -336,11 +336,11 @@ class DecisionsTask(Task):
 
     @property
     def _num_evaluated(self) -> int:
-        """Steps of the held-out episodes."""
+        """Number of steps of the validation episodes."""
         return int(self.episodes.lengths[self.val_episodes].sum())
 
     def evaluation_batches(self) -> Iterator[Batch]:
-        """Yield the held-out episodes' steps, in streams or in windows side by side; always the same."""
+        """Yield the steps of the validation episodes, in streams or in windows; always the same ones."""
         steps = self._steps_of(self.val_episodes)
         if self.config.carry:
             rows = min(EVAL_ROWS, len(self.val_episodes))
@@ -358,7 +358,7 @@ class DecisionsTask(Task):
             yield self._gather(steps[None, whole:], fresh=True)
 
     def _errors(self, predicted: Tensor, targets: Tensor) -> Tensor:
-        """Return each number's squared error, or each action's cross-entropy, in float32 at least."""
+        """Return the squared errors of numbers or the cross-entropies of actions, in at least float32."""
         if predicted.dtype.itemsize < 4:
             predicted = predicted.float()
         if self.episodes.is_discrete:
@@ -383,17 +383,17 @@ class DecisionsTask(Task):
         return self._gather(self._order(seed, number)[starts[:, None] + np.arange(T)], fresh=position == 0)
 
     def _draw_order(self, seed: int, number: int) -> NDArray[np.int64]:
-        """Return the training steps, episode by episode in a random order, for the pass of this number."""
+        """Return the indices of the training steps for pass `number`, with the episodes shuffled."""
         keys = Draws(seed, "train", number).integers(1 << 62, len(self.train_episodes))
         return self._steps_of(self.train_episodes[np.argsort(keys, kind="stable")])
 
     def _steps_of(self, episodes: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the indices of the steps of these episodes, one episode after the other."""
+        """Return the indices of the steps of these episodes, in order."""
         starts, ends = self.episodes.starts[episodes], self.episodes.ends[episodes]
         return np.concatenate([np.arange(start, end) for start, end in zip(starts, ends, strict=True)])
 
     def _gather(self, at: NDArray[np.int64], *, fresh: bool) -> Batch:
-        """Return the steps at these indices, (B, T)."""
+        """Return the batch of the steps at these indices, (B, T)."""
         data, times = self.episodes, self._times[at]
         starts = times == 0
         previous = data.actions[np.maximum(at - 1, 0)]
@@ -405,7 +405,7 @@ class DecisionsTask(Task):
             torch.from_numpy(times),
         )
         if fresh:
-            starts[:, 0] = False  # the state is empty, and a call without resets is faster
+            starts[:, 0] = False  # the state is empty anyway, and a call without resets is faster
         reset = torch.from_numpy(starts) if starts.any() else None
         return Batch(inputs, torch.from_numpy(data.actions[at]), fresh, reset)
 
@@ -413,11 +413,12 @@ class DecisionsTask(Task):
 def best_return(returns: NDArray[np.float64], lengths: NDArray[np.int64], share: float) -> float:
     """Return the mean return of the best episodes, each weighted by its steps.
 
-        sum(w R) / sum(w),   w[k] = how many of the first `share` of all steps are k's, the best episode first
+        sum(w R) / sum(w),   w[k] = steps of episode k among the first `share` of all, best episodes first
 
     Args:
-        returns, lengths: of each episode.
-        share: of all steps, in (0, 1].
+        returns: the return of each episode.
+        lengths: the number of steps of each episode.
+        share: fraction of all steps, in (0, 1].
     """
     order = np.argsort(-returns, kind="stable")
     returns, lengths = returns[order], lengths[order]

@@ -1,4 +1,4 @@
-"""Files from elsewhere: supplied in a folder, kept in the cache, or downloaded once, whole or not at all."""
+"""External files: from the user's data folder, from the cache, or downloaded once."""
 
 from __future__ import annotations
 
@@ -13,47 +13,46 @@ import pooch  # type: ignore[import-untyped]  # it ships no types
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-CHUNK_BYTES = 1 << 20  # pooch's own 1 KiB flushes a file of 200 MB two hundred thousand times
+BLOCK_BYTES = 1 << 20  # pooch's default of 1 KiB is slow for large files
 
 
 def cache_folder() -> Path:
-    """Return the folder for downloads and tokenised text: MINRNN_CACHE, or the user's cache folder."""
+    """Return the folder of downloads and tokenized text: MINRNN_CACHE, or the user's cache folder."""
     return folder_from("MINRNN_CACHE") or Path(platformdirs.user_cache_dir("minrnn", appauthor=False))
 
 
 def folder_from(variable: str) -> Path | None:
-    """Return the folder that a variable of the environment names; None where it names none."""
+    """Return the folder that an environment variable names, or None if it is unset or empty."""
     value = os.environ.get(variable)
     return Path(value).expanduser() if value else None
 
 
 def supplied_file(name: str) -> Path | None:
-    """Return the file of that name in the folder that MINRNN_DATA names, or None where there is none."""
+    """Return the file of that name in the folder MINRNN_DATA, or None if there is none."""
     data = folder_from("MINRNN_DATA")
     return (data / name).resolve() if data is not None and (data / name).is_file() else None
 
 
 def download(function: str, url: str, name: str, *, sha256: str) -> Path:
-    """Return the path of a file in the cache folder, downloaded on first use, with its progress on stderr.
+    """Return the path of a file in the cache folder, downloaded on first use with a progress bar on stderr.
 
-    The file gets its name when it is complete and has the checksum, which is also looked at when the file is
-    there already. An interrupted download leaves nothing under that name, and is started again.
+    The checksum is verified after a download and for a cached file. An interrupted download is started again.
 
     Args:
-        function: whose errors these are.
-        url: where it comes from; from https nothing leads back to http.
-        name: what it is called in the cache folder, and in the one that MINRNN_DATA names.
-        sha256: its checksum.
+        function: name of the calling function, for error messages.
+        url: address of the file; redirections from https to http are refused.
+        name: name of the file in the cache folder and in the folder MINRNN_DATA.
+        sha256: its SHA-256.
 
     Raises:
-        ValueError: the checksum differs; nothing is kept.
+        ValueError: the checksum differs; the file is not kept.
         OSError: the download failed; the message says where to put the file by hand.
     """
     pooch.get_logger().setLevel("WARNING")
     try:
         fetch, known = _Download(name), f"sha256:{sha256}"
         return Path(pooch.retrieve(url, known, fname=name, path=cache_folder(), downloader=fetch))
-    except OSError as error:  # also every network failure: requests derives its exceptions from OSError
+    except OSError as error:  # includes network failures: the exceptions of requests derive from OSError
         raise OSError(
             f"{function}: cannot download {url} into {cache_folder()}: {error}; put the file, named {name}, "
             f"in a folder and name the folder in MINRNN_DATA"
@@ -61,7 +60,7 @@ def download(function: str, url: str, name: str, *, sha256: str) -> Path:
 
 
 def check_digest(function: str, path: Path, sha256: str, what: str) -> None:
-    """Raise ValueError unless a file that was supplied has this SHA-256; `what` it must be is named."""
+    """Raise ValueError, with `what` the file must be in the message, unless it has this SHA-256."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != sha256:
@@ -72,7 +71,7 @@ def check_digest(function: str, path: Path, sha256: str, what: str) -> None:
 
 
 class _Download:
-    """Pooch's downloader with a bar."""
+    """pooch's downloader with a progress bar."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -81,17 +80,15 @@ class _Download:
         with _Bar(self._name) as bar:
             fetch = pooch.HTTPDownloader(
                 progressbar=bar,
-                chunk_size=CHUNK_BYTES,
-                headers={"Accept-Encoding": "identity"},  # else its length is not the file's
-                hooks={
-                    "response": _refuse_downgrade
-                },  # called for each answer on the way, redirections included
+                chunk_size=BLOCK_BYTES,
+                headers={"Accept-Encoding": "identity"},  # otherwise Content-Length is the compressed size
+                hooks={"response": _refuse_downgrade},  # called for each redirection too
             )
             fetch(url, output_file, pooch_instance)
 
 
 def _refuse_downgrade(response: Any, *_: object, **__: object) -> None:
-    """Raise OSError where an answer that came by https leads to an address without it."""
+    """Raise OSError for a redirection from https to another scheme."""
     if not response.is_redirect or not response.url.startswith("https:"):
         return
     target = urljoin(response.url, response.headers["location"])
@@ -100,7 +97,7 @@ def _refuse_downgrade(response: Any, *_: object, **__: object) -> None:
 
 
 class _Bar:
-    """A bar as pooch wants one: `total` is set, then `update` is told of bytes."""
+    """A progress bar with the interface that pooch expects: attribute `total`, then calls of `update`."""
 
     def __init__(self, name: str) -> None:
         self.total = 0
@@ -116,11 +113,11 @@ class _Bar:
         self._progress.stop()
 
     def update(self, count: int) -> None:
-        """Count bytes; a last chunk is said to be as long as the others."""
+        """Advance by `count` bytes; pooch reports a full block for the last one too."""
         self._progress.update(self._task, total=self.total or None, advance=count)
 
     def reset(self) -> None:
-        """Start counting again."""
+        """Restart at 0."""
         self._progress.update(self._task, completed=0)
 
     def close(self) -> None:

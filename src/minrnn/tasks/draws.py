@@ -1,4 +1,4 @@
-"""Random numbers that depend on nothing but where they are drawn: the same on every machine, at any time."""
+"""Counter-based random numbers: a pure function of seed, part and step, the same on every machine."""
 
 from typing import Literal
 
@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 PARTS = {"train": 0, "validation": 1, "test": 2}
-"""What sequences are for; no two parts share a number."""
+"""Parts of the data; no two share a random number."""
 
 Part = Literal["validation", "test"]
 
@@ -14,13 +14,13 @@ Part = Literal["validation", "test"]
 class Draws:
     """A source of integers for one batch.
 
-    Philox maps (key, counter) to numbers without a history, and numpy keeps its raw output the same for good,
-    which it does not promise for Generator's methods; so everything here is made of raw numbers.
+    Philox maps (key, counter) to numbers without any history. numpy guarantees that its raw output stays the
+    same, but not the output of Generator's methods; so everything here is computed from raw numbers.
 
     Args:
-        seed: which sequence of batches, 0 <= seed < 2^64; beyond, parts share their numbers.
+        seed: seed of the sequence of batches, 0 <= seed < 2^64; larger seeds share numbers between parts.
         part: a key of PARTS.
-        step: which batch, >= 0.
+        step: index of the batch, >= 0.
 
     Example:
         >>> Draws(0, "train", 3).integers(10, 4).tolist() == Draws(0, "train", 3).integers(10, 4).tolist()
@@ -28,11 +28,11 @@ class Draws:
     """
 
     def __init__(self, seed: int, part: str, step: int) -> None:
-        # 2^64 numbers to each step, and a key for each seed and part.
+        # 2^64 numbers per step; one key per seed and part.
         self._philox = np.random.Philox(key=PARTS[part] << 64 | seed, counter=step << 64)
 
     def integers(self, high: int, *shape: int) -> NDArray[np.int64]:
-        """Return integers in 0 .. high - 1 of this shape; the remainder's bias is below high / 2^64."""
+        """Return integers in 0 .. high - 1 of this shape; the bias of the modulo is below high / 2^64."""
         return (self._raw(*shape) % np.uint64(high)).astype(np.int64)
 
     def subsets(self, size: int, count: int, num: int) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Gymnasium's environments, made by name: an error says what is missing or misspelt."""
+"""Gymnasium environments by name, with errors that name what is missing or misspelled."""
 
 from __future__ import annotations
 
@@ -21,53 +21,54 @@ def make_environment(name: str, **options: Any) -> Environment:
     """Return gymnasium's environment `name`.
 
     Args:
-        name: gymnasium's id, such as Hopper-v5, rooms/Grid-v0, or package.module:Grid-v0, for which the
-            module is imported.
-        options: passed on to gymnasium.make, such as render_mode.
+        name: gymnasium's id, such as Hopper-v5, rooms/Grid-v0, or package.module:Grid-v0, which imports the
+            module.
+        options: further arguments of gymnasium.make, such as render_mode.
 
     Raises:
-        ValueError: there is no environment of that name or version; the nearest is named.
-        ImportError: gymnasium, or what the environment needs, is not installed; the extra is named.
+        ValueError: there is no environment of that name or version; the message suggests the nearest.
+        ImportError: gymnasium or a dependency of the environment is not installed; the message names the
+            extra to install.
     """
     try:
         import gymnasium
         from gymnasium import error
     except ImportError as missing:
         raise ImportError(
-            f"make_environment: {name} needs gymnasium, which is not here; {INSTALL}"
+            f"make_environment: {name} needs gymnasium, which is not installed; {INSTALL}"
         ) from missing
     module, _, registered = name.rpartition(":")
     try:
         if registered in gymnasium.registry or not module:
-            _hear_mujoco(registered)
-        with warnings.catch_warnings():  # that there is a newer version is no news to who names this one
+            _redirect_mujoco_warnings(registered)
+        with warnings.catch_warnings():  # the version was requested explicitly
             warnings.filterwarnings("ignore", message=".*out of date.*", category=DeprecationWarning)
             return gymnasium.make(name, **options)
     except (error.DependencyNotInstalled, ImportError) as missing:
-        hint = "for one in this folder, set PYTHONPATH=." if module else f"for MuJoCo's, {INSTALL}"
+        hint = "for a module in this folder, set PYTHONPATH=." if module else f"for MuJoCo's, {INSTALL}"
         raise ImportError(
-            f"make_environment: {name} needs what is not installed ({missing}); {hint}"
+            f"make_environment: {name} needs a package that is not installed ({missing}); {hint}"
         ) from missing
     except (error.Error, ValueError, TypeError) as unknown:
-        # Not registered, no such version, or no name at all; or what its own constructor says.
+        # An unknown name or version, an invalid name, or an error of the environment's constructor.
         if registered in gymnasium.registry:
             raise ValueError(f"make_environment: {name} cannot be made: {unknown}") from unknown
         hint = nearest(registered, gymnasium.registry) or "; gymnasium.pprint_registry() lists all"
         raise ValueError(
-            f"make_environment: name must be one that gymnasium knows, got {name!r}{hint}"
+            f"make_environment: name must be an id registered in gymnasium, got {name!r}{hint}"
         ) from unknown
 
 
 def known_actions(name: str, *, by_user: bool) -> ActionSpace | None:
-    """Return what an environment takes for an action; None where it cannot be made here.
+    """Return the action space of an environment, or None if the environment cannot be made.
 
     Args:
         name: gymnasium's id.
-        by_user: whether the user named it. Otherwise data did, on whose word no module is imported, and which
-            may have been recorded in what is not here.
+        by_user: whether the user gave the name. A name from a data file is not trusted: no module is imported
+            for it, and the environment need not exist here.
 
     Raises:
-        ValueError: no policy here acts in such an environment; or the user's name is of none.
+        ValueError: policies do not support the action space; or the user's name is unknown.
     """
     module = name.rpartition(":")[0]
     if not by_user and module and module not in sys.modules:
@@ -81,17 +82,17 @@ def known_actions(name: str, *, by_user: bool) -> ActionSpace | None:
             raise
         return None
     try:
-        return ActionSpace.of(environment.action_space)
+        return ActionSpace.from_gymnasium(environment.action_space)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     finally:
         environment.close()
 
 
-def _hear_mujoco(name: str) -> None:
-    """Turn MuJoCo's warnings, which it would write into a file in the working folder, into Python's.
+def _redirect_mujoco_warnings(name: str) -> None:
+    """Turn MuJoCo's warnings, which it writes to a file in the working folder, into Python warnings.
 
-    But for one on a spelling in gymnasium's own description of older robots, which is nobody's concern here.
+    The one about a deprecated spelling in gymnasium's models of older robots is dropped.
     """
     import gymnasium
 

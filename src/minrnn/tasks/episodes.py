@@ -1,8 +1,8 @@
-"""Episodes of an environment as flat arrays: what every reader of recorded data returns.
+"""Recorded episodes of an environment as flat arrays.
 
-Time runs through all episodes, one after the other: step t of the arrays is one observation, the action taken
-on it, and the reward that followed; `ends` cuts them. Kept in memory: a step of Hopper takes 60 bytes, one of
-HalfCheetah or Walker2d 96, so D4RL's largest locomotion file (two million steps) takes 192 MB.
+Episodes are concatenated along time: step t of the arrays is one observation, the action taken, and the
+reward that followed; `ends` marks the boundaries. All data are in memory: a step of Hopper takes 60 bytes,
+one of HalfCheetah or Walker2d 96, so D4RL's largest locomotion file (two million steps) takes 192 MB.
 """
 
 from __future__ import annotations
@@ -22,20 +22,19 @@ class Episodes:
     """Recorded episodes of one environment: N steps in E episodes.
 
     Args:
-        observations: (N, S) float32, what was seen before each action.
-        actions: (N, A) float32; or (N,) int64, numbers of discrete actions from 0.
-        rewards: (N,) float32, what followed each action.
+        observations: (N, S) float32, the observation before each action.
+        actions: (N, A) float32 for continuous actions, (N,) int64 from 0 for discrete ones.
+        rewards: (N,) float32, the reward after each action.
         ends: (E,) int64, strictly increasing to N: the index one past each episode's last step.
-        terminated: (E,) bool. True: the environment ended the episode (a fall, a goal); False: a time limit
-            or the end of the recording cut it off.
-        environment: gymnasium's id where it is known.
-        about: where the data come from: `source` ("local", "d4rl", "minari" or "file"), `name`, and what else
-            their writer said (for local data the quality, the algorithm and what its policy reached; of
-            discrete actions `num_actions`, how many there are, and `first_action`, what the environment calls
-            the first of them where that is not 0).
+        terminated: (E,) bool. True: the environment ended the episode (a fall, a goal); False: it was
+            truncated by a time limit or the end of the recording.
+        environment: gymnasium's id, if known.
+        about: metadata: `source` ("local", "d4rl", "minari" or "file"), `name`, and further entries of the
+            file (for local data the quality, the algorithm and its policy's return; for discrete actions
+            `num_actions`, and `first_action`, the environment's number of the first action if it is not 0).
 
     Raises:
-        ValueError: arrays whose shapes, dtypes or lengths disagree, numbers that are not finite, no steps.
+        ValueError: shapes, dtypes or lengths are inconsistent, numbers are not finite, or there are no steps.
     """
 
     observations: NDArray[np.float32]
@@ -62,7 +61,7 @@ class Episodes:
 
     @property
     def is_discrete(self) -> bool:
-        """Whether actions are numbers of choices instead of vectors."""
+        """Whether actions are discrete."""
         return self.actions.ndim == 1
 
     @property
@@ -80,7 +79,7 @@ class Episodes:
 
     @property
     def num_actions(self) -> int:
-        """How many discrete actions there are: what the data say of their environment, else those that occur.
+        """Number of discrete actions: from the metadata, at least those that occur.
 
         Raises:
             ValueError: actions are continuous.
@@ -103,21 +102,21 @@ class Episodes:
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """(E,) int64, steps of each episode."""
+        """(E,) int64, the number of steps of each episode."""
         return self.ends - self.starts
 
     @cached_property
     def returns(self) -> NDArray[np.float64]:
-        """(E,) float64, the sum of each episode's rewards, without discount."""
+        """(E,) float64, the undiscounted return of each episode."""
         return np.add.reduceat(self.rewards, self.starts, dtype=np.float64)
 
     def returns_to_go(self) -> NDArray[np.float32]:
-        """Return what each step and those after it in its episode earn, without discount.
+        """Return the undiscounted return from each step to the end of its episode.
 
             R[t] = r[t] + R[t+1];    R[t] = r[t] at an episode's last step
 
         Returns:
-            (N,) float32, summed in float64. Of an episode that was cut off, what was recorded counts.
+            (N,) float32, summed in float64. Truncated episodes count up to their last recorded step.
         """
         to_go = np.empty(len(self), np.float32)
         for start, end in zip(self.starts, self.ends, strict=True):
@@ -137,7 +136,7 @@ class Episodes:
 
     @cached_property
     def sha256(self) -> str:
-        """Digest of steps and cuts: runs with the same digest learnt from the same."""
+        """Digest of all arrays: equal digests mean equal data."""
         digest = hashlib.sha256()
         for array in (self.observations, self.actions, self.rewards, self.ends, self.terminated):
             digest.update(f"{array.dtype.str}{array.shape}".encode())
@@ -166,8 +165,8 @@ class Episodes:
     def _check_ends(self) -> None:
         if len(self.ends) != len(self.terminated):
             raise ValueError(
-                f"Episodes: terminated must say of each of the {len(self.ends)} ends whether the environment "
-                f"made it, got {len(self.terminated)} values"
+                f"Episodes: terminated must have a value for each of the {len(self.ends)} ends of episodes, "
+                f"got {len(self.terminated)} values"
             )
         if (
             not len(self.ends)
@@ -195,7 +194,7 @@ class Episodes:
 
 
 def _check_array(name: str, array: object, dtype: type, shape: str, ranks: tuple[int, ...]) -> None:
-    """Raise ValueError unless `array` is one of `dtype`, with as many axes as `shape` says."""
+    """Raise ValueError unless `array` has this dtype and one of these numbers of axes."""
     if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim not in ranks:
         got = f"{array.shape} {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
         raise ValueError(f"Episodes: {name} must be an array {shape} of {np.dtype(dtype)}, got {got}")

@@ -1,4 +1,4 @@
-"""Films of an episode: a GIF, an MP4, or a few pictures side by side in one PNG."""
+"""Recordings of an episode: a GIF, an MP4, or a few frames side by side in one PNG."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from minrnn.tasks.environments import INSTALL
 FORMATS = (".gif", ".mp4", ".png")
 
 FPS = 25
-"""Pictures a second at most: what takes more time to draw is seen by nobody."""
+"""Maximum frames per second."""
 
 STRIP = 6
-"""Pictures in a PNG."""
+"""Frames in a PNG."""
 
 
 class Film:
-    """Pictures of one episode, written when it is over.
+    """The frames of one episode, written to a file at its end.
 
     Args:
-        path: where to; its suffix, one of FORMATS, says what.
-        rate: the environment's steps a second.
+        path: the file; its suffix, one of FORMATS, selects the format.
+        rate: the environment's steps per second.
 
     Raises:
-        ValueError: the suffix is another.
-        ImportError: what writes such a file is not installed.
+        ValueError: the suffix is not one of FORMATS.
+        ImportError: a package that writes this format is not installed.
     """
 
     def __init__(self, path: Path, rate: float) -> None:
@@ -37,19 +37,19 @@ class Film:
         _check_writer(path.suffix)
         self.path = path
         self.every = max(1, round(rate / FPS))
-        """Steps between two pictures."""
+        """Steps between two frames."""
         self._fps = rate / self.every
         self._pictures: list[NDArray[np.uint8]] = []
 
     def add(self, picture: NDArray[np.uint8]) -> None:
-        """Append a picture, an array (height, width, 3) of bytes."""
+        """Append a frame, (height, width, 3) uint8."""
         self._pictures.append(picture)
 
     def write(self) -> None:
         """Write the file.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         import imageio
 
@@ -64,15 +64,15 @@ class Film:
 
 def _check_writer(suffix: str) -> None:
     if find_spec("imageio") is None:
-        raise ImportError(f"act: --record needs imageio, which is not here; {INSTALL}")
+        raise ImportError(f"act: --record needs imageio, which is not installed; {INSTALL}")
     if suffix == ".mp4" and find_spec("imageio_ffmpeg") is None:
         raise ImportError(
-            "act: --record needs ffmpeg for .mp4, which is not here; install it with pip install "
+            "act: --record needs ffmpeg for .mp4, which is not installed; install it with pip install "
             "'minrnn[video]', or record a .gif"
         )
 
 
 def _strip(pictures: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Return a few pictures of a film, from its beginning to its end, side by side."""
+    """Return STRIP evenly spaced frames side by side."""
     chosen = np.linspace(0, len(pictures) - 1, min(STRIP, len(pictures))).round().astype(int)
     return np.concatenate([pictures[index] for index in chosen], axis=1)

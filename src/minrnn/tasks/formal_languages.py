@@ -1,9 +1,9 @@
-"""Formal languages: rules that a machine of few states, or a counter, computes at any length.
+"""Formal languages: rules that a finite automaton or a counter computes at any length.
 
-Trained on short strings and measured on long ones, they show what a cell has learnt: the rule or the strings.
-A string is followed by a marker for each token of its answer, as in Delétang et al., "Neural Networks and the
-Chomsky Hierarchy" (arXiv 2207.02098); the languages are those of Beck et al., "xLSTM" (arXiv 2405.04517),
-with the alphabets of the code that the authors of "Were RNNs All We Needed?" released.
+Training on short strings and evaluation on longer ones shows whether a model has learned the rule. A string
+is followed by one marker per token of its answer, as in Delétang et al., "Neural Networks and the Chomsky
+Hierarchy" (arXiv 2207.02098); the languages are those of Beck et al., "xLSTM" (arXiv 2405.04517), with the
+alphabets of the code that the authors of "Were RNNs All We Needed?" released.
 """
 
 import hashlib
@@ -16,43 +16,43 @@ from numpy.typing import NDArray
 
 from minrnn.files import check_bounds, require
 from minrnn.tasks.draws import Draws, Part
-from minrnn.tasks.labelled import LabelledTask, blocks, pack
+from minrnn.tasks.labeled import LabeledTask, blocks, pack
 from minrnn.tasks.task import Batch, TaskConfig, check_batch
 
 String = NDArray[np.int64]
 
 CYCLE = 5
-"""Places on the circle that cycle-navigation walks around."""
+"""Number of positions on the circle of cycle-navigation."""
 
 
 def parity(string: String) -> String:
-    """Return whether the number of ones is odd: 0 or 1."""
+    """Return 1 if the number of ones is odd, else 0."""
     return string.sum(keepdims=True) % 2
 
 
 def even_pairs(string: String) -> String:
-    """Return whether the number of places where the next symbol is another is even: 0 or 1."""
+    """Return 1 if the number of adjacent pairs of different symbols is even, else 0."""
     changes = np.count_nonzero(string[1:] != string[:-1])
     return np.array([1 - changes % 2])
 
 
 def cycle_navigation(string: String) -> String:
-    """Return where a walk on a circle ends that starts at 0; symbols step by -1, 0 and 1."""
+    """Return the final position of a walk on a circle from 0; the symbols are steps of -1, 0 and 1."""
     return (string - 1).sum(keepdims=True) % CYCLE
 
 
 def majority(string: String) -> String:
-    """Return the symbol that occurs most often; the lowest of several."""
+    """Return the most frequent symbol; of several the lowest."""
     return np.bincount(string).argmax(axis=0, keepdims=True)
 
 
 def majority_count(string: String) -> String:
-    """Return how often the most frequent symbol occurs; at most the vocabulary's last token."""
+    """Return the count of the most frequent symbol, at most MAX_COUNT."""
     return np.minimum(np.bincount(string).max(keepdims=True), MAX_COUNT)
 
 
 def bucket_sort(string: String) -> String:
-    """Return the symbols in their order."""
+    """Return the symbols sorted."""
     return np.sort(string)
 
 
@@ -60,16 +60,16 @@ MAX_COUNT = 63
 
 
 class Language(NamedTuple):
-    """A rule from strings to answers."""
+    """A language: its alphabet, and the rule that maps a string to its answer."""
 
     symbols: int
     """Size of the alphabet."""
     answers: int
-    """Different answer tokens."""
+    """Number of distinct answer tokens."""
     rule: Callable[[String], String]
     """The answer to a string; for missing-duplicate, the string itself."""
     repeats: bool = False
-    """Whether the string is said again as far as a gap, and the answer is the symbol in the gap."""
+    """Whether the string is repeated up to a gap, and the answer is the symbol at the gap."""
 
 
 LANGUAGES: dict[str, Language] = {
@@ -85,7 +85,7 @@ LANGUAGES: dict[str, Language] = {
 
 @dataclass(frozen=True)
 class FormalLanguageConfig(TaskConfig):
-    """Which language is learnt, and on strings of which lengths. The defaults are the paper's."""
+    """The language and the lengths of its strings. The defaults are the paper's."""
 
     language: Literal[
         "bucket-sort",
@@ -96,19 +96,19 @@ class FormalLanguageConfig(TaskConfig):
         "majority-count",
         "parity",
     ] = "parity"
-    """The rule."""
+    """The language."""
     min_length: int = 1
-    """Symbols of the shortest string that is trained on."""
+    """Minimum length of training strings."""
     max_length: int = 40
-    """Symbols of the longest string that is trained on; each length between is as likely."""
+    """Maximum length of training strings; lengths are uniformly distributed."""
     eval_min_length: int = 40
-    """Symbols of the shortest string that is measured."""
+    """Minimum length of evaluation strings."""
     eval_max_length: int = 256
-    """Symbols of the longest string that is measured; each length between is as likely."""
+    """Maximum length of evaluation strings; lengths are uniformly distributed."""
     eval_sequences: int = 2048
-    """Strings in an evaluation."""
+    """Number of strings in an evaluation."""
     part: Part = "validation"
-    """What an evaluation measures: validation, by which weights are chosen, or test."""
+    """Part for evaluation: validation, which selects the best weights, or test."""
 
     task = "formal-languages"
 
@@ -126,10 +126,10 @@ class FormalLanguageConfig(TaskConfig):
                 )
 
 
-class FormalLanguageTask(LabelledTask):
-    """Answer strings by a rule.
+class FormalLanguageTask(LabeledTask):
+    """Predict the answer to a string.
 
-    Tokens are the symbols and answers 0 .. n - 1, and the marker n that asks for an answer.
+    Tokens are the symbols and answers 0 .. n - 1, and the marker n at the positions of the targets.
 
     Args:
         config: the language and the lengths.
@@ -143,12 +143,12 @@ class FormalLanguageTask(LabelledTask):
 
     @property
     def vocab_size(self) -> int:
-        """Symbols or answers, whichever are more, and the marker."""
+        """The larger of the numbers of symbols and answers, plus the marker."""
         return max(self.language.symbols, self.language.answers) + 1
 
     @property
     def sha256(self) -> str:
-        """Digest of what decides the training strings."""
+        """Digest of the settings that determine the training strings."""
         config = self.config
         return hashlib.sha256(
             f"1 {config.language} {config.min_length} {config.max_length}".encode()
@@ -163,13 +163,13 @@ class FormalLanguageTask(LabelledTask):
         )
 
     def batch(self, step: int, batch_size: int, seed: int) -> Batch:
-        """Return new strings with their answers, (B, T), T of the longest: a pure function."""
+        """Return new strings with their answers, (B, T), T of the longest; a pure function."""
         check_batch("batch", step, batch_size, seed)
         draws = Draws(seed, "train", step)
         return self._strings(draws, batch_size, self.config.min_length, self.config.max_length)
 
     def evaluation_batches(self) -> Iterator[Batch]:
-        """Yield the strings of the part, which no seed of training draws from."""
+        """Yield the strings of the part; they are drawn independently of those for training."""
         config = self.config
         for index, size in blocks(config.eval_sequences):
             draws = Draws(0, config.part, index)

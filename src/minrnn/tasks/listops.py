@@ -3,13 +3,12 @@
 The grammar, its probabilities and limits are those of the generator that Long Range Arena published (Tay et
 al., arXiv 2011.04006; lra_benchmarks/data/listops.py), which follows Nangia and Bowman (arXiv 1804.06028):
 
-    a node at depth max_depth is a digit; any other is a digit with probability 3/4
-    an operator is MIN, MAX, MED or SM, equally likely, with 2 .. max_args arguments, equally likely
-    an expression is kept if min_length < tokens < max_length, and is not there already
+    a node at depth max_depth is a digit; any other node is a digit with probability 3/4
+    an operator is MIN, MAX, MED or SM, with 2 .. max_args arguments, both uniformly distributed
+    an expression is kept if min_length < tokens < max_length and it is not a duplicate
 
-SM is the sum modulo 10; MED is the median, rounded down where two middle values differ. Classes are as
-frequent as the grammar makes them: nothing is balanced, there or here. The source writes arguments in further
-parentheses, which its own pipeline removes; here there are none.
+SM is the sum modulo 10; MED is the median, rounded down. As in the original, classes are not balanced. The
+additional parentheses of the original, which its own pipeline removes, are left out.
 """
 
 import hashlib
@@ -27,45 +26,45 @@ from minrnn.files import check_bounds
 from minrnn.tasks.arrays import read_arrays, write_arrays
 from minrnn.tasks.downloads import cache_folder
 from minrnn.tasks.draws import Draws, Part
-from minrnn.tasks.labelled import LabelledTask, blocks, pack
+from minrnn.tasks.labeled import LabeledTask, blocks, pack
 from minrnn.tasks.task import Batch, TaskConfig, check_batch
 
-FORMAT_VERSION = 1  # part of a cached file's name: one of another version is not found
+FORMAT_VERSION = 1  # part of a cached file's name, so that files of other versions are ignored
 
 MIN, MAX, MED, SM = 10, 11, 12, 13
 END = 14
 MARKER = 15
 SYMBOLS = (*map(str, range(10)), "[MIN", "[MAX", "[MED", "[SM", "]", "=")
-"""What each token stands for; the last, which follows the expression, asks for its value."""
+"""Text of each token; the last is the marker after the expression, at the position of the target."""
 
 OPERATORS = (MIN, MAX, MED, SM)
 DIGIT_PROBABILITY = 0.75
 PATIENCE = 100_000
-"""Expressions in a row that may be refused; at Long Range Arena's limits about one in twelve is kept."""
+"""Maximum rejections in a row; with Long Range Arena's limits about one in twelve expressions is kept."""
 
 
 @dataclass(frozen=True)
 class ListOpsConfig(TaskConfig):
-    """Which expressions are learnt. The defaults are Long Range Arena's."""
+    """The limits of the grammar and the sizes of the parts. The defaults are Long Range Arena's."""
 
     max_length: int = 2000
-    """Every expression has fewer tokens than this."""
+    """Upper bound of the number of tokens of an expression, exclusive."""
     min_length: int = 500
-    """Every expression has more tokens than this."""
+    """Lower bound of the number of tokens of an expression, exclusive."""
     max_depth: int = 10
-    """Levels of the deepest expression, its digits included."""
+    """Maximum depth of an expression, digits included."""
     max_args: int = 10
-    """Most arguments of an operator."""
+    """Maximum number of arguments of an operator."""
     num_train: int = 96_000
-    """Expressions to train on."""
+    """Number of training expressions."""
     num_validation: int = 2000
-    """Expressions to choose weights by."""
+    """Number of validation expressions, which select the best weights."""
     num_test: int = 2000
-    """Expressions to report on."""
+    """Number of test expressions."""
     data_seed: int = 0
     """Seed of the expressions."""
     part: Part = "validation"
-    """What an evaluation measures: validation or test."""
+    """Part for evaluation: validation or test."""
 
     task = "listops"
 
@@ -73,7 +72,7 @@ class ListOpsConfig(TaskConfig):
         check_bounds(
             self,
             {
-                "max_depth": (1, 100),  # each level is a call within a call
+                "max_depth": (1, 100),  # the generator is recursive
                 "max_args": (2, 1000),
                 "min_length": (0, 1 << 20),
                 "max_length": (0, 1 << 20),
@@ -83,25 +82,25 @@ class ListOpsConfig(TaskConfig):
         )
         if self.max_length < self.min_length + 2:
             raise ValueError(
-                f"ListOpsConfig: max_length must be at least min_length + 2 = {self.min_length + 2}, for "
-                f"lengths lie between them, got {self.max_length}"
+                f"ListOpsConfig: max_length must be at least min_length + 2 = {self.min_length + 2}, as "
+                f"lengths lie strictly between them, got {self.max_length}"
             )
 
     @property
     def num_expressions(self) -> int:
-        """Expressions of all parts."""
+        """Total number of expressions of all parts."""
         return self.num_train + self.num_validation + self.num_test
 
 
 class Expressions(NamedTuple):
-    """Expressions end to end, and their values."""
+    """Concatenated expressions and their values."""
 
     tokens: NDArray[np.uint8]
     """All tokens, (N,)."""
     ends: NDArray[np.int64]
-    """Where each expression ends in them."""
+    """Index one past the last token of each expression."""
     values: NDArray[np.uint8]
-    """What each is worth, 0 .. 9."""
+    """Value of each expression, 0 .. 9."""
 
     def question(self, index: int) -> NDArray[np.uint8]:
         """Return the tokens of one expression."""
@@ -109,17 +108,16 @@ class Expressions(NamedTuple):
         return self.tokens[start : self.ends[index]]
 
 
-class ListOpsTask(LabelledTask):
-    """Say the value of an expression after its last bracket: ten classes.
+class ListOpsTask(LabeledTask):
+    """Predict the value of an expression at the marker after it: ten classes.
 
-    The expressions are generated when the task is made (a minute or two at the defaults) and kept in the
-    cache folder.
+    The expressions are generated when the task is created (a minute or two with the defaults), and cached.
 
     Args:
         config: the grammar's limits and the sizes of the parts.
 
     Raises:
-        ValueError: the limits leave too few different expressions.
+        ValueError: the limits allow too few distinct expressions.
         OSError: the cache cannot be written.
     """
 
@@ -131,7 +129,7 @@ class ListOpsTask(LabelledTask):
 
     @property
     def vocab_size(self) -> int:
-        """Digits, operators, bracket and marker."""
+        """The number of digits, operators, bracket and marker."""
         return len(SYMBOLS)
 
     @property
@@ -148,7 +146,7 @@ class ListOpsTask(LabelledTask):
         )
 
     def batch(self, step: int, batch_size: int, seed: int) -> Batch:
-        """Return expressions drawn from the training part, (B, T), T of the longest: a pure function."""
+        """Return random training expressions, (B, T), T of the longest; a pure function."""
         check_batch("batch", step, batch_size, seed)
         return self._gather(Draws(seed, "train", step).integers(self.config.num_train, batch_size))
 
@@ -169,16 +167,16 @@ class ListOpsTask(LabelledTask):
 
 
 def generate_expressions(config: ListOpsConfig) -> Expressions:
-    """Generate different expressions, those of training first, then validation, then test.
+    """Generate distinct expressions, first those of training, then validation, then test.
 
-    A pure function of the configuration: Python keeps the numbers of `random.Random.random` the same.
+    A pure function of the configuration: Python guarantees the sequence of `random.Random.random`.
 
     Raises:
-        ValueError: the limits allow too few different expressions.
+        ValueError: the limits allow too few distinct expressions.
     """
     source = random.Random(config.data_seed)
-    found: dict[bytes, int] = {}  # in the order in which they were found
-    refused = 0  # since the last that was kept
+    found: dict[bytes, int] = {}  # tokens and value, in order of generation
+    refused = 0  # rejected in a row
     while len(found) < config.num_expressions and refused < PATIENCE:
         grown = _Expression(source, config)
         tokens = bytes(grown.tokens)
@@ -197,7 +195,7 @@ def generate_expressions(config: ListOpsConfig) -> Expressions:
 
 
 class _Expression:
-    """One expression, grown at random; growth stops where it has become too long to be kept."""
+    """A random expression; once it is too long to be kept, only digits are added."""
 
     def __init__(self, source: random.Random, config: ListOpsConfig) -> None:
         self._random, self._config = source.random, config
@@ -231,7 +229,7 @@ def _apply(operator: int, values: list[int]) -> int:
 
 
 def _cached(config: ListOpsConfig) -> Expressions:
-    """Return the configuration's expressions, from the cache folder where they are there."""
+    """Return the configuration's expressions, from the cache if they are there."""
     limits = [config.max_length, config.min_length, config.max_depth, config.max_args, config.data_seed]
     described = json.dumps([FORMAT_VERSION, *limits, config.num_expressions])
     shelf = cache_folder() / "listops"
@@ -251,7 +249,7 @@ def _cached(config: ListOpsConfig) -> Expressions:
 
 
 def _read(path: Path, config: ListOpsConfig) -> Expressions | None:
-    """Return the expressions in a file of the cache; None where it is not there or damaged."""
+    """Return the expressions of a cached file, or None if it is missing or damaged."""
     try:
         arrays = read_arrays(path)
     except (OSError, ValueError):

@@ -1,8 +1,8 @@
-"""D4RL's locomotion data by name, Minari's by id, and D4RL's normalised scores.
+"""Data sets by name: D4RL's locomotion data, Minari's, and local ones; D4RL's normalized scores.
 
 Sources: Fu et al., "D4RL: Datasets for Deep Data-Driven Reinforcement Learning" (arXiv 2004.07219) and its
-list of reference returns; Minari's documentation. The two have different policies and different versions of
-the environments: their figures do not belong in one column, and neither do those of locally made data.
+list of reference returns; Minari's documentation. D4RL, Minari and local data come from different policies
+and versions of the environments, so their scores are not comparable.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from minrnn.tasks.episodes import Episodes
 from minrnn.tasks.recordings import read_episodes
 
 D4RL_URL = "https://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2"
-LOCAL_FOLDER = "local/"  # begins the names of local data
+LOCAL_FOLDER = "local/"  # prefix of the names of local data
 
 
 class Reference(NamedTuple):
-    """What D4RL says of an environment, and which of gymnasium's is nearest to it."""
+    """D4RL's reference returns of an environment, and the corresponding gymnasium environment."""
 
     random: float
     """Mean return of random actions: a score of 0."""
@@ -32,7 +32,7 @@ class Reference(NamedTuple):
     observation_size: int
     action_size: int
     environment: str
-    """Version 4, which shows and pays what D4RL's own version 2 does; version 5 pays some steps otherwise."""
+    """Version 4, with the observations and rewards of D4RL's version 2; some rewards of version 5 differ."""
 
 
 REFERENCES = {
@@ -41,8 +41,8 @@ REFERENCES = {
     "walker2d": Reference(1.629008, 4592.3, 17, 6, "Walker2d-v4"),
 }
 
-# D4RL publishes no checksums. These are TensorFlow Datasets' (d4rl_mujoco_*/checksums.tsv), which downloaded
-# the same files from the same host.
+# D4RL publishes no checksums. These are from TensorFlow Datasets (d4rl_mujoco_*/checksums.tsv), which
+# downloads the same files from the same host.
 D4RL_SHA256 = {
     "hopper-expert-v2": "01aa219a5f8eea5e639eccdc636ec2bf40e317159a95cf4bf6e985f16909941b",
     "hopper-full-replay-v2": "56baf95963c51c1e964049a974566c50ba80f289390565523e60c0ba83e0982e",
@@ -66,12 +66,12 @@ D4RL_SHA256 = {
 D4RL_NAMES = tuple(D4RL_SHA256)
 
 
-def normalised_score(environment: str, mean_return: float) -> float | None:
-    """Return D4RL's score of a mean return, or None for environments that D4RL gives no references for.
+def normalized_score(environment: str, mean_return: float) -> float | None:
+    """Return D4RL's normalized score of a mean return, or None for environments without references.
 
         score = 100 (return - random) / (expert - random)
 
-    D4RL's references are those of version 2 of the environments, and serve all versions, as they do for D4RL.
+    As in D4RL, the references of version 2 of the environments are used for all versions.
 
     Args:
         environment: gymnasium's id or D4RL's name: Hopper-v5, hopper-medium-v2.
@@ -88,15 +88,15 @@ def find_episodes(source: str, environment: str | None = None) -> Episodes:
     """Return the episodes that `source` names.
 
     Args:
-        source: the path of a file or of a Minari data set's folder; a name of local data as `minrnn
-            make-data` writes them, such as local/Hopper-v5-medium; the name of one of D4RL's locomotion data
-            sets, such as hopper-medium-v2, which is downloaded on first use; or the id of a Minari data set
-            on this machine, such as mujoco/hopper/medium-v0.
-        environment: gymnasium's id; by default what the data say.
+        source: the path of a file or of a Minari data set's folder; the name of local data written by `minrnn
+            make-data`, such as local/Hopper-v5-medium; the name of one of D4RL's locomotion data sets, such
+            as hopper-medium-v2, which is downloaded on first use; or the id of a Minari data set on this
+            machine, such as mujoco/hopper/medium-v0.
+        environment: gymnasium's id; by default the one in the data.
 
     Raises:
-        ValueError: there is no such source, or it does not hold what it should: see `read_episodes`.
-        OSError: it must be downloaded and cannot be.
+        ValueError: there is no such source, or its content is invalid: see `read_episodes`.
+        OSError: it cannot be downloaded.
         ImportError: h5py is not installed.
     """
     if Path(source).expanduser().exists():
@@ -119,23 +119,20 @@ def find_episodes(source: str, environment: str | None = None) -> Episodes:
 def fetch_d4rl(name: str, url: str | None = None) -> Path:
     """Return the path of one of D4RL's locomotion files (version 2), downloaded once.
 
-    Looked for under D4RL's own file name (hopper_medium-v2.hdf5) in the folder that MINRNN_DATA names, then
-    in the cache folder; downloaded into the latter otherwise. Wherever it comes from, its SHA-256 must be
-    that of D4RL's file.
+    The file has D4RL's name (hopper_medium-v2.hdf5) in the folder MINRNN_DATA or in the cache folder;
+    otherwise it is downloaded to the cache folder. Its SHA-256 is verified in each case.
 
     Args:
-        name: such as hopper-medium-v2.
-        url: the folder to download from; by default MINRNN_D4RL_URL where that is set, else the original.
+        name: the data set, such as hopper-medium-v2.
+        url: the folder to download from; by default MINRNN_D4RL_URL if set, else the original.
 
     Raises:
-        ValueError: there is no such data set, or the file is another; a download is not kept.
+        ValueError: there is no such data set, or the SHA-256 of the file differs; a download is not kept.
         OSError: the download failed; the message says where to put the file by hand.
     """
     if name not in D4RL_SHA256:
-        hint = nearest(name, D4RL_NAMES) or f"; they are called {D4RL_NAMES[0]} and so on"
-        raise ValueError(
-            f"fetch_d4rl: name must be that of one of D4RL's locomotion data sets, got {name!r}{hint}"
-        )
+        hint = nearest(name, D4RL_NAMES) or f"; their names are like {D4RL_NAMES[0]}"
+        raise ValueError(f"fetch_d4rl: name must be one of D4RL's locomotion data sets, got {name!r}{hint}")
     file_name, sha256 = _file_name(name), D4RL_SHA256[name]
     if supplied := supplied_file(file_name):
         check_digest("fetch_d4rl", supplied, sha256, f"D4RL's {name}")
@@ -145,41 +142,41 @@ def fetch_d4rl(name: str, url: str | None = None) -> Path:
 
 
 def local_name(environment: str, quality: str, seed: int = 0) -> str:
-    """Return what locally made data are called: local/Hopper-v5-medium; other seeds than 0 add -seed1.
+    """Return the name of local data: local/Hopper-v5-medium, with a suffix such as -seed1 for seeds above 0.
 
     Args:
         environment: gymnasium's id.
         quality: random, medium, medium-replay or medium-expert.
-        seed: of what was trained and recorded.
+        seed: seed of training and recording.
     """
     which = f"-seed{seed}" if seed else ""
-    # An id may name a module and a namespace: rooms.grid:grids/Small-v0.
+    # An id may include a module and a namespace: rooms.grid:grids/Small-v0.
     safe = re.sub(r"[^\w.-]", "-", environment)
     return f"{LOCAL_FOLDER}{safe}-{quality}{which}"
 
 
 def local_path(name: str) -> Path:
-    """Return where data of that local name are made: a file in the cache folder."""
+    """Return the path of local data: a file in the cache folder."""
     return cache_folder() / f"{name}.hdf5"
 
 
 def minari_folder(name: str) -> Path:
-    """Return where Minari keeps a data set: below MINARI_DATASETS_PATH, or .minari/datasets at home."""
+    """Return Minari's folder of a data set, below MINARI_DATASETS_PATH or ~/.minari/datasets."""
     return (folder_from("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets") / name
 
 
 def _find_local(name: str) -> Path:
-    """Return the file of a local name: below the folder that MINRNN_DATA names, or in the cache folder."""
+    """Return the file of local data, from the folder MINRNN_DATA or from the cache folder."""
     path = supplied_file(f"{name}.hdf5") or local_path(name)
     if not path.is_file():
         raise ValueError(
-            f"find_episodes: {name} must have been made, got no {path}; `minrnn make-data` makes such data"
+            f"find_episodes: {name} does not exist, got no {path}; create it with `minrnn make-data`"
         )
     return path
 
 
 def _file_name(name: str) -> str:
-    """Return what D4RL calls the file: halfcheetah-medium-replay-v2 is halfcheetah_medium_replay-v2.hdf5."""
+    """Return D4RL's file name: halfcheetah_medium_replay-v2.hdf5 for halfcheetah-medium-replay-v2."""
     stem, _, version = name.rpartition("-")
     return f"{stem.replace('-', '_')}-{version}.hdf5"
 

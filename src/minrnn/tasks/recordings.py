@@ -1,13 +1,12 @@
-"""Episodes on disk: D4RL's flat HDF5 files and Minari's, one group for each episode, through h5py alone.
+"""Recorded episodes in HDF5 files, in the layouts of D4RL and Minari, read with h5py alone.
 
-D4RL (Fu et al., arXiv 2004.07219) keeps one row for each step in `observations`, `actions`, `rewards`,
-`terminals` and `timeouts`; an episode ends where one of the two flags is set. Minari keeps `episode_0`,
-`episode_1` and so on, each with T actions, rewards, terminations and truncations and T + 1 observations, of
-which the last, on which nothing was done, is left out here; `metadata.json` beside the file names the
-environment.
+D4RL (Fu et al., arXiv 2004.07219) has one row per step in `observations`, `actions`, `rewards`, `terminals`
+and `timeouts`; an episode ends where one of the two flags is set. Minari has groups `episode_0`, `episode_1`
+and so on, each with T actions, rewards, terminations and truncations and T + 1 observations, of which the
+last is not used here; `metadata.json` next to the file names the environment.
 
-A file may come from anywhere. What it holds is read from it alone: a link or a data set that leads to another
-file is refused, as is one that declares more than a file of its size can hold, before memory is taken for it.
+Files are not trusted: links and data sets that refer to another file are rejected, and so is a data set that
+declares more than a file of this size can hold, before memory is allocated for it.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 from minrnn.files import naming, parse_json, read_json, write_file
 from minrnn.tasks.environments import INSTALL, known_actions
 from minrnn.tasks.episodes import Episodes
-from minrnn.tasks.spaces import ActionSpace, recorded_anywhere
+from minrnn.tasks.spaces import ActionSpace, infer_actions
 
 if TYPE_CHECKING:
     import h5py
@@ -36,48 +35,48 @@ D4RL_FIELDS = ("observations", "actions", "rewards", "terminals", "timeouts")
 MINARI_FIELDS = ("observations", "actions", "rewards", "terminations", "truncations")
 MINARI_FILE, MINARI_METADATA = "main_data.hdf5", "metadata.json"
 
-COMPARED_STEPS = 1 << 16  # rows that are compared at once, so that no copies of a large file are made
-COMPRESSED_STEPS = 4096  # rows that are compressed together, 176 KiB of Hopper's observations
+COMPARED_STEPS = 1 << 16  # rows compared at once, which limits the memory for temporary arrays
+COMPRESSED_STEPS = 4096  # rows per HDF5 chunk, 176 KiB of Hopper's observations
 
 EXPANSION = 1100
-"""Bytes of a field for each that it takes in the file, at most; deflate, the best of HDF5's, reaches 1032."""
+"""Maximum compression ratio of a field; deflate, the best of HDF5's filters, reaches 1032."""
 
 LONGEST = 200
-"""Characters that a message takes over from h5py."""
+"""Characters of an h5py message that are quoted."""
 
 FREE_BYTES = 1 << 24
-"""Bytes of a field that need none in the file: of one that was never written, all are zero."""
+"""Bytes that a field may have without any storage: fields that were never written are all zeros."""
 
 
 def read_episodes(path: str | Path, environment: str | None = None) -> Episodes:
     """Read recorded episodes into memory.
 
-    Of D4RL's layout, an episode ends where `terminals` or `timeouts` is set, and is terminated where
-    `terminals` is. The last one may lack both, and counts as cut off. So does one in a file that was joined
-    from several, where what follows is not what `next_observations` says, if the file has those. Other
-    fields are left alone.
+    In D4RL's layout, an episode ends where `terminals` or `timeouts` is set, and is terminated where
+    `terminals` is. The last episode may have neither flag and counts as truncated. If the file has
+    `next_observations`, an episode is also truncated where the next row does not match them: the file was
+    concatenated from several. Other fields are ignored.
+
+    Actions are converted to the form of `Episodes`: continuous actions of any shape to vectors, discrete ones
+    to integers from 0. Their kind is taken from the file (Minari's metadata, or the attribute `about`), else
+    from the environment if it can be made; otherwise one integer per step is a discrete action.
 
     Args:
         path: an HDF5 file in D4RL's or Minari's layout, or the folder of a Minari data set.
-        environment: gymnasium's id; by default what the file says, which D4RL's own files do not.
-
-    Actions become those of `Episodes`: numbers in any arrangement are a vector, choices count from 0. What
-    they are, the file says (Minari's metadata, or the attribute `about`), else the environment where it can
-    be made here; else one whole number a step is a choice.
+        environment: gymnasium's id; by default the one in the file, which D4RL's own files do not have.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         BlockingIOError: another process is writing it.
-        ValueError: it is not HDF5 or is cut short, a field is missing, leads out of the file or declares more
-            than that can hold, lengths disagree, numbers are not finite, observations are not vectors, or
-            actions are of a kind that no policy takes.
+        ValueError: the file is not HDF5 or is truncated; a field is missing, refers to another file or
+            declares more than the file can hold; lengths are inconsistent, numbers are not finite,
+            observations are not vectors, or policies do not support this kind of actions.
         ImportError: h5py is not installed.
     """
     h5py = _import_h5py("read_episodes")
     file_path = _find_file(Path(path).expanduser())
-    # A number too large for float32 becomes infinite, which is an error that names its place.
+    # Overflow to float32 is not a warning but an error of Episodes, which names the step.
     quiet = np.errstate(over="ignore", invalid="ignore")
-    with _saying_what_is_wrong(file_path), quiet, h5py.File(file_path, "r") as opened:
+    with _one_line_errors(file_path), quiet, h5py.File(file_path, "r") as opened:
         file = _Fields(opened, EXPANSION * file_path.stat().st_size + FREE_BYTES)
         names = [name for name in opened if re.fullmatch(r"episode_\d+", name)]
         read = _read_minari(file, file_path, names) if names else _read_d4rl(file, file_path)
@@ -90,7 +89,7 @@ def read_episodes(path: str | Path, environment: str | None = None) -> Episodes:
                 about["first_action"] = space.start
         return Episodes(
             read.observations,
-            recorded_anywhere(read.actions) if space is None else space.recorded(read.actions),
+            infer_actions(read.actions) if space is None else space.from_recorded(read.actions),
             read.rewards,
             read.ends,
             read.terminated,
@@ -100,23 +99,23 @@ def read_episodes(path: str | Path, environment: str | None = None) -> Episodes:
 
 
 @contextmanager
-def _saying_what_is_wrong(path: Path) -> Iterator[None]:
-    """Make one line that names the file of whatever h5py says."""
+def _one_line_errors(path: Path) -> Iterator[None]:
+    """Convert the errors of h5py to one-line errors that name the file."""
     try:
         yield
     except BlockingIOError as error:
         raise BlockingIOError(
-            f"read_episodes: {path} is locked by a process that writes it; wait until that is done"
+            f"read_episodes: {path} is locked by a process that writes it; wait until it is done"
         ) from error
     except PermissionError:
         raise
     except MemoryError as error:
-        raise ValueError(f"read_episodes: {path} holds more than fits into memory") from error
-    except (OSError, RuntimeError, KeyError, TypeError) as error:  # what h5py says of a damaged file
+        raise ValueError(f"read_episodes: {path} does not fit into memory") from error
+    except (OSError, RuntimeError, KeyError, TypeError) as error:  # raised by h5py for damaged files
         said = " ".join(str(error).split())[:LONGEST]
         if "already open for write" in said:
             raise ValueError(
-                f"read_episodes: {path} is being written, or was not closed by who wrote it ({said})"
+                f"read_episodes: {path} is being written, or was not closed by its writer ({said})"
             ) from error
         raise ValueError(
             f"read_episodes: {path} must be a whole HDF5 file, got none or a damaged one ({said})"
@@ -126,11 +125,11 @@ def _saying_what_is_wrong(path: Path) -> Iterator[None]:
 
 
 def _action_space(read: _Read, named: str | None) -> ActionSpace | None:
-    """Return what actions are, by what the data say or else by the environment; None where neither is known.
+    """Return the action space of the data, or else of the environment; None if neither is known.
 
     Raises:
-        ValueError: the environment that the user named takes others than the data say, or none that a policy
-            has.
+        ValueError: the action space of the environment `named` by the user differs from that of the data or
+            is not supported.
     """
     if named is None and read.space is None and read.environment is not None:
         return known_actions(read.environment, by_user=False)
@@ -143,19 +142,19 @@ def _action_space(read: _Read, named: str | None) -> ActionSpace | None:
 
 
 def write_episodes(path: Path, episodes: Episodes, next_observations: NDArray[np.float32]) -> None:
-    """Write episodes in D4RL's layout, compressed, whole or not at all.
+    """Write episodes to a compressed file in D4RL's layout, atomically.
 
-    Beside D4RL's fields the file has the attributes `environment` and `about` (JSON), which `read_episodes`
-    reads. The last step of an episode that is not terminated is marked in `timeouts`, whatever cut it off.
+    In addition to D4RL's fields, the file has the attributes `environment` and `about` (JSON), which
+    `read_episodes` reads. `timeouts` is set at the last step of every episode that is not terminated.
 
     Args:
-        path: the file, which is replaced where it exists.
-        episodes: what it holds.
-        next_observations: (N, S) float32, what was seen after each action.
+        path: the file; an existing one is replaced.
+        episodes: the episodes.
+        next_observations: (N, S) float32, the observation after each action.
 
     Raises:
-        ValueError: there are not as many next observations as observations.
-        OSError: it cannot be written.
+        ValueError: the shapes of observations and next observations differ.
+        OSError: the file cannot be written.
         ImportError: h5py is not installed.
     """
     if next_observations.shape != episodes.observations.shape:
@@ -181,12 +180,12 @@ def _import_h5py(function: str) -> ModuleType:
     try:
         import h5py
     except ImportError as missing:
-        raise ImportError(f"{function}: HDF5 files need h5py, which is not here; {INSTALL}") from missing
+        raise ImportError(f"{function}: HDF5 files need h5py, which is not installed; {INSTALL}") from missing
     return h5py
 
 
 def _find_file(path: Path) -> Path:
-    """Return the file that a path means: itself, or that of the Minari data set in a folder."""
+    """Return the path itself if it is a file, or the file of the Minari data set in a folder."""
     if path.is_file():
         return path
     for file_path in (path / "data" / MINARI_FILE, path / MINARI_FILE):
@@ -197,7 +196,7 @@ def _find_file(path: Path) -> Path:
 
 
 class _Recorded(TypedDict):
-    """What D4RL's files may say of themselves: `about`, as `write_episodes` writes it; more is kept."""
+    """The attribute `about` of a file in D4RL's layout; further keys are kept."""
 
     name: NotRequired[str]
     source: NotRequired[str]
@@ -206,7 +205,7 @@ class _Recorded(TypedDict):
 
 
 class _Read(NamedTuple):
-    """A file's arrays, actions as they lie there."""
+    """The content of a file, with actions as they are stored."""
 
     observations: NDArray[np.float32]
     actions: NDArray[Any]
@@ -219,11 +218,11 @@ class _Read(NamedTuple):
 
 
 class _Fields:
-    """The data sets of a group, read from this file alone, and no more than it can hold.
+    """The fields of a group, read without following links and within a memory limit.
 
     Args:
-        group: of an open file.
-        allowance: bytes that may be read of this file in all; shared with its groups.
+        group: a group of an open file.
+        allowance: total number of bytes that may be read from the file; shared by all its groups.
     """
 
     def __init__(self, group: h5py.Group, allowance: int | list[int]) -> None:
@@ -235,10 +234,10 @@ class _Fields:
         return name in self._group.keys()  # noqa: SIM118 - without following a link
 
     def group(self, name: str) -> _Fields:
-        """Return a group's fields.
+        """Return the fields of a subgroup.
 
         Raises:
-            ValueError: it is no group, or lies elsewhere.
+            ValueError: it is not a group, or is a link.
         """
         group = self._own(name)
         if not hasattr(group, "keys"):
@@ -246,10 +245,10 @@ class _Fields:
         return _Fields(group, self._allowance)
 
     def all(self, names: tuple[str, ...]) -> list[NDArray[Any]]:
-        """Return fields' numbers, an axis of steps first.
+        """Return the arrays of several fields, with the axis of steps first.
 
         Raises:
-            ValueError: one is not there, or see `one`.
+            ValueError: a field is missing or invalid; see `one`.
         """
         if not all(name in self for name in names):
             found = ", ".join(self._group) or "nothing"
@@ -257,11 +256,11 @@ class _Fields:
         return [self.one(name) for name in names]
 
     def one(self, name: str) -> NDArray[Any]:
-        """Return a field's numbers.
+        """Return the array of a field.
 
         Raises:
-            ValueError: it is a group of several, holds no numbers or is a single one, lies in another file,
-                is compressed by what is not here, or declares more than the file can hold.
+            ValueError: the field is a group, not numeric, a scalar, or in another file; its compression
+                filter is not available; or it declares more than the file can hold.
         """
         field = self._own(name)
         if not hasattr(field, "dtype"):  # Minari's form of a dict or tuple of observations or actions
@@ -277,10 +276,10 @@ class _Fields:
         return np.asarray(field[()])
 
     def text(self, attribute: str) -> str | None:
-        """Return an attribute that is text; None where it is not there.
+        """Return a text attribute, or None if it is missing.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: the attribute is not text.
         """
         if attribute not in self._group.attrs:
             return None
@@ -292,7 +291,7 @@ class _Fields:
         return str(value)
 
     def _own(self, name: str) -> Any:
-        """Return what is stored here under a name, and follow no link."""
+        """Return a member of the group; links are rejected."""
         link = type(self._group.get(name, getlink=True)).__name__
         if link != "HardLink":
             raise ValueError(f"{self._place(name)} must lie in the file itself, got a link ({link})")
@@ -311,7 +310,7 @@ class _Fields:
                 said = called.decode(errors="replace") if called else "unnamed"
                 raise ValueError(
                     f"{self._place(name)} is compressed by filter {number} ({said}), a plugin of HDF5 that "
-                    "is not here; write it with gzip"
+                    "is not installed; write it with gzip"
                 )
 
     def _check_size(self, name: str, field: h5py.Dataset) -> None:
@@ -334,8 +333,8 @@ def _check_lengths(place: str, lengths: Mapping[str, int], expected: int) -> Non
 def _check_vectors(place: str, shape: str, observations: NDArray[Any]) -> None:
     if observations.ndim != 2:
         raise ValueError(
-            f"{place}: observations must be vectors, {shape}, got {observations.shape}; record what "
-            "gymnasium.wrappers.FlattenObservation makes of images, numbers of states and parts"
+            f"{place}: observations must be vectors, {shape}, got {observations.shape}; record "
+            "images, discrete observations and dicts with gymnasium.wrappers.FlattenObservation"
         )
 
 
@@ -353,7 +352,7 @@ def _read_d4rl(file: _Fields, path: Path) -> _Read:
     is_last = terminated | timeouts.astype(np.bool_)
     is_last[-1:] = True
     if "next_observations" in file:
-        is_last |= _joints(observations, file.one("next_observations"), is_last)
+        is_last |= _find_joints(observations, file.one("next_observations"), is_last)
     ends = np.flatnonzero(is_last) + 1
     said = parse_json(file.text("about") or "{}", _Recorded, "attribute about")
     space = None
@@ -372,19 +371,19 @@ def _read_d4rl(file: _Fields, path: Path) -> _Read:
 
 
 def _as_column(name: str, values: NDArray[Any]) -> NDArray[Any]:
-    """Return (N,) from that or (N, 1)."""
+    """Return values of shape (N,) or (N, 1) as (N,)."""
     if values.size != len(values):
         raise ValueError(f"/: {name} must hold one number a step, got {values.shape}")
     return values.reshape(-1)
 
 
-def _joints(
+def _find_joints(
     observations: NDArray[np.float32], following: NDArray[Any], is_last: NDArray[np.bool_]
 ) -> NDArray[np.bool_]:
-    """Return where one recording was joined to another in mid-episode: what follows was not what came next.
+    """Return a mask of the steps whose next row differs from their next observation: ends of a recording.
 
-    A joint is rare. Where there would be more joints than ends, the fields mean something else (scaled
-    observations, say), and there are none.
+    Such steps are rare. If there are more of them than ends of episodes, `following` has another meaning
+    (scaled observations, for example), and the mask is all False.
     """
     joints = np.zeros_like(is_last)
     if following.shape == observations.shape:
@@ -404,7 +403,7 @@ def _joints(
 def _read_minari(file: _Fields, path: Path, names: Iterable[str]) -> _Read:
     in_order = sorted(names, key=lambda name: int(name.removeprefix("episode_")))
     read = map(_read_group, map(file.group, in_order))
-    parts = [part for part in read if len(part[2])]  # those with steps
+    parts = [part for part in read if len(part[2])]  # without empty episodes
     if not parts:
         raise ValueError("there must be episodes with steps, got none")
     observations, actions, rewards, terminated = zip(*parts, strict=True)
@@ -436,10 +435,10 @@ def _read_group(
 
 
 def _concatenate(name: str, parts: tuple[NDArray[Any], ...]) -> NDArray[Any]:
-    """Return all episodes' arrays end to end.
+    """Return the concatenated arrays of all episodes.
 
     Raises:
-        ValueError: they do not have the same width.
+        ValueError: their shapes differ beyond the first axis.
     """
     widths = sorted({part.shape[1:] for part in parts})
     if len(widths) > 1:
@@ -448,7 +447,7 @@ def _concatenate(name: str, parts: tuple[NDArray[Any], ...]) -> NDArray[Any]:
 
 
 class _Metadata(TypedDict):
-    """What Minari says of a data set, as far as it is used; the last two are JSON in JSON."""
+    """The keys of Minari's metadata.json that are used; the last two are JSON strings."""
 
     dataset_id: NotRequired[str | None]
     algorithm_name: NotRequired[str | None]
@@ -457,13 +456,13 @@ class _Metadata(TypedDict):
 
 
 class _EnvSpec(TypedDict):
-    """What gymnasium says of an environment, as far as it is used."""
+    """The keys of gymnasium's description of an environment that are used."""
 
     id: NotRequired[str]
 
 
 def _read_metadata(path: Path) -> tuple[str | None, ActionSpace | None, dict[str, Any]]:
-    """Return what metadata.json says: the environment, its actions, and where the data come from."""
+    """Return the environment, its action space, and the name and algorithm in metadata.json."""
     if not path.is_file():
         return None, None, {}
     metadata = read_json(path, _Metadata)
@@ -471,6 +470,6 @@ def _read_metadata(path: Path) -> tuple[str | None, ActionSpace | None, dict[str
     space = None
     if (described := metadata.get("action_space")) is not None:
         with naming(f"{path}: action_space"):
-            space = ActionSpace.described(parse_json(described, dict[str, Any], "its text"))
+            space = ActionSpace.from_minari(parse_json(described, dict[str, Any], "its text"))
     spec = parse_json(metadata.get("env_spec") or "{}", _EnvSpec, f"{path}: env_spec")
     return spec.get("id"), space, {name: value for name, value in said.items() if value is not None}

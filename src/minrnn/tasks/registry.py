@@ -1,4 +1,4 @@
-"""Every task by its name."""
+"""The registry of tasks."""
 
 from minrnn.tasks.decisions import DecisionsTask
 from minrnn.tasks.formal_languages import FormalLanguageTask
@@ -11,14 +11,14 @@ TASKS: dict[str, type[Task]] = {
     kind.config_type.task: kind
     for kind in (TextTask, SelectiveCopyingTask, FormalLanguageTask, ListOpsTask, DecisionsTask)
 }
-"""Every task by the name that its configuration has: `TASKS[config.task](config)`."""
+"""Task classes by name: `TASKS[config.task](config)`."""
 
 
 def make_task(config: TaskConfig) -> Task:
     """Return the task of a configuration.
 
     Raises:
-        ValueError: its data are missing, damaged or too few.
-        OSError: they cannot be downloaded or read.
+        ValueError: its data are missing, damaged or too small.
+        OSError: its data cannot be downloaded or read.
     """
     return TASKS[config.task](config)  # type: ignore[call-arg]  # every task takes its configuration

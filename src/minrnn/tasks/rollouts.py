@@ -1,4 +1,4 @@
-"""Policies in environments: whole episodes, several at a time, and pictures of them."""
+"""Policies acting in environments: complete episodes, several at a time, and frames of them."""
 
 from __future__ import annotations
 
@@ -22,46 +22,45 @@ if TYPE_CHECKING:
     Environment: TypeAlias = gymnasium.Env[Any, Any]
 
 MUJOCO = "gymnasium.envs.mujoco"
-"""Where gymnasium's MuJoCo environments are, which alone take the size of a picture."""
+"""Module of gymnasium's MuJoCo environments; only these take the size of a frame as an option."""
 
 PICTURE = {"width": 240, "height": 240, "camera_name": "track"}
-"""Pixels; where there is no GPU, one takes 0.15 s on one core. The camera is the one that goes
-along, where there is one: else a body that moves on leaves the picture."""
+"""Size in pixels, and a camera that follows the body. Without a GPU a frame takes 0.15 s on one core."""
 
 
 @dataclass
-class Played:
-    """An episode that a policy acts in, so far."""
+class Rollout:
+    """Progress and result of an episode."""
 
     number: int
-    """Which one, from 0; it is also what is added to the seed."""
+    """Index of the episode, from 0; it is added to the seed."""
     steps: int = 0
-    """Actions taken."""
+    """Number of steps so far."""
     total_return: float = 0.0
-    """Sum of the rewards."""
+    """Sum of the rewards so far."""
     ended: str = ""
-    """How it ended: "terminated" by the environment, at a "time limit", or not yet."""
+    """"terminated" (by the environment), "time limit", or "" while the episode is running."""
 
 
 def play(
     policy: Policy, environments: Sequence[Environment], episodes: int, *, seed: int = 0
-) -> Iterator[list[Played]]:
-    """Let a policy act in as many episodes as are asked for, as many at a time as there are environments.
+) -> Iterator[list[Rollout]]:
+    """Run a policy for `episodes` episodes, one per environment at a time.
 
-    Episode k begins with `seed + k` as the environment's seed, so that equal policies on a machine play equal
-    episodes, however many play at a time. Actions are cut to what the environment allows.
+    Episode k starts with `seed + k` as the environment's seed, so episodes do not depend on how many run at a
+    time. Actions are clipped to the bounds of the environment.
 
     Args:
-        policy: acts in all environments at once.
-        environments: of one kind; more than there are episodes are left alone.
-        episodes: how many, >= 1.
-        seed: of the first episode.
+        policy: the policy; it acts in all environments at once.
+        environments: environments of one kind; those beyond the number of episodes are not used.
+        episodes: number of episodes, >= 1.
+        seed: seed of the first episode.
 
     Yields:
-        After every step, the episodes that have begun: the same list, brought up to date.
+        After every step, the list of all episodes started so far; it is the same list, updated.
 
     Raises:
-        ValueError: an environment's observations, actions or time limit are not those that the policy is for.
+        ValueError: an environment's observations, actions or time limit do not match the policy.
     """
     if episodes < 1 or not environments:
         raise ValueError(
@@ -71,105 +70,105 @@ def play(
     environments = environments[:episodes]
     for environment in environments:
         check_fit(policy.model.config, environment)
-    # Not in the generator, whose body would not run before its first step is asked for.
+    # The checks are outside the generator, whose body does not run before the first step.
     return _play(policy, environments, episodes, seed)
 
 
 def _play(
     policy: Policy, environments: Sequence[Environment], episodes: int, seed: int
-) -> Iterator[list[Played]]:
-    played: list[Played] = []
+) -> Iterator[list[Rollout]]:
+    played: list[Rollout] = []
     spaces = [action_space(environment) for environment in environments]
-    seats: list[Played | None] = [None] * len(environments)
+    running: list[Rollout | None] = [None] * len(environments)
     observations = np.zeros((len(environments), policy.model.config.observation_size))
     rewards = np.zeros(len(environments))
     starts = np.ones(len(environments), dtype=bool)
 
-    def begin(seat: int) -> None:
-        starts[seat], seats[seat] = True, None
+    def begin(row: int) -> None:
+        starts[row], running[row] = True, None
         if len(played) < episodes:
-            observations[seat], _ = environments[seat].reset(seed=seed + len(played))
-            seats[seat] = episode = Played(len(played))
+            observations[row], _ = environments[row].reset(seed=seed + len(played))
+            running[row] = episode = Rollout(len(played))
             played.append(episode)
 
-    for seat in range(len(environments)):
-        begin(seat)
-    while any(episode is not None for episode in seats):
+    for row in range(len(environments)):
+        begin(row)
+    while any(episode is not None for episode in running):
         actions = policy.act(observations, rewards, reset=starts).numpy()
-        for seat, (environment, episode) in enumerate(zip(environments, seats, strict=True)):
+        for row, (environment, episode) in enumerate(zip(environments, running, strict=True)):
             if episode is None:
-                continue  # nobody plays here any more; the row starts again and again, and bothers nobody
-            action = spaces[seat].acted(actions[seat], environment.action_space)
+                continue  # no episode is left for this environment; its row of the batch is unused
+            action = spaces[row].to_environment(actions[row], environment.action_space)
             seen, reward, terminated, truncated, _ = environment.step(action)
-            observations[seat], rewards[seat], starts[seat] = seen, reward, False
+            observations[row], rewards[row], starts[row] = seen, reward, False
             episode.steps += 1
             episode.total_return += float(reward)
             if terminated or truncated:
                 episode.ended = "terminated" if terminated else "time limit"
-                begin(seat)
+                begin(row)
         yield played
 
 
 def check_fit(config: DecisionConfig, environment: Environment) -> None:
-    """Raise ValueError unless a policy can act in an environment."""
+    """Raise ValueError unless an environment matches a policy."""
     name = environment.spec.id if environment.spec is not None else type(environment).__name__
     seen, done = environment.observation_space, environment.action_space
     if seen.shape != (config.observation_size,):
         raise ValueError(
-            f"act: the environment must have observations of {config.observation_size} numbers, as the "
-            f"policy learnt from, got {name} with {seen}"
+            f"act: the environment must have observations of {config.observation_size} numbers, as in the "
+            f"policy's training data, got {name} with {seen}"
         )
     takes = action_space(environment)
     wanted = ActionSpace(config.discrete, config.action_size)
     fits = (takes.discrete, takes.size) == (wanted.discrete, wanted.size)
     if not fits:
         raise ValueError(
-            f"act: the environment must take {_described(wanted)}, as the policy learnt from, got {name} "
-            f"with {done}"
+            f"act: the environment must take {_described(wanted)}, as in the policy's training "
+            f"data, got {name} with {done}"
         )
     limit = None if environment.spec is None else environment.spec.max_episode_steps
     if config.max_steps and limit is not None and limit > config.max_steps:
         raise ValueError(
-            f"act: an episode must end within {config.max_steps} steps, for as many have an embedding of "
-            f"their time, got {name}, which lasts {limit}; train with --task.timesteps {limit}, or 0 for none"
+            f"act: an episode must end within {config.max_steps} steps, the size of the policy's table of "
+            f"time steps, got {name} with {limit}; train with --task.timesteps {limit}, or 0 for none"
         )
 
 
 def action_space(environment: Environment) -> ActionSpace:
-    """Return what an environment takes for an action.
+    """Return the action space of an environment.
 
     Raises:
-        ValueError: no policy here acts in such an environment.
+        ValueError: policies do not support this kind of space.
     """
     try:
-        return ActionSpace.of(environment.action_space)
+        return ActionSpace.from_gymnasium(environment.action_space)
     except ValueError as error:
         name = environment.spec.id if environment.spec is not None else type(environment).__name__
         raise ValueError(f"act: {name}: {error}") from error
 
 
 def make_filmed(name: str) -> Environment:
-    """Make an environment whose pictures can be taken, on a screen or without one.
+    """Make an environment that renders frames, with or without a display.
 
     Raises:
         ValueError: there is no environment of that name.
-        ImportError: gymnasium, or what the environment needs, is not installed; the extra is named.
-        RuntimeError: this machine cannot draw it.
+        ImportError: gymnasium or a dependency of the environment is not installed.
+        RuntimeError: OpenGL is missing.
     """
     if sys.platform == "linux" and not {"MUJOCO_GL", "DISPLAY"} & os.environ.keys():
-        os.environ["MUJOCO_GL"] = "egl"  # what needs no screen; read when mujoco is first imported
-    with _needs_opengl():  # which mujoco looks for when it is imported
+        os.environ["MUJOCO_GL"] = "egl"  # needs no display; read when mujoco is first imported
+    with _needs_opengl():  # mujoco loads OpenGL when it is imported
         spec = make_environment(name).spec
         size = PICTURE if spec is not None and str(spec.entry_point).startswith(MUJOCO) else {}
         return make_environment(name, render_mode="rgb_array", **size)
 
 
 def picture(environment: Environment) -> NDArray[np.uint8]:
-    """Return what an environment of `make_filmed` looks like now, (height, width, 3).
+    """Return the current frame of an environment made by `make_filmed`, (height, width, 3) uint8.
 
     Raises:
-        ImportError: what draws it is not installed.
-        RuntimeError: this machine cannot draw it.
+        ImportError: a package for rendering is not installed.
+        RuntimeError: OpenGL is missing.
     """
     from gymnasium.error import DependencyNotInstalled
 
@@ -177,18 +176,18 @@ def picture(environment: Environment) -> NDArray[np.uint8]:
         with _needs_opengl():
             return np.asarray(environment.render())
     except DependencyNotInstalled as missing:
-        raise ImportError(f"act: --record needs what is not installed: {missing}") from missing
+        raise ImportError(f"act: --record needs a package that is not installed: {missing}") from missing
 
 
 @contextmanager
 def _needs_opengl() -> Iterator[None]:
-    """Raise RuntimeError where OpenGL's library is missing."""
+    """Raise RuntimeError if the OpenGL library is missing."""
     try:
         yield
-    except AttributeError as error:  # what OpenGL's bindings say where the library is missing
+    except AttributeError as error:  # raised by the OpenGL bindings if the library is missing
         raise RuntimeError(
-            f"act: --record needs OpenGL ({error}); without a screen that is EGL (libegl1), which MUJOCO_GL "
-            "names"
+            f"act: --record needs OpenGL ({error}); without a display, install EGL (libegl1) and set "
+            "MUJOCO_GL=egl"
         ) from error
 
 

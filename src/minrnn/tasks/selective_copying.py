@@ -1,11 +1,11 @@
-"""Selective copying: say again the data tokens of a long sequence, in their order, without its blanks.
+"""Selective copying: repeat the data tokens of a long sequence in order, without its blanks.
 
     . . 7 . 2 . . . 9 .  =  =  =
                          7  2  9
 
-Where the data stand is random, so a cell must decide by a token's content whether to keep it. Source: Gu and
-Dao, "Mamba" (arXiv 2312.00752), section 4.1.1, after Jing et al. (2019); sizes and tokens as in the code that
-the authors of "Were RNNs All We Needed?" released for their tables 1 and 2.
+The positions of the data tokens are random, so a model must decide by content which tokens to keep. Source:
+Gu and Dao, "Mamba" (arXiv 2312.00752), section 4.1.1, after Jing et al. (2019); sizes and tokens as in the
+code that the authors of "Were RNNs All We Needed?" released for their tables 1 and 2.
 """
 
 import hashlib
@@ -17,27 +17,27 @@ import torch
 
 from minrnn.files import check_bounds
 from minrnn.tasks.draws import Draws, Part
-from minrnn.tasks.labelled import LabelledTask, blocks
+from minrnn.tasks.labeled import LabeledTask, blocks
 from minrnn.tasks.task import IGNORED, Batch, TaskConfig, check_batch
 
 MARKER = 0
-"""The token that asks for the next data token; data are 1 .. kinds, and the last token is the blank."""
+"""The token at the positions of targets; data tokens are 1 .. kinds, and kinds + 1 is the blank."""
 
 
 @dataclass(frozen=True)
 class SelectiveCopyingConfig(TaskConfig):
-    """Which sequences are copied from. The defaults are the paper's."""
+    """The sizes of the sequences. The defaults are the paper's."""
 
     length: int = 4096
-    """Positions that the data tokens are spread over; as many markers as there are data tokens follow."""
+    """Length of the part with data tokens and blanks; one marker per data token follows."""
     num_tokens: int = 16
-    """Data tokens in a sequence."""
+    """Number of data tokens in a sequence."""
     kinds: int = 14
-    """Different data tokens; with the marker and the blank they are the vocabulary."""
+    """Number of distinct data tokens; the vocabulary also has the marker and the blank."""
     eval_sequences: int = 12_800
-    """Sequences in an evaluation."""
+    """Number of sequences in an evaluation."""
     part: Part = "validation"
-    """What an evaluation measures: validation, by which weights are chosen, or test."""
+    """Part for evaluation: validation, which selects the best weights, or test."""
 
     task = "selective-copying"
 
@@ -51,11 +51,11 @@ class SelectiveCopyingConfig(TaskConfig):
             )
 
 
-class SelectiveCopyingTask(LabelledTask):
-    """Copy the data tokens that stand among blanks.
+class SelectiveCopyingTask(LabeledTask):
+    """Copy the data tokens among blanks.
 
     Args:
-        config: the sequences' sizes.
+        config: the sizes of the sequences.
     """
 
     config_type = SelectiveCopyingConfig
@@ -65,12 +65,12 @@ class SelectiveCopyingTask(LabelledTask):
 
     @property
     def vocab_size(self) -> int:
-        """Marker, data, blank."""
+        """The number of data tokens, plus marker and blank."""
         return self.config.kinds + 2
 
     @property
     def sha256(self) -> str:
-        """Digest of what decides the training sequences."""
+        """Digest of the settings that determine the training sequences."""
         config = self.config
         return hashlib.sha256(f"1 {config.length} {config.num_tokens} {config.kinds}".encode()).hexdigest()
 
@@ -88,7 +88,7 @@ class SelectiveCopyingTask(LabelledTask):
         return self._sequences(Draws(seed, "train", step), batch_size)
 
     def evaluation_batches(self) -> Iterator[Batch]:
-        """Yield the sequences of the part, which no seed of training draws from."""
+        """Yield the sequences of the part; they are drawn independently of those for training."""
         for index, size in blocks(self.config.eval_sequences):
             yield self._sequences(Draws(0, self.config.part, index), size)
 

@@ -1,7 +1,7 @@
-"""Where text comes from: this interpreter's own source, Tiny Shakespeare, or any file or folder.
+"""Sources of text: this interpreter's standard library, Tiny Shakespeare, or any file or folder.
 
-`SOURCES` names the corpora that need no path. A corpus of one file is divided by its tokens, the first nine
-tenths for training; a corpus of many files is divided by file, and each serves one part only.
+`SOURCES` names the corpora that need no path. A corpus of one file is split by tokens, the first nine tenths
+for training; a corpus of several files is split by file.
 """
 
 import hashlib
@@ -18,38 +18,37 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_NAME = "tinyshakespeare.txt"
 
-FILES_PER_VALIDATION_FILE = 10  # of the files of a folder, one in ten validates
+FILES_PER_VALIDATION_FILE = 10  # one in ten files of a folder is used for validation
 
-# Not the library's own code: other people's packages, tests with their fixtures, and generated tables, which
-# alone (encodings, pydoc_data) would be a sixth of the corpus and more than half of a validation part.
+# Excluded from the standard library: third-party packages, tests with their fixtures, and generated tables,
+# which (encodings, pydoc_data) would be a sixth of the corpus and more than half of a validation part.
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 _NOT_LIBRARY_PREFIXES = ("config-", "_sysconfigdata", "sitecustomize", "usercustomize")  # differ by machine
 
-# What a folder of text holds beside it, and nobody means to learn: folders of these names or with one of
-# these files, whatever else is in them; see also `_is_no_text`.
+# Excluded from a folder of text: folders of these names or with one of these files; see `_is_excluded`.
 _NOT_TEXT = {"__pycache__", "node_modules"}
-_MARKS = ("pyvenv.cfg", "CACHEDIR.TAG")  # a virtual environment's; a cache's, by bford.info/cachedir
-_FIRST_BLOCK = 8192  # bytes, in which a file with a NUL is taken for binary, as by git and grep
+_MARKS = ("pyvenv.cfg", "CACHEDIR.TAG")  # of a virtual environment; of a cache (bford.info/cachedir)
+_FIRST_BLOCK = 8192  # a file with a NUL in its first bytes is binary, as for git and grep
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The files of a text in reading order, and which of them validate."""
+    """The files of a text in reading order, split into training and validation."""
 
     name: str
-    """What the user asked for: a name in SOURCES, or a path."""
+    """The source as given: a name in SOURCES, or a path."""
 
     origin: Path
-    """The file, or the folder that holds all files."""
+    """The file, or the folder of all files."""
 
     train: tuple[Path, ...]
-    """Files to train on, in reading order."""
+    """Training files, in reading order."""
 
     val: tuple[Path, ...] = ()
-    """Files to validate on, in reading order; empty when the last tenth of the only file validates."""
+    """Validation files, in reading order; empty if a single file is split by tokens."""
 
     left_out: int = 0
-    """Binary files that were met, and are no part of it."""
+    """Number of binary files that were left out."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -60,17 +59,16 @@ class Corpus:
 def find_corpus(source: str) -> Corpus:
     """Return the corpus that `source` names.
 
-    Of a folder all files below it are read, but for what is hidden (its name begins with a dot), binary (a
-    NUL byte at its beginning), and folders that hold no text of the user's: run directories and checkpoints,
-    MINRNN_CACHE, virtual environments, node_modules, and caches. A link is followed where it leads out of the
-    folder, once, however many lead there; what lies in the folder is read at its own place.
+    A folder is read recursively, without hidden files (their name begins with a dot), binary files (a NUL
+    byte at the beginning), run directories and checkpoints, MINRNN_CACHE, virtual environments, node_modules
+    and caches. Links out of the folder are followed; each file is read once, however many links lead to it.
 
     Args:
-        source: a name in SOURCES, or the path of a file or a folder (./python for one called python).
+        source: a name in SOURCES, or the path of a file or folder (./python for a folder named python).
 
     Raises:
         ValueError: there is no such source, file or folder, or the folder holds no text.
-        OSError: the source must be downloaded and cannot be.
+        OSError: the source cannot be downloaded.
     """
     if source in SOURCES:
         return SOURCES[source]()
@@ -87,18 +85,18 @@ def find_corpus(source: str) -> Corpus:
 
 
 def python_corpus() -> Corpus:
-    """Return the Python files of this interpreter's standard library, about 10 MB that need no download.
+    """Return the Python files of this interpreter's standard library, about 10 MB without a download.
 
-    Third-party packages, tests, generated tables and files that differ by machine are left out, so the corpus
-    depends on the Python version (and on which parts a distribution ships), not on what is installed. One
-    file in ten validates, chosen by a hash of its relative path.
+    Third-party packages, tests, generated tables and machine-specific files are left out, so the corpus
+    depends on the Python version (and on the parts that a distribution ships), not on installed packages. One
+    file in ten is used for validation, selected by a hash of its relative path.
     """
     library = Path(sysconfig.get_path("stdlib"))
     return _split_by_file("python", library, _walk_library(library), "Python files")
 
 
 def shakespeare_corpus() -> Corpus:
-    """Return Tiny Shakespeare (Karpathy, char-rnn): 1,003,854 characters to train on, 111,540 to validate."""
+    """Return Tiny Shakespeare (Karpathy, char-rnn): 1,003,854 training and 111,540 validation characters."""
     file = fetch_shakespeare()
     return Corpus("shakespeare", file, (file,))
 
@@ -106,14 +104,14 @@ def shakespeare_corpus() -> Corpus:
 def fetch_shakespeare(url: str | None = None) -> Path:
     """Return the path of Tiny Shakespeare, downloaded once.
 
-    Looked for as tinyshakespeare.txt in the folder that MINRNN_DATA names, then in the cache folder;
-    downloaded into the latter otherwise.
+    The file is tinyshakespeare.txt in the folder MINRNN_DATA or in the cache folder; otherwise it is
+    downloaded to the cache folder.
 
     Args:
-        url: where to download from; by default MINRNN_SHAKESPEARE_URL where that is set, else the original.
+        url: address to download from; by default MINRNN_SHAKESPEARE_URL if set, else the original.
 
     Raises:
-        ValueError: the file found or downloaded is another (its SHA-256 differs); a download is not kept.
+        ValueError: the SHA-256 of the file differs; a download is not kept.
         OSError: the download failed; the message says where to put the file by hand.
     """
     if supplied := supplied_file(SHAKESPEARE_NAME):
@@ -134,15 +132,17 @@ def _text_corpus(source: str, folder: Path) -> Corpus:
 
 
 def _split_by_file(name: str, folder: Path, found: Iterable[Path], what: str) -> Corpus:
-    """Return the folder's files as a corpus; the tenth with the smallest hashes of their paths validates.
+    """Return the files as a corpus; the tenth with the smallest hashes of their paths is the validation part.
 
-    The hash spreads folders over both parts, is the same on every machine, and moves few files when some are
-    added. An empty file is left out: it must not be drawn for validation, where it could be the only one.
+    The hash spreads each folder over both parts, is the same on every machine, and moves few files between
+    the parts when files are added. Empty files are left out, as one could be the only validation file.
     """
-    whole = [file for file in found if file.is_file() and file.stat().st_size]  # no socket, no dead link
+    whole = [file for file in found if file.is_file() and file.stat().st_size]  # not sockets, dead links
     files = sorted(whole, key=lambda file: file.relative_to(folder).as_posix())
     if not files:
-        raise ValueError(f"find_corpus: source {name!r} must hold text, got no {what} that do in {folder}")
+        raise ValueError(
+            f"find_corpus: source {name!r} must hold text, got no {what} with content in {folder}"
+        )
     if len(files) == 1:
         return Corpus(name, folder, tuple(files))
     ranked = sorted(files, key=lambda file: _path_hash(file.relative_to(folder)))
@@ -152,33 +152,33 @@ def _split_by_file(name: str, folder: Path, found: Iterable[Path], what: str) ->
 
 
 def _walk_library(library: Path) -> Iterator[Path]:
-    """Yield the library's own Python files, those with each name on the way kept."""
+    """Yield the library's Python files, without excluded folders and files."""
 
     def keep(name: str) -> bool:
         return name not in _NOT_LIBRARY and not name.startswith(_NOT_LIBRARY_PREFIXES)
 
-    for parent, folders, names in os.walk(library, onerror=_raise):  # which else skips what it may not read
-        folders[:] = filter(keep, folders)  # os.walk descends into what is left
+    for parent, folders, names in os.walk(library, onerror=_raise):  # errors are ignored by default
+        folders[:] = filter(keep, folders)  # os.walk descends into these only
         yield from (Path(parent, name) for name in filter(keep, names) if name.endswith(".py"))
 
 
 def _walk_text(top: Path) -> Iterator[Path]:
-    """Yield the files below a folder that a user may mean by it, each once; see `find_corpus`."""
+    """Yield the files below a folder that are not excluded, each once; see `find_corpus`."""
     met: set[tuple[int, int]] = set()
     pending = [top]
-    while pending:  # links last, so that what is met without one keeps its own place
+    while pending:  # links last, so that a file is found at its own path before a link to it
         path = pending.pop(0)
-        if path is top or _leads_on(path, top):
+        if path is top or _is_followed(path, top):
             yield from _walk_unlinked(path, pending, met)
 
 
-def _leads_on(link: Path, top: Path) -> bool:
-    """Whether a link is to be followed: it leads somewhere, and not to what holds the folder itself."""
-    return link.exists() and not top.is_relative_to(link.resolve()) and not _is_no_text(link)
+def _is_followed(link: Path, top: Path) -> bool:
+    """Whether to follow a link: its target exists, is not excluded and is not a parent of the folder."""
+    return link.exists() and not top.is_relative_to(link.resolve()) and not _is_excluded(link)
 
 
 def _walk_unlinked(path: Path, links: list[Path], met: set[tuple[int, int]]) -> Iterator[Path]:
-    """Yield a file, or those below a folder, that were not met before; links below it are appended."""
+    """Yield a file, or the files below a folder, that are not in `met`; append links below it to `links`."""
     if _identity(path) in met:
         return
     met.add(_identity(path))
@@ -188,7 +188,7 @@ def _walk_unlinked(path: Path, links: list[Path], met: set[tuple[int, int]]) -> 
         for inside in sorted(path.iterdir()):
             if inside.is_symlink():
                 links.append(inside)
-            elif not _is_no_text(inside):
+            elif not _is_excluded(inside):
                 yield from _walk_unlinked(inside, links, met)
 
 
@@ -197,8 +197,8 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _is_no_text(path: Path) -> bool:
-    """Whether this is hidden, tensors, or a folder that is a cache, an environment, a run or a checkpoint."""
+def _is_excluded(path: Path) -> bool:
+    """Whether a path is hidden, a file of tensors, or a folder of a cache, environment, run or checkpoint."""
     if path.name.startswith(".") or path.name in _NOT_TEXT or path.suffix == ".safetensors":
         return True
     if not path.is_dir():

@@ -1,10 +1,9 @@
-"""What an environment takes for an action, and recorded actions in the one form that policies learn from.
+"""Action spaces of environments, and the conversion of recorded actions to the form that policies learn from.
 
-A policy chooses one of some actions, numbered from 0, or answers with a vector of numbers. Environments say
-the same in more ways: choices that do not start at 0, alone in an array, numbers in a matrix or without any
-axis, integers between bounds. Those are brought into the two forms where data are read, and back where a
-policy acts; of what has no such form (several choices at once, parts by name) the reader says so, before
-anything is learnt.
+A policy either chooses one of several actions, numbered from 0, or returns a vector of numbers. Environments
+have more variants: discrete actions that do not start at 0 or are wrapped in an array, numbers in a matrix or
+without an axis, bounded integers. These are converted when data are read, and back when a policy acts. Spaces
+without such a form (several discrete actions at once, dicts) are rejected when the data are read.
 """
 
 from __future__ import annotations
@@ -20,25 +19,25 @@ from numpy.typing import NDArray
 from minrnn.files import convert
 
 MOST_CHOICES = 1 << 16
-"""Discrete actions that a policy may choose from: a number beyond is none of an action's."""
+"""Maximum number of discrete actions; larger numbers are not the index of an action."""
 
 OTHERS = (
-    "policies here choose one action of several (Discrete) or give numbers (Box); wrap the environment so "
-    "that it takes one of these, say one Discrete for all combinations, and record that"
+    "policies support the spaces Discrete and Box; wrap the environment so that it takes one of these, "
+    "for example one Discrete for all combinations, and record that"
 )
 
 
 @dataclass(frozen=True)
 class ActionSpace:
-    """One of `size` choices, or `size` numbers.
+    """An action space: one of `size` discrete actions, or vectors of `size` numbers.
 
     Args:
-        discrete: whether it is a choice.
-        size: how many choices there are, or numbers in an action.
-        start: what the environment calls the first choice.
+        discrete: whether actions are discrete.
+        size: the number of discrete actions, or of numbers in an action.
+        start: the environment's number of the first discrete action.
 
     Raises:
-        ValueError: there are no actions, or too many.
+        ValueError: `size` is out of range.
     """
 
     discrete: bool
@@ -57,11 +56,11 @@ class ActionSpace:
         return f"one of {self.size} choices" + (f", {self.start} to {last}" if self.start else "")
 
     @classmethod
-    def of(cls, space: Any) -> ActionSpace:
-        """Read one of gymnasium's spaces.
+    def from_gymnasium(cls, space: Any) -> ActionSpace:
+        """Return the action space of a gymnasium space.
 
         Raises:
-            ValueError: it is of a kind that no policy here acts in.
+            ValueError: policies do not support this kind of space.
         """
         kind = type(space).__name__
         for known in ("Discrete", "MultiDiscrete", "MultiBinary", "Box"):
@@ -71,20 +70,20 @@ class ActionSpace:
         return _space(kind, described, str(space))
 
     @classmethod
-    def described(cls, text: Mapping[str, Any]) -> ActionSpace:
-        """Read a space as Minari writes it: `{"type": "Discrete", "n": 3, "start": 0}`.
+    def from_minari(cls, text: Mapping[str, Any]) -> ActionSpace:
+        """Return the action space of Minari's description: `{"type": "Discrete", "n": 3, "start": 0}`.
 
         Raises:
-            ValueError: it is of a kind that no policy here acts in, or a value is not what it must be.
+            ValueError: policies do not support this kind of space, or a value of the description is invalid.
         """
         kind = convert(text.get("type"), str, "type")
         return _space(kind, text, str(dict(text))[:100])
 
-    def recorded(self, actions: NDArray[Any]) -> NDArray[Any]:
-        """Return actions that were recorded in this space, (N, ...), as (N,) int64 from 0 or (N, A) float32.
+    def from_recorded(self, actions: NDArray[Any]) -> NDArray[Any]:
+        """Return actions recorded in this space, (N, ...), as (N,) int64 from 0 or (N, A) float32.
 
         Raises:
-            ValueError: they are not of this space.
+            ValueError: the actions are not in this space.
         """
         numbers = prod(actions.shape[1:])
         if numbers != (1 if self.discrete else self.size):
@@ -103,8 +102,8 @@ class ActionSpace:
             )
         return column.astype(np.int64) - self.start
 
-    def acted(self, action: NDArray[Any], space: Any) -> Any:
-        """Return a policy's action, a number of a choice or (A,), as the environment's space takes it."""
+    def to_environment(self, action: NDArray[Any], space: Any) -> Any:
+        """Return a policy's action, a discrete one or (A,), in the form of the environment's `space`."""
         if self.discrete:
             choice = int(action) + self.start
             return np.full(space.shape, choice, space.dtype) if space.shape else choice
@@ -112,12 +111,11 @@ class ActionSpace:
         return np.asarray(numbers if space.dtype.kind == "f" else np.rint(numbers), space.dtype)
 
 
-def recorded_anywhere(actions: NDArray[Any]) -> NDArray[Any]:
-    """Return recorded actions of an unknown space: choices from 0 where they are whole numbers, one a step.
+def infer_actions(actions: NDArray[Any]) -> NDArray[Any]:
+    """Convert recorded actions of an unknown space; one integer per step is taken as a discrete action.
 
     Raises:
-        ValueError: there are several whole numbers a step, which may be choices or numbers; or a choice is
-            below 0.
+        ValueError: there are several integers per step, which is ambiguous; or a discrete action is below 0.
     """
     numbers = prod(actions.shape[1:])
     if actions.dtype.kind == "f":
@@ -138,7 +136,7 @@ def recorded_anywhere(actions: NDArray[Any]) -> NDArray[Any]:
 
 
 def _space(kind: str, described: Mapping[str, Any], shown: str) -> ActionSpace:
-    """Make a space of what both gymnasium and Minari call its parts."""
+    """Return the action space of a description with the attribute names that gymnasium and Minari share."""
     if kind == "Discrete":
         return ActionSpace(True, _integer(described, "n"), _integer(described, "start", 0))
     if kind == "Box":
@@ -152,7 +150,7 @@ def _space(kind: str, described: Mapping[str, Any], shown: str) -> ActionSpace:
 
 
 def _integer(described: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    """Return a whole number, which may stand alone in an array or list."""
+    """Return an integer, which may be wrapped in an array or list of size 1."""
     value = described.get(name)
     if value is None and default is not None:
         return default

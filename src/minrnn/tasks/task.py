@@ -1,4 +1,4 @@
-"""The contract that every task meets: batches that are pure functions, a loss, and an evaluation."""
+"""The interface of a task: deterministic batches, a loss and an evaluation."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -13,31 +13,31 @@ from minrnn.models import Model, ModelConfig, ModelState, SequenceModel, Steps
 from minrnn.models.evaluation import evaluation_mode as evaluation_mode
 
 IGNORED = -100
-"""The target where nothing is to be predicted; torch's cross_entropy leaves it out by itself."""
+"""Target of positions without a prediction: the default `ignore_index` of torch's cross_entropy."""
 
 Tell = Callable[[float], object]
-"""Told how much of something long is done, between 0 and 1."""
+"""A progress callback; it receives the completed fraction, between 0 and 1."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences and what is to be predicted at each of their tokens."""
+    """Input sequences and the target of each of their tokens."""
 
     inputs: Tensor | Steps
-    """(B, T) int64, or the steps that a policy reads."""
+    """(B, T) int64 tokens, or the `Steps` that a policy reads."""
 
     targets: Tensor
-    """(B, T) int64: the token to predict, or IGNORED; or the action, which may be several numbers."""
+    """(B, T) int64 tokens or IGNORED; for a policy the actions, (B, T) int64 or (B, T, A) float32."""
 
     fresh: bool = True
-    """Whether these sequences continue nothing, and start from the empty state."""
+    """Whether the sequences start from the empty state; otherwise they continue those of the batch before."""
 
     reset: Tensor | None = None
-    """(B, T) bool: where another sequence starts; None: nowhere."""
+    """(B, T) bool: True where a new sequence starts within a row; None if there are none."""
 
     @property
     def num_targets(self) -> int:
-        """How many predictions are asked for, ignored ones included: B * T."""
+        """Number of targets, ignored ones included: B * T."""
         B, T = self.targets.shape[:2]
         return B * T
 
@@ -47,7 +47,7 @@ class Batch:
         return Batch(self.inputs.to(device), self.targets.to(device), self.fresh, reset)
 
     def first(self, steps: int) -> "Batch":
-        """Return the first steps of the same sequences, as a batch that continues nothing."""
+        """Return a fresh batch of the first `steps` steps of these sequences."""
         inputs = self.inputs
         if isinstance(inputs, Steps):
             return Batch(Steps(*(part[:, :steps] for part in inputs)), self.targets[:, :steps])
@@ -56,7 +56,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """What a task is made from."""
+    """Base class of the tasks' configurations."""
 
     task: ClassVar[str]
     """The task's name in TASKS."""
@@ -64,62 +64,64 @@ class TaskConfig:
     """The command that uses a trained model: `minrnn VERB RUN`."""
 
     def resolved(self, model: ModelConfig) -> Self:
-        """Return the settings, those decided that are left to the model."""
+        """Return the configuration with the settings filled in that depend on the model."""
         return self
 
 
 class Task(ABC):
-    """What a model learns, and how well it has."""
+    """Base class of the tasks: data, loss and metrics."""
 
     config_type: ClassVar[type[TaskConfig]]
-    """What the task is made from: `Task(config)`."""
+    """Class of the configuration: `Task(config)`."""
     unit: ClassVar[str] = "nats a token"
-    """What a loss is measured in."""
+    """Unit of the loss."""
 
     @property
     @abstractmethod
     def sha256(self) -> str:
-        """Digest of the data: runs with the same digest learnt from the same."""
+        """Digest of the data: equal digests mean equal training data."""
 
     @property
     def saved_vocabulary(self) -> dict[str, str] | None:
-        """What turns tokens into text, as a checkpoint keeps it; None where tokens are no text."""
+        """The vocabulary that is saved in checkpoints; None if tokens are not text."""
         return None
 
     @abstractmethod
     def describe(self) -> str:
-        """Return the data and their size in one line, for a log."""
+        """Return a one-line description of the data and their size, for a log."""
 
     @property
     def carries_state(self) -> bool:
-        """Whether a batch continues the one before it, so that training carries the state."""
+        """Whether each batch continues the one before, so that training carries the hidden state."""
         return False
 
     @property
     def chosen_by(self) -> str:
-        """The metric of `evaluate` by which a run's best weights are chosen: the lower, the better."""
+        """Name of the metric of `evaluate` that selects a run's best weights; lower is better."""
         return "val_loss"
 
     @abstractmethod
     def model_config(self, config: ModelConfig) -> ModelConfig:
-        """Return `config` with what the task decides.
+        """Return `config` with the fields set that the task determines.
 
         Raises:
-            ValueError: it sets something that does not go with the task.
+            ValueError: `config` sets a field to a value that the task does not allow.
         """
 
     @abstractmethod
     def make_model(self, config: ModelConfig) -> Model:
-        """Return a new model of what `model_config` returned."""
+        """Return a new model built from a configuration returned by `model_config`."""
 
     @abstractmethod
     def batch(self, step: int, batch_size: int, seed: int) -> Batch:
-        """Return `batch_size` training sequences, (B, T): a pure function of the arguments, on any machine.
+        """Return `batch_size` training sequences, (B, T).
+
+        The batch is a pure function of the arguments, the same on every machine.
 
         Args:
-            step: which batch, >= 0.
+            step: index of the batch, >= 0.
             batch_size: number of sequences B, >= 1.
-            seed: which sequence of batches.
+            seed: seed of the sequence of batches.
 
         Raises:
             ValueError: an argument is out of range.
@@ -129,22 +131,20 @@ class Task(ABC):
         """Return the next tokens of `batch_size` streams, for training with a carried state.
 
         Raises:
-            ValueError: the task's sequences do not continue one another.
+            ValueError: the task has no streams.
         """
-        raise ValueError(
-            f"{type(self).__name__}: train.carry_state must be off, for these sequences continue nothing"
-        )
+        raise ValueError(f"{type(self).__name__}: train.carry_state must be off, as this task has no streams")
 
     @abstractmethod
     def loss(
         self, model: nn.Module, batch: Batch, state: ModelState | None = None
     ) -> tuple[Tensor, ModelState]:
-        """Return the mean loss over the targets that are there, and the state after them.
+        """Return the mean loss over the targets that are not ignored, and the final hidden state.
 
         Args:
-            model: what `make_model` made.
-            batch: moved to the model's device where it is not there.
-            state: after the batch before; a fresh batch starts from the empty state, whatever is given here.
+            model: a model returned by `make_model`.
+            batch: the batch; it is moved to the model's device.
+            state: hidden state after the batch before; ignored if `batch.fresh`.
 
         Returns:
             The loss, a scalar in at least float32, and the state, not detached.
@@ -154,19 +154,19 @@ class Task(ABC):
     def evaluate(
         self, model: nn.Module, *, max_tokens: int = 0, tell: Tell | None = None
     ) -> dict[str, float]:
-        """Measure `model` on what it was not trained on.
+        """Evaluate `model` on held-out data.
 
-        Runs in eval mode without gradients, draws no random numbers, and restores the model's modes.
+        Runs in eval mode without gradients, draws no random numbers, and restores the modules' modes.
 
         Args:
-            model: what `make_model` made.
-            max_tokens: predict about so many targets only; 0 for all.
-            tell: told now and then how much is done, where that may take long.
+            model: a model returned by `make_model`.
+            max_tokens: approximate number of targets to predict; 0 for all.
+            tell: progress callback.
 
         Returns:
-            val_loss: the loss of a target.
-            val_tokens: how many targets were predicted.
-            And what else the task measures.
+            A dict of metrics with at least
+            val_loss: the mean loss per target.
+            val_tokens: the number of targets.
 
         Raises:
             ValueError: `max_tokens` is negative.
@@ -174,7 +174,7 @@ class Task(ABC):
 
 
 class TokenTask(Task):
-    """A task of tokens, which a SequenceModel learns.
+    """Base class of the tasks on tokens, which a SequenceModel learns.
 
     Models are called as `logits, state = model(tokens, state)`: tokens (B, T) int64, logits (B, T, V).
     """
@@ -182,10 +182,10 @@ class TokenTask(Task):
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """Number of tokens V that inputs and targets are of."""
+        """Size V of the vocabulary of inputs and targets."""
 
     def model_config(self, config: ModelConfig) -> ModelConfig:
-        """Return `config` with the `vocab_size` that this task's tokens need."""
+        """Return `config` with the task's `vocab_size`."""
         if config.vocab_size not in (ModelConfig.vocab_size, self.vocab_size):
             raise ValueError(
                 f"train: model.vocab_size must be left out, as the task sets it ({self.vocab_size} here), "
@@ -199,12 +199,12 @@ class TokenTask(Task):
     def loss(
         self, model: nn.Module, batch: Batch, state: ModelState | None = None
     ) -> tuple[Tensor, ModelState]:
-        """Return the mean cross-entropy in nats over the targets that are there, and the state after them.
+        """Return the mean cross-entropy in nats over the targets that are not ignored, and the final state.
 
         Args:
             model: maps tokens and state to logits and state.
-            batch: moved to the model's device where it is not there.
-            state: after the batch before; a fresh batch starts from the empty state, whatever is given here.
+            batch: the batch; it is moved to the model's device.
+            state: hidden state after the batch before; ignored if `batch.fresh`.
 
         Returns:
             The loss, a scalar in at least float32, and the state, not detached.
@@ -215,7 +215,7 @@ class TokenTask(Task):
 
 
 def check_batch(function: str, step: int, batch_size: int, seed: int = 0, *, seeds: int = 1 << 64) -> None:
-    """Raise ValueError unless step >= 0, batch_size >= 1 and 0 <= seed < seeds; `function` is named."""
+    """Raise ValueError, naming `function`, unless step >= 0, batch_size >= 1 and 0 <= seed < seeds."""
     if step < 0:
         raise ValueError(f"{function}: step must be at least 0, got {step}")
     if batch_size < 1:
@@ -231,13 +231,13 @@ def check_max_tokens(max_tokens: int) -> None:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a model's parameters; the CPU for one that has none."""
+    """Return the device of a model's parameters, or the CPU if it has none."""
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
 
 
 def nats(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """Return the cross-entropy of logits (B, T, V), in float32 for logits of half precision."""
+    """Return the cross-entropy of logits (B, T, V); half-precision logits are converted to float32."""
     if logits.dtype.itemsize < 4:
         logits = logits.float()
     return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction, ignore_index=IGNORED)

@@ -1,4 +1,4 @@
-"""Language modelling of text: predict every token from the ones before it."""
+"""Language modeling: predict each token of a text from the tokens before it."""
 
 import dataclasses
 import math
@@ -26,31 +26,31 @@ from minrnn.tasks.task import (
     evaluation_mode,
     nats,
 )
-from minrnn.tasks.tokens import TokenisedCorpus, tokenise
+from minrnn.tasks.tokens import TokenizedCorpus, tokenize
 from minrnn.tasks.vocabulary import VOCABULARIES, Vocabulary
 
-_COUNTED_TOKENS = 1 << 22  # counted at once: bincount widens them to 64 bits, 32 MiB
+_COUNTED_TOKENS = 1 << 22  # tokens per bincount, which converts them to 64 bits, 32 MiB
 
 
 @dataclass(frozen=True)
 class TextConfig(TaskConfig):
-    """What text to learn, and in which pieces."""
+    """The text, its vocabulary and split, and the lengths of training and evaluation."""
 
     source: str = "python"
     """Text to learn: python (this interpreter's standard library), shakespeare (downloaded once), or the path
-    of a file or a folder (of which what is hidden, binary, a run, a cache or an environment is left out)."""
+    of a file or a folder (without hidden and binary files, runs, caches and virtual environments)."""
     vocabulary: Literal["bytes", "characters"] = "bytes"
-    """What a token is: one of the 256 bytes, or one of the characters that the text holds."""
+    """Tokens: the 256 bytes, or the characters that occur in the text."""
     window: int = 256
-    """Length T of a training sequence, in tokens; val_loss_windowed is measured on windows of this length."""
+    """Length T of a training sequence, in tokens, and of the windows of val_loss_windowed."""
     eval_chunk: int = 4096
-    """Tokens in one call of the model during evaluation; changes memory and speed, not the result."""
+    """Tokens per call of the model during evaluation; affects memory and speed, not the result."""
     held_out: float = 0.0
-    """Fraction of the training text, at its end, that is validated on instead of trained on; the validation
-    part then stays untouched, to be measured once at the end (0: all is trained on)."""
+    """Fraction of the training text, at its end, that is used for validation instead of training; the
+    validation part is then left for a final test (0: train on the whole training text)."""
     best_in_windows: bool = False
-    """Whether a run's best weights are those whose loss is lowest in windows, in place of with the state
-    carried; for mixers whose state is of no use beyond the lengths that they were trained on."""
+    """Select a run's best weights by val_loss_windowed instead of val_loss; for mixers whose state is not
+    useful beyond the lengths they were trained on."""
 
     task = "text"
     verb = "sample"
@@ -65,13 +65,13 @@ class TextTask(TokenTask):
     """Next-token prediction on a text, with the loss in nats per token.
 
     Args:
-        config: the text and its pieces.
-        vocabulary: a vocabulary to use (a checkpoint's); by default the one that `config` asks for, learnt
-            from the whole text, so that the validation part can be written in it too.
+        config: the configuration.
+        vocabulary: a vocabulary, such as a checkpoint's; by default that of `config`, built from the whole
+            text, validation part included.
 
     Raises:
         ValueError: the text is missing, empty, or too short for one window in either part; it is not UTF-8
-            where the vocabulary needs that; it holds characters that `vocabulary` lacks.
+            though the vocabulary requires that; or it has characters that are not in `vocabulary`.
         OSError: the text cannot be downloaded or read, or the cache cannot be written.
     """
 
@@ -81,19 +81,19 @@ class TextTask(TokenTask):
         self.config = config
         corpus = find_corpus(config.source)
         self._left_out = corpus.left_out
-        self._corpus: TokenisedCorpus = tokenise(corpus, vocabulary or config.vocabulary)
+        self._corpus: TokenizedCorpus = tokenize(corpus, vocabulary or config.vocabulary)
         for part, tokens in (("training", self.train_tokens), ("validation", self.val_tokens)):
             if tokens.size <= config.window:
                 raise ValueError(
                     f"TextTask: source {config.source!r} must hold at least window + 1 = {config.window + 1} "
                     f"tokens for {part}, got {tokens.size}; use a longer text or a smaller window"
                 )
-        # A view, (N - T, T + 1): row i is the window from token i on, with the target of its last token.
+        # A view, (N - T, T + 1): row i is the window from token i on and the target of its last token.
         self._windows = np.lib.stride_tricks.sliding_window_view(self.train_tokens, config.window + 1)
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """What turns text into this task's tokens and back."""
+        """The vocabulary, which converts text to tokens and back."""
         return self._corpus.vocabulary
 
     @property
@@ -103,17 +103,17 @@ class TextTask(TokenTask):
 
     @property
     def saved_vocabulary(self) -> dict[str, str]:
-        """The vocabulary, as `Vocabulary.from_dict` reads it."""
+        """The vocabulary as a dict, for `Vocabulary.from_dict`."""
         return self.vocabulary.to_dict()
 
     @property
     def train_tokens(self) -> NDArray[np.unsignedinteger]:
-        """Ids to train on, (N,), read-only."""
+        """Training ids, (N,), read-only."""
         return self._corpus.train[: self._num_train]
 
     @property
     def val_tokens(self) -> NDArray[np.unsignedinteger]:
-        """Ids to validate on, (M,), read-only."""
+        """Validation ids, (M,), read-only."""
         return self._corpus.train[self._num_train :] if self.config.held_out else self._corpus.val
 
     @property
@@ -123,11 +123,11 @@ class TextTask(TokenTask):
 
     @property
     def sha256(self) -> str:
-        """Digest of tokens, vocabulary and parts: runs with the same digest learnt from the same text."""
+        """Digest of tokens, vocabulary and split: equal digests mean equal data."""
         return self._corpus.sha256
 
     def describe(self) -> str:
-        """Return the source and the size of its parts in one line, for a log."""
+        """Return the source and the sizes of its parts in one line, for a log."""
         left_out = f"; binary files, {self._left_out:,} of them, are left out" if self._left_out else ""
         return (
             f"{self.config.source}: {self.train_tokens.size:,} {self.vocabulary.kind} to train on, "
@@ -135,10 +135,10 @@ class TextTask(TokenTask):
         )
 
     def model_config(self, config: ModelConfig) -> ModelConfig:
-        """Return `config` with the `vocab_size` that this task's tokens need.
+        """Return `config` with the task's `vocab_size`.
 
-        Attention whose window is unset sees as far as it is trained to, `TextConfig.window` tokens: without a
-        bound, a state carried through the validation split would hold every key, and take hours.
+        The window of attention defaults to `TextConfig.window` tokens, the length it is trained on: without a
+        bound, the state carried through the validation part would hold every key, and take hours.
         """
         config = super().model_config(config)
         if config.mixer == "attention" and config.window is None:
@@ -148,12 +148,12 @@ class TextTask(TokenTask):
     def batch(self, step: int, batch_size: int, seed: int) -> Batch:
         """Return `batch_size` random windows of the training part, (B, T).
 
-        A pure function of its arguments, on any machine: a resumed run sees what an uninterrupted one sees.
+        The batch is a pure function of the arguments, the same on every machine and in a resumed run.
 
         Args:
-            step: which batch, >= 0.
+            step: index of the batch, >= 0.
             batch_size: number of windows B, >= 1.
-            seed: which sequence of batches, 0 <= seed < 2^128.
+            seed: seed of the sequence of batches, 0 <= seed < 2^128.
 
         Raises:
             ValueError: an argument is out of range.
@@ -164,12 +164,12 @@ class TextTask(TokenTask):
     def stream_batch(self, step: int, batch_size: int) -> Batch:
         """Return the next T tokens of `batch_size` streams, (B, T), for training with a carried state.
 
-        The training part is cut into B streams of equal length; row b of step k + 1 continues row b of step
-        k. When fewer than T tokens are left, the streams start over, and the batch is `fresh`. A pure
-        function of its arguments.
+        The training part is split into B streams of equal length; row b of step k + 1 continues row b of step
+        k. When fewer than T tokens are left, the streams start over, and the batch is `fresh`. The batch is a
+        pure function of the arguments.
 
         Args:
-            step: which batch, >= 0.
+            step: index of the batch, >= 0.
             batch_size: number of streams B, >= 1.
 
         Raises:
@@ -177,7 +177,7 @@ class TextTask(TokenTask):
         """
         check_batch("stream_batch", step, batch_size)
         T = self.config.window
-        stream_length = (self.train_tokens.size - 1) // batch_size  # the last token is only ever a target
+        stream_length = (self.train_tokens.size - 1) // batch_size  # the last token is only a target
         if stream_length < T:
             raise ValueError(
                 f"stream_batch: batch_size must leave each stream a window of {T} tokens, got {batch_size} "
@@ -193,21 +193,21 @@ class TextTask(TokenTask):
     def evaluate(
         self, model: nn.Module, *, max_tokens: int = 0, tell: Tell | None = None
     ) -> dict[str, float]:
-        """Measure `model` on the validation part in two protocols; both predict every token but the first.
+        """Evaluate `model` on the validation part by two protocols; both predict every token but the first.
 
-        Runs in eval mode without gradients, draws no random numbers, and restores the model's modes.
+        Runs in eval mode without gradients, draws no random numbers, and restores the modules' modes.
 
         Args:
             model: maps tokens and state to logits and state.
-            max_tokens: predict only the first `max_tokens` of them; 0 for all.
-            tell: told how much is done.
+            max_tokens: predict the first `max_tokens` tokens only; 0 for all.
+            tell: progress callback.
 
         Returns:
-            val_loss: nats per token; the text is one stream, whose state is carried from chunk to chunk.
-            val_loss_windowed: nats per token; each window of T tokens starts from the empty state, as models
-                that carry no state are measured.
-            bits_per_byte: val_loss / ln 2 * tokens / bytes of UTF-8 predicted: it compares vocabularies.
-            val_tokens: how many tokens were predicted.
+            val_loss: nats per token, with the text as one stream whose state is carried from chunk to chunk.
+            val_loss_windowed: nats per token, with each window of T tokens starting from the empty state, as
+                usual for models without a carried state.
+            bits_per_byte: val_loss / ln 2 * tokens / bytes of UTF-8; comparable between vocabularies.
+            val_tokens: number of predicted tokens.
 
         Raises:
             ValueError: `max_tokens` is negative.
@@ -226,7 +226,7 @@ class TextTask(TokenTask):
         }
 
     def num_bytes(self, tokens: NDArray[np.integer]) -> int:
-        """Return how many bytes of UTF-8 the tokens, (N,), stand for."""
+        """Return the length in bytes of the UTF-8 text of the tokens, (N,)."""
         occurrences = np.zeros(self.vocabulary.size, dtype=np.int64)
         for start in range(0, tokens.size, _COUNTED_TOKENS):
             piece = tokens[start : start + _COUNTED_TOKENS]
@@ -238,7 +238,7 @@ class TextTask(TokenTask):
         return Batch(tokens[:, :-1], tokens[:, 1:], fresh)
 
     def _stream_nats(self, model: nn.Module, tokens: NDArray[np.integer], tell: Tell) -> float:
-        """Return the total loss with the tokens as one stream, in chunks that carry the state."""
+        """Return the total loss with the tokens as one stream, chunk by chunk with a carried state."""
         device, total, state = device_of(model), 0.0, None
         for start in range(0, tokens.size - 1, self.config.eval_chunk):
             chunk = _to_tensor(tokens[None, start : start + self.config.eval_chunk + 1], device)
@@ -248,7 +248,7 @@ class TextTask(TokenTask):
         return total
 
     def _windowed_nats(self, model: nn.Module, tokens: NDArray[np.integer], tell: Tell) -> float:
-        """Return the total loss with every window on its own, from the empty state."""
+        """Return the total loss with each window starting from the empty state."""
         total, done = 0.0, 0
         for inputs, targets in self._evaluation_windows(tokens, device_of(model)):
             total += nats(model(inputs, None)[0], targets, "sum").item()
@@ -259,7 +259,7 @@ class TextTask(TokenTask):
     def _evaluation_windows(
         self, tokens: NDArray[np.integer], device: torch.device
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield inputs and targets, (B, T): whole windows as eval_chunk holds them, then the shorter last."""
+        """Yield inputs and targets, (B, T): batches of up to eval_chunk tokens, then a shorter window."""
         T = self.config.window
         span = max(1, self.config.eval_chunk // T) * T
         num_whole = (tokens.size - 1) // T * T

@@ -1,17 +1,15 @@
-"""Text as token ids on disk: tokenised once, in chunks, and memory-mapped; so a corpus may exceed memory.
+"""Token ids of a text on disk: tokenized once and memory-mapped, so that a corpus may exceed memory.
 
-One entry of the cache is a folder, `tokens/<corpus>/<state>`, with `tokens.bin` (ids, training then
-validation), `tokens.json` and `checked.json`. It appears whole, by renaming, and never changes: a corpus
-whose files changed has another <state>, and its earlier entry is removed.
+A cache entry is a folder, `tokens/<corpus>/<state>`, with `tokens.bin` (ids, training then validation),
+`tokens.json` and `checked.json`. It is created by a rename and never changes: if the corpus's files change,
+<state> does, and the earlier entry is removed.
 
-An entry is used if its digest is right. Hashing takes a second a GB or several, so it is done once:
-`checked.json` keeps size, inode and times of the two files that were found whole, and only where these differ
-(whoever changes a byte in place changes them, and so does copying) the digest is computed again. Whatever is
-wrong with an entry, be it cut, altered or unreadable, it is made anew.
+An entry is valid if its digest is. Hashing takes a second or more per GB, so it is done once: `checked.json`
+keeps the size, inode and times of the two verified files, and the digest is computed again only if these
+differ (as they do after a change in place or a copy). An invalid entry, whatever the reason, is rebuilt.
 
-A folder of the cache is as open as the one that holds it, and its files likewise: where MINRNN_CACHE is a
-folder that several users may write into, what one has made serves all, unless the text is not for all to
-read.
+Folders and files of the cache inherit the permissions of their parent folder. If several users may write to
+MINRNN_CACHE, they share its entries, except those of texts that are not world-readable.
 """
 
 import hashlib
@@ -33,16 +31,16 @@ from minrnn.tasks.downloads import cache_folder
 from minrnn.tasks.sources import Corpus
 from minrnn.tasks.vocabulary import VOCABULARIES, Vocabulary
 
-FORMAT_VERSION = 1  # part of every entry's name: an entry of another version is not found
-_UNFINISHED = ".building-"  # starts the names of folders that are being written
-_LOCK = ".lock"  # ends the name of what is locked while such a folder is written
+FORMAT_VERSION = 1  # part of an entry's name, so that entries of other versions are ignored
+_UNFINISHED = ".building-"  # prefix of folders that are being written
+_LOCK = ".lock"  # suffix of the lock file of such a folder
 _IDS, _HEADER, _CHECKED = "tokens.bin", "tokens.json", "checked.json"
-_HASHED_BYTES = 1 << 20  # read at once
+_BLOCK_BYTES = 1 << 20  # hashed at once
 
 
 @dataclass(frozen=True)
-class TokenisedCorpus:
-    """A corpus as token ids, mapped from disk."""
+class TokenizedCorpus:
+    """The token ids of a corpus, memory-mapped."""
 
     vocabulary: Vocabulary
 
@@ -53,15 +51,15 @@ class TokenisedCorpus:
     """Ids to validate on, (M,), read-only."""
 
     sha256: str
-    """Digest of the ids, the vocabulary and the parts: tells one state of a corpus from another."""
+    """Digest of the ids, the vocabulary and the split."""
 
 
-def tokenise(corpus: Corpus, vocabulary: str | Vocabulary) -> TokenisedCorpus:
-    """Return the ids of `corpus`, from the cache unless a file changed (path, size, or time of a change).
+def tokenize(corpus: Corpus, vocabulary: str | Vocabulary) -> TokenizedCorpus:
+    """Return the token ids of a corpus, cached unless one of its files changed (path, size or times).
 
     Args:
         corpus: the files to read.
-        vocabulary: a name in VOCABULARIES, to learn it from all files; or a vocabulary to use.
+        vocabulary: a name in VOCABULARIES, which is built from all files; or a vocabulary.
 
     Raises:
         ValueError: the corpus is empty, is not UTF-8 (characters only), or holds characters without a token.
@@ -70,19 +68,19 @@ def tokenise(corpus: Corpus, vocabulary: str | Vocabulary) -> TokenisedCorpus:
     state = [_file_state(file) for file in corpus.files]
     if not any(size for _, size, *_ in state):
         raise ValueError(
-            f"tokenise: source {corpus.name!r} must hold text, got an empty file: {corpus.origin}"
+            f"tokenize: source {corpus.name!r} must hold text, got an empty file: {corpus.origin}"
         )
     wanted = vocabulary if isinstance(vocabulary, str) else vocabulary.to_dict()
     shelf = cache_folder() / "tokens" / _digest([FORMAT_VERSION, str(corpus.origin), corpus.name, wanted])
     entry = shelf / _digest([len(corpus.train), state])
     if (found := _find(entry)) is None:
-        learnt = VOCABULARIES[vocabulary].learn(corpus.files) if isinstance(vocabulary, str) else vocabulary
-        found = _make(entry, corpus, learnt)
+        learned = VOCABULARIES[vocabulary].learn(corpus.files) if isinstance(vocabulary, str) else vocabulary
+        found = _make(entry, corpus, learned)
     return found
 
 
 def _file_state(file: Path) -> tuple[str, int, int, int]:
-    """Return what changes when the file does; the time of the last status change betrays a restored mtime."""
+    """Return path, size and times of a file; ctime changes even if mtime was restored."""
     status = file.stat()
     return str(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
@@ -92,7 +90,7 @@ def _digest(described: object) -> str:
 
 
 class _Header(TypedDict):
-    """What tokens.json holds."""
+    """Content of tokens.json."""
 
     vocabulary: dict[str, str]
     num_train: int
@@ -100,16 +98,16 @@ class _Header(TypedDict):
     sha256: str
 
 
-def _find(entry: Path) -> TokenisedCorpus | None:
-    """Return the entry, or one that stands beside what another user has left damaged in its place."""
+def _find(entry: Path) -> TokenizedCorpus | None:
+    """Return the entry, or its replacement with another suffix if another user's entry is damaged."""
     for place in (entry, *sorted(entry.parent.glob(f"{entry.name}-*"))):
         if (found := _load(place)) is not None:
             return found
     return None
 
 
-def _load(entry: Path) -> TokenisedCorpus | None:
-    """Map the entry's files; None when it is not there, cannot be read, or is not what was written."""
+def _load(entry: Path) -> TokenizedCorpus | None:
+    """Memory-map an entry; return None if it is missing, unreadable or damaged."""
     try:
         header = read_json(entry / _HEADER, _Header)
         vocabulary = Vocabulary.from_dict(header["vocabulary"])
@@ -120,20 +118,20 @@ def _load(entry: Path) -> TokenisedCorpus | None:
         if not _was_checked(entry, files):
             if header["sha256"] != _hash_entry(entry, header):
                 return None
-            with suppress(OSError):  # another user's, perhaps: then it is hashed the next time too
+            with suppress(OSError):  # not writable: the digest is computed again next time
                 (entry / _CHECKED).write_text(json.dumps(files), encoding="utf-8")
         ids = np.asarray(np.memmap(entry / _IDS, dtype, mode="r"))
     except (OSError, ValueError):
         return None
-    return TokenisedCorpus(vocabulary, ids[: sizes[0]], ids[sizes[0] :], header["sha256"])
+    return TokenizedCorpus(vocabulary, ids[: sizes[0]], ids[sizes[0] :], header["sha256"])
 
 
 def _hash_entry(entry: Path, header: _Header) -> str:
-    """Return the digest that `_write_files` computed, from what is there now."""
+    """Compute the digest of an entry as `_write_files` does."""
     sha256 = hashlib.sha256()
-    with (entry / _IDS).open("rb") as file:  # not the map: what is cut under a map ends the process
-        while chunk := file.read(_HASHED_BYTES):
-            sha256.update(chunk)
+    with (entry / _IDS).open("rb") as file:  # not the map: truncating a mapped file kills the process
+        while block := file.read(_BLOCK_BYTES):
+            sha256.update(block)
     sha256.update(_described(header["vocabulary"], header["num_train"], header["num_val"]).encode())
     return sha256.hexdigest()
 
@@ -143,7 +141,7 @@ def _described(vocabulary: dict[str, str], num_train: int, num_val: int) -> str:
 
 
 def _was_checked(entry: Path, files: list[list[int]]) -> bool:
-    """Whether the files are those that were found whole before."""
+    """Whether the files are unchanged since they were verified."""
     try:
         return read_json(entry / _CHECKED, list[list[int]]) == files
     except (OSError, ValueError):
@@ -151,13 +149,13 @@ def _was_checked(entry: Path, files: list[list[int]]) -> bool:
 
 
 def _state_of(entry: Path) -> list[list[int]]:
-    """Return what changes when one of the entry's files does."""
+    """Return inode, size and times of an entry's files."""
     found = [(entry / name).stat() for name in (_IDS, _HEADER)]
     return [[each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns] for each in found]
 
 
-def _make(entry: Path, corpus: Corpus, vocabulary: Vocabulary) -> TokenisedCorpus:
-    """Write the entry beside its final place, rename it, and remove those of the corpus's earlier states."""
+def _make(entry: Path, corpus: Corpus, vocabulary: Vocabulary) -> TokenizedCorpus:
+    """Write an entry, rename it into place, and remove the entries of earlier states of the corpus."""
     shelf = entry.parent
     try:
         _make_folders(shelf)
@@ -166,29 +164,29 @@ def _make(entry: Path, corpus: Corpus, vocabulary: Vocabulary) -> TokenisedCorpu
             if not _is_public(corpus):
                 building.chmod(stat.S_IRWXU)
             _write_files(building, corpus, vocabulary)
-            shutil.rmtree(entry, ignore_errors=True)  # there only when _load refused it
+            shutil.rmtree(entry, ignore_errors=True)  # exists only if it is invalid
             place = entry
-            if entry.exists():  # another user's, who alone can remove it
+            if entry.exists():  # owned by another user
                 place = entry.with_name(f"{entry.name}-{secrets.token_hex(4)}")
             with suppress(FileExistsError):
                 building.rename(place)
     except OSError as error:
-        if (found := _find(entry)) is None:  # otherwise another process was faster: its entry is as good
+        if (found := _find(entry)) is None:  # otherwise another process has written it
             raise OSError(
-                f"tokenise: cannot write the tokens of {corpus.name!r} to {shelf}: {error} (MINRNN_CACHE "
+                f"tokenize: cannot write the tokens of {corpus.name!r} to {shelf}: {error} (MINRNN_CACHE "
                 "can name another folder)"
             ) from error
         return found
     if (found := _find(entry)) is None:
-        raise OSError(f"tokenise: {entry} was just written, and is not what was written; try once more")
+        raise OSError(f"tokenize: {entry} was damaged right after it was written; try again")
     for earlier in shelf.iterdir():
         if not earlier.name.startswith((_UNFINISHED, entry.name)):
-            shutil.rmtree(earlier, ignore_errors=True)  # some systems refuse while another run has it open
+            shutil.rmtree(earlier, ignore_errors=True)  # may fail while another run has it open
     return found
 
 
 def _make_folders(folder: Path) -> None:
-    """Make a folder below the cache folder, each as open as the one that holds it."""
+    """Create a folder below the cache folder; each new folder inherits its parent's permissions."""
     if folder.is_dir():
         return
     if folder == cache_folder() or folder.parent == folder:
@@ -201,19 +199,16 @@ def _make_folders(folder: Path) -> None:
 
 
 def _open_like_parent(path: Path) -> None:
-    """Give others what they may do in the folder that holds this path; with a file, at most reading it.
-
-    Whatever the process's umask is: it speaks of a user's own files.
-    """
+    """Set the permissions of the parent folder, for a file without writing; the umask is ignored."""
     mode = stat.S_IMODE(path.parent.stat().st_mode)
     if not path.is_dir():
         mode &= 0o644
-    with suppress(OSError):  # a file system without modes
+    with suppress(OSError):  # a file system without permissions
         path.chmod(mode | stat.S_IRUSR | stat.S_IWUSR)
 
 
 def _is_public(corpus: Corpus) -> bool:
-    """Whether every user of the machine may read all of a corpus."""
+    """Whether all files of a corpus are world-readable."""
     folders = {folder for file in corpus.files for folder in file.parents}
     may_enter = all(folder.stat().st_mode & stat.S_IXOTH for folder in folders)
     return may_enter and all(file.stat().st_mode & stat.S_IROTH for file in corpus.files)
@@ -221,9 +216,9 @@ def _is_public(corpus: Corpus) -> bool:
 
 @contextmanager
 def _building(shelf: Path) -> Iterator[Path]:
-    """Make a folder to write into, with a lock beside it while this process lives; removed in the end."""
+    """Create a locked temporary folder for the block, and remove it at the end."""
     folder = shelf / f"{_UNFINISHED}{secrets.token_hex(8)}"
-    with lock(_lock_of(folder)):  # before it is there: nobody may take it for a dead one's
+    with lock(_lock_of(folder)):  # before the folder exists, so that it never looks abandoned
         folder.mkdir()
         _open_like_parent(folder)
         try:
@@ -233,12 +228,12 @@ def _building(shelf: Path) -> Iterator[Path]:
 
 
 def _clear_unfinished(shelves: Path) -> None:
-    """Remove what killed processes have left on all shelves: that nobody holds a lock of."""
+    """Remove the temporary folders left behind by killed processes: those whose lock is free."""
     for path in shelves.glob(f"*/{_UNFINISHED}*"):
         folder = path.with_name(path.name.removesuffix(_LOCK))
         unlocked: list[str] = []
-        with suppress(OSError), lock(_lock_of(folder), say=unlocked.append):  # refused by a living one
-            if not unlocked:  # where there are no locks, it may well be a living one's
+        with suppress(OSError), lock(_lock_of(folder), say=unlocked.append):  # InUseError: still in use
+            if not unlocked:  # without locks it may still be in use
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -268,7 +263,7 @@ def _write_files(folder: Path, corpus: Corpus, vocabulary: Vocabulary) -> None:
 
 
 def _append(output: BinaryIO, sha256: "hashlib._Hash", file: Path, vocabulary: Vocabulary) -> int:
-    """Append the ids of `file` to `output`, and return how many they are."""
+    """Append the ids of `file` to `output`; return their number."""
     num_tokens = 0
     for ids in vocabulary.encode_file(file):
         stored = ids.astype(_stored(vocabulary)).tobytes()
@@ -279,5 +274,5 @@ def _append(output: BinaryIO, sha256: "hashlib._Hash", file: Path, vocabulary: V
 
 
 def _stored(vocabulary: Vocabulary) -> np.dtype:
-    """Return how ids lie on disk: little-endian everywhere, so that the digest is the same everywhere."""
+    """Return the dtype on disk: little-endian, so that digests are the same on every machine."""
     return vocabulary.dtype.newbyteorder("<")

@@ -1,4 +1,4 @@
-"""Text <-> token ids: one token a byte, or one token a character."""
+"""Conversion between text and token ids: a token is a byte or a character."""
 
 import codecs
 from abc import ABC, abstractmethod
@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from minrnn.files import shown
 
-CHUNK_BYTES = 1 << 20  # read at once: bounds memory, and a chunk's code points (4 MiB) still fit the cache
+BLOCK_BYTES = 1 << 20  # read at once; the code points of a block (4 MiB) fit the processor's cache
 
 
 class Vocabulary(ABC):
@@ -25,17 +25,17 @@ class Vocabulary(ABC):
     @classmethod
     @abstractmethod
     def learn(cls, files: Iterable[Path]) -> Self:
-        """Return the vocabulary that covers `files`, read in chunks; raise ValueError for one it cannot."""
+        """Return the vocabulary of `files`; raise ValueError if a file cannot be encoded."""
 
     @property
     @abstractmethod
     def size(self) -> int:
-        """Number of tokens, V."""
+        """Number of tokens V."""
 
     @property
     @abstractmethod
     def byte_lengths(self) -> NDArray[np.int64]:
-        """Bytes of UTF-8 that each token stands for, (V,)."""
+        """Length in bytes of the UTF-8 text of each token, (V,)."""
 
     @abstractmethod
     def encode(self, text: str) -> NDArray[np.int64]:
@@ -47,24 +47,24 @@ class Vocabulary(ABC):
 
     @abstractmethod
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yield the text of `ids` as they arrive, each character as soon as its last token is there."""
+        """Yield the text of `ids` as they arrive, each character once its last token has arrived."""
 
     @abstractmethod
     def encode_file(self, path: Path) -> Iterator[NDArray[np.integer]]:
-        """Yield the ids of the file at `path` chunk by chunk; raise ValueError where it holds none."""
+        """Yield the ids of the file at `path` block by block; raise ValueError if it cannot be encoded."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, str]:
-        """Return what `from_dict` needs to build the same vocabulary again, for a config.json."""
+        """Return the vocabulary as a dict for `from_dict`, to be saved as JSON."""
 
     @property
     def dtype(self) -> np.dtype:
-        """The smallest unsigned integer type that holds every id: how tokens are stored."""
+        """The smallest unsigned integer type for the ids, in which tokens are stored."""
         return np.min_scalar_type(self.size - 1)
 
     @staticmethod
     def from_dict(saved: Mapping[str, str]) -> "Vocabulary":
-        """Build the vocabulary that `to_dict` described.
+        """Return the vocabulary of a dict returned by `to_dict`.
 
         >>> Vocabulary.from_dict({"kind": "characters", "characters": "abc"}).encode("cab").tolist()
         [2, 0, 1]
@@ -92,7 +92,7 @@ class Vocabulary(ABC):
 
 @dataclass(frozen=True)
 class ByteVocabulary(Vocabulary):
-    """The 256 bytes: takes any text, and any file.
+    """The 256 bytes; it encodes any text and any file.
 
     >>> vocabulary = ByteVocabulary()
     >>> vocabulary.encode("né").tolist()
@@ -105,7 +105,7 @@ class ByteVocabulary(Vocabulary):
 
     @classmethod
     def learn(cls, files: Iterable[Path]) -> Self:
-        """Return the vocabulary of all bytes; no file needs reading."""
+        """Return the vocabulary; `files` are not read."""
         return cls()
 
     @property
@@ -121,16 +121,16 @@ class ByteVocabulary(Vocabulary):
     def encode(self, text: str) -> NDArray[np.int64]:
         """Return the bytes of `text` in UTF-8, (T,); lone surrogates raise ValueError.
 
-        Surrogates by which Python passes on undecodable bytes (of a command line, say) become those bytes.
+        Surrogates that stand for undecodable bytes, of a command line for example, become those bytes.
         """
         return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8).astype(np.int64)
 
     def decode(self, ids: ArrayLike) -> str:
-        """Return the text of the bytes `ids`, (T,), with U+FFFD where they are not UTF-8."""
+        """Return the text of `ids`, (T,), with U+FFFD for bytes that are not UTF-8."""
         return self._checked(ids).astype(np.uint8).tobytes().decode("utf-8", "replace")
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yield each character once its last byte is there; an unfinished one ends as U+FFFD."""
+        """Yield each character once its last byte has arrived; an incomplete last one is U+FFFD."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for token in ids:
             if text := decoder.decode(bytes((token,))):
@@ -140,8 +140,8 @@ class ByteVocabulary(Vocabulary):
 
     def encode_file(self, path: Path) -> Iterator[NDArray[np.integer]]:
         """Yield the bytes of the file at `path`."""
-        for chunk in _read_bytes(path):
-            yield np.frombuffer(chunk, np.uint8)
+        for block in _read_bytes(path):
+            yield np.frombuffer(block, np.uint8)
 
     def to_dict(self) -> dict[str, str]:
         """Return {"kind": "bytes"}."""
@@ -175,7 +175,7 @@ class CharacterVocabulary(Vocabulary):
 
     @classmethod
     def learn(cls, files: Iterable[Path]) -> Self:
-        """Return the vocabulary of every character in `files`; raise ValueError for one that is not UTF-8."""
+        """Return the vocabulary of the characters in `files`; raise ValueError if one is not UTF-8."""
         seen: set[str] = set()
         for path in files:
             for text in _read_text(path):
@@ -189,7 +189,7 @@ class CharacterVocabulary(Vocabulary):
 
     @cached_property
     def byte_lengths(self) -> NDArray[np.int64]:
-        """Bytes that each character takes in UTF-8, (V,)."""
+        """Length in bytes of each character in UTF-8, (V,)."""
         return np.array([len(c.encode("utf-8", "surrogatepass")) for c in self.characters], dtype=np.int64)
 
     def encode(self, text: str) -> NDArray[np.int64]:
@@ -206,7 +206,7 @@ class CharacterVocabulary(Vocabulary):
             yield self.characters[token]
 
     def encode_file(self, path: Path) -> Iterator[NDArray[np.integer]]:
-        """Yield the ids of the file at `path`; raise ValueError for what is not UTF-8, or has no id."""
+        """Yield the ids of the file at `path`; raise ValueError if it cannot be encoded."""
         for text in _read_text(path):
             yield self._encode(text, f"encode_file: {path}")
 
@@ -235,7 +235,7 @@ VOCABULARIES: dict[str, type[Vocabulary]] = {"bytes": ByteVocabulary, "character
 
 
 def _names(characters: list[str], at_most: int = 8) -> str:
-    """Return the characters quoted, and how many more there are."""
+    """Return the first characters, quoted, and the number of the others."""
     shown = ", ".join(repr(c) for c in characters[:at_most])
     return shown if len(characters) <= at_most else f"{shown} and {len(characters) - at_most} more"
 
@@ -246,22 +246,22 @@ def _code_points(text: str) -> NDArray[np.uint32]:
 
 def _read_bytes(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            yield chunk
+        while block := file.read(BLOCK_BYTES):
+            yield block
 
 
 def _read_text(path: Path) -> Iterator[str]:
-    """Yield the file's text, line ends untouched; raise ValueError at the first byte that is not UTF-8."""
+    """Yield the file's text with its line ends; raise ValueError at the first byte that is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    consumed = 0  # bytes handed to the decoder before this chunk
-    for chunk in chain(_read_bytes(path), (b"",)):
-        pending = len(decoder.getstate()[0])  # first bytes of a character that the last chunk cut
+    consumed = 0  # bytes decoded before this block
+    for block in chain(_read_bytes(path), (b"",)):
+        pending = len(decoder.getstate()[0])  # first bytes of a character split between blocks
         try:
-            yield decoder.decode(chunk, final=not chunk)
+            yield decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             offset = consumed - pending + error.start
             raise ValueError(
                 f"vocabulary 'characters' needs UTF-8, got byte {error.object[error.start]:#04x} at offset "
                 f"{offset} of {path}; use vocabulary 'bytes'"
             ) from error
-        consumed += len(chunk)
+        consumed += len(block)

@@ -1,4 +1,4 @@
-"""Training: the one loop, its configuration, and the directory that a run leaves."""
+"""Training: the loop, its configuration, and the run directory."""
 
 from minrnn.training.config import (
     MOST_SEEDS,

@@ -1,4 +1,4 @@
-"""What a run is: a recipe's model, task and training settings, read strictly and saved beside the results."""
+"""Configuration of a run: recipes, and the model, task and training settings, with strict validation."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ OptimizerName = Literal["adamw", "muon"]
 OPTIMIZERS: tuple[OptimizerName, ...] = typing.get_args(OptimizerName)
 
 MOST_SEEDS = 1 << 64
-"""Seeds are below this: torch's and the tasks' generators take no more bits."""
+"""Upper bound of seeds, exclusive: the generators of torch and of the tasks take 64 bits."""
 
 MOST_STEPS = 1 << 40
-"""Of whatever is counted in steps or tokens: more than any machine will do, and exact in every format."""
+"""Upper bound of settings in steps or tokens; exact in every number format."""
 
 MOST_SEQUENCES = 1 << 24
-"""In one batch."""
+"""Upper bound of the sequences in a batch."""
 
 BOUNDS = {
     **dict.fromkeys(("steps", "log_every"), (1, MOST_STEPS)),
@@ -50,53 +50,52 @@ BOUNDS = {
     "seed": (0, MOST_SEEDS - 1),
     "threads": (0, MOST_THREADS),
 }
-"""The least and the most of each of TrainConfig's integers."""
+"""Lower and upper bounds of TrainConfig's integers, inclusive."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the weights are found: an optimiser on a cosine schedule with a linear warm-up."""
+    """Training settings: an optimizer with a cosine schedule and a linear warm-up."""
 
     steps: int = 1000
-    """Optimiser steps in the whole run."""
+    """Optimizer steps in the whole run."""
     batch_size: int = 8
     """Sequences in one forward pass."""
     accumulate: int = 1
-    """Forward passes whose gradients are averaged into one step."""
+    """Forward and backward passes per step, whose gradients are averaged."""
     optimizer: OptimizerName = "adamw"
-    """What moves the weights: adamw; or muon, which moves the blocks' matrices by orthogonalised momentum, at
-    steps as long as AdamW's, and leaves the rest to AdamW."""
+    """Optimizer: adamw; or muon, which updates the blocks' matrices by orthogonalized momentum, scaled to the
+    size of AdamW's updates, and all other parameters by AdamW."""
     learning_rate: float = 1e-3
-    """Peak learning rate, reached when the warm-up ends."""
+    """Peak learning rate, at the end of the warm-up."""
     min_learning_rate_ratio: float = 0.1
     """Learning rate at the last step, as a fraction of the peak (1: constant after the warm-up)."""
     warmup_steps: int = 100
-    """Steps over which the learning rate rises linearly from zero."""
+    """Steps of linear warm-up of the learning rate from zero."""
     weight_decay: float = 0.1
-    """Decay of linear layers' weights (not of embeddings, filters, norms and biases, nor of gates, but by
-    muon)."""
+    """Weight decay of linear layers (not of embeddings, filters, norms and biases; of gates with muon
+    only)."""
     beta1: float = 0.9
-    """AdamW's decay of the gradient's running mean."""
+    """AdamW's decay rate of the mean of the gradient."""
     beta2: float = 0.95
-    """AdamW's decay of the squared gradient's running mean."""
+    """AdamW's decay rate of the mean of the squared gradient."""
     grad_clip: float = 1.0
-    """Longest gradient, as the norm over all parameters (0: not clipped)."""
+    """Maximum norm of the gradient over all parameters (0: no clipping)."""
     precision: Precision = "float32"
-    """Arithmetic of training; bfloat16-products rounds the factors of matrix products to bfloat16 and leaves
-    all else in float32; bfloat16 is autocast, which rounds what lies between them too. Parameters stay in
-    float32."""
+    """Arithmetic of training; bfloat16-products rounds the factors of matrix products to bfloat16 and keeps
+    all else in float32; bfloat16 is autocast, which rounds activations too. Parameters stay in float32."""
     carry_state: bool = False
-    """Read the corpus as `batch_size` streams and carry the state from step to step, instead of drawing
-    random windows that start from the empty state."""
+    """Read the corpus as `batch_size` streams and carry the hidden state from step to step, instead of
+    sampling random windows that start from the empty state."""
     fresh_share: float = 0.0
-    """With carry_state: share of each batch's sequences that are such random windows all the same, so that a
-    model learns to start as well as to go on."""
+    """With carry_state: fraction of each batch's sequences that are random windows from the empty state, so
+    that the model is trained on starting a sequence too."""
     eval_every: int = 250
     """Steps between evaluations (0: only at the end)."""
     eval_tokens: int = 0
-    """Validation tokens in an evaluation during training (0: all of them)."""
+    """Validation tokens per evaluation during training (0: all)."""
     final_eval_tokens: int = 0
-    """Validation tokens in the evaluation at the end, which results.json reports (0: all of them)."""
+    """Validation tokens of the final evaluation, which results.json reports (0: all)."""
     checkpoint_every: int = 250
     """Steps between checkpoints (0: only at the end and when interrupted)."""
     log_every: int = 10
@@ -104,9 +103,9 @@ class TrainConfig:
     seed: int = 0
     """Seed of the initial weights, the dropout masks and the order of the data."""
     device: str = "auto"
-    """Device to train on: auto (a GPU when there is one), cpu, cuda, cuda:1, ..."""
+    """Device for training: auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     threads: int = 0
-    """CPU threads (0: as many as torch chooses)."""
+    """CPU threads (0: torch's default)."""
 
     def __post_init__(self) -> None:
         check_bounds(self, BOUNDS)
@@ -128,37 +127,37 @@ class TrainConfig:
 
     @property
     def fresh_windows(self) -> int:
-        """Sequences of a batch that start from the empty state, beside those that carry it."""
+        """Number of sequences of a batch that are random windows, in addition to the streams."""
         return round(self.fresh_share * self.batch_size)
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run: the name of its recipe and the settings of its model, task and training."""
+    """The configuration of a run: the name of its recipe, and the settings of model, task and training."""
 
     recipe: str = "custom"
-    """Name of the recipe that the run started from."""
+    """Name of the recipe."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model."""
     task: TaskConfig = field(default_factory=TextConfig)
-    """The task; its table names it (`name = "listops"`), or is the text's."""
+    """The task; its table has the task's name (`name = "listops"`), by default that of the text task."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The training."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
-        """Build a run's configuration from nested tables, as a recipe or a config.json holds them.
+        """Return the configuration of nested tables, as in a recipe or a config.json.
 
         Args:
-            values: `recipe` (a string) and the tables `model`, `task`, `train`; what is missing keeps its
-                default.
+            values: `recipe` (a string) and the tables `model`, `task`, `train`; missing keys have their
+                defaults.
 
         Returns:
             The configuration.
 
         Raises:
-            ValueError: a key does not exist (the nearest one is named), or a value has the wrong type or is
-                out of range.
+            ValueError: a key is unknown (the message suggests the nearest one), or a value has the wrong type
+                or is out of range.
         """
         others = {name: value for name, value in values.items() if name != "task"}
         config = convert(others, cls)
@@ -172,7 +171,7 @@ class RunConfig:
         return {**values, "task": {"name": self.task.task, **values["task"]}}
 
     def override(self, **tables: Mapping[str, Any]) -> RunConfig:
-        """Return the configuration with other settings: `config.override(model={"num_layers": 2})`.
+        """Return the configuration with changed settings: `config.override(model={"num_layers": 2})`.
 
         Args:
             tables: model, task or train, each with the fields that change.
@@ -185,7 +184,7 @@ class RunConfig:
         return dataclasses.replace(self, **changed)
 
     def resolved(self) -> RunConfig:
-        """Return the configuration with those of the task's settings decided that are left to the mixer."""
+        """Return the configuration with the task's settings filled in that depend on the mixer."""
         return dataclasses.replace(self, task=self.task.resolved(self.model))
 
 
@@ -199,7 +198,7 @@ def load_recipe(name: str) -> RunConfig:
         The configuration that it describes.
 
     Raises:
-        ValueError: the name is unknown (the nearest one is named), the file is not TOML, or a key is unknown.
+        ValueError: the name is unknown, the file is not TOML, or a key is unknown.
         OSError: the file cannot be read.
     """
     path, table = Path(name).expanduser(), dict[str, Any]
@@ -223,16 +222,16 @@ def recipe_names() -> list[str]:
 
 
 def recipe_summary(name: str) -> str:
-    """Return what a recipe is for: the first line of its header comment."""
+    """Return the summary of a recipe: the first line of its header comment."""
     return _recipe_text(name).splitlines()[0].lstrip("# ").rstrip()
 
 
 def read_config(run_dir: Path) -> RunConfig:
-    """Read the resolved configuration that a run saved in its directory.
+    """Return the resolved configuration in a run's directory.
 
     Raises:
         FileNotFoundError: the directory holds no run.
-        ValueError: its config.json is damaged, or was written by another version with other keys.
+        ValueError: config.json is damaged, or was written by another version.
     """
     path = run_dir / "config.json"
     if not path.is_file():
@@ -247,7 +246,7 @@ def _recipe_text(name: str) -> str:
 
 
 def _convert_task(value: Any, key: str) -> Any:
-    """Return a task's table as the configuration that its name asks for; without one it is the text's."""
+    """Return the configuration of a task's table; without a name it is that of the text task."""
     table = convert(value, dict[str, Any], key)
     name = convert(table.pop("name", TextConfig.task), str, f"{key}.name")
     if name not in TASKS:

@@ -1,4 +1,4 @@
-"""What a result can do without: pictures, copies for other programs. Where they fail, that is all."""
+"""Optional outputs, such as plots, whose failure does not fail the program."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ FOREIGN_ERRORS = (
     TypeError,
     ValueError,
 )
-"""What foreign code may raise where it cannot do what it is asked."""
+"""Exceptions of third-party code that are reported instead of raised."""
 
 NO_MATPLOTLIB = "matplotlib is not installed (pip install 'minrnn[plots]')"
 
 
 def attempt(extra: Callable[[], object]) -> str | None:
-    """Do something that a result can do without; return None, or why it failed in one line."""
+    """Call a function whose result is optional; return None, or the error in one line."""
     try:
         extra()
     except FOREIGN_ERRORS as error:
@@ -35,18 +35,18 @@ def attempt(extra: Callable[[], object]) -> str | None:
 
 
 def draw(picture: Callable[[], object]) -> str | None:
-    """Draw with matplotlib; return None, or why there is no picture in one line."""
+    """Call a function that plots with matplotlib; return None, or the error in one line."""
     try:
         for name in ("matplotlib", "matplotlib.figure"):
             import_module(name)
     except ImportError:
         return NO_MATPLOTLIB
-    except FOREIGN_ERRORS as error:  # of its own settings: a backend that MPLBACKEND misspells
+    except FOREIGN_ERRORS as error:  # of matplotlib's settings, such as an unknown MPLBACKEND
         return f"matplotlib: {' '.join(str(error).split())}"
     return attempt(picture)
 
 
 def save_picture(figure: object, path: Path, **options: object) -> None:
-    """Write a figure of matplotlib's as a file, whole or not at all."""
+    """Save a matplotlib figure to a file atomically."""
     with write_file(path) as partial:
         figure.savefig(partial, format=path.suffix.removeprefix("."), **options)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What a run says while it trains: lines or a bar for people, metrics.jsonl and TensorBoard for programs."""
+"""Progress and metrics of a run: lines or a progress bar, metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 Metrics = Mapping[str, float]
 
 LINE_SECONDS = 10.0
-"""Between two lines about something that takes long, where there is no terminal to draw a bar on."""
+"""Seconds between two progress lines if the output is not a terminal."""
 
 
 class Output(Console):
-    """A console whose reader may go away, as `head` does: an error for who writes, not the program's end.
+    """A console that raises BrokenPipeError if its reader has gone (as `head` does), instead of exiting.
 
-    A thread that redraws is told nothing: whoever made the console meets the same error, and can act.
+    In a thread that redraws, the error is dropped: the thread that created the console raises it too.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -45,29 +45,29 @@ class Output(Console):
                 raise
 
     def on_broken_pipe(self) -> None:
-        """Raise BrokenPipeError, which rich makes an exit of the program."""
-        raise  # called while it is handled
+        """Raise BrokenPipeError, where rich would exit."""
+        raise  # called within the except block
 
 
 class MetricsLine(TypedDict):
-    """A line of metrics.jsonl; beside the step, what was measured at it."""
+    """A line of metrics.jsonl: the step, and further keys with the metrics."""
 
     step: int
 
 
 class Pace:
-    """Says of something long how much is done, and how long the rest takes.
+    """Formats progress with an estimate of the remaining time.
 
     Args:
-        what: is done.
+        what: the activity.
     """
 
     def __init__(self, what: str) -> None:
         self.what = what
-        self._first: tuple[float, float] | None = None  # a time, and the fraction that was done by then
+        self._first: tuple[float, float] | None = None  # a time, and the fraction completed by then
 
     def __call__(self, fraction: float) -> str:
-        """Return a line; the fraction is between 0 and 1."""
+        """Return a line for the completed fraction, between 0 and 1."""
         now = time.monotonic()
         if self._first is None or fraction < self._first[1]:
             self._first = now, fraction
@@ -79,17 +79,17 @@ class Pace:
 
 
 class Progress:
-    """Shows how far something long is, as a context manager that is called with the fraction that is done.
+    """Shows progress; a context manager that is called with the completed fraction.
 
     Args:
-        console: where people read; a line that changes where it is a terminal, now and then a line elsewhere.
-        what: is done.
+        console: the output; a line that is redrawn on a terminal, a new line every LINE_SECONDS elsewhere.
+        what: the activity.
     """
 
     def __init__(self, console: Console, what: str) -> None:
         self._console, self._pace = console, Pace(what)
         self._status = console.status(what) if console.is_terminal else None
-        self._said = time.monotonic()
+        self._printed_at = time.monotonic()
 
     def __enter__(self) -> Progress:
         if self._status is not None:
@@ -101,24 +101,23 @@ class Progress:
             self._status.stop()
 
     def __call__(self, fraction: float) -> None:
-        """Show how much is done, between 0 and 1."""
+        """Show the completed fraction, between 0 and 1."""
         text = self._pace(fraction)
         if self._status is not None:
             self._status.update(text)
-        elif time.monotonic() - self._said > LINE_SECONDS:
-            self._said = time.monotonic()
+        elif time.monotonic() - self._printed_at > LINE_SECONDS:
+            self._printed_at = time.monotonic()
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class RunLog:
-    """The one place to which a run reports; `train` opens it, writes to it and closes it.
+    """The log of a run: console, metrics.jsonl and TensorBoard; `train` opens, writes and closes it.
 
-    Reports raise OSError where they cannot be written: the reader has gone, or the disk is full.
-    TensorBoard's files are a copy, whose failure is said in a note.
+    Methods raise OSError if the console or metrics.jsonl cannot be written: the reader has gone, or the disk
+    is full. A failure of TensorBoard's files, which are copies, is only noted.
 
     Args:
-        console: where people read; a progress bar is drawn where it is a terminal, plain lines elsewhere.
-            None says nothing, and only writes the files.
+        console: the output: a progress bar on a terminal, plain lines elsewhere; None for files only.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -128,23 +127,23 @@ class RunLog:
         self._tensorboard: SummaryWriter | None = None
         self._pace = Pace("")
         self.unwritten: list[dict[str, Any]] = []
-        """Lines of metrics.jsonl from the first one on that could not be written."""
+        """Lines of metrics.jsonl from the first that could not be written."""
 
     def note(self, text: str) -> None:
-        """Say one line."""
+        """Print one line."""
         if self._console is not None:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def open(
         self, run_dir: Path, step: int, steps: int, unwritten: Sequence[Mapping[str, Any]] = ()
     ) -> RunLog:
-        """Open the run's files at a step; what they say of later steps is dropped, to be said again.
+        """Open the run's files at a step; records of later steps are dropped.
 
         Args:
             run_dir: the run's directory.
-            step: steps that are done; 0 at the start, more when the run is resumed.
-            steps: steps in the whole run.
-            unwritten: lines up to this step that an earlier sitting could not write.
+            step: completed steps; 0 at the start, more if the run is resumed.
+            steps: total steps of the run.
+            unwritten: lines up to this step that an earlier session could not write.
 
         Returns:
             This log, to be used as a context manager that closes the files.
@@ -157,7 +156,7 @@ class RunLog:
         return self
 
     def busy(self, text: str, fraction: float = 0.0) -> None:
-        """Say what goes on while no steps are taken, and how much of it is done, between 0 and 1."""
+        """Report an activity other than training, with its completed fraction, between 0 and 1."""
         if text != self._pace.what or fraction == 0:
             self._pace = Pace(text)
         self._view.busy(self._pace(fraction), fraction)
@@ -168,7 +167,7 @@ class RunLog:
         self._view.training(step, metrics)
 
     def evaluation(self, step: int, metrics: Metrics, is_best: bool) -> None:
-        """Report an evaluation on the validation split, and whether its val_loss is the lowest so far."""
+        """Report an evaluation on the validation split, and whether it is the best so far."""
         self._write(step, metrics)
         self._view.evaluation(step, metrics, is_best)
 
@@ -178,7 +177,7 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(OSError):  # that nobody reads it, the run was told before
+        with contextlib.suppress(OSError):  # earlier writes have raised it
             self._view.close()
         with contextlib.suppress(OSError):
             self._on_tensorboard(self._close_tensorboard)
@@ -187,7 +186,7 @@ class RunLog:
             self._metrics.close()
 
     def flush(self) -> None:
-        """Have the system write metrics.jsonl to disk, so that no checkpoint is ahead of it."""
+        """Flush metrics.jsonl to disk, so that no checkpoint is ahead of it."""
         if self._metrics is not None and not self.unwritten:
             os.fsync(self._metrics.fileno())
 
@@ -196,7 +195,7 @@ class RunLog:
         self._on_tensorboard(lambda: self._add_scalars(step, metrics))
         if self._metrics is not None:
             self.unwritten.append(record)
-            if len(self.unwritten) == 1:  # after a line that was cut short there can be no other
+            if len(self.unwritten) == 1:  # no line may follow one that was written in part
                 _write_line(self._metrics, (json.dumps(record) + "\n").encode())
                 self.unwritten.clear()
 
@@ -206,10 +205,10 @@ class RunLog:
                 self._tensorboard.add_scalar(name, value, step)
 
     def _on_tensorboard(self, act: Callable[[], object]) -> None:
-        """Do something with TensorBoard's files; when that fails, say so, and do without from there on."""
+        """Call a function that writes TensorBoard's files; on failure, note it and stop writing them."""
         if why_not := attempt(act):
             self._tensorboard = None
-            self.note(f"note: TensorBoard's files end here ({why_not}); metrics.jsonl goes on")
+            self.note(f"note: TensorBoard's files end here ({why_not}); metrics.jsonl continues")
 
     def _open_tensorboard(self, folder: Path, step: int) -> None:
         try:
@@ -226,17 +225,17 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl; a last line that was cut short, as a killed run leaves it, is left out.
+    """Read metrics.jsonl; an incomplete last line, as a killed run may leave, is ignored.
 
     Args:
         path: the file.
 
     Returns:
-        One dict a line: `step`, and either the training metrics or those of an evaluation.
+        One dict per line: `step`, and the metrics of training or of an evaluation.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a line is no such dict.
+        ValueError: a line is invalid.
     """
     return [dict(record) for record in read_json_lines(path, MetricsLine)]
 
@@ -244,42 +243,42 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def check_written(
     path: Path, step: int, pending: int, unwritten: Sequence[object], note: Callable[[str], None]
 ) -> None:
-    """Refuse a metrics.jsonl that is not that of a checkpoint.
+    """Check that a metrics.jsonl belongs to a checkpoint.
 
     Args:
         path: the file.
-        step: of the checkpoint.
-        pending: steps since the last line on training.
-        unwritten: lines that the checkpoint holds itself.
-        note: told where the file is missing, which loses no weights.
+        step: step of the checkpoint.
+        pending: steps since the last line of training metrics.
+        unwritten: lines that are saved in the checkpoint instead.
+        note: called with one line if the file is missing, which is not an error.
 
     Raises:
-        ValueError: its last line on training up to that step is of another step; the message names the file.
+        ValueError: its last line of training metrics up to that step is of another step.
     """
     if unwritten:
         return
     if not path.exists():
-        note(f"note: {path} is missing: it starts again after step {step}")
+        note(f"note: {path} is missing; a new one starts after step {step}")
         return
     found = max(
         (line["step"] for line in read_metrics(path) if "loss" in line and line["step"] <= step), default=0
     )
     if found != step - pending:
         raise ValueError(
-            f"resume: {path} must say what training was like up to step {step - pending}, as the checkpoint "
-            f"of step {step} does, got its last line of step {found}; it is another run's, or was cut"
+            f"resume: {path} must have training metrics up to step {step - pending}, as the checkpoint of "
+            f"step {step} has, got a last line of step {found}; it belongs to another run, or was truncated"
         )
 
 
 def plot_losses(run_dir: Path, unit: str) -> str | None:
-    """Draw loss.png from metrics.jsonl: training and validation loss over the steps.
+    """Plot training and validation loss over the steps, from metrics.jsonl to loss.png.
 
     Args:
         run_dir: the run's directory.
-        unit: what a loss is measured in.
+        unit: unit of the loss.
 
     Returns:
-        None, or, where the picture cannot be drawn, the reason.
+        None, or the reason if the plot cannot be drawn.
     """
     return draw(lambda: _draw_losses(run_dir, unit))
 
@@ -295,7 +294,7 @@ def _draw_losses(run_dir: Path, unit: str) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
     axes.set(xlabel="step", ylabel=f"loss ({unit})")
-    axes.set_title(run_dir.name, parse_math=False)  # a name with $ is no formula
+    axes.set_title(run_dir.name, parse_math=False)  # a $ in a name is not a formula
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
@@ -303,23 +302,23 @@ def _draw_losses(run_dir: Path, unit: str) -> None:
 
 
 def _open_metrics(path: Path, step: int, unwritten: Sequence[Mapping[str, Any]]) -> IO[bytes]:
-    """Open metrics.jsonl for appending, unbuffered, holding nothing of the steps after `step`."""
+    """Open metrics.jsonl for appending, unbuffered, without lines of later steps."""
     kept = [record for record in read_metrics(path) if record["step"] <= step] if path.exists() else []
     replace_text(path, "".join(json.dumps(record) + "\n" for record in [*kept, *unwritten]))
-    return path.open("ab", buffering=0)  # every line is on disk when it is reported, whatever ends the run
+    return path.open("ab", buffering=0)  # every line is written at once, even if the run is killed
 
 
 def _write_line(file: IO[bytes], line: bytes) -> None:
-    """Write a line, all of it; an unbuffered file may take only a part when the disk fills up."""
+    """Write a complete line; an unbuffered file may write a part of it when the disk fills up."""
     try:
         while line:
             line = line[file.write(line) :]
     except OSError as error:
-        raise OSError(error.errno, error.strerror, file.name) from error  # the system leaves the name out
+        raise OSError(error.errno, error.strerror, file.name) from error  # write does not set the name
 
 
 class _View(Protocol):
-    """How a person follows a run."""
+    """The console output of a run."""
 
     def busy(self, text: str, fraction: float) -> None: ...
 
@@ -331,7 +330,7 @@ class _View(Protocol):
 
 
 class _Silence:
-    """Says nothing."""
+    """No output."""
 
     def busy(self, text: str, fraction: float) -> None:
         pass
@@ -352,11 +351,11 @@ class _Lines:
     def __init__(self, console: Console, step: int, steps: int) -> None:
         self._console = console
         self._steps = steps
-        self._said = 0.0
+        self._printed_at = 0.0
 
     def busy(self, text: str, fraction: float) -> None:
-        if fraction == 0 or time.monotonic() - self._said > LINE_SECONDS:
-            self._said = time.monotonic()
+        if fraction == 0 or time.monotonic() - self._printed_at > LINE_SECONDS:
+            self._printed_at = time.monotonic()
             if fraction:
                 self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -376,7 +375,7 @@ class _Lines:
 
 
 class _ProgressBar:
-    """A bar with the loss, the speed and the time left; evaluations stay above it as lines."""
+    """A progress bar with loss, throughput and remaining time; evaluations are lines above it."""
 
     def __init__(self, console: Console, step: int, steps: int) -> None:
         self._steps = steps
@@ -420,7 +419,7 @@ class _ProgressBar:
 def _evaluation_text(metrics: Metrics, is_best: bool) -> str:
     parts = [f"val_loss {metrics['val_loss']:.4f}"]
     if "bits_per_byte" in metrics:
-        parts.append(f"{metrics['bits_per_byte']:.4f} bits a byte")
+        parts.append(f"{metrics['bits_per_byte']:.4f} bits per byte")
     if "accuracy" in metrics:
         parts.append(f"accuracy {metrics['accuracy']:.4f}")
     if is_best:
@@ -429,7 +428,7 @@ def _evaluation_text(metrics: Metrics, is_best: bool) -> str:
 
 
 def _compact(value: float) -> str:
-    """Write a count with three digits: 950, 12.3k, 4.56M."""
+    """Format a count with three digits: 950, 12.3k, 4.56M."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
         if value >= size:
             scaled = value / size

@@ -1,4 +1,4 @@
-"""The one training loop: batches in, a run directory out."""
+"""The training loop, which writes a run directory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from minrnn.training.memory import keep_freed_memory
 from minrnn.training.optim import clip_gradients, learning_rate_at, make_optimizers, set_learning_rate
 from minrnn.training.provenance import provenance
 from minrnn.training.resume import (
-    State,
+    CarriedState,
     TrainState,
     check_carry,
     check_unchanged,
@@ -36,39 +36,37 @@ from minrnn.training.stopping import Interruption, interruptible
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss or its gradient became infinite or NaN, and the weights with them."""
+    """Training diverged: the loss, the gradient or the weights are infinite or NaN."""
 
 
 def train(config: RunConfig, run_dir: Path, *, resume: bool = False, log: RunLog) -> dict[str, Any]:
-    """Train a model as a configuration says, and leave everything about it in a directory.
+    """Train a model and write the results to a directory.
 
     The directory holds config.json, metrics.jsonl, checkpoints/best and checkpoints/last, and at the end
-    results.json; loss.png and tensorboard/ too, where matplotlib and tensorboard are installed. A run that
-    was stopped, in whatever way, and is resumed ends with the weights of one that was not: to the last bit
-    on a CPU with the same number of threads. While it lasts the directory is claimed: another run in it is
-    refused; reading is free.
+    results.json; also loss.png and tensorboard/ if matplotlib and tensorboard are installed. A run that was
+    stopped, in whatever way, and resumed ends with the weights of an uninterrupted one: bit for bit on a CPU
+    with the same number of threads. The directory is locked against other runs, but not against reading.
 
     Args:
-        config: the whole run.
-        run_dir: its directory; new, or, to resume, one that this function made.
-        resume: go on from the last checkpoint in `run_dir` (from the first step, where it has none yet).
-        log: where progress is reported.
+        config: the configuration of the run.
+        run_dir: its directory; new, or, to resume, that of an earlier call.
+        resume: resume from the last checkpoint in `run_dir` (from the first step if there is none yet).
+        log: the log.
 
     Returns:
-        What results.json holds: the metrics of the last weights on the whole validation split; `best`, those
-        of the best evaluation during training, and its step; the unit of a loss; tokens, seconds, parameters,
-        mixer, device, machine, versions and commit.
+        The content of results.json: the metrics of the last weights on the whole validation split; `best`,
+        the metrics and the step of the best evaluation during training; the unit of the loss; tokens,
+        seconds, parameters, mixer, device, machine, versions and commit.
 
     Raises:
-        InUseError: another run is at work in `run_dir`.
-        FileExistsError: `run_dir` holds something and `resume` is False.
-        FileNotFoundError: it holds no run and `resume` is True.
-        ValueError: the configuration cannot be run, or is not that of the run to resume.
-        NonFiniteLossError: training diverged; the checkpoints are from before it.
-        Interrupted: SIGINT, SIGTERM or SIGHUP asked for a stop, or nobody reads any more what is reported,
-            and the state is saved.
-        OSError: a file cannot be written; the checkpoints before it are whole, and where it was a file of the
-            log, the state is saved.
+        InUseError: another run uses `run_dir`.
+        FileExistsError: `run_dir` is not empty and `resume` is False.
+        FileNotFoundError: `run_dir` is not a run directory and `resume` is True.
+        ValueError: the configuration is invalid, or differs from that of the run to resume.
+        NonFiniteLossError: training diverged; the checkpoints are from before that.
+        Interrupted: SIGINT, SIGTERM, SIGHUP or a closed output requested a stop; the state is saved.
+        OSError: a file cannot be written; earlier checkpoints are intact, and if it was a file of the log,
+            the state is saved.
     """
     with claim(run_dir, log.note):
         return _train(config, run_dir, resume, log)
@@ -86,26 +84,26 @@ def _train(config: RunConfig, run_dir: Path, resume: bool, log: RunLog) -> dict[
         products_of(settings.precision),
     ):
         with interruptible(stop):
-            while run.state.step < settings.steps and not stop.asked:
+            while run.state.step < settings.steps and not stop.requested:
                 run.step()
                 if run.due(settings.log_every):
                     run.report()
                 if run.due(settings.eval_every):
                     run.evaluate()
-                if run.due(settings.checkpoint_every) or stop.asked:
+                if run.due(settings.checkpoint_every) or stop.requested:
                     run.save()
-        if stop.asked:
-            run.save()  # asked since it was saved last, perhaps
-            raise stop.met(f"step {run.state.step}")
+        if stop.requested:
+            run.save()  # the request may have come after the last save
+            raise stop.to_exception(f"step {run.state.step}")
         return run.finish()
 
 
 @contextmanager
 def products_of(precision: Precision) -> Iterator[None]:
-    """Compute float32 matrix products as a precision says; torch knows this setting for a process alone.
+    """Set the precision of float32 matrix products for the block; torch has this setting per process only.
 
-    Where a processor has instructions for them (AMX, AVX-512 with bfloat16), products of factors that are
-    rounded to bfloat16 and summed in float32 take a quarter of the time; on a GPU these are its tensor cores.
+    On processors with instructions for them (AMX, AVX-512 with bfloat16), products of factors rounded to
+    bfloat16 and summed in float32 take a quarter of the time; a GPU uses its tensor cores.
     """
     before = torch.get_float32_matmul_precision()
     if precision == "bfloat16-products":
@@ -117,35 +115,35 @@ def products_of(precision: Precision) -> Iterator[None]:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of this name; `auto` is a CUDA GPU where there is one, and the CPU elsewhere.
+    """Return the device of this name; `auto` is a CUDA GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: the name is no device, or one that this machine or this build of torch lacks.
+        ValueError: the device is unknown, or not available on this machine or in this build of torch.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         reason = str(error).splitlines()[0]
         raise ValueError(f"device must be auto or one that works here, got {name!r}: {reason}") from error
     return device
 
 
 class Run:
-    """A run in progress: the parts that `train` moves, and the moves.
+    """A run in progress: task, model, optimizers and state, and the operations of the training loop.
 
     Args:
-        config: the whole run; the task completes the model's part.
-        run_dir: where it writes.
-        log: where it reports.
+        config: the configuration; the task completes that of the model.
+        run_dir: the run's directory.
+        log: the log.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, log: RunLog) -> None:
         self.settings, self.run_dir, self.log = config.train, run_dir, log
-        # Set even where it changes nothing: this stops MKL from choosing fewer threads under load, which
-        # would change the order of its sums, and with it the last bits of a resumed run.
+        # Set even if unchanged: this stops MKL from using fewer threads under load, which would change the
+        # order of its sums, and with it the last bits of a resumed run.
         torch.set_num_threads(self.settings.threads or torch.get_num_threads())
         torch.manual_seed(self.settings.seed)
         self.device = choose_device(self.settings.device)
@@ -157,20 +155,20 @@ class Run:
         self.optimizers = make_optimizers(self.model, self.settings)
         self.state = TrainState()
         self.interruption = Interruption()
-        self._pending: list[Tensor] = []  # (loss, norm) of steps that are still on the device
-        self._seconds_before = 0.0  # spent by the sessions before this one
-        self._window_tokens = 0  # since the last report
-        # The last evaluation that was as long as the final one, and its step.
+        self._pending: list[Tensor] = []  # (loss, norm) of recent steps, still on the device
+        self._seconds_before = 0.0  # spent by earlier sessions
+        self._tokens_since_report = 0
+        # Step and metrics of the last evaluation with the length of the final one.
         self._whole: tuple[int, dict[str, float]] | None = None
-        self._session_started = self._window_started = time.perf_counter()
+        self._session_started = self._report_started = time.perf_counter()
 
     @property
     def parameters(self) -> int:
-        """Numbers that are trained; a tied matrix counts once."""
+        """Number of parameters; a tied matrix counts once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def begin(self, resume: bool) -> None:
-        """Say what will be trained, go on from the last checkpoint if asked to, and claim the directory."""
+        """Log the run, restore the last checkpoint if `resume`, and write config.json."""
         if resume:
             check_unchanged(read_config(self.run_dir), self.config)
         self.log.note(self.describe())
@@ -180,26 +178,26 @@ class Run:
             self._restore()
         self.run_dir.mkdir(parents=True, exist_ok=True)
         write_json(self.run_dir / "config.json", self.config.to_dict())
-        self._session_started = self._window_started = time.perf_counter()
+        self._session_started = self._report_started = time.perf_counter()
 
     def describe(self) -> str:
-        """Return what is trained, on what: the engine, the model and its size, the data and their size."""
+        """Return a description of the engine, the model and the data, for the log."""
         device = self.device.type
-        serving = next(engine for engine in engines() if engine.serves and engine.device in (device, "any"))
+        active = next(engine for engine in engines() if engine.serves and engine.device in (device, "any"))
         model = self.config.model
         return (
-            f"{self.device}, engine {serving.name} ({serving.detail})\n"
+            f"{self.device}, engine {active.name} ({active.detail})\n"
             f"{model.mixer}, {_count(model.num_layers, 'layer')}, {self.parameters / 1e6:.2f} M parameters\n"
             f"{self.task.describe()}"
         )
 
     def due(self, every: int) -> bool:
-        """Whether something that happens every so many steps (0: only at the end) happens after this one."""
+        """Whether an action at intervals of `every` steps (0: only at the end) is due after this step."""
         step = self.state.step
         return step == self.settings.steps or (every > 0 and step % every == 0)
 
     def step(self) -> None:
-        """Take one step: the gradients of `accumulate` batches, clipped, into the optimisers."""
+        """Take one optimizer step with the clipped mean gradient of `accumulate` batches."""
         set_learning_rate(self.optimizers, learning_rate_at(self.state.step, self.settings))
         losses = [self._gradients(part) for part in range(self.settings.accumulate)]
         norm = clip_gradients(self.model, self.settings.grad_clip)
@@ -219,15 +217,15 @@ class Run:
             "grad_norm": math.fsum(state.grad_norms) / len(state.grad_norms),
             "tokens": state.tokens,
             "seconds": self._seconds(),
-            "tokens_per_second": self._window_tokens / (time.perf_counter() - self._window_started),
+            "tokens_per_second": self._tokens_since_report / (time.perf_counter() - self._report_started),
         }
-        with self.interruption.telling():
+        with self.interruption.guard_output():
             self.log.training(state.step, metrics)
         state.losses, state.grad_norms = [], []
-        self._window_tokens, self._window_started = 0, time.perf_counter()
+        self._tokens_since_report, self._report_started = 0, time.perf_counter()
 
     def evaluate(self) -> None:
-        """Measure the model on the validation split, and keep its weights if they are the best so far."""
+        """Evaluate the model on the validation split, and save its weights if they are the best so far."""
         self._collect()
         began = time.perf_counter()
         metrics = self._measure("evaluating", self.settings.eval_tokens)
@@ -240,12 +238,12 @@ class Run:
         if is_best:
             save_checkpoint(self.run_dir / "checkpoints" / "best", self.model, extra=self._extra())
             self.state.best = {"step": self.state.step, **metrics}
-        with self.interruption.telling():
+        with self.interruption.guard_output():
             self.log.evaluation(self.state.step, metrics, is_best)
-        self._window_started += time.perf_counter() - began  # tokens_per_second is training's alone
+        self._report_started += time.perf_counter() - began  # not part of tokens_per_second
 
     def save(self) -> None:
-        """Write the checkpoint that the run would resume from."""
+        """Write the checkpoint for resuming."""
         self._collect()
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise NonFiniteLossError(self._advice("its weights are not finite"))
@@ -255,10 +253,10 @@ class Run:
         self.log.flush()
         last = self.run_dir / "checkpoints" / "last"
         save_last(last, self.model, self.optimizers, self.state, self.config, self._extra())
-        self._window_started += time.perf_counter() - began
+        self._report_started += time.perf_counter() - began
 
     def finish(self) -> dict[str, Any]:
-        """Measure the last weights on the whole validation split; write results.json and loss.png."""
+        """Run the final evaluation; write results.json and loss.png, and return the results."""
         if self._whole is None or self._whole[0] != self.state.step:
             most = self.settings.final_eval_tokens
             what = "evaluating on the whole validation split" if most == 0 else "evaluating"
@@ -283,17 +281,17 @@ class Run:
         return results
 
     def _measure(self, what: str, max_tokens: int) -> dict[str, float]:
-        """Evaluate the model, and tell how far it is."""
+        """Evaluate the model, and report progress."""
 
         def tell(fraction: float) -> None:
-            with self.interruption.telling():
+            with self.interruption.guard_output():
                 self.log.busy(what, fraction)
 
         tell(0.0)
         return self.task.evaluate(self.model, max_tokens=max_tokens, tell=tell)
 
     def _check_never_saved(self) -> None:
-        """Refuse to start a run anew that has lost its last checkpoint, over its metrics and best weights."""
+        """Raise FileNotFoundError if the last checkpoint is missing though the run has saved one."""
         metrics = self.run_dir / "metrics.jsonl"
         done = max((line["step"] for line in read_metrics(metrics)), default=0) if metrics.exists() else 0
         saved_by = self.settings.checkpoint_every or done
@@ -333,7 +331,7 @@ class Run:
         self.log.note(f"resumed after step {self.state.step}")
 
     def _gradients(self, part: int) -> Tensor:
-        """Add one batch's share to the gradients, and return its loss (not fetched from the device)."""
+        """Add the gradients of one batch, and return its loss (still on the device)."""
         settings, state = self.settings, self.state
         batches = self._batches(state.step * settings.accumulate + part)
         targets = sum(batch.num_targets for batch in batches)
@@ -344,16 +342,16 @@ class Run:
         (loss / settings.accumulate).backward()
         state.carry = map_state(torch.detach, parts[0][1]) if self.carries_state else None
         state.tokens += targets
-        self._window_tokens += targets
+        self._tokens_since_report += targets
         return loss.detach()
 
     @torch.no_grad()
-    def _carried(self, steps: int) -> State:
-        """Return what the model carries after so many steps, or None where the run carries nothing."""
+    def _carried(self, steps: int) -> CarriedState:
+        """Return the model's state after `steps` steps, or None if the run does not carry it."""
         if not self.carries_state:
             return None
         batch = self._batches(0)[0].first(steps)
-        with evaluation_mode(self.model), self._autocast():  # which draws no random numbers
+        with evaluation_mode(self.model), self._autocast():  # draws no random numbers
             return self.task.loss(self.model, batch)[1]
 
     def _autocast(self) -> torch.autocast:
@@ -361,7 +359,7 @@ class Run:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
 
     def _batches(self, index: int) -> list[Batch]:
-        """Return the sequences of one backward pass: first those that carry the state, if any do."""
+        """Return the batches of a backward pass: streams first if the state is carried, then windows."""
         settings = self.settings
         if not settings.carry_state:
             return [self.task.batch(index, settings.batch_size, settings.seed)]
@@ -370,10 +368,10 @@ class Run:
         return [*batches, self.task.batch(index, fresh, settings.seed)] if fresh else batches
 
     def _collect(self) -> None:
-        """Fetch the losses of the steps since the last time, and stop the run where one is not finite.
+        """Fetch the losses of recent steps; raise NonFiniteLossError if one is not finite.
 
-        Steps are checked together, when a value is wanted anyway, because fetching one waits for the device;
-        and always before an evaluation or a checkpoint, so that neither ever sees weights that diverged.
+        As fetching waits for the device, it is done for several steps at once: before a report, and before an
+        evaluation or a checkpoint, so that neither uses weights that diverged.
         """
         if not self._pending:
             return
@@ -391,15 +389,15 @@ class Run:
         return (
             f"training diverged at step {step or self.state.step}: {finding}; lower train.learning_rate "
             f"({settings.learning_rate:g}), lengthen train.warmup_steps ({settings.warmup_steps}) or tighten "
-            f"train.grad_clip ({settings.grad_clip:g}). What is in {self.run_dir / 'checkpoints'} is from "
-            "before it"
+            f"train.grad_clip ({settings.grad_clip:g}). The checkpoints in "
+            f"{self.run_dir / 'checkpoints'} are from before that"
         )
 
     def _seconds(self) -> float:
         return self._seconds_before + time.perf_counter() - self._session_started
 
     def _extra(self) -> dict[str, Any]:
-        """Return what is saved with a model so that it can be used without its run."""
+        """Return the values saved with a model, with which it can be used without its run."""
         return {
             "step": self.state.step,
             "vocabulary": self.task.saved_vocabulary,
@@ -412,6 +410,6 @@ def _count(number: int, thing: str) -> str:
 
 
 def _check_new(run_dir: Path) -> None:
-    """Refuse to write into a directory, which is claimed, that holds something."""
+    """Raise FileExistsError unless a locked directory is empty."""
     if any(path.name != LOCK_FILE for path in run_dir.iterdir()):
-        raise FileExistsError(f"{run_dir} already exists; go on with --resume, or choose another --run")
+        raise FileExistsError(f"{run_dir} already exists; resume it with --resume, or choose another --run")

@@ -1,4 +1,4 @@
-"""The optimisers and their schedule: who moves which weights, which decay, the learning rate of each step."""
+"""Optimizers, parameter groups and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from torch import nn
 from minrnn.training.config import TrainConfig
 
 MUON_MOMENTUM = 0.95
-"""Its author's."""
+"""Momentum of Muon, its author's default."""
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Build the optimisers that move a model's parameters together, each its own.
+    """Return the optimizers of a model; each updates a part of the parameters.
 
-    `adamw` is fused AdamW over two groups: weights that decay, and all other parameters. `muon` gives the
-    matrices that `orthogonalised_parameters` names to Muon, all of which decay, and AdamW the rest:
+    `adamw` is fused AdamW with two groups: parameters with weight decay, and all others. `muon` is Muon, with
+    weight decay, for the matrices of `orthogonalized_parameters`, and AdamW for the rest:
 
         m = momentum * m + (1 - momentum) * g
         u = momentum * m + (1 - momentum) * g
         W = (1 - rate * decay) * W - rate * 0.2 * sqrt(max(rows, columns)) * orthogonal(u)
 
-    where orthogonal(u) has u's singular vectors and singular values near 1, by five Newton-Schulz steps. The
-    factor makes an update about as large as AdamW's, so that one rate serves both.
+    where orthogonal(u) has the singular vectors of u and singular values near 1, by five Newton-Schulz steps.
+    The factor makes updates about as large as AdamW's, so that both use the same learning rate.
 
     Args:
         model: the model, already on its device.
         config: optimizer, learning rate, betas and weight decay.
 
     Returns:
-        The optimisers; each group holds its parameters in the model's order.
+        The optimizers; each group has its parameters in the model's order.
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019); Jordan et al., "Muon: an
     optimizer for hidden layers in neural networks" (2024); the factor: Liu et al., "Muon is scalable for LLM
@@ -41,7 +41,7 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     decayed, turned = decayed_parameters(model), set[str]()
     optimizers: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
-        turned = orthogonalised_parameters(model)
+        turned = orthogonalized_parameters(model)
         optimizers.append(
             torch.optim.Muon(
                 [parameter for name, parameter in model.named_parameters() if name in turned],
@@ -66,12 +66,12 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     return optimizers
 
 
-def orthogonalised_parameters(model: nn.Module) -> set[str]:
-    """Name the parameters that Muon moves: the matrices that the blocks multiply channels by.
+def orthogonalized_parameters(model: nn.Module) -> set[str]:
+    """Return the names of the parameters that Muon updates: the matrices in the blocks.
 
-    They are the weights of the blocks' linear layers and the recurrences' projections. Embeddings and the
-    head, whose rows stand for single tokens, are AdamW's, as Muon's author has it; so is all that is no such
-    matrix (biases, norms, filters, the rates of state spaces).
+    These are the weights of linear layers and the projections of recurrences. Embeddings and the head are
+    left to AdamW, as Muon's author recommends, and so are all other parameters (biases, norms, filters, the
+    rates of state spaces).
 
     Args:
         model: a model with `blocks`.
@@ -80,7 +80,7 @@ def orthogonalised_parameters(model: nn.Module) -> set[str]:
         Names as in `model.named_parameters()`.
 
     Raises:
-        ValueError: it has no such matrix.
+        ValueError: the model has no such matrix.
     """
     linear = decayed_parameters(model)
     names = {
@@ -95,12 +95,12 @@ def orthogonalised_parameters(model: nn.Module) -> set[str]:
 
 
 def decayed_parameters(model: nn.Module) -> set[str]:
-    """Name the parameters that weight decay pulls towards zero: the weight matrices of linear layers.
+    """Return the names of the parameters with weight decay: the weight matrices of linear layers.
 
-    Everything else is left alone: biases and norms, whose size says nothing about complexity; embeddings (and
-    the head, where it is tied to them), whose rare rows would fade between their updates; the convolution's
-    filters; and the recurrences' own projections, because a gate pulled towards zero is pulled towards half
-    open. The paper's authors leave the gates' projections out too (main.py of their code).
+    All others have none: biases and norms; embeddings (and a head tied to them), whose rare rows would decay
+    between their updates; the filters of convolutions; and the projections of recurrences, as decay would
+    pull gates toward half open. The paper's authors exclude the gates' projections too (main.py of their
+    code).
 
     Args:
         model: any module.
@@ -114,17 +114,17 @@ def decayed_parameters(model: nn.Module) -> set[str]:
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """Return the learning rate of a step: a linear rise, then half a cosine down to the floor.
+    """Return the learning rate of a step: linear warm-up, then cosine decay to the floor.
 
         rate(s) = peak * (s + 1) / warmup                                              s < warmup
         rate(s) = floor + (peak - floor) * (1 + cos(pi * (s - warmup) / rest)) / 2     afterwards
 
     Args:
-        step: 0 for the first step.
+        step: index of the step, from 0.
         config: `learning_rate` (the peak), `min_learning_rate_ratio` (floor / peak), `warmup_steps`, `steps`.
 
     Returns:
-        The rate; the last step's is within one step of the floor.
+        The learning rate.
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
@@ -134,18 +134,18 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], rate: float) -> None:
-    """Give every group of the optimisers this learning rate."""
+    """Set the learning rate of all parameter groups."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
 
 
 def clip_gradients(model: nn.Module, longest: float) -> torch.Tensor:
-    """Shorten the gradient to the given norm, and return the norm that it had (a scalar, not synchronised).
+    """Clip the norm of the gradient, and return the norm before (a scalar, without synchronization).
 
     Args:
         model: the module whose parameters' gradients are scaled in place.
-        longest: the largest norm over all parameters; 0 leaves the gradient as it is.
+        longest: maximum norm over all parameters; 0 for no clipping.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])

@@ -1,4 +1,4 @@
-"""What a result was computed with: machine, versions and commit, saved beside every figure."""
+"""Provenance of results: machine, versions and commit, saved with every result."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch
 
 
 def provenance(device: torch.device) -> dict[str, object]:
-    """Describe the machine, the versions and the commit that compute on a device.
+    """Return a description of the machine, the package versions and the commit.
 
     Args:
-        device: where the model is.
+        device: the device of the model.
 
     Returns:
         JSON values: `device`, `machine` (processor, CPU threads, system), `versions` (Python's and those of
-        minrnn, torch, numpy and triton), and `commit`, which is None for an installed package, and where git
-        cannot tell.
+        minrnn, torch, numpy and triton), and `commit`, which is None if the package is
+        installed or git fails.
     """
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
@@ -38,7 +38,7 @@ def provenance(device: torch.device) -> dict[str, object]:
 
 
 def _versions(*packages: str) -> dict[str, str]:
-    """Return the versions of those packages that are installed; minrnn in a checkout may not be."""
+    """Return the versions of the installed ones of these packages; minrnn may be a checkout."""
     versions = {}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -47,7 +47,7 @@ def _versions(*packages: str) -> dict[str, str]:
 
 
 def _processor() -> str:
-    """Name the processor; platform.processor() is empty on most Linux systems."""
+    """Return the name of the processor; platform.processor() is empty on most Linux systems."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:  # not Linux
@@ -57,16 +57,16 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Return the commit of the checkout that this package is in, with `-dirty` where files differ from it."""
+    """Return the commit of the checkout of this package, with `-dirty` if files were changed, or None."""
     folder = Path(__file__).parent
     if _git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return None  # installed: a repository around the environment is not ours
+        return None  # an installed package, perhaps within another repository
     said = _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     return said if said is not None and re.fullmatch(r"[0-9a-f]{40,64}(-dirty)?", said) else None
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """Return what git says in one line; None where there is no git, or one that does not work."""
+    """Return the output of git, or None if git is missing or fails."""
     try:
         done = subprocess.run(
             ["git", "-C", folder, *arguments], stdin=subprocess.DEVNULL, capture_output=True, timeout=10

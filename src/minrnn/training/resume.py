@@ -1,4 +1,4 @@
-"""Runs that can be stopped anywhere: what is saved beside the model, and how signals end a run."""
+"""Checkpoints for resuming a run: the training state next to the model, and its validation."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from minrnn.models.checkpoint import check_files, load_tensors, save_tensors, wr
 from minrnn.tasks import Vocabulary
 from minrnn.training.config import RunConfig, read_config
 
-State = Any  # nested tuples of tensors, as a model's state is
+CarriedState = Any  # nested tuples of tensors, or None
 
-# Settings that a resumed run may change: none alters the steps that are done, nor the shape of what is saved.
+# Settings that a resumed run may change: they affect neither completed steps nor the checkpoint's shapes.
 CHANGEABLE = frozenset(
     {
         "steps",
@@ -36,28 +36,28 @@ CHANGEABLE = frozenset(
 TENSORS_FILE, STATE_FILE = "trainer.safetensors", "trainer.json"
 
 NEW_IN_FORMAT_2 = frozenset({"unwritten", "run"})
-"""What trainer.json has held since checkpoints are of format 2."""
+"""Keys of trainer.json since format 2 of checkpoints."""
 
 MOST_COUNTED = 1 << 24
-"""AdamW counts its steps in float32, which stays at this one."""
+"""The float32 step counter of AdamW saturates here."""
 
 MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
     torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
     torch.optim.Muon: ("momentum_buffer",),
 }
-"""What each optimiser keeps of a parameter, like it in shape and dtype; AdamW counts its steps beside."""
+"""State tensors of each optimizer with the shape and dtype of a parameter; AdamW also has `step`."""
 
 
 @dataclass
 class TrainState:
-    """Where a run is: what its next step needs beside weights, optimisers and random generators."""
+    """The state of a run, apart from weights, optimizers and random generators."""
 
     step: int = 0
-    """Optimiser steps that are done."""
+    """Completed optimizer steps."""
     tokens: int = 0
     """Tokens trained on."""
     seconds: float = 0.0
-    """Wall-clock time spent, over all the sessions of the run."""
+    """Wall-clock time of all sessions of the run."""
     best: dict[str, int | float] = field(default_factory=dict)
     """`step` and metrics of the evaluation with the lowest val_loss; empty before the first."""
     losses: list[float] = field(default_factory=list)
@@ -65,9 +65,9 @@ class TrainState:
     grad_norms: list[float] = field(default_factory=list)
     """Norms of the gradients of the same steps."""
     unwritten: list[dict[str, Any]] = field(default_factory=list)
-    """Lines of metrics.jsonl that could not be written (the disk was full), to be written when it goes on."""
-    carry: State = None
-    """The model's state at the end of the last window, where the run carries it."""
+    """Lines of metrics.jsonl that could not be written (the disk was full); resuming writes them."""
+    carry: CarriedState = None
+    """The model's hidden state after the last step, if the run carries it."""
 
 
 def save_last(
@@ -78,22 +78,22 @@ def save_last(
     config: RunConfig,
     extra: Mapping[str, Any],
 ) -> None:
-    """Write the checkpoint that a run resumes from, whole or not at all.
+    """Write the checkpoint for resuming a run, atomically.
 
-    The directory is a model's checkpoint with two files more: trainer.safetensors (the optimisers' moments,
-    the random generators, the carried state) and trainer.json (the rest of `TrainState`, and the run's
-    settings but for those that may change).
+    It is a model's checkpoint with two more files: trainer.safetensors (the states of the optimizers and the
+    random generators, and the carried state) and trainer.json (the rest of `TrainState`, and the settings of
+    the run that may not change).
 
     Args:
-        directory: where to write; a checkpoint that is already there stays until the new one is complete.
+        directory: the directory; an existing checkpoint is kept until the new one is complete.
         model: the model.
-        optimizers: its optimisers, each of its own parameters.
-        state: where the run is.
-        config: the run's settings.
-        extra: JSON values saved with the model; `step` is among them.
+        optimizers: its optimizers.
+        state: the state of the run.
+        config: the configuration of the run.
+        extra: JSON values saved with the model, `step` among them.
 
     Raises:
-        OSError: it cannot be written (a full disk, say); the previous checkpoint is still there.
+        OSError: the checkpoint cannot be written (a full disk, for example); the previous one is intact.
     """
     carry: list[Tensor] = []
     scalars = {entry.name: getattr(state, entry.name) for entry in fields(state) if entry.name != "carry"}
@@ -103,13 +103,13 @@ def save_last(
     tensors = {
         **{f"optimizer.{name}": value for name, value in _optimizer_tensors(model, optimizers).items()},
         **{f"random.{name}": value for name, value in _random_states(device).items()},
-        # Clones: parts of a state may be views of one tensor, which safetensors refuses.
+        # Clones: parts of a state may share memory, which safetensors rejects.
         **{f"carry.{index}": tensor.clone() for index, tensor in enumerate(carry)},
     }
     with write_directory(directory) as folder:
         save_tensors(folder / TENSORS_FILE, tensors)
         (folder / STATE_FILE).write_text(json.dumps(scalars, indent=1), encoding="utf-8")
-        write_model(folder, model, extra=extra)  # last: it lists all files
+        write_model(folder, model, extra=extra)  # last, as it lists all files
 
 
 def load_last(
@@ -119,31 +119,31 @@ def load_last(
     config: RunConfig,
     say: Callable[[str], object],
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Put weights, optimisers and random generators back as `save_last` found them.
+    """Restore weights, optimizers and random generators from a checkpoint written by `save_last`.
 
-    Nothing is changed before every file has been checked: its size and digest; that its tensors are exactly
-    those that the run has, in name, shape and dtype; that its steps agree, and that it is of the same run.
-    What the carried state must look like, `check_carry` knows.
+    All files are validated before anything is changed: sizes and digests; names, shapes and dtypes of the
+    tensors; consistent step counts; and the settings of the run. The carried state is validated by
+    `check_carry`.
 
     Args:
-        directory: what `save_last` wrote.
+        directory: the checkpoint.
         model: a model of the same configuration, on its device; changed in place.
-        optimizers: its optimisers; changed in place.
-        config: the run's settings.
-        say: told in one line what could not be checked, in a checkpoint of an earlier format.
+        optimizers: its optimizers; changed in place.
+        config: the configuration of the run.
+        say: called with one line about files without digests, in a checkpoint of an earlier format.
 
     Returns:
-        Where the run was, and the JSON values that were saved with the model.
+        The state of the run, and the JSON values that were saved with the model.
 
     Raises:
-        FileNotFoundError: there is no checkpoint, or it lacks a file.
-        ValueError: the checkpoint is damaged, or is of another run or model; the message names the file.
+        FileNotFoundError: there is no checkpoint, or a file is missing.
+        ValueError: the checkpoint is damaged, or of another run or model; the message names the file.
     """
     device = next(model.parameters()).device
     folder = find_directory(directory)
     saved, extra = load_checkpoint(folder)
     if unchecked := check_files(folder, [TENSORS_FILE, STATE_FILE]):
-        say(f"{directory} was written when checkpoints did not list {' and '.join(unchecked)}: not checked")
+        say(f"{directory} has an earlier format without digests of {' and '.join(unchecked)}: not checked")
     state, nesting = _read_state(folder / STATE_FILE, config, is_old=bool(unchecked))
     if extra.get("step") != state.step:
         raise ValueError(
@@ -166,17 +166,17 @@ def load_last(
     return state, extra
 
 
-def check_carry(path: Path, carry: State, examples: Sequence[State]) -> None:
-    """Refuse a carried state that the run's model cannot have.
+def check_carry(path: Path, carry: CarriedState, examples: Sequence[CarriedState]) -> None:
+    """Check that a carried state is one of the run's model.
 
     Args:
-        path: the checkpoint, for the message.
-        carry: what it holds.
-        examples: what the model carries after one step, and after two: where their sizes differ, a state
-            grows with its past (attention's keys), and may have any size; None where the run carries nothing.
+        path: the checkpoint, for the error message.
+        carry: the carried state of the checkpoint.
+        examples: the states of the model after one step and after two, or None if the run carries none. A
+            size that differs between them grows with the sequence (attention's keys), and may be any.
 
     Raises:
-        ValueError: it has another structure, shape or dtype.
+        ValueError: the state has another structure, shape or dtype.
     """
     forms = [_form(state) for state in (carry, *examples)]
     if not _fits(*forms):
@@ -187,31 +187,30 @@ def check_carry(path: Path, carry: State, examples: Sequence[State]) -> None:
 
 
 class Trained(NamedTuple):
-    """A model that a run has trained, and what is needed to use it."""
+    """The model of a run, with its vocabulary and provenance."""
 
     model: Model
     vocabulary: Vocabulary | None
-    """Of a model of text; None where its tokens are no text."""
+    """The vocabulary of a text model; None for other models."""
     step: int
-    """That the weights are of."""
+    """Step of the weights."""
     corpus: str
-    """Digest of what they learnt from, as `Task.sha256` gives it."""
+    """Digest of the training data, as `Task.sha256`."""
 
 
 def load_trained(run_dir: Path, which: str, device: torch.device) -> Trained:
-    """Read a run's model.
+    """Load the model of a run.
 
     Args:
         run_dir: the run's directory.
-        which: its checkpoint, best or last.
-        device: where the model goes.
+        which: the checkpoint, best or last.
+        device: device of the model.
 
     Returns:
-        The model, the vocabulary of its tokens (None where they are no text), its weights' step, and the
-        digest of what they learnt from.
+        The model, its vocabulary, the step of its weights, and the digest of the training data.
 
     Raises:
-        FileNotFoundError: there is no such run, or it has no such checkpoint yet.
+        FileNotFoundError: there is no such run, or no such checkpoint yet.
         ValueError: the checkpoint is damaged.
     """
     read_config(run_dir)
@@ -227,14 +226,14 @@ def load_trained(run_dir: Path, which: str, device: torch.device) -> Trained:
                 return Trained(model, Vocabulary.from_dict(vocabulary), step, corpus)
         case {"vocabulary": None, "step": int(step), "corpus": str(corpus)}:
             return Trained(model, None, step, corpus)
-    raise ValueError(f"{directory} names no vocabulary, step and corpus: no run wrote it")
+    raise ValueError(f"{directory} must have vocabulary, step and corpus in its config.json; no run wrote it")
 
 
 def check_unchanged(saved: RunConfig, config: RunConfig) -> None:
-    """Refuse to resume a run with settings under which it would not have been the same run.
+    """Check that the settings of a resumed run are unchanged, except those in `CHANGEABLE`.
 
     Raises:
-        ValueError: naming the first setting that differs and is not in `CHANGEABLE`.
+        ValueError: a setting differs; the message names it.
     """
     if saved.task.task != config.task.task:
         raise ValueError(
@@ -251,13 +250,13 @@ def check_unchanged(saved: RunConfig, config: RunConfig) -> None:
 
 
 def _lasting(config: RunConfig) -> dict[str, Any]:
-    """Return a run's settings as JSON, but for those that may change."""
+    """Return the settings of a run as JSON values, without those in `CHANGEABLE`."""
     values = config.to_dict()
     return values | {"train": {name: v for name, v in values["train"].items() if name not in CHANGEABLE}}
 
 
 def _read_state(path: Path, config: RunConfig, is_old: bool) -> tuple[TrainState, Any]:
-    """Return what trainer.json holds: the state without what it carries, and the nesting of that."""
+    """Return the state in trainer.json, without the carried tensors, and their nesting."""
     values = read_json(path, dict[str, Any])
     names = {entry.name for entry in fields(TrainState)} | NEW_IN_FORMAT_2
     if is_old:
@@ -265,20 +264,20 @@ def _read_state(path: Path, config: RunConfig, is_old: bool) -> tuple[TrainState
     if values.keys() != names:
         raise ValueError(
             f"resume: {path} must hold {', '.join(sorted(names))}, got {', '.join(sorted(values))}; it was "
-            "written by another version of minrnn: use that"
+            "written by another version of minrnn; use that version"
         )
     nesting, run = values.pop("carry"), values.pop("run", None)
     with naming(f"resume: {path}"):
         state = convert(values, TrainState)
         if min(state.step, state.tokens, state.seconds) < 0 or len(state.losses) != len(state.grad_norms):
-            raise ValueError("its counts must be 0 or more, and its losses as many as its norms")
+            raise ValueError("its counts must be 0 or more, and it must have as many losses as norms")
         if run is not None:
             check_unchanged(RunConfig.from_dict(convert(run, dict[str, Any], "run")), config)
     return state, nesting
 
 
 class _Form(NamedTuple):
-    """What a tensor looks like."""
+    """Shape and dtype of a tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -291,7 +290,7 @@ class _Form(NamedTuple):
 def _expected_tensors(
     model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], device: torch.device, carried: int
 ) -> dict[str, _Form | None]:
-    """Return the tensors of a run that has taken a step; None is any form, which others check."""
+    """Return the forms of the tensors of a run after a step, by name; None for any form."""
     expected: dict[str, _Form | None] = {
         f"random.{name}": _Form.of(value) for name, value in _random_states(device).items()
     }
@@ -305,7 +304,7 @@ def _expected_tensors(
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, _Form | None]) -> None:
-    # A run that moves to a GPU or from one has the other's generators, or lacks these.
+    # A run that is moved between CPU and GPU has no, or an unused, state of the GPU's generator.
     optional = {"random.cuda"}
     missing = sorted(expected.keys() - tensors.keys() - optional)
     unexpected = sorted(tensors.keys() - expected.keys() - optional)
@@ -329,7 +328,7 @@ def _check_counts(tensors: Mapping[str, Tensor], step: int) -> None:
 
 
 def _optimizer_tensors(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Name the optimisers' tensors after the parameters that they belong to: `<parameter>/exp_avg`."""
+    """Return the state tensors of the optimizers by name: `<parameter>/exp_avg`."""
     return {
         f"{name}/{key}": value
         for optimizer in optimizers
@@ -350,7 +349,7 @@ def _restore_optimizers(
 
 
 def _names_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
-    """Return the parameters that an optimiser moves, with their names in the model, in its order."""
+    """Return the parameters of an optimizer with their names, in the model's order."""
     moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in moved]
 
@@ -364,17 +363,17 @@ def _random_states(device: torch.device) -> dict[str, Tensor]:
 
 def _restore_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:  # a run that moves to a GPU draws new dropout masks there
+    if device.type == "cuda" and "cuda" in states:  # missing if the run was moved to a GPU
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with the prefix, under the rest of their names."""
+    """Return the tensors whose names start with the prefix, with the prefix removed."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _flatten(state: State, tensors: list[Tensor]) -> Any:
-    """Append the tensors of a nested state to the list; return the nesting, with their places in it."""
+def _flatten(state: CarriedState, tensors: list[Tensor]) -> Any:
+    """Append the tensors of a nested state to `tensors`; return the nesting of their indices in it."""
     if state is None:
         return None
     if isinstance(state, Tensor):
@@ -384,25 +383,25 @@ def _flatten(state: State, tensors: list[Tensor]) -> Any:
 
 
 def _places(nesting: Any) -> list[int]:
-    """Return the places that a nesting names, or raise ValueError where it is none."""
+    """Return the indices in a nesting; raise ValueError if it is invalid."""
     if nesting is None:
         return []
     if type(nesting) is int:
         return [nesting]
     if not isinstance(nesting, list):
-        raise ValueError(f"carry must be lists of places, got {nesting!r}")
+        raise ValueError(f"carry must be lists of indices, got {nesting!r}")
     return [place for part in nesting for place in _places(part)]
 
 
-def _form(state: State) -> Any:
-    """Return a nested state with each tensor's form in its place."""
+def _form(state: CarriedState) -> Any:
+    """Return a nested state with each tensor replaced by its form."""
     if state is None or isinstance(state, Tensor):
         return None if state is None else _Form.of(state)
     return tuple(_form(part) for part in state)
 
 
 def _fits(form: Any, one: Any, two: Any) -> bool:
-    """Whether a form is that of two others, but for sizes in which those differ."""
+    """Whether a form equals two others, except for sizes that differ between those."""
     if form is None or one is None:
         return form is None and one is None
     if isinstance(one, _Form):
@@ -416,7 +415,7 @@ def _fits(form: Any, one: Any, two: Any) -> bool:
 
 
 def _shown(form: Any) -> str:
-    """Write a form in a message.
+    """Format a form for an error message.
 
     >>> _shown((_Form((2, 3), torch.float32), None))
     '(float32 (2, 3), nothing)'
@@ -428,8 +427,8 @@ def _shown(form: Any) -> str:
     return f"({', '.join(map(_shown, form))})"
 
 
-def _unflatten(nesting: Any, tensors: Mapping[int, Tensor]) -> State:
-    """Undo `_flatten`: lists become tuples, places become tensors."""
+def _unflatten(nesting: Any, tensors: Mapping[int, Tensor]) -> CarriedState:
+    """Invert `_flatten`: lists become tuples, indices become tensors."""
     if nesting is None:
         return None
     if isinstance(nesting, int):

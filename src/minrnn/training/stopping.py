@@ -1,4 +1,4 @@
-"""How a run is asked to stop: by a signal, by a reader that has gone, by a full disk."""
+"""Requests to stop a run: signals, a closed output, a full disk."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
-"""A key, another program, a terminal that closes; Windows has no SIGHUP."""
+"""Ctrl-C, a request of another program, a closed terminal; Windows has no SIGHUP."""
 
 BROKEN_PIPE = 13
-"""SIGPIPE, which not every system has a name for: it ends a program whose reader has gone, as `head` does."""
+"""Number of SIGPIPE, for an output whose reader has gone (as `head` does); Windows has no such signal."""
 
-_NOTICE = b"\nstopping after this step; once more stops at once, without saving\n"
+_NOTICE = b"\nstopping after this step; a second signal stops immediately, without saving\n"
 
 
-class Interrupted(Exception):  # noqa: N818 - a request that was met, not an error
-    """A signal, or a reader that has gone, ended the run after its state was saved.
+class Interrupted(Exception):  # noqa: N818 - a completed request, not an error
+    """The run was stopped by a signal or a closed output, after its state was saved.
 
     Args:
-        signum: the signal; BROKEN_PIPE for a reader that has gone.
-        done: what is done and saved, such as "step 12".
+        signum: the signal; BROKEN_PIPE for a closed output.
+        done: the work that is saved, such as "step 12".
     """
 
     def __init__(self, signum: int, done: str) -> None:
@@ -39,48 +39,51 @@ class Interrupted(Exception):  # noqa: N818 - a request that was met, not an err
 
 @dataclass
 class Interruption:
-    """Whether something has asked the run to stop."""
+    """A request to stop a run."""
 
     signum: int = 0
-    """The signal's number; 0 while there was none."""
+    """Number of the signal; 0 if there was none."""
     failure: OSError | None = None
-    """Why what the run says of itself can be said no more."""
+    """The first error of writing output, if any."""
 
     @property
-    def asked(self) -> bool:
-        """Whether to stop."""
+    def requested(self) -> bool:
+        """Whether a stop is requested."""
         return bool(self.signum) or self.failure is not None
 
     @contextmanager
-    def telling(self) -> Iterator[None]:
-        """Take an error of what is said in the block (a reader that has gone, a full disk) for a request."""
+    def guard_output(self) -> Iterator[None]:
+        """Treat an OSError of output in the block (a closed reader, a full disk) as a request to stop."""
         try:
             yield
         except OSError as error:
             self.failure = self.failure or error
 
-    def met(self, done: str) -> Interrupted | OSError:
-        """Return what is to be raised once all is saved.
+    def to_exception(self, done: str) -> Interrupted | OSError:
+        """Return the exception to raise after the state is saved.
 
         Args:
-            done: what is done, such as "step 12".
+            done: the work that is saved, such as "step 12".
         """
         if self.signum or isinstance(self.failure, BrokenPipeError):
             return Interrupted(self.signum or BROKEN_PIPE, done)
-        assert self.failure is not None, "nothing asked for it"
+        assert self.failure is not None, "no stop was requested"
         reason = self.failure.strerror or str(self.failure)
         return OSError(self.failure.errno, f"{reason}; stopped and saved after {done}", self.failure.filename)
 
 
 @contextmanager
 def interruptible(interruption: Interruption | None = None) -> Iterator[Interruption]:
-    """Let SIGINT, SIGTERM and SIGHUP ask for a stop at the end of the step; a second one stops at once.
+    """Turn SIGINT, SIGTERM and SIGHUP into a request to stop after the step; a second one stops at once.
 
-    A signal that is ignored (SIGHUP under nohup, SIGINT in a shell's background) stays ignored. Outside the
-    main thread, where Python delivers no signals, nothing is changed.
+    Signals that are ignored (SIGHUP under nohup, SIGINT in a shell's background) stay ignored. Outside the
+    main thread, where Python does not deliver signals, nothing is changed.
 
     Args:
-        interruption: is told; None makes one.
+        interruption: the object that records the request; None for a new one.
+
+    Yields:
+        The interruption.
     """
     interruption = interruption or Interruption()
     if threading.current_thread() is not threading.main_thread():
@@ -88,7 +91,7 @@ def interruptible(interruption: Interruption | None = None) -> Iterator[Interrup
         return
     known = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
     previous: dict[int, Any] = {signum: signal.getsignal(signum) for signum in known}
-    # None is a handler that was not set from Python, and could not be put back.
+    # None is a handler that was not set from Python and cannot be restored.
     previous = {signum: old for signum, old in previous.items() if old not in (signal.SIG_IGN, None)}
     stderr = _descriptor()
 
@@ -96,8 +99,8 @@ def interruptible(interruption: Interruption | None = None) -> Iterator[Interrup
         interruption.signum = signum
         for each, handler in previous.items():
             signal.signal(each, handler)
-        # The plain system call: print could be interrupted in the middle of another print.
-        with contextlib.suppress(OSError):  # nobody reads it; the request stands
+        # Not print, which is not reentrant: the signal may interrupt another print.
+        with contextlib.suppress(OSError):  # the reader has gone
             if stderr is not None:
                 os.write(stderr, _NOTICE)
 
@@ -111,8 +114,8 @@ def interruptible(interruption: Interruption | None = None) -> Iterator[Interrup
 
 
 def _descriptor() -> int | None:
-    """Return what stderr writes to, or None where it is no file: 2 may be another one's number."""
+    """Return the file descriptor of stderr, or None if it has none."""
     try:
         return None if sys.stderr is None else sys.stderr.fileno()
-    except (io.UnsupportedOperation, AttributeError, ValueError):  # of a notebook or a test, or closed
+    except (io.UnsupportedOperation, AttributeError, ValueError):  # in a notebook or a test, or closed
         return None

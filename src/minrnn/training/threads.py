@@ -1,4 +1,4 @@
-"""How many CPU threads torch uses, for the length of a block."""
+"""A context manager for the number of CPU threads."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,12 +6,12 @@ from contextlib import contextmanager
 import torch
 
 MOST_THREADS = 1024
-"""More than these torch does not survive (a million is a segmentation fault), and no machine has use for."""
+"""Maximum number of threads; torch crashes with far larger numbers (a segmentation fault at a million)."""
 
 
 @contextmanager
 def cpu_threads(count: int) -> Iterator[int]:
-    """Let torch, and so the engine, use this many CPU threads (0: as many as before); yield how many."""
+    """Set torch's number of CPU threads for the block (0: unchanged), and yield it."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

@@ -1,4 +1,4 @@
-"""What tasks share whose answers stand at some positions only: masked loss, token accuracy, exact match."""
+"""Tasks with targets at some positions only: masked loss, token accuracy, exact match."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -20,32 +20,32 @@ from minrnn.tasks.task import (
 )
 
 BLOCK = 64
-"""Sequences that are evaluated at once: fixed, so that the sequences do not depend on a machine's memory."""
+"""Sequences per batch of an evaluation; fixed, so that the sequences are the same on every machine."""
 
 
-class LabelledTask(TokenTask):
-    """Sequences in which some positions have an answer, and all others are left out of loss and metrics."""
+class LabeledTask(TokenTask):
+    """Base class of the tasks in which only some positions have a target; others do not count."""
 
     @abstractmethod
     def evaluation_batches(self) -> Iterator[Batch]:
-        """Yield the part that is measured, up to BLOCK sequences at a time; always the same."""
+        """Yield the evaluated sequences, up to BLOCK at a time; always the same ones."""
 
     def evaluate(
         self, model: nn.Module, *, max_tokens: int = 0, tell: Tell | None = None
     ) -> dict[str, float]:
-        """Measure `model` on the part that the configuration names.
+        """Evaluate `model` on the part that the configuration names.
 
         Args:
             model: maps tokens and state to logits and state.
-            max_tokens: stop after the block of sequences that holds this answer; 0 for all.
-            tell: not asked: these sequences are few.
+            max_tokens: stop after the batch that reaches this number of targets; 0 for all.
+            tell: unused, as these evaluations are short.
 
         Returns:
-            val_loss: nats per answer.
-            accuracy: share of the answers that the likeliest token gives.
-            exact_match: share of the sequences whose answers are all right.
-            val_tokens: how many answers there are.
-            val_sequences: in how many sequences.
+            val_loss: nats per target.
+            accuracy: fraction of the targets that have the highest logit.
+            exact_match: fraction of the sequences with every target predicted.
+            val_tokens: number of targets.
+            val_sequences: number of sequences.
 
         Raises:
             ValueError: `max_tokens` is negative.
@@ -74,7 +74,7 @@ class LabelledTask(TokenTask):
         }
 
     def commonest_answer(self) -> float:
-        """Return the accuracy of the best constant answer on the part that is measured: what chance gives."""
+        """Return the accuracy of the best constant prediction on the evaluated part, a baseline."""
         counts = np.zeros(self.vocab_size, dtype=np.int64)
         for batch in self.evaluation_batches():
             targets = batch.targets[batch.targets != IGNORED].numpy()
@@ -85,18 +85,18 @@ class LabelledTask(TokenTask):
 def pack(
     questions: Sequence[NDArray[np.integer]], answers: Sequence[NDArray[np.integer]], marker: int
 ) -> Batch:
-    """Put each question, and a marker for each of its answers, into a row; targets stand at the markers.
+    """Return a batch with one row per question: its tokens, then a marker for each token of its answer.
 
         question    q0 q1 q2  =  =
         target       -  -  - a0 a1
 
     Args:
         questions: tokens of each sequence, (L,).
-        answers: what is to be said after it, (K,), K >= 1.
-        marker: the token that asks for an answer, and fills rows up that are shorter.
+        answers: targets of each sequence, (K,), K >= 1.
+        marker: the token at the positions of targets; it also pads shorter rows.
 
     Returns:
-        The batch, (B, T), T of the longest row. Models are causal: what fills a row up changes nothing.
+        The batch, (B, T), with T of the longest row. As models are causal, padding has no effect.
     """
     rows = list(zip(questions, answers, strict=True))
     T = max(len(question) + len(answer) for question, answer in rows)
@@ -109,7 +109,7 @@ def pack(
 
 
 def blocks(num_sequences: int) -> Iterator[tuple[int, int]]:
-    """Yield index and size of each block of sequences.
+    """Yield the index and the size of each batch of an evaluation.
 
     >>> list(blocks(150))
     [(0, 64), (1, 64), (2, 22)]

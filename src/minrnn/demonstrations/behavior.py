@@ -1,5 +1,4 @@
-"""Policies that make data, in numpy: a small network on normalised observations, and what training left of "
-"it."""
+"""Behavior policies in numpy: small networks on normalized observations."""
 
 from __future__ import annotations
 
@@ -11,23 +10,23 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.floating]
 
-OBSERVATION_CLIP = 10.0  # as stable-baselines3's VecNormalize, with which the networks were trained
+OBSERVATION_CLIP = 10.0  # as in stable-baselines3's VecNormalize, used in training
 OBSERVATION_EPSILON = 1e-8
 
 
 @dataclass(frozen=True)
-class Behaviour:
-    """A policy: tanh between the layers of a network on normalised observations, noise on its actions.
+class Behavior:
+    """A behavior policy: an MLP with tanh on normalized observations, with Gaussian noise on its actions.
 
         x = clip((observation - mean) / sqrt(variance + epsilon), -10, 10)
         action = W_k tanh(... tanh(W_1 x + b_1) ...) + b_k + noise
 
     Args:
-        parameters: (P,), every layer's W, row by row, then its b.
-        sizes: widths from the observation's to the action's; two of them are a linear policy.
-        mean: (S,), of the observations.
-        variance: (S,).
-        action_noise: (A,), the standard deviation of what is added to actions.
+        parameters: (P,), for each layer W in row-major order, then b.
+        sizes: the widths of all layers, from the observation to the action; two for a linear policy.
+        mean: (S,), the mean of the observations.
+        variance: (S,), the variance of the observations.
+        action_noise: (A,), the standard deviation of the noise on actions.
     """
 
     parameters: Floats
@@ -37,7 +36,7 @@ class Behaviour:
     action_noise: Floats
 
     def act(self, observation: Floats, random: np.random.Generator) -> Floats:
-        """Return an action (A,) on an observation (S,); it is the caller who keeps it within bounds."""
+        """Return an action (A,) for an observation (S,); it is not clipped to the environment's bounds."""
         x = (observation - self.mean) / np.sqrt(self.variance + OBSERVATION_EPSILON)
         x = np.clip(x, -OBSERVATION_CLIP, OBSERVATION_CLIP)
         start, layers = 0, list(pairwise(self.sizes))
