@@ -37,7 +37,7 @@ def holds_path(hint: Any) -> bool:
 
 def path_options() -> Iterator[tuple[type, str]]:
     """Yield every option of every verb that is a path: the dataclass that is read, and the field."""
-    kinds = {bench.options for bench in BENCHES.values()}
+    kinds = {bench.load().options for bench in BENCHES.values()}
     for command in COMMANDS.values():
         found = vars(import_module(command.module)).values()
         kinds |= {kind for kind in found if isinstance(kind, type) and kind.__module__ == command.module}

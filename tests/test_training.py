@@ -54,6 +54,8 @@ from minrnn.training.optim import (
 )
 from minrnn.training.resume import _flatten, _unflatten
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 SECONDS = ("tokens_per_second", "seconds")  # what differs between two runs that are the same
 
 
@@ -481,8 +483,6 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from minrnn.training import RunLog, read_config, train
-
-pytestmark = pytest.mark.usefixtures("cache")
 
 killed_at, calls, fsync = int(sys.argv[3]), 0, os.fsync
 
