@@ -1,4 +1,4 @@
-"""Beside table 3: what an action costs, against the steps since the episode began."""
+"""Beside table 3: latency of an action against the number of steps since the episode began."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OBSERVATION, ACTION = 17, 6
-"""Sizes of HalfCheetah and Walker2d."""
+"""Sizes of HalfCheetah's and Walker2d's observations and actions."""
 
 LAYERS = 3
 WINDOW = 20
-"""Steps that attention reads anew for every action, as Decision Transformer does."""
+"""Window that attention reads again for every action, as Decision Transformer does."""
 
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "attention": {"tokens": "interleaved", "window": WINDOW, "max_steps": 4096},
@@ -36,7 +36,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "attention-sliding": {"tokens": "interleaved", "keys": WINDOW},
     "attention-whole": {"tokens": "interleaved", "keys": 0},
 }
-"""Decision Transformer, and what else attention could be; `keys`: steps whose keys are carried, 0 all."""
+"""Decision Transformer and variants of it; `keys`: steps whose keys are carried, 0 for all."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Size(TimedSize):
 
 
 class Acting(TimedExperiment):
-    """Act for some steps, and then once more."""
+    """Time an action after some steps of an episode."""
 
     name = "acting"
     title = "Time of an action (beside table 3)"
@@ -79,7 +79,7 @@ class Acting(TimedExperiment):
         return torch.randn(setting["steps"], OBSERVATION, device=device)
 
     def measure(self, trial: Trial, place: Workplace, tell: Tell) -> dict[str, Any]:
-        with cpu_threads(1):  # so little work is not worth dividing
+        with cpu_threads(1):  # too little work for several threads
             return super().measure(trial, place, tell)
 
     def build(self, system: str, setting: Mapping[str, Any], inputs: Tensor) -> System:
@@ -89,7 +89,7 @@ class Acting(TimedExperiment):
             policy.act(observation, 1.0)
 
         def act() -> Phases:
-            once = copy.copy(policy)  # its memory is replaced, not changed: all samples are of one step
+            once = copy.copy(policy)  # its memory is replaced, not modified, so all samples are the same step
             start = clock(inputs.device)
             once.act(inputs[-1], 1.0)
             return {"action": clock(inputs.device) - start}
@@ -129,7 +129,7 @@ class Acting(TimedExperiment):
 
 
 def policy_model(system: str, width: int) -> DecisionModel:
-    """Return a policy of a mixer, or of one of TRANSFORMERS."""
+    """Return a policy with a mixer or with one of TRANSFORMERS."""
     settings = {"tokens": "joined", **TRANSFORMERS.get(system, {})}
     keys = settings.pop("keys", None)
     tokens = TOKENS[settings["tokens"]]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 BATCH = 64
 
 SPEED_PAIRS = (("gru-loop", "mingru"), ("gru", "mingru"), ("lstm-loop", "minlstm"), ("lstm", "minlstm"))
-"""(baseline, ours): the paper's loops and torch's compiled cells against ours."""
+"""(baseline, ours): the paper's loops, and torch's compiled layers."""
 
 MEMORY_PAIRS = (
     ("mingru", "gru"),
@@ -49,14 +49,14 @@ class Size(TimedSize):
 
 
 class Runtime(TimedExperiment):
-    """Train one layer for a step."""
+    """Time a training step of one layer."""
 
     name = "runtime"
     title = "Runtime and memory against length (figure 1)"
     question = (
-        "Forward and backward of one layer, (B, T, D) in and out, batch 64, synchronised, all in turns "
+        "Forward and backward of one layer, (B, T, D) in and out, batch 64, synchronized, all in turns "
         "within one process; medians. `gru-loop` and `lstm-loop` are plain loops over time in PyTorch, "
-        "which the paper measured itself against; `gru`, `lstm` and `rnn` are torch's own, compiled. "
+        "the paper's baselines; `gru`, `lstm` and `rnn` are torch's own, compiled. "
         "*Growth* is the exponent p of a fit time ~ T^p over the upper half of the lengths. *Memory* is "
         "that of a step at its peak, beyond input and weights."
     )
@@ -120,7 +120,7 @@ class Runtime(TimedExperiment):
 
 
 def make_layer(system: str, width: int) -> nn.Module:
-    """Return one layer of a mixer, of a variant, or of a loop."""
+    """Return one layer: a mixer, a variant, or a loop."""
     if system in LOOPS:
         return LOOPS[system](width, width)
     options = settings_of(system)
@@ -128,7 +128,7 @@ def make_layer(system: str, width: int) -> nn.Module:
 
 
 def published_table() -> Table:
-    """Return what the paper and a replication published of their machines."""
+    """Return the figures published by the paper and by a replication, measured on their machines."""
     paper, replication = "paper, T4", "replication, D = 256, half precision"
     rows: list[list[str | Published]] = [
         [
@@ -182,7 +182,7 @@ def _tables(records: Sequence[Record], width: int) -> Iterator[Table]:
 
 
 def _over(lines: Mapping[str, Line], pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Line]:
-    """Return the first of each pair over the second, at each length that both have."""
+    """Return the ratio of the first of each pair to the second, at each length that both have."""
     found: dict[tuple[str, str], Line] = {}
     for one, other in pairs:
         below = dict(lines.get(other, ()))
@@ -192,7 +192,7 @@ def _over(lines: Mapping[str, Line], pairs: Sequence[tuple[str, str]]) -> dict[t
 
 
 def _at(line: Line, lengths: Sequence[int], scale: float = 1.0) -> list[str]:
-    """Return a line's values at these lengths as texts, empty where it has none."""
+    """Return a line's values at these lengths as strings, empty where it has none."""
     values = dict(line)
     return [f"{scale * values[T]:.3g}" if T in values else "" for T in lengths]
 

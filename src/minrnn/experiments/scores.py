@@ -1,4 +1,4 @@
-"""How scores of policies are shown: tables, plots, and what the paper has published."""
+"""Tables and plots of policies' scores, and the paper's published scores."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BC = "bc"
-"""Behaviour cloning: the same trunk, minGRU's, that reads one observation and nothing else."""
+"""Behavior cloning: minGRU's trunk with one observation as its only input."""
 
 ENVIRONMENTS = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5"}
-"""By D4RL's names, with the version that local data are made in."""
+"""Environments by D4RL's names, with the version of local data."""
 
 QUALITIES: dict[str, tuple[str, ...]] = {
     "local": ("medium", "medium-replay"),
     "d4rl": ("medium", "medium-replay", "medium-expert"),
     "minari": ("simple", "medium", "expert"),
 }
-"""Kinds of data, which are of different policies and versions, and never share a column."""
+"""Kinds of data. They are of different policies and versions, so they never share a column."""
 
 SOURCES = {
     "local": "`minrnn make-data` made them on one machine, with policies of its own",
@@ -38,8 +38,7 @@ SOURCES = {
 }
 
 MEAN, BEST_TENTH, HIGHEST = ASKED = "mean", "best tenth", "highest"
-"""Returns that policies are asked for, by what the episodes that they learn from have; the second is what the
-scores are of."""
+"""Target returns, defined by the training episodes; scores are those of the second."""
 
 TABLE_3: dict[str, dict[str, Published]] = {
     name: dict(zip(("DT", "DS4", "DAaren", "DMamba", "minLSTM", "minGRU"), map(recalled, row), strict=True))
@@ -56,14 +55,14 @@ TABLE_3: dict[str, dict[str, Published]] = {
         "average of the nine": ("76.4", "68.6", "75.0", "78.8", "78.1", "78.2"),
     }.items()
 }
-"""Normalised scores on D4RL's data; the first four columns are the paper's copies from other papers."""
+"""Normalized scores on D4RL's data; the paper took the first four columns from other papers."""
 
 Runs = dict[tuple[Any, ...], list[Record]]
 """Records by mixer, environment and quality."""
 
 
 def tables(records: Sequence[Record]) -> list[Table]:
-    """Return tables of their own for each kind of data, and the published one."""
+    """Return tables for each kind of data, and the published one."""
     made = []
     for data in QUALITIES:
         if runs := _runs_of(records, data):
@@ -72,7 +71,7 @@ def tables(records: Sequence[Record]) -> list[Table]:
 
 
 def draw(records: Sequence[Record]) -> Figure:
-    """A row for each kind of data: scores, what they cost, what is earned against what is asked for."""
+    """Draw a row for each kind of data: scores, their cost, and scores against target returns."""
     kinds = {data: runs for data in QUALITIES if (runs := _runs_of(records, data))}
     figure, panels = new_figure(len(kinds) or 1, 3)
     for row, (data, runs) in enumerate(kinds.items()):
@@ -84,7 +83,7 @@ def draw(records: Sequence[Record]) -> Figure:
 
 
 def score(environment: str, mean_return: float) -> float:
-    """Return D4RL's normalised score, or the return itself where D4RL has none."""
+    """Return D4RL's normalized score, or the return itself if D4RL has none."""
     found = normalised_score(environment, mean_return)
     return mean_return if found is None else found
 
@@ -109,7 +108,7 @@ def _columns(runs: Runs) -> list[tuple[str, str]]:
 def _averages(
     mixer: str, columns: Sequence[tuple[str, str]], runs: Runs, asked: str = BEST_TENTH
 ) -> list[float]:
-    """Return the mean over all data for each seed that has been run on all of them."""
+    """Return the mean over all data for each seed that was run on all of them."""
     by_seed: dict[int, list[float]] = {}
     for column in columns:
         for record in runs.get((mixer, *column), []):
@@ -119,7 +118,7 @@ def _averages(
 
 
 def _of_data(runs: Runs, column: tuple[str, str]) -> Mapping[str, Any]:
-    """Return what is known of the data themselves."""
+    """Return the properties of the data."""
     found: Mapping[str, Any] = next(
         runs_of[0]["result"]["data"] for (_, *place), runs_of in runs.items() if tuple(place) == column
     )
@@ -160,7 +159,7 @@ def _scores(data: str, runs: Runs) -> Table:
         map(str, _ends(len(record["result"]["returns"]) for some in runs.values() for record in some))
     )
     note = (
-        f"Normalised scores, the mean of {episodes} episodes of each run; ± is the deviation over seeds. "
+        f"Normalized scores, the mean of {episodes} episodes of each run; ± is the deviation over seeds. "
         f"The data: {SOURCES[data]}. *ms an action*: in one environment, measured when each run has ended, "
         "not in turns, as `minrnn reproduce acting` does."
     )
@@ -185,7 +184,7 @@ def _asked_table(data: str, runs: Runs) -> Table:
 
 
 def _scores_asked_for(runs: Runs) -> list[float]:
-    """Return the scores that are asked for, averaged over all data, as ASKED lists them."""
+    """Return the scores of the target returns, averaged over all data, in the order of ASKED."""
     found: dict[str, dict[tuple[Any, ...], float]] = {asked: {} for asked in ASKED}
     for (_, *column), records in runs.items():
         for record in records:
@@ -226,7 +225,7 @@ def _data_table(data: str, runs: Runs) -> Table:
 
 
 def published_table() -> Table:
-    """Return what the paper has published, on D4RL's data."""
+    """Return the paper's published scores on D4RL's data."""
     columns = list(next(iter(TABLE_3.values())))
     rows = [[name, *(shown(row[column]) for column in columns)] for name, row in TABLE_3.items()]
     note = (
@@ -238,7 +237,7 @@ def published_table() -> Table:
 
 
 def _ends(values: Any) -> list[Any]:
-    """Return the lowest and the highest of some values, or the one that they all are."""
+    """Return the lowest and the highest of some values, or one value if all are equal."""
     found = sorted(set(values))
     return found if len(found) < 2 else [found[0], found[-1]]
 
@@ -256,7 +255,7 @@ def _draw_scores(axes: Axes, data: str, runs: Runs) -> None:
         axes.hlines(own, at - 0.4, at + 0.4, color="#888888", linestyle=":", linewidth=1.2)
     names = [f"{env}\n{quality.replace('-', chr(10))}" for env, quality in columns]
     axes.set_xticks(range(len(columns)), names, fontsize=8)
-    # Named in the panel beside it, in the same colors: a box would lie over points.
+    # No legend, which would cover points: the next panel names the mixers, in the same colors.
     finish(axes, f"{data} data, every seed; dotted: the data's own mean", "", "score", names="none")
 
 
@@ -272,7 +271,7 @@ def _draw_cost(axes: Axes, runs: Runs) -> None:
 
 
 def _draw_asked(axes: Axes, runs: Runs) -> None:
-    """Averages over all data, of policies that have been asked for every return."""
+    """Draw averages over all data, of policies that were run with every target return."""
     columns, asked_for = _columns(runs), _scores_asked_for(runs)
     lines = {}
     for mixer in _mixers(runs):
