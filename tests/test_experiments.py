@@ -224,7 +224,7 @@ def test_every_mixer_takes_part_where_all_are_compared() -> None:
 
 
 def test_signed_gates_are_shown_on_formal_languages() -> None:
-    signed = [gate for gate in GATES if "signed" in gate and "unsigned" not in gate]
+    signed = [name for name, gate in GATES.items() if gate.can_be_signed]
     mixers = formal_languages.EXPERIMENT.mixers()
     assert ("mingru-signed" in mixers) == ("minlstm-signed" in mixers) == bool(signed)
 

@@ -40,7 +40,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Size(TimedSize):
+class ActingSize(TimedSize):
     """The settings of a scale."""
 
     width: int
@@ -63,15 +63,15 @@ class Acting(TimedExperiment):
     )
     changes = "The paper has no such figure. cpu and paper differ in how long is measured."
     sizes: ClassVar = {
-        "cpu": Size(2.0, 200, 128, (1, 100, 1000)),
-        "paper": Size(20.0, 1000, 128, (1, 10, 100, 1000, 4000)),
-        "tiny": Size(0.01, 3, 8, (1, 3, 6)),
+        "cpu": ActingSize(2.0, 200, 128, (1, 100, 1000)),
+        "paper": ActingSize(20.0, 1000, 128, (1, 10, 100, 1000, 4000)),
+        "tiny": ActingSize(0.01, 3, 8, (1, 3, 6)),
     }
 
     def systems(self) -> Sequence[str]:
         return [*(mixer for mixer in every_mixer() if mixer not in TRANSFORMERS), *TRANSFORMERS]
 
-    def settings(self, size: Size) -> Iterator[dict[str, Any]]:
+    def settings(self, size: ActingSize) -> Iterator[dict[str, Any]]:
         for steps in size.steps:
             yield {"B": 1, "D": size.width, "steps": steps}
 

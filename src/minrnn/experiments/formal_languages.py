@@ -118,14 +118,14 @@ class FormalLanguages(TrainedExperiment[LanguageSize]):
         task = config.task
         assert isinstance(task, FormalLanguageConfig)
         whole = replace(task, part="test", eval_sequences=size.test_sequences)
-        asked = FormalLanguageTask(whole)
+        test = FormalLanguageTask(whole)
         by_length = {
             str(length): FormalLanguageTask(
                 replace(whole, eval_min_length=length, eval_max_length=length)
             ).evaluate(model)["accuracy"]
             for length in size.test_lengths
         }
-        return {"test": asked.evaluate(model), "constant": asked.commonest_answer(), "by_length": by_length}
+        return {"test": test.evaluate(model), "constant": test.commonest_answer(), "by_length": by_length}
 
     def tables(self, records: Sequence[Record]) -> list[Table]:
         runs = by_kind(records, "language", "mixer")

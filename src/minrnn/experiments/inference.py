@@ -28,7 +28,7 @@ TOKENS = 16
 
 
 @dataclass(frozen=True)
-class Size(TimedSize):
+class InferenceSize(TimedSize):
     """The settings of a scale."""
 
     batches: tuple[int, ...]
@@ -53,15 +53,15 @@ class Inference(TimedExperiment):
         "least three rounds in place of 50. paper: width 384, 50 rounds."
     )
     sizes: ClassVar = {
-        "cpu": Size(1.0, 20, (8, 16, 32, 64), 128, (64, 256, 1024, 2048)),
-        "paper": Size(30.0, 50, (8, 16, 32, 64), 384, (64, 128, 256, 512, 1024, 2048)),
-        "tiny": Size(0.01, 3, (2,), 8, (4, 8, 16)),
+        "cpu": InferenceSize(1.0, 20, (8, 16, 32, 64), 128, (64, 256, 1024, 2048)),
+        "paper": InferenceSize(30.0, 50, (8, 16, 32, 64), 384, (64, 128, 256, 512, 1024, 2048)),
+        "tiny": InferenceSize(0.01, 3, (2,), 8, (4, 8, 16)),
     }
 
     def systems(self) -> Sequence[str]:
         return every_mixer()
 
-    def settings(self, size: Size) -> Iterator[dict[str, Any]]:
+    def settings(self, size: InferenceSize) -> Iterator[dict[str, Any]]:
         for batch in size.batches:
             for context in size.contexts:
                 yield {"B": batch, "D": size.width, "context": context}

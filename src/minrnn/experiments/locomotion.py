@@ -42,7 +42,7 @@ TOGETHER = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActingSize(Size):
+class LocomotionSize(Size):
     """A scale, the environments, and the number of episodes."""
 
     episodes: int
@@ -53,7 +53,7 @@ class ActingSize(Size):
     """Overrides, as in `RunConfig.override`, for data sets with other settings."""
 
 
-class Locomotion(TrainedExperiment[ActingSize]):
+class Locomotion(TrainedExperiment[LocomotionSize]):
     """Train policies on episodes, and let them act."""
 
     name = "locomotion"
@@ -82,8 +82,8 @@ class Locomotion(TrainedExperiment[ActingSize]):
     )
     recipe = "decisions"
     sizes: ClassVar = {
-        "cpu": ActingSize(train=training(every=200, logs=5, steps=800), episodes=10),
-        "paper": ActingSize(
+        "cpu": LocomotionSize(train=training(every=200, logs=5, steps=800), episodes=10),
+        "paper": LocomotionSize(
             task={"tokens": "interleaved"},
             train=training(
                 every=5000, logs=5, steps=100_000, min_learning_rate_ratio=1.0, warmup_steps=10_000
@@ -93,7 +93,7 @@ class Locomotion(TrainedExperiment[ActingSize]):
             episodes=100,
             exceptions={"hopper-medium": WIDE, "hopper-medium-replay": WIDE, "walker2d-medium": SLOW},
         ),
-        "tiny": ActingSize(
+        "tiny": LocomotionSize(
             model={"d_model": 8, "num_layers": 1},
             task={"window": 5},
             train=TINY_TRAIN,
@@ -123,7 +123,7 @@ class Locomotion(TrainedExperiment[ActingSize]):
             if trial.setting["data"] == data and (not choice.envs or trial.setting["env"] in choice.envs)
         ]
 
-    def config(self, size: ActingSize, mixer: str) -> RunConfig:
+    def config(self, size: LocomotionSize, mixer: str) -> RunConfig:
         config = super().config(size, "mingru" if mixer == BC else mixer)
         assert isinstance(config.task, DecisionsConfig)
         if mixer == BC:
@@ -135,7 +135,7 @@ class Locomotion(TrainedExperiment[ActingSize]):
         # One head, as in Decision Transformer.
         return config.override(model={"num_heads": 1} if mixer == "attention" else {})
 
-    def grid(self, size: ActingSize, mixer: str) -> Iterator[GridPoint]:
+    def grid(self, size: LocomotionSize, mixer: str) -> Iterator[GridPoint]:
         config = self.config(size, mixer)
         seeds = size.seeds if mixer in THREE_SEEDS else size.other_seeds
         for data, qualities in QUALITIES.items():
@@ -145,7 +145,7 @@ class Locomotion(TrainedExperiment[ActingSize]):
                 setting = {"mixer": mixer, "env": env, "quality": quality, "data": data}
                 yield GridPoint(f"{mixer}-{env}-{quality}-{data}", setting, of_data.resolved(), seeds)
 
-    def examine(self, model: DecisionModel, config: RunConfig, size: ActingSize) -> dict[str, Any]:
+    def examine(self, model: DecisionModel, config: RunConfig, size: LocomotionSize) -> dict[str, Any]:
         assert isinstance(config.task, DecisionsConfig)
         task = DecisionsTask(config.task)
         environment = task.environment
@@ -187,7 +187,9 @@ def _source(env: str, environment: str, quality: str, data: str) -> str:
     return f"{env}-{quality}-v2" if data == "d4rl" else f"mujoco/{env}/{quality}-v0"
 
 
-def _played(model: DecisionModel, environment: str, target: float | None, size: ActingSize) -> dict[str, Any]:
+def _played(
+    model: DecisionModel, environment: str, target: float | None, size: LocomotionSize
+) -> dict[str, Any]:
     """Return the returns of a policy with a target return."""
     policy = Policy(model, target_return=target)
     together = [make_environment(environment) for _ in range(min(TOGETHER, size.episodes))]

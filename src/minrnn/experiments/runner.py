@@ -152,13 +152,13 @@ def estimate(
         for trial in trials:
             kinds.setdefault(trial.kind, []).append(trial)
         known: dict[object, float] = {}
-        asked: dict[object, Callable[[], float]] = {}
+        estimates: dict[object, Callable[[], float]] = {}
         for kind, (trial, *_) in kinds.items():
             if seconds := [record["seconds"] for record in ours if _is_of_kind(record, trial)]:
                 known[kind] = median(seconds)
             else:
-                asked[kind] = partial(_time, experiment, trial, choice, tell)
-        known |= interleaved(asked, now)
+                estimates[kind] = partial(_time, experiment, trial, choice, tell)
+        known |= interleaved(estimates, now)
     return sum(len(kinds[kind]) * seconds for kind, seconds in known.items())
 
 

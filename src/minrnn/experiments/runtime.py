@@ -40,7 +40,7 @@ LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)
-class Size(TimedSize):
+class RuntimeSize(TimedSize):
     """The settings of a scale."""
 
     batch: int
@@ -66,15 +66,15 @@ class Runtime(TimedExperiment):
         "1,024 and 100 rounds, on the GPU that is there in place of a T4."
     )
     sizes: ClassVar = {
-        "cpu": Size(1.5, 20, BATCH, (64, 128), LENGTHS),
-        "paper": Size(60.0, 100, BATCH, (64, 256, 1024), LENGTHS),
-        "tiny": Size(0.01, 3, 2, (8,), (4, 8, 16)),
+        "cpu": RuntimeSize(1.5, 20, BATCH, (64, 128), LENGTHS),
+        "paper": RuntimeSize(60.0, 100, BATCH, (64, 256, 1024), LENGTHS),
+        "tiny": RuntimeSize(0.01, 3, 2, (8,), (4, 8, 16)),
     }
 
     def systems(self) -> Sequence[str]:
         return [*every_mixer(), *LOOPS]
 
-    def settings(self, size: Size) -> Iterator[dict[str, Any]]:
+    def settings(self, size: RuntimeSize) -> Iterator[dict[str, Any]]:
         for width in size.widths:
             for length in size.lengths:
                 yield {"B": size.batch, "D": width, "T": length}

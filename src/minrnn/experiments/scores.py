@@ -37,7 +37,7 @@ SOURCES = {
     "minari": "Minari's version 0 of MuJoCo's environments",
 }
 
-MEAN, BEST_TENTH, HIGHEST = ASKED = "mean", "best tenth", "highest"
+MEAN, BEST_TENTH, HIGHEST = TARGETS = "mean", "best tenth", "highest"
 """Target returns, defined by the training episodes; scores are those of the second."""
 
 TABLE_3: dict[str, dict[str, Published]] = {
@@ -66,7 +66,7 @@ def tables(records: Sequence[Record]) -> list[Table]:
     made = []
     for data in QUALITIES:
         if runs := _runs_of(records, data):
-            made += [_scores(data, runs), _asked_table(data, runs), _data_table(data, runs)]
+            made += [_scores(data, runs), _target_table(data, runs), _data_table(data, runs)]
     return [*made, published_table()]
 
 
@@ -75,10 +75,10 @@ def draw(records: Sequence[Record]) -> Figure:
     kinds = {data: runs for data in QUALITIES if (runs := _runs_of(records, data))}
     figure, panels = new_figure(len(kinds) or 1, 3)
     for row, (data, runs) in enumerate(kinds.items()):
-        scores, cost, asked = panels[3 * row : 3 * row + 3]
+        scores, cost, target = panels[3 * row : 3 * row + 3]
         _draw_scores(scores, data, runs)
         _draw_cost(cost, runs)
-        _draw_asked(asked, runs)
+        _draw_targets(target, runs)
     return figure
 
 
@@ -106,13 +106,13 @@ def _columns(runs: Runs) -> list[tuple[str, str]]:
 
 
 def _averages(
-    mixer: str, columns: Sequence[tuple[str, str]], runs: Runs, asked: str = BEST_TENTH
+    mixer: str, columns: Sequence[tuple[str, str]], runs: Runs, target: str = BEST_TENTH
 ) -> list[float]:
     """Return the mean over all data for each seed that was run on all of them."""
     by_seed: dict[int, list[float]] = {}
     for column in columns:
         for record in runs.get((mixer, *column), []):
-            if played := record["result"]["asked"].get(asked):
+            if played := record["result"]["asked"].get(target):
                 by_seed.setdefault(record["setting"]["seed"], []).append(played["score"])
     return [mean(scores) for _, scores in sorted(by_seed.items()) if len(scores) == len(columns)]
 
@@ -166,32 +166,32 @@ def _scores(data: str, runs: Runs) -> Table:
     return Table(f"Scores on {data} data", head, ranked, note)
 
 
-def _asked_table(data: str, runs: Runs) -> Table:
+def _target_table(data: str, runs: Runs) -> Table:
     columns = _columns(runs)
     rows = []
     for mixer in _mixers(runs):
         if mixer != BC:
-            averages = [_averages(mixer, columns, runs, asked) for asked in ASKED]
+            averages = [_averages(mixer, columns, runs, target) for target in TARGETS]
             rows.append([mixer, *(spread(some, 1) if some else "" for some in averages)])
-    if asked_for := _scores_asked_for(runs):
-        rows.append(["*what is asked for*", *(f"{score:.1f}" for score in asked_for)])
-    head = ["policy", "asked for the data's mean", "for their best tenth", "for their highest"]
+    if target_scores := _target_scores(runs):
+        rows.append(["*target return*", *(f"{score:.1f}" for score in target_scores)])
+    head = ["policy", "target: the data's mean", "their best tenth", "their highest"]
     note = (
-        "Scores, averaged over all data, by the return that is asked for from the start of an episode on. "
+        "Scores, averaged over all data, by target return. "
         "*Their best tenth*: the best episodes, which hold a tenth of the steps."
     )
-    return Table(f"What is asked for, and what is earned, on {data} data", rows=rows, head=head, note=note)
+    return Table(f"Scores by target return on {data} data", rows=rows, head=head, note=note)
 
 
-def _scores_asked_for(runs: Runs) -> list[float]:
-    """Return the scores of the target returns, averaged over all data, in the order of ASKED."""
-    found: dict[str, dict[tuple[Any, ...], float]] = {asked: {} for asked in ASKED}
+def _target_scores(runs: Runs) -> list[float]:
+    """Return the scores of the target returns, averaged over all data, in the order of TARGETS."""
+    found: dict[str, dict[tuple[Any, ...], float]] = {target: {} for target in TARGETS}
     for (_, *column), records in runs.items():
         for record in records:
-            for asked, played in record["result"]["asked"].items():
+            for target, played in record["result"]["asked"].items():
                 if played["target_return"] is not None:
                     found_score = score(record["result"]["environment"], played["target_return"])
-                    found[asked][tuple(column)] = found_score
+                    found[target][tuple(column)] = found_score
     return [mean(scores.values()) for scores in found.values() if scores]
 
 
@@ -218,9 +218,9 @@ def _data_table(data: str, runs: Runs) -> Table:
             ]
         )
     head = ["data", "environment", "episodes", "steps", "mean return (score)", "best return (score)"]
-    head += ["return asked for"]
-    mixed = "" if set(digests) == {1} else "**Runs of one column have learnt from different files.** "
-    note = f"{mixed}The same return is asked for by all policies but `{BC}`, which is told none."
+    head += ["target return"]
+    mixed = "" if set(digests) == {1} else "**Runs of one column were trained on different files.** "
+    note = f"{mixed}All policies have the same target return, but `{BC}` has none."
     return Table(f"The {data} data", head, rows, note)
 
 
@@ -270,16 +270,16 @@ def _draw_cost(axes: Axes, runs: Runs) -> None:
     finish(axes, "all data: average score", "minutes a run", "score", names="none")
 
 
-def _draw_asked(axes: Axes, runs: Runs) -> None:
+def _draw_targets(axes: Axes, runs: Runs) -> None:
     """Draw averages over all data, of policies that were run with every target return."""
-    columns, asked_for = _columns(runs), _scores_asked_for(runs)
+    columns, target_scores = _columns(runs), _target_scores(runs)
     lines = {}
     for mixer in _mixers(runs):
-        averages = [_averages(mixer, columns, runs, asked) for asked in ASKED]
-        if asked_for and all(averages):
-            lines[mixer] = list(zip(asked_for, map(mean, averages), strict=True))
+        averages = [_averages(mixer, columns, runs, target) for target in TARGETS]
+        if target_scores and all(averages):
+            lines[mixer] = list(zip(target_scores, map(mean, averages), strict=True))
     draw_lines(axes, lines)
     if lines:
-        axes.plot(asked_for, asked_for, color="#888888", linestyle=":", linewidth=1.2)
-    title = "all data: asked for mean, best tenth, highest"
-    finish(axes, title, "score asked for", "score earned", names="legend")
+        axes.plot(target_scores, target_scores, color="#888888", linestyle=":", linewidth=1.2)
+    title = "all data: target is mean, best tenth, highest"
+    finish(axes, title, "score of the target return", "score", names="legend")

@@ -116,8 +116,8 @@ class SelectiveCopying(TrainedExperiment[CopyingSize]):
     def examine(self, model: SequenceModel, config: RunConfig, size: CopyingSize) -> dict[str, Any]:
         task = config.task
         assert isinstance(task, SelectiveCopyingConfig)
-        asked = {f"x{times}": replace(task, part="test", length=times * task.length) for times in LONGER}
-        return {"test": {name: SelectiveCopyingTask(one).evaluate(model) for name, one in asked.items()}}
+        tasks = {f"x{times}": replace(task, part="test", length=times * task.length) for times in LONGER}
+        return {"test": {name: SelectiveCopyingTask(one).evaluate(model) for name, one in tasks.items()}}
 
     def tables(self, records: Sequence[Record]) -> list[Table]:
         return [_depths(records), _mixers(records)]

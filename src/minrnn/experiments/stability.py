@@ -24,7 +24,7 @@ MIXERS = ("mingru", "minlstm", UNNORMALISED)
 BIASES = (0.0, 1.0, 3.0)
 LAYERS = 2
 
-LEARNT = 0.9
+LEARNED = 0.9
 """Token accuracy on validation sequences below which a run counts as failed."""
 
 
@@ -40,7 +40,7 @@ class Stability(TrainedExperiment[Size]):
         "without figures to set beside these). A bias of 0 is where the paper starts; 1 is this library's "
         "default; 3 is that of the authors' released code, with minLSTM unnormalized. minGRU's bias is "
         "that of keeping its state, so that the three are comparable. A run *failed* if it diverged, or "
-        f"never reached {LEARNT:.0%} of the tokens of validation sequences. *Roughness* is the mean rise "
+        f"never reached {LEARNED:.0%} of the tokens of validation sequences. *Roughness* is the mean rise "
         "of the loss from one point of the learning curve to the next that is not lower."
     )
     changes = (
@@ -73,7 +73,7 @@ class Stability(TrainedExperiment[Size]):
 
     def tables(self, records: Sequence[Record]) -> list[Table]:
         head = ["cell", "forget bias", "seeds", "failed", "loss at the end", "lowest to highest"]
-        head += ["token accuracy at the end, %", f"steps to {LEARNT:.0%}", "roughness"]
+        head += ["token accuracy at the end, %", f"steps to {LEARNED:.0%}", "roughness"]
         diverged: dict[tuple[str, float], int] = {}
         for record in records:
             if record["failed"] is not None:
@@ -83,7 +83,7 @@ class Stability(TrainedExperiment[Size]):
         rows = []
         for kind in dict.fromkeys([*finished, *diverged]):
             runs = finished.get(kind, [])
-            reached = [step for run in runs if (step := steps_to(run, LEARNT)) is not None]
+            reached = [step for run in runs if (step := steps_to(run, LEARNED)) is not None]
             failed = diverged.get(kind, 0) + len(runs) - len(reached)
             losses = bests(runs, "val_loss")
             rows.append(
