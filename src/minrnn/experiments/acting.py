@@ -57,7 +57,7 @@ class Acting(TimedExperiment):
         "environment, on one CPU thread or a GPU; medians, all in turns within one process. *After* so "
         "many steps of an episode the next action is timed: observation in, action out, the return still "
         "to come and the state kept up with. Recurrences read a step as one token and carry their state. "
-        "`attention` is Decision Transformer: it reads its last 20 steps, three tokens each, anew for "
+        "`attention` is Decision Transformer: it reads its last 20 steps, three tokens each, again for "
         "every action. `attention-joined` does so with one token a step; `attention-sliding` carries the "
         "keys of 20 steps and `attention-whole` those of the whole episode."
     )
@@ -124,7 +124,7 @@ class Acting(TimedExperiment):
         draw_lines(action, scaled(series(records, "steps", "action"), 1e3))
         finish(action, "an action, one environment", "step of the episode", "milliseconds", log="xy")
         draw_lines(state, scaled(series(records, "steps", "state_bytes"), 1e-3))
-        finish(state, "what is carried", "step of the episode", "kB", log="xy")
+        finish(state, "carried state", "step of the episode", "kB", log="xy")
         return figure
 
 

@@ -120,7 +120,7 @@ class ListOps(TrainedExperiment[Size]):
                 for block, found in sorted(ablated.items(), key=lambda item: list(BLOCKS).index(item[0]))
             ]
             head = ["block", "seeds", "accuracy", "published, 501 to 1,999 tokens"]
-            tables.append(Table(f"What a block of {ABLATED} has beside its mixer (table 6)", head, rows))
+            tables.append(Table(f"Ablation of the block of {ABLATED} (table 6)", head, rows))
         return tables
 
     def draw(self, records: Sequence[Record]) -> Figure:

@@ -78,7 +78,7 @@ class Locomotion(TrainedExperiment[LocomotionSize]):
         "attention as three. paper: five seeds, 100 episodes, three tokens a step for all, as Decision "
         "Transformer and Decision Mamba have it, width 256 and a rate of 1e-4 where the paper says so; "
         "its expansion is not known, and ours is 1 (2 for mamba). The sources read their last 20 steps "
-        "anew for every action, recurrences included."
+        "again for every action, recurrences included."
     )
     recipe = "decisions"
     sizes: ClassVar = {

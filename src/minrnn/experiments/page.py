@@ -62,7 +62,7 @@ def _of_this_version(folder: Path) -> Iterator[None]:
         yield
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"report: the files in {folder} must be this version's, and one lacks what a table asks for "
+            f"report: the files in {folder} must be this version's, and one lacks an entry of a table "
             f"({type(error).__name__}: {error})"
         ) from error
 
@@ -110,7 +110,7 @@ def _scale(
         parts.append(f"![{experiment.title}]({os.path.relpath(picture, beside)})")
     reading = folder.path / READING
     if reading.is_file():
-        parts.append(f"*What it says.* {reading.read_text(encoding='utf-8').strip()}")
+        parts.append(f"*Interpretation.* {reading.read_text(encoding='utf-8').strip()}")
     parts += [table.markdown() for table in experiment.tables(records)]
     root = Path(os.path.relpath(folder.path.parent, beside))
     scales: dict[str, Choice] = {"cpu": Choice(), "paper": Choice(scale="paper")}

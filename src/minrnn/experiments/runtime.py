@@ -61,9 +61,9 @@ class Runtime(TimedExperiment):
         "that of a step at its peak, beyond input and weights."
     )
     changes = (
-        "The paper does not say how wide its layers were, nor how many; here it is one layer of several "
+        "The paper states neither the width nor the number of its layers; here it is one layer of several "
         "widths. cpu: widths 64 and 128, at least three rounds in place of 100. paper: widths 64, 256 and "
-        "1,024 and 100 rounds, on the GPU that is there in place of a T4."
+        "1,024 and 100 rounds, on the available GPU in place of a T4."
     )
     sizes: ClassVar = {
         "cpu": RuntimeSize(1.5, 20, BATCH, (64, 128), LENGTHS),
@@ -151,7 +151,7 @@ def published_table() -> Table:
         "paper's loop and the replication's take about the same milliseconds: one for each step of time, "
         "which is the cost of starting kernels."
     )
-    head = ["where", "what", "T = 512", "T = 4,096", "length not given"]
+    head = ["source", "figure", "T = 512", "T = 4,096", "length not given"]
     texts = [[str(figure) for figure in row] for row in rows]
     return Table("Published: time and memory, batch 64", head, texts, note)
 

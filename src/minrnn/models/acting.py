@@ -133,7 +133,7 @@ class Policy:
             starts = starts.expand(batch) if starts.any() else None
         if known != batch and (starts is None or not starts.all()):
             raise ValueError(
-                f"act: observation must be of {known} environments until all start anew, got {batch}"
+                f"act: observation must be of {known} environments until all episodes restart, got {batch}"
             )
         return starts
 
@@ -166,7 +166,7 @@ def _as_tensor(
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise TypeError(
-            f"act: {name} must be what torch makes a tensor of, got {type(value).__name__} ({reason})"
+            f"act: {name} must be convertible to a tensor, got {type(value).__name__} ({reason})"
         ) from error
 
 

@@ -65,7 +65,7 @@ class _Pool:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.kept: list[_Kept] = []
-        self.looked = time.monotonic()  # for what is free
+        self.looked = time.monotonic()  # for free storages
 
     def find(self, nbytes: int) -> _Kept | None:
         """Remove and return a free storage of this size, the last one used, for the sake of caches."""
