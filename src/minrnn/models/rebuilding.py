@@ -64,8 +64,8 @@ def tensors_to_keep(model: nn.Module, rebuilt: nn.Module) -> dict[str, Tensor]:
     if text := describe(faults):
         raise ValueError(
             f"save_checkpoint: the model is not what its config builds, and could not be loaded; {text}; "
-            "undo the changes (merge adapters, remove parametrizations, pruning and patches, gather shards), or "
-            "save its state_dict with torch.save"
+            "undo the changes (merge adapters, remove parametrizations, pruning and patches, gather shards), "
+            "or save its state_dict with torch.save"
         )
     return found
 
