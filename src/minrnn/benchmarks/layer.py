@@ -88,7 +88,7 @@ BENCH = Bench(LayerBench, bench_layer, render)
 
 
 def build_ours(case: Case, input_size: int) -> MinGRU | MinLSTM:
-    """Return our layer with zero biases, so that layers without biases compute the same function."""
+    """Return our layer with biases of zero, so that layers without biases are the same function."""
     kind = {"mingru": MinGRU, "minlstm": MinLSTM}[case.gate]
     layer = kind(input_size, case.shape["D"], batch_first=True, device=case.device, dtype=case.torch_dtype)
     nn.init.zeros_(layer.bias_ih_l0)
@@ -96,14 +96,14 @@ def build_ours(case: Case, input_size: int) -> MinGRU | MinLSTM:
 
 
 def _recomputing(layer: MinGRU | MinLSTM) -> MinGRU | MinLSTM:
-    """Return a copy with recompute=True."""
+    """Return a copy that keeps less for backward."""
     again = deepcopy(layer)
     again.recompute = True
     return again
 
 
 def our_weight(layer: MinGRU | MinLSTM) -> Tensor:
-    """Return the weight of all pre-activations, (k * hidden_size, input_size)."""
+    """Return the rows of all pre-activations, (k * hidden_size, input_size)."""
     return layer.all_weights[0][0]
 
 
