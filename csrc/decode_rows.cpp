@@ -78,7 +78,7 @@ void convolve(const Convolution &conv, int64_t n, const float *x, const float *w
     });
 }
 
-// `count` neighbouring outputs of `together` rows. Each sum has one order, however many rows there are.
+// `count` neighboring outputs of `together` rows. Each sum has one order, however many rows there are.
 template <int count, int together>
 MINRNN_INLINE void outputs(const Projection &p, int64_t row, int64_t first, const float *x, const float *base,
                            float *y) {

@@ -1,4 +1,4 @@
-// Vectors of neighbouring channels: as many lanes as one register of the instruction set holds.
+// Vectors of neighboring channels: as many lanes as one register of the instruction set holds.
 //
 // The vector types are the compiler's own (GCC and Clang), so arithmetic, comparisons and `mask ? a : b` work lane by
 // lane on every processor. Intrinsics are used only where the compiler generates poor code.

@@ -1,4 +1,4 @@
-// One time step of a run of neighbouring channels: the innermost loops, chosen by gate, candidate and dtype.
+// One time step of a run of neighboring channels: the innermost loops, chosen by gate, candidate and dtype.
 //
 // rows.cpp is compiled once for each instruction set; which copy is used is decided at load time, by the processor.
 #pragma once
@@ -36,7 +36,7 @@ constexpr const char *kDtypeNames[] = {MINRNN_DTYPES(MINRNN_NAME)};
 #undef MINRNN_ENUMERATOR
 #undef MINRNN_NAME
 
-// Bits without arithmetic. Enumerations, because the compiler does not vectorise loops over arrays of structs.
+// Bits without arithmetic. Enumerations, because the compiler does not vectorize loops over arrays of structs.
 enum class bfloat16 : uint16_t {};
 enum class float16 : uint16_t {};
 

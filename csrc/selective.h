@@ -67,7 +67,7 @@ struct Table {
 
 MINRNN_KERNELS(Table, table)
 
-// One job is a group of neighbouring channels of one batch row; 64 channels fill four vectors of the widest kind.
+// One job is a group of neighboring channels of one batch row; 64 channels fill four vectors of the widest kind.
 // There are several groups to a row only where rows alone could not occupy the threads of a large machine, because
 // each needs its own part of the gradients of B and C. The number of threads plays no part: bits must not depend on it.
 constexpr int64_t kGroup = 64;

@@ -84,7 +84,7 @@ template <class V> struct Silu {  // x sigmoid(x), and its slope
 };
 
 // ---------------------------------------------------------------------------------------------------------
-// A tile is K neighbouring vectors of channels of one batch row, of which the first n channels exist.
+// A tile is K neighboring vectors of channels of one batch row, of which the first n channels exist.
 
 constexpr int kMostVectors = 4;
 

@@ -372,7 +372,7 @@ def test_a_config_that_does_not_fit_is_named() -> None:
         ([1.0, 2.0, 3.0], [1.0, 2.0], None, r"reward must be one or \(1,\), got \(2,\)"),
         ([1.0, 2.0, 3.0], float("inf"), None, "reward must be finite"),
         ([1.0, 2.0, 3.0], 0.0, 1, r"reset must be bool, one or \(1,\), got torch.int64"),
-        ([[1.0, 2.0, 3.0]] * 2, 0.0, None, "must be of 1 environments until all start anew, got 2"),
+        ([[1.0, 2.0, 3.0]] * 2, 0.0, None, "must be of 1 environments until all episodes restart, got 2"),
     ],
 )
 def test_what_cannot_be_acted_on_is_refused(observation: Any, reward: Any, reset: Any, message: str) -> None:
@@ -388,7 +388,7 @@ def test_what_cannot_be_acted_on_is_refused(observation: Any, reward: Any, reset
 def test_what_is_no_tensor_is_named(name: str, value: Any) -> None:
     policy = Policy(build())
     policy.act(torch.zeros(S))
-    with pytest.raises(TypeError, match=f"act: {name} must be what torch makes a tensor of, got") as caught:
+    with pytest.raises(TypeError, match=f"act: {name} must be convertible to a tensor, got") as caught:
         policy.act(**{"observation": torch.zeros(S), "reward": 0.0, name: value})
     assert "\n" not in str(caught.value)
 

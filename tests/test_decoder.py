@@ -52,7 +52,7 @@ CELLS: list[MinCell] = [{"mixer": name, **options} for name, options in RECURREN
 
 compiled = pytest.mark.skipif(
     isinstance(load("cpp"), ImportError) or forced() not in (None, "cpp"),
-    reason="the compiled engine is missing or set aside",
+    reason="the compiled engine is missing or disabled",
 )
 every_mixer = pytest.mark.parametrize("mixer", MIXERS)
 
@@ -625,7 +625,7 @@ def test_without_the_engine_torch_computes() -> None:
     )
     environment = {**os.environ, "MINRNN_ENGINE": "reference"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    said = "(1, 5) torch the compiled engine is set aside by MINRNN_ENGINE=reference"
+    said = "(1, 5) torch the compiled engine is disabled by MINRNN_ENGINE=reference"
     assert done.stdout.strip() == said, done.stderr
 
 

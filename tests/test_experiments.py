@@ -718,7 +718,7 @@ def test_the_page_holds_tables_plots_commands_and_machines(tmp_path: Path) -> No
     assert "](results/as-cpu/selective-copying-cpu/plot.png)" in text
     assert "99.5 ± 0.2 (as published)" in text
     assert "minrnn reproduce selective-copying --scale paper" in text
-    assert re.search(r"2 cells, .* hours of computing in all, on .*, torch ", text)
+    assert re.search(r"2 trials, .* hours of computing in all, on .*, torch ", text)
     assert "## Parameters" in text
     assert "`runtime` (figure 1)" in text.partition("## Not measured yet")[2]
     assert "{" not in text

@@ -1,4 +1,4 @@
-"""`minrnn bench accuracy`: the error against a float64 loop as sequences grow, ours beside log space."""
+"""`minrnn bench accuracy`: the error against a float64 loop by sequence length, compared with log space."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 __all__ = ["BENCH", "FORGETTING", "AccuracyBench"]
 
 SHOWN_LENGTHS = (2**8, 2**12, 2**16, 2**20)
-"""Of the default lengths, those in the table."""
+"""The default lengths that the table shows."""
 
 FORGETTING = {"fast": -4.0, "medium": 0.0, "slow": 6.0}
-"""The logit of the decay that the gates vary about."""
+"""The logit of the decay around which the gates vary."""
 
 
 @dataclass(frozen=True)
 class AccuracyBench:
-    """Measure the largest error against a float64 loop, relative to the largest value, as sequences grow.
+    """Measure the largest error against a float64 loop, relative to the largest value, by sequence length.
 
-    States and gradients, for slow, medium and fast forgetting. Inputs can be stored in 16 bits without loss,
-    so that every number format is given the same problem.
+    Both states and gradients are measured, for slow, medium and fast forgetting. Inputs are exact in 16 bits,
+    so that every dtype gets the same problem.
     """
 
     lengths: str = "256..1048576"
@@ -48,11 +48,11 @@ class AccuracyBench:
     gates: tuple[Literal["mingru", "minlstm", "minlstm_unnormalized"], ...] = ("mingru",)
     """Gates of the recurrence."""
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
-    """Number formats of inputs and states."""
+    """Dtypes of inputs and states."""
     peers: tuple[str, ...] = ("log-space",)
-    """Whom to measure beside ours: names (a wrong one lists them all), all that are installed, or none."""
+    """Peers to compare with: names (an unknown one lists them all), all that are installed, or none."""
     channels: int = 8
-    """Channels D; the largest error over all of them counts."""
+    """Channels D; the error is the largest over all of them."""
     seed: int = 0
     """Seed of the inputs."""
     output: Path | None = None
@@ -70,16 +70,17 @@ def bench_accuracy(options: AccuracyBench, command: Sequence[str], console: Cons
 
     Args:
         options: what to measure.
-        command: the arguments that repeat it.
-        console: where its tables are drawn.
+        command: the command-line arguments that repeat it.
+        console: console for its tables.
 
     Returns:
         The report, written and plotted. Each of its results holds gate, T, forgetting, system, dtype, and
-        `error`: h and gradients, relative to the largest value (null: not finite). `half_lives` of the
-        document says in how many steps a typical gate of each kind of forgetting halves the state.
+        `error`: of h and gradients, relative to the largest value (null: not finite). The document's
+        `half_lives` are the numbers of steps in which a typical gate of each kind of forgetting halves the
+        state.
 
     Raises:
-        ValueError: an option cannot be used.
+        ValueError: an option is not valid here.
     """
     peers = select(options.peers, SCAN_PEERS)
     all_lengths = lengths(options.lengths)
@@ -96,7 +97,7 @@ def bench_accuracy(options: AccuracyBench, command: Sequence[str], console: Cons
 
 
 def render(document: Document) -> str:
-    """Return the table: the error of h of each system and kind of forgetting at some lengths."""
+    """Return a table of the error of h, by system, kind of forgetting, and length."""
     results = document["results"]
     keys = [*(["gate"] if len({result["gate"] for result in results}) > 1 else []), "system", "forgetting"]
     measured = sorted({result["T"] for result in results})
@@ -133,13 +134,13 @@ def _draw(document: Document) -> Figure:
         half_life = float(f"{document['half_lives'][forgetting]:.2g}")
         title = f"{gate}, {forgetting} forgetting (half-life {half_life:g} steps)"
         plots.finish(axes, title, "T", "", log="xy", names="none")
-    for axes in all_axes:  # once their common scale is known
+    for axes in all_axes:  # after their common scale is known
         plots.name_ends(axes)
     return figure
 
 
 def _half_life(bias: float) -> float:
-    """Return the steps after which a decay of sigmoid(bias) leaves half."""
+    """Return the number of steps in which a decay of sigmoid(bias) halves the state."""
     return math.log(2) / math.log1p(math.exp(-bias))
 
 
@@ -171,7 +172,7 @@ def _measure_length(
 
 
 def _inputs(gate: str, T: int, options: AccuracyBench) -> tuple[list[Tensor], Tensor]:
-    """Draw pre-activations, one row of the batch for each kind of forgetting, and the gradient of h."""
+    """Draw pre-activations, with one batch row for each kind of forgetting, and the gradient of h."""
     generator = torch.Generator().manual_seed(options.seed)
     shape = (len(FORGETTING), T, options.channels)
     pre = [torch.randn(shape, generator=generator) for _ in GATES[gate].pre]

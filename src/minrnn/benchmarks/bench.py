@@ -1,4 +1,4 @@
-"""The registry of benchmarks: the table BENCHES of `minrnn bench`, whose modules are imported when used."""
+"""The interface of a benchmark, and the entries of the registry BENCHES, imported on demand."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ OURS = "minrnn"
 """The name of our own system."""
 
 Document = Mapping[str, Any]
-"""What a benchmark writes, as JSON: see `Report`."""
+"""The result of a benchmark, as JSON: see `Report`."""
 
 Timings = dict[str, Any]
-"""What was measured of one system, as JSON: see `measure`."""
+"""The measurements of one system, as JSON: see `measure`."""
 
 
 class Bench(NamedTuple):
-    """A benchmark: its options, what runs it, and its table."""
+    """A benchmark: its options, the function that runs it, and its table."""
 
     options: type[Any]
-    """A dataclass; its fields are the options of the command line."""
+    """A dataclass whose fields are the command-line options."""
     run: Callable[[Any, Sequence[str], Console], object]
-    """Takes the options, the arguments that they were read from, and where to print."""
+    """(options, command-line arguments, console) -> report."""
     render: Callable[[Document], str]
-    """Returns a document of this benchmark as tables in Markdown."""
+    """Renders a document of this benchmark as Markdown tables."""
 
 
 class Entry(NamedTuple):
-    """A line of the table BENCHES."""
+    """An entry of the registry BENCHES."""
 
     module: str
-    """Module with a `BENCH`; importing it takes torch's time."""
+    """Module with a `BENCH`; imported on demand, because it imports torch."""
     help: str
-    """What is measured, in a line."""
+    """A one-line description."""
 
     def load(self) -> Bench:
         """Import the benchmark."""

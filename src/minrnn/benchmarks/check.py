@@ -1,4 +1,4 @@
-"""The comparison with the reference before anything is timed: values and gradients against a float64 loop."""
+"""Comparison of values and gradients with a float64 loop, before anything is timed."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ __all__ = ["TOLERANCE", "differentiate", "errors", "layer_reference", "scan_refe
 Named = dict[str, Tensor]
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-"""Largest error relative to the largest value at which two results are equal: some roundings of the result,
-and, in layers, of the sums in their matrix products."""
+"""Tolerance by dtype, relative to the largest value: a few rounding errors of the result and, in layers, of
+the sums in matrix products."""
 
-MOST_ELEMENTS = 1 << 25  # of (B, T, D) that are compared: float64 copies of ten such tensors fill 2.7 GB
+MOST_ELEMENTS = 1 << 25  # elements (B, T, D) that are compared: ten float64 tensors of them take 2.7 GB
 
 
 def some_rows(B: int, T: int, D: int) -> int:
-    """Return how many rows of the batch are compared (they are independent): as many as memory allows."""
+    """Return the number of batch rows to compare (rows are independent), as many as memory allows."""
     return max(1, min(B, MOST_ELEMENTS // (T * D)))
 
 
 def errors(actual: Named, expected: Named) -> dict[str, float]:
-    """Return the largest error of h, and of all gradients given, each relative to the largest value expected.
+    """Return the largest error of h and of the gradients, each relative to the largest expected value.
 
-    A value that is not finite, or a wrong shape, is an infinite error.
+    Values that are not finite and wrong shapes are infinite errors.
     """
     found = {name: _error(value, expected[name]) for name, value in actual.items()}
     gradients = [error for name, error in found.items() if name != "h"]
@@ -52,11 +52,11 @@ def scan_reference(gate: str, pre: list[Tensor], dh: Tensor) -> Named:
 def layer_reference(gate: str, x: Tensor, weight: Tensor, dh: Tensor) -> Named:
     """Return the states of a layer without biases, and the gradients of its input and weight, in float64.
 
-    The pre-activations alone are computed in the layer's own dtype: the positive candidate's slope jumps at
-    zero, and among millions of pre-activations some are so near to it that their rounding decides the side.
+    Only the pre-activations are computed in the layer's own dtype: the positive candidate's slope jumps at
+    zero, and some of millions of pre-activations are so near to zero that their sign depends on rounding.
 
     Args:
-        gate: the cell.
+        gate: a name in GATES.
         x: (B, T, input_size).
         weight: (k * hidden_size, input_size).
         dh: gradient of the states, (B, T, hidden_size).

@@ -1,6 +1,6 @@
-"""The GPU engine's kernels, compiled for cards that need not be present; needs Triton.
+"""Compilation of the GPU engine's kernels for GPUs that need not be present; requires Triton.
 
-The engine is called on tensors without memory, and its kernels are compiled where they would be launched.
+The engine is called on tensors without memory, and its kernels are compiled instead of launched.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CAPABILITIES = {80: 108, 90: 132}  # compute capability: multiprocessors of the 
 
 
 class Absent(NamedTuple):
-    """A driver for a card that is not present: enough to type a kernel's arguments and to compile it."""
+    """A driver for a GPU that is not present, sufficient to type a kernel's arguments and to compile it."""
 
     capability: int
 
@@ -36,14 +36,14 @@ class Absent(NamedTuple):
         return importlib.import_module("triton.backends.compiler").GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return self.capability  # under which compiled kernels are kept, so not a number of a device that is
+        return self.capability  # the key of compiled kernels, so not the number of a real device
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
 class Compiling:
-    """A kernel that is compiled where it would be launched."""
+    """A kernel that is compiled instead of launched."""
 
     def __init__(self, kernel: Any, built: list[Any]) -> None:
         self.kernel, self.built = kernel, built
@@ -58,7 +58,7 @@ class Compiling:
 
 @contextmanager
 def compiling(capability: int, processors: int) -> Iterator[list[Any]]:
-    """Let the engine's calls compile their kernels for such a card, and collect them."""
+    """Context manager in which the engine's calls compile their kernels for such a GPU, and collect them."""
     built: list[Any] = []
     names = ("forward_kernel", "backward_kernel")
     kernels: dict[str, Any] = {name: Compiling(getattr(engine, name), built) for name in names}
@@ -83,12 +83,12 @@ def build(
 
     Args:
         gate: a name in GATES.
-        dtype: of the inputs.
+        dtype: dtype of the inputs.
         shape: (B, T, D).
-        capability: the card's compute capability, 90 for 9.0.
-        processors: how many multiprocessors it has.
-        signed: with decays in (-1, 1).
-        optional: with an initial state and resets.
+        capability: the GPU's compute capability, 90 for 9.0.
+        processors: its number of multiprocessors.
+        signed: whether decays lie in (-1, 1).
+        optional: whether to pass an initial state and resets.
 
     Returns:
         The compiled kernels "forward" and "backward".
@@ -105,21 +105,21 @@ def build(
 
 
 def rows_kept(gate: str, direction: str) -> int:
-    """Return how many values a program keeps of each step: what it reads, at least decay and input term."""
+    """Return the number of values that a program keeps of each step: its inputs, at least a and b."""
     num_pre = GATES[gate].num_pre
     return max(2, num_pre) if direction == "forward" else num_pre + 2
 
 
 def rows_moved(kernel: Any, steps: int) -> tuple[int, int]:
-    """Count rows of channels read and written for each step: tensors of all `steps` of a chunk."""
+    """Count the rows of channels read and written for each step, as tensors of all `steps` of a chunk."""
     code = kernel.asm["ttgir"]
-    # Each stands twice: without comparisons where the chunk is full, and with them elsewhere.
+    # Each occurs twice: without bounds checks for a full chunk, and with them for others.
     both = [re.findall(rf"tt\.{name} [^\n]*tensor<{steps}x32x!tt\.ptr", code) for name in ("load", "store")]
     return len(both[0]) // 2, len(both[1]) // 2
 
 
 def assembly(kernel: Any) -> tuple[dict[str, int], Counter[str]]:
-    """Read registers and stack of a thread (bytes: what registers do not hold), and count instructions."""
+    """Return a thread's number of registers and bytes of spilled registers, and count instructions."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -133,7 +133,7 @@ def assembly(kernel: Any) -> tuple[dict[str, int], Counter[str]]:
 
 
 def message_bytes(shape: tuple[int, int, int], rows: int, dtype: torch.dtype, processors: int) -> float:
-    """Return the bytes that programs write and read for each element to pass on the state."""
+    """Return the bytes per element that programs write and read to pass on the state."""
     cut = engine._cut(shape, rows, dtype.itemsize, processors)
     if cut.chunks == 1:
         return 0.0
@@ -145,7 +145,7 @@ def message_bytes(shape: tuple[int, int, int], rows: int, dtype: torch.dtype, pr
 def count(
     gate: str, dtype: torch.dtype, shape: tuple[int, int, int], capability: int
 ) -> list[dict[str, Any]]:
-    """Compile the kernels of a gate, forward and backward, and count what is in each."""
+    """Compile a gate's forward and backward kernels, and count their bytes, registers and instructions."""
     processors = CAPABILITIES[capability]
     kernels = build(gate, dtype, shape, capability, processors)
     return [

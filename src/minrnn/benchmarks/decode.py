@@ -31,16 +31,16 @@ CHECKED_STEPS = 4
 
 @dataclass(frozen=True)
 class DecodeBench(TimedBench):
-    """Time one step (T = 1) of a layer of D channels from a carried state, beside torch's GRU or LSTM.
+    """Time one step (T = 1) of a layer of D channels from a carried state, and torch's GRU or LSTM.
 
-    A time is the latency of one token for each of the B sequences. Layers of the same equations are first
-    compared with a float64 loop. The limit is Linear(D, 2 D), or 3 D for minLSTM, alone.
+    A time is the latency of one token for each of the B sequences. Layers with the same equations are first
+    compared with a float64 loop. The limit is the time of Linear(D, 2 D), or 3 D for minLSTM.
     """
 
     shapes: tuple[str, ...] = ("1x512", "8x512", "64x512")
     """BxD: sequences and channels; 64..1024 stands for 64, 128, 256, 512 and 1024."""
     cells: tuple[Literal["mingru", "minlstm"], ...] = ("mingru", "minlstm")
-    """Cells; mingru is compared with a GRU, minlstm with an LSTM."""
+    """Gates; mingru is compared with a GRU, minlstm with an LSTM."""
 
 
 def bench_decode(options: DecodeBench, command: Sequence[str], console: Console) -> Report:
@@ -49,7 +49,7 @@ def bench_decode(options: DecodeBench, command: Sequence[str], console: Console)
 
 
 def render(document: Document) -> str:
-    """Return the table: the latency of each system in each case."""
+    """Return a table of the latency of each system in each case."""
     return by_system(document["results"], KIND.phases, KIND.unit).markdown()
 
 

@@ -1,4 +1,4 @@
-"""`minrnn bench gpu`: the GPU engine's tests, then its speed, in one command."""
+"""`minrnn bench gpu`: the GPU engine's tests, followed by its timings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["BENCH", "GpuBench", "Sweep", "dry_sweep", "full_sweep"]
 
 CHECKED_CHANNELS = 8  # they are independent of each other
-CACHE_BYTES = 256 << 20  # several times a GPU's L2 cache, so that calls do not find their inputs there
+CACHE_BYTES = 256 << 20  # several times a GPU's L2 cache, so that inputs are not in it
 TESTS = Path(__file__).parents[3] / "tests" / "test_triton_gpu.py"
 
 DRY_NOTE = (
@@ -58,23 +58,23 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class GpuBench:
-    """Run the GPU engine's tests on this machine's GPU, then answer three questions about its speed.
+    """Run the GPU engine's tests on this machine's GPU, then measure its speed in three stages.
 
-    If a test fails, nothing is timed. What share of the copy bandwidth, measured in turns with it, does the
-    scan reach? How long do training steps of MinGRU and MinLSTM take, and what memory do they need, beside
-    loops in plain PyTorch (the paper's baseline) and cuDNN's GRU and LSTM? How do other implementations of
-    the scan compare, from pre-activations to states in (B, T, D)? Writes JSON, Markdown and a plot; takes
-    some ten minutes.
+    If a test fails, nothing is timed. The stages are: the scan's throughput relative to the copy bandwidth,
+    which is measured in turns with it; time and memory of training steps of MinGRU and MinLSTM, compared with
+    loops in plain PyTorch (the paper's baseline) and cuDNN's GRU and LSTM; and other implementations of the
+    scan, from pre-activations to states in (B, T, D). Writes JSON, Markdown and a plot; takes about ten
+    minutes.
     """
 
     minutes: float = 15.0
-    """After so many minutes no further measurement is started; what is left out is listed."""
+    """Minutes after which no further measurement starts; those left out are listed."""
     tests: bool = True
-    """Run the engine's tests first; they are part of a checkout."""
+    """Run the engine's tests first; requires a checkout of the repository."""
     tf32: bool = False
-    """Time with TF32 in all float32 matrix products; results are compared without."""
+    """Use TF32 in all float32 matrix products that are timed; results are compared without it."""
     dry: bool = False
-    """Run a small part on the CPU, to see that the benchmark works; its figures have no meaning."""
+    """Run a small part on the CPU, to test the benchmark; its results have no meaning."""
     output: Path | None = None
     """JSON file to write, with Markdown and a plot of the same name (None: runs/bench-gpu-TIME.json)."""
 
@@ -83,7 +83,7 @@ class GpuBench:
 
 
 class Sweep(NamedTuple):
-    """What is measured."""
+    """The settings of the measurements."""
 
     device: torch.device
     shapes: Sequence[Shape]
@@ -101,7 +101,7 @@ class Sweep(NamedTuple):
 
 
 def full_sweep() -> Sweep:
-    """Return what the claims about the GPU refer to."""
+    """Return the settings on which statements about the GPU are based."""
     return Sweep(
         device=torch.device("cuda"),
         shapes=[(8, 4096, 2048), (64, 512, 256), (1, 1 << 20, 256)],
@@ -137,8 +137,8 @@ def bench_gpu(options: GpuBench, command: Sequence[str], console: Console) -> Re
 
     Args:
         options: what to measure.
-        command: the arguments that repeat it.
-        console: where its tables are drawn.
+        command: the command-line arguments that repeat it.
+        console: console for its tables.
 
     Returns:
         The report. Each of its results is that of a timed benchmark with its `stage`, a key in STAGES; the
@@ -146,7 +146,7 @@ def bench_gpu(options: GpuBench, command: Sequence[str], console: Console) -> Re
         setting and reason).
 
     Raises:
-        ValueError: torch finds no GPU, or the tests are asked for and not there.
+        ValueError: torch finds no GPU, or the tests are requested and missing.
         RuntimeError: a test fails, or a result of ours differs from the reference.
     """
     if not options.dry and not torch.cuda.is_available():
@@ -176,7 +176,7 @@ def bench_gpu(options: GpuBench, command: Sequence[str], console: Console) -> Re
 
 @contextmanager
 def _float32_products(tf32: bool) -> Iterator[None]:
-    """Let products in float32 use TF32, or not."""
+    """Context manager that switches TF32 on or off for float32 matrix products."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
     try:
@@ -187,7 +187,7 @@ def _float32_products(tf32: bool) -> Iterator[None]:
 
 
 def _measure(sweep: Sweep, end: float, report: Report) -> None:
-    """Measure all cases until time is up; those that there is no time or memory for are left out."""
+    """Measure all cases until time is up; leave out those for which time or memory does not suffice."""
     peers = {name: SCAN_PEERS[name] for name in sweep.peers}
     able = that_import(that_compute_on(sweep.device, peers, report), report)
     for name, stage in STAGES.items():
@@ -217,7 +217,7 @@ def run_tests(seconds: float) -> dict[str, Any]:
         seconds: the time limit.
 
     Returns:
-        Its status ("passed", "failed" or "not finished"), seconds, and the tail of the output.
+        The status ("passed", "failed" or "not finished"), seconds, and the tail of the output.
     """
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(TESTS)]
     if importlib.util.find_spec("xdist"):
@@ -237,14 +237,14 @@ def run_tests(seconds: float) -> dict[str, Any]:
 
 
 class Stage(NamedTuple):
-    """One of the questions."""
+    """One of the stages."""
 
     question: str
     """Heading of its table."""
     kind: Kind
     cases: Callable[[Sweep], Iterator[Case]]
     systems: Callable[[Case, Mapping[str, Any]], dict[str, System]]
-    """(case, scan peers that are available) -> systems."""
+    """(case, available scan peers) -> systems."""
 
 
 def _case(gate: str, shape: Shape, dtype: Dtype, sweep: Sweep) -> Case:
@@ -258,7 +258,7 @@ def _share_cases(sweep: Sweep) -> Iterator[Case]:
 
 
 def _share_systems(case: Case, peers: Mapping[str, Any]) -> dict[str, System]:
-    """Return the engine's two directions and copies of as many bytes, in rows of calls on cold inputs."""
+    """Return the engine's forward and backward, and copies of as many bytes, all on cold inputs."""
     elements = case.shape["B"] * case.shape["T"] * case.shape["D"]
     moved = {phase: size * elements for phase, size in traffic(case.gate, case.torch_dtype).items()}
     drawn = [
@@ -290,7 +290,7 @@ def _copy(target: Tensor, source: Tensor, index: int) -> None:
 
 
 def _engine(device: torch.device) -> ModuleType:
-    """Return the engine of a device: its functions are timed without what calls them."""
+    """Return the engine of a device, whose functions are timed without autograd."""
     names = [engine.name for engine in engines() if engine.serves and engine.device in (device.type, "any")]
     engine = load(names[0])
     assert isinstance(engine, ModuleType)
@@ -298,7 +298,7 @@ def _engine(device: torch.device) -> ModuleType:
 
 
 def _check_channels(gate: str, pre: Sequence[Tensor], dh: Tensor) -> dict[str, float]:
-    """Compare some channels of h and of the gradients with float64 on the CPU, whose engine is fast."""
+    """Compare some channels of h and of the gradients with float64 on the CPU."""
     (packed,) = pre
     dh = dh[:, :, :CHECKED_CHANNELS].contiguous()
     parts = [part[:, :, :CHECKED_CHANNELS] for part in packed.chunk(GATES[gate].num_pre, -1)]
@@ -345,7 +345,7 @@ def _peer_cases(sweep: Sweep) -> Iterator[Case]:
 
 
 def _peer_systems(case: Case, peers: Mapping[str, Any]) -> dict[str, System]:
-    """Return all scans from packed pre-activations to h, and back."""
+    """Return all scans, forward and backward, on packed pre-activations."""
     systems = scan_systems(case, peers, packed=True)
     return {name: system for name, system in systems.items() if name != LIMIT}
 
@@ -377,7 +377,7 @@ STAGES = {
 
 
 def render(document: Document) -> str:
-    """Return the document as a page of Markdown, with a table for each stage."""
+    """Return the document as Markdown, with a table for each stage."""
     products = "TF32" if document["options"]["tf32"] else "float32 throughout"
     parts = [
         f"{document['device']}, {document['engines'].get('triton', 'no GPU engine')}, "
@@ -403,7 +403,7 @@ def _of_stage(document: Document, name: str) -> list[Result]:
 
 
 def _draw(document: Document) -> Figure:
-    """Draw our shares, and how many times as long as ours the others take."""
+    """Draw our shares of the copy bandwidth, and the others' times relative to ours."""
     panels = {
         f"{STAGES['shares'].question}, %": _share_bars(_of_stage(document, "shares")),
         "Training steps, times ours": _system_bars(_of_stage(document, "steps")),

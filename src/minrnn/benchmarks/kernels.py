@@ -1,4 +1,4 @@
-"""`minrnn bench kernels`: the GPU engine's kernels as compiled for cards that need not be present."""
+"""`minrnn bench kernels`: the GPU engine's kernels, compiled for GPUs that need not be present."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ __all__ = ["BENCH", "KernelsBench"]
 
 @dataclass(frozen=True)
 class KernelsBench:
-    """Compile the GPU engine's kernels and count bytes, registers and instructions; needs Triton, no GPU.
+    """Compile the GPU engine's kernels and count bytes, registers and instructions; needs Triton, but no GPU.
 
-    The bytes of the rows that a program moves are counted in the kernels; registers, spilled bytes and
-    instructions are read off the assembled code, whose instructions for incomplete chunks are counted too.
-    The messages between programs, which mostly stay in the card's cache, are computed. Writes JSON and
-    Markdown.
+    The bytes of the rows that a program moves are counted in the kernels' intermediate code. Registers,
+    spilled bytes and instructions, including those for incomplete chunks, are counted in the assembly. The
+    messages between programs, which mostly stay in the GPU's cache, are computed. Writes JSON and Markdown.
     """
 
     shapes: tuple[str, ...] = ("8x4096x2048", "1x1048576x256")
@@ -51,14 +50,14 @@ def bench_kernels(options: KernelsBench, command: Sequence[str], console: Consol
 
     Args:
         options: what to compile.
-        command: the arguments that repeat it.
-        console: where its table is printed.
+        command: the command-line arguments that repeat it.
+        console: console for its table.
 
     Returns:
         The report, with a result for each kernel.
 
     Raises:
-        ValueError: an option cannot be used.
+        ValueError: an option is not valid here.
         RuntimeError: Triton is not installed.
     """
     shapes = parse_shapes(options.shapes, "BTD")
@@ -80,7 +79,7 @@ def bench_kernels(options: KernelsBench, command: Sequence[str], console: Consol
 
 
 def render(document: Document) -> str:
-    """Return the table: a row for each kernel."""
+    """Return a table with a row for each kernel."""
     head = [
         "card, gate, dtype",
         "B x T x D",

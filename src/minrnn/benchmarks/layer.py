@@ -1,4 +1,4 @@
-"""`minrnn bench layer`: the training step of a layer, ours beside torch's GRU and LSTM and other peers."""
+"""`minrnn bench layer`: training steps of our layers, torch's GRU and LSTM, and other peers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 RECOMPUTING = f"{OURS}-recompute"
-"""Our layer with recompute=True, which trades time for memory."""
+"""Our layer with recompute=True, which needs less memory and more time."""
 
 LIMIT = "linear"
 KIND = Kind("layer", "BTD", across="T", limit=LIMIT, phases=("forward", "backward", "step"), unit="ms")
@@ -48,20 +48,20 @@ Call = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class LayerBench(TimedBench):
-    """Time the training step of MinGRU(D, D) or MinLSTM(D, D) beside torch's GRU or LSTM and other peers.
+    """Time the training step of MinGRU(D, D) or MinLSTM(D, D), of torch's GRU or LSTM, and of other peers.
 
-    A step is forward, and backward to the input and all weights, given the gradient of the output; there is
-    no optimizer. Layers of the same equations are first compared with a float64 loop. The limit is the
+    A step is forward, and backward to the input and all weights given the gradient of the output, without an
+    optimizer. Layers with the same equations are first compared with a float64 loop. The limit is the
     training step of Linear(D, 2 D), or 3 D for minLSTM: the matrix product that our layer begins with. Our
-    layer is also timed with recompute=True, which keeps less for backward.
+    layer is also timed with recompute=True, which saves less for backward.
     """
 
     shapes: tuple[str, ...] = ("16x64..4096x256",)
     """BxTxD: batch, length, hidden channels; 64..1024 stands for 64, 128, 256, 512 and 1024."""
     cells: tuple[Literal["mingru", "minlstm"], ...] = ("mingru",)
-    """Cells; mingru is compared with a GRU, minlstm with an LSTM."""
+    """Gates; mingru is compared with a GRU, minlstm with an LSTM."""
     input_size: int = 0
-    """Channels of the input (0: as many as hidden ones)."""
+    """Channels of the input (0: as many as hidden channels)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,7 +78,7 @@ def bench_layer(options: LayerBench, command: Sequence[str], console: Console) -
 
 
 def render(document: Document) -> str:
-    """Return the table: a row for each length where nothing else varies, or for each case and system."""
+    """Return a table with a row for each length if only the length varies, else for each case and system."""
     results = document["results"]
     others = {str({**result, "systems": None, "shape": {**result["shape"], "T": 0}}) for result in results}
     lengths_only = len(results) > 1 and len(others) == 1
@@ -109,7 +109,7 @@ def our_weight(layer: MinRNN) -> Tensor:
 
 
 def build_peer(peer: LayerPeer, case: Case, input_size: int, weight: Tensor) -> nn.Module:
-    """Return a peer's layer, with our weight where it is the same function."""
+    """Return a peer's layer, with our weight if it computes the same function."""
     layer = peer.build(case.gate, input_size, case.shape["D"]).to(case.device, case.torch_dtype)
     if peer.load is not None:
         peer.load(layer, weight.detach().chunk(GATES[case.gate].num_pre))
@@ -123,15 +123,15 @@ def build_linear(case: Case, input_size: int) -> nn.Linear:
 
 
 def peer_call(peer: LayerPeer) -> Callable[[Any, Tensor, Any], tuple[Tensor, Any]]:
-    """Return what calls the peer's layer, compiled where the peer is."""
+    """Return the function that calls the peer's layer, compiled if the peer is."""
     return torch.compile(peer.call, dynamic=False) if peer.compiled else peer.call
 
 
 def layer_systems(case: Case, peers: Mapping[str, LayerPeer], input_size: int) -> dict[str, System]:
-    """Return the linear layer, our layer with and without recomputing, and the peers, on the same inputs.
+    """Return the linear layer, our layer with and without recompute, and the peers, on the same inputs.
 
     Args:
-        case: cell, shape (B, T, D), dtype, device and seed.
+        case: gate, shape (B, T, D), dtype, device and seed.
         peers: the layers to compare with.
         input_size: channels of the input.
     """
@@ -145,7 +145,7 @@ def layer_systems(case: Case, peers: Mapping[str, LayerPeer], input_size: int) -
     exact = layer_reference(case.gate, few, our_weight(ours), dy[:rows])
 
     def compare(call: Call, **weights: Tensor) -> dict[str, float]:
-        """Compare h, dx, and the gradients of `weights`, each called dNAME."""
+        """Compare h, dx, and the gradients of `weights`, named dNAME."""
         y = call(few)
         dx, *dweights = torch.autograd.grad(y, [few, *weights.values()], dy[:rows])
         named = zip(weights, dweights, strict=True)

@@ -1,7 +1,7 @@
-"""GRU and LSTM as plain loops over time: the baseline of the paper's runtime figure, and of nothing else.
+"""GRU and LSTM as plain loops over time, the baseline of the paper's runtime figure.
 
-The paper timed its cells against loops in plain PyTorch, not against torch.nn.GRU and LSTM, whose loops are
-compiled; its large speed-ups are those of that loop. So that they can be told apart, both are measured here.
+The paper compared its layers with loops in plain PyTorch, not with torch.nn.GRU and LSTM, whose loops are
+compiled, so its large speed-ups are relative to such loops. Both baselines are measured here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["LOOPS", "LoopGRU", "LoopLSTM"]
 
 
 class LoopGRU(nn.Module):
-    """One layer of torch.nn.GRU, its equations written out step by step.
+    """One layer of torch.nn.GRU, computed step by step.
 
         r = sigmoid(W_ir x[t] + b_ir + W_hr h + b_hr)
         z = sigmoid(W_iz x[t] + b_iz + W_hz h + b_hz)
@@ -28,7 +28,7 @@ class LoopGRU(nn.Module):
 
     def __init__(self, d_model: int, d_hidden: int) -> None:
         super().__init__()
-        self.rnn = nn.GRU(d_model, d_hidden, batch_first=True)  # for its parameters alone
+        self.rnn = nn.GRU(d_model, d_hidden, batch_first=True)  # holds the parameters
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x `(B, T, d_model)` to the states `(B, T, d_hidden)`, from an empty one."""
@@ -46,7 +46,7 @@ class LoopGRU(nn.Module):
 
 
 class LoopLSTM(nn.Module):
-    """One layer of torch.nn.LSTM, its equations written out step by step.
+    """One layer of torch.nn.LSTM, computed step by step.
 
         i, f, o = sigmoid(W x[t] + b + U h + b')    each with its own W, b, U, b'
         g = tanh(W_g x[t] + b_g + U_g h + b'_g)
@@ -59,7 +59,7 @@ class LoopLSTM(nn.Module):
 
     def __init__(self, d_model: int, d_hidden: int) -> None:
         super().__init__()
-        self.rnn = nn.LSTM(d_model, d_hidden, batch_first=True)  # for its parameters alone
+        self.rnn = nn.LSTM(d_model, d_hidden, batch_first=True)  # holds the parameters
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x `(B, T, d_model)` to the states `(B, T, d_hidden)`, from an empty one."""
@@ -77,4 +77,4 @@ class LoopLSTM(nn.Module):
 
 
 LOOPS: dict[str, type[LoopGRU] | type[LoopLSTM]] = {"gru-loop": LoopGRU, "lstm-loop": LoopLSTM}
-"""Loops by the name that they bear in tables, which says that they are loops."""
+"""The loops, by their names in tables."""

@@ -19,14 +19,14 @@ __all__ = ["System", "measure", "time_in_turns"]
 
 @dataclass(frozen=True)
 class System:
-    """Something that is timed: our engine, a peer, or a limit such as a plain copy."""
+    """A function to time: our engine, a peer, or a limit such as a plain copy."""
 
     workload: Workload
     """One measured call."""
     errors: Callable[[], dict[str, float]] | None = None
     """Compares with the reference; None if it computes a different function."""
     inexact: str = ""
-    """Why it may differ from the reference; without a reason it has to be equal."""
+    """Why it may differ from the reference; if empty, it has to be equal."""
     traffic: Mapping[str, int] = field(default_factory=dict)
     """Bytes that each phase moves, if known."""
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -46,8 +46,8 @@ def measure(
     """Check and time systems side by side.
 
     Args:
-        systems: by name; ours is called OURS.
-        limit: the system whose speed bounds the others', if there is one.
+        systems: by name; ours is named OURS.
+        limit: the system whose speed is an upper bound, if there is one.
         dtype: determines the tolerance of the comparison with the reference.
         memory_of: the device whose peak memory is measured, or None.
         seconds: see `interleave`.
@@ -59,9 +59,9 @@ def measure(
         status: "equal", "inexact" (beyond the tolerance for a known reason), "refused" (beyond the tolerance
             without a reason: not timed), "failed" (raised: not timed), or "other function".
         error: the largest error of h and of gradients relative to the largest value (null: not finite).
-        detail: the reason, where there is one.
+        detail: the reason, if there is one.
         seconds: for each phase median, p10, p90, min and number of samples.
-        bytes_per_second: for each phase whose traffic is known, in a median time.
+        bytes_per_second: throughput of each phase whose traffic is known, by its median time.
         times_ours: median step over ours.
         share: for each phase, the limit's median over this system's: 1 is as fast as the limit.
         peak_bytes: peak memory of a step beyond its inputs (null: not reported by the system).

@@ -1,4 +1,4 @@
-"""The options of all timed benchmarks: shapes, dtypes, threads, peers, and how long to measure."""
+"""The options of all timed benchmarks: shapes, dtypes, threads, peers, and measuring time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 EXAMPLE = {"B": "8", "T": "64..1024", "D": "512", "N": "16", "L": "4"}
-"""A size of each axis; N: states of a channel, L: layers."""
+"""A size of each axis; N: states per channel, L: layers."""
 
 V = TypeVar("V")
 
@@ -36,17 +36,17 @@ class TimedBench:
     """The options that all timed benchmarks share."""
 
     shapes: tuple[str, ...]
-    """Sizes as numbers with an x between; 64..1024 stands for 64, 128, 256, 512 and 1024."""
+    """Sizes separated by x; 64..1024 stands for 64, 128, 256, 512 and 1024."""
     dtypes: tuple[Dtype, ...] = ("float32",)
-    """Number formats of inputs and weights."""
+    """Dtypes of inputs and weights."""
     threads: tuple[int, ...] = (0,)
     """CPU threads (0: as many as torch chooses)."""
     peers: tuple[str, ...] = ("all",)
-    """Peers to compare with: names (a wrong one lists them all), all that are installed, or none."""
+    """Peers to compare with: names (an unknown one lists them all), all that are installed, or none."""
     seconds: float = 5.0
     """Seconds to spend on a system; at least three rounds are measured, however slow it is."""
     samples: int = 30
-    """Measurements of a system at most, while the seconds last."""
+    """Most measurements of a system within those seconds."""
     seed: int = 0
     """Seed of the inputs and weights."""
     device: str = "cpu"
@@ -65,25 +65,25 @@ class TimedBench:
 
 
 def require(name: str, holds: bool, expected: str, got: object) -> None:
-    """Refuse an option.
+    """Check an option.
 
     Raises:
-        ValueError: it does not hold.
+        ValueError: `holds` is False; the message says what was expected.
     """
     if not holds:
         raise ValueError(f"bench: {name} must be {expected}, got {got!r}")
 
 
 def require_seed(seed: int) -> None:
-    """Refuse a seed that is negative or has more than 64 bits."""
+    """Raise if a seed is negative or has more than 64 bits."""
     require("seed", 0 <= seed < MOST_SEEDS, f"0 to {MOST_SEEDS - 1}", seed)
 
 
 def lengths(text: str) -> list[int]:
-    """Read a number, or a range that doubles.
+    """Parse a number, or a range whose numbers double.
 
     Raises:
-        ValueError: it is neither, or not positive.
+        ValueError: the text is neither, or a number is not positive.
 
     >>> lengths("100"), lengths("64..300")
     ([100], [64, 128, 256])
@@ -96,17 +96,17 @@ def lengths(text: str) -> list[int]:
 
 
 def parse_shapes(texts: Sequence[str], axes: str) -> list[tuple[int, ...]]:
-    """Read shapes such as "8x1024x512" or "8x64..1024x512", without repetitions, in their order.
+    """Parse shapes such as "8x1024x512" or "8x64..1024x512", and remove duplicates.
 
     Args:
         texts: the shapes.
-        axes: one letter an axis, such as "BTD".
+        axes: a letter for each axis, such as "BTD".
 
     Returns:
-        One tuple of sizes a shape; a range gives one shape for each of its sizes.
+        A tuple of sizes for each shape; a range gives a shape for each of its sizes.
 
     Raises:
-        ValueError: a shape has another number of axes, or a size is not positive.
+        ValueError: the number of axes differs, or a size is not positive.
 
     >>> parse_shapes(["8x64..128x32"], "BTD")
     [(8, 64, 32), (8, 128, 32)]
@@ -122,14 +122,14 @@ def parse_shapes(texts: Sequence[str], axes: str) -> list[tuple[int, ...]]:
 
 
 def select(names: Sequence[str], table: dict[str, V]) -> dict[str, V]:
-    """Return the chosen part of a table of peers, in the table's order.
+    """Return the selected peers, in the table's order.
 
     Args:
         names: keys of the table, or "all", or "none".
         table: the peers.
 
     Raises:
-        ValueError: a name is unknown; the nearest one is named.
+        ValueError: a name is unknown; the message suggests the nearest one.
     """
     for name in names:
         if name not in table and name not in ("all", "none"):

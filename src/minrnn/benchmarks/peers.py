@@ -1,4 +1,4 @@
-"""Other implementations (peers), one small adapter each. A peer is measured where it is installed."""
+"""Adapters to other implementations (peers), which are measured if they are installed."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ __all__ = [
 ]
 
 Scan = Callable[[str, list[Tensor]], Tensor]
-"""(gate, pre) -> h: pre-activations, separate or packed, in; states (B, T, D) out. No initial state."""
+"""(gate, pre) -> h: from pre-activations, separate or packed, to states (B, T, D); no initial state."""
 
 LOG_SPACE = "log space loses accuracy in proportion to T"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """The properties of every peer."""
+    """The properties that all peers have."""
 
     package: str = "torch"
     """The package to install."""
     module: str = "torch"
     """The module of that package."""
     gates: tuple[str, ...]
-    """The gates, or the cells, that it can be measured beside."""
+    """The gates that it is compared with."""
     inexact: str = ""
-    """Why its results may differ from the reference's; a peer without a reason has to be equal."""
+    """Why its results may differ from the reference's; if empty, they have to be equal."""
     compiled: bool = False
     """Whether torch.compile is applied to it."""
     devices: tuple[str, ...] = ("cpu", "cuda")
-    """Types of devices that it computes on."""
+    """The device types that it supports."""
 
     def reason(self, dtype: torch.dtype) -> str:
-        """Return why its results may differ from the reference's in this number format, or nothing."""
+        """Return why its results may differ from the reference's in this dtype; empty if they may not."""
         return self.inexact or ("gates and state are kept in 16 bits" if dtype.itemsize == 2 else "")
 
 
@@ -59,11 +59,11 @@ class ScanPeer(Peer):
     """Another implementation of a scan."""
 
     make: Callable[[], Scan]
-    """Imports what it needs, and returns the function."""
+    """Imports its package and returns the function."""
     gates: tuple[str, ...] = tuple(GATES)
 
     def scan(self) -> Scan:
-        """Return the function, made and compiled by its first call, which fails if that fails."""
+        """Return the function; its first call imports and compiles it, and raises if that fails."""
 
         @cache
         def made() -> Scan:
@@ -81,7 +81,8 @@ def _make_loop() -> Scan:
         a, b = _decay_and_input(gate, pre)
         h = b[:, 0]
         states = [h]
-        # unbind, whose backward is one stack; indexing would fill a whole (B, T, D) of zeros for each step
+        # The backward of unbind is one stack; that of indexing fills a (B, T, D) tensor of zeros for each
+        # step.
         for a_t, b_t in zip(a.unbind(1)[1:], b.unbind(1)[1:], strict=True):
             h = torch.addcmul(b_t, a_t, h)
             states.append(h)
@@ -138,7 +139,7 @@ def _make_accelerated_scan(module: str) -> Scan:
     def accelerated_scan(gate: str, pre: list[Tensor]) -> Tensor:
         a, b = _decay_and_input(gate, pre)
         h = scan(a.transpose(1, 2).contiguous(), b.transpose(1, 2).contiguous())  # (B, D, T)
-        return h.transpose(1, 2).contiguous()  # as whatever follows in a model reads it
+        return h.transpose(1, 2).contiguous()  # the layout that the next layer of a model reads
 
     return accelerated_scan
 
@@ -148,7 +149,7 @@ def _make_warp_scan() -> Scan:
 
     def warp_scan(gate: str, pre: list[Tensor]) -> Tensor:
         T = pre[0].shape[1]
-        if T.bit_count() != 1 or not 32 <= T <= 65536:  # others are undefined there, not refused
+        if T.bit_count() != 1 or not 32 <= T <= 65536:  # undefined for others, without an error
             raise ValueError(f"T must be a power of two from 32 to 65536, got {T}")
         return accelerated_scan(gate, pre)
 
@@ -206,10 +207,10 @@ SCAN_PEERS: dict[str, ScanPeer] = {
     # The paper's appendix B: cumsum and logcumsumexp.
     "log-space": _LOG_SPACE,
     "log-space-compiled": replace(_LOG_SPACE, compiled=True),
-    # Blelloch's sweeps with operations in place, and a backward of its own.
+    # Blelloch's sweeps with in-place operations and a backward of its own.
     "mambapy": ScanPeer(make=_make_mambapy, package="mambapy", module="mambapy"),
-    # Over (B, D, T), so with transposes there and back: a recursive tree; Triton's associative scan, tile
-    # after tile; CUDA's warps, compiled when first used.
+    # Over (B, D, T), so with transposes before and after: a recursive tree; Triton's associative scan by
+    # tiles; CUDA warps, compiled on first use.
     "accelerated-scan": _ACCELERATED_SCAN,
     "accelerated-scan-triton": replace(
         _ACCELERATED_SCAN,
@@ -217,8 +218,8 @@ SCAN_PEERS: dict[str, ScanPeer] = {
         devices=("cuda",),
     ),
     "accelerated-scan-warp": replace(_ACCELERATED_SCAN, make=_make_warp_scan, devices=("cuda",)),
-    # flash-linear-attention's HGRN from the decay's logarithm, the gates in eager torch: chunks of 128 steps,
-    # whose states are passed on one after another; and one step after another.
+    # flash-linear-attention's HGRN, which takes the decay's logarithm; gates in eager torch. One in chunks of
+    # 128 steps, between which states are passed in sequence; one step by step.
     "fla-hgrn-chunk": replace(
         _HGRN, make=partial(_make_hgrn, "chunk_hgrn"), inexact="decays come from sums of logarithms"
     ),
@@ -230,7 +231,7 @@ SCAN_PEERS: dict[str, ScanPeer] = {
 
 
 SELECTIVE = "selective"
-"""Mamba's recurrence in the place of a gate: its `pre` are u, delta_pre, A, B, C and D, its result is y."""
+"""The name of Mamba's recurrence among gates: `pre` are then u, delta_pre, A, B, C and D, the result is y."""
 
 
 def _make_selective_mambapy() -> Scan:
@@ -261,10 +262,10 @@ class LayerPeer(Peer):
     build: Callable[[str, int, int], nn.Module]
     """(cell, input_size, hidden_size) -> layer."""
     call: Callable[[Any, Tensor, Any], tuple[Tensor, Any]]
-    """(layer, x, state) -> (y, state); state None is the empty one."""
+    """(layer, x, state) -> (y, state); state None is the empty state."""
     load: Callable[[nn.Module, tuple[Tensor, ...]], None] | None = None
-    """Gives it our weights, (hidden_size, input_size) for each pre-activation; our biases are zero. None
-    where it is another function."""
+    """Loads our weights, (hidden_size, input_size) for each pre-activation, with zero biases. None if the
+    layer computes another function."""
 
 
 def _build_torch(cell: str, input_size: int, hidden_size: int) -> nn.Module:

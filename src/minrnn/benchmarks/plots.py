@@ -1,4 +1,4 @@
-"""The plots of benchmarks and experiments: a color for each system, names at the ends of lines."""
+"""Plots of benchmarks and experiments: a color for each system, names at the ends of lines."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ PEER_COLORS = ("#d1495b", "#e08e2b", "#6a994e", "#8d5a97", "#7a6a53", "#3b8ea5",
 
 
 class Style(NamedTuple):
-    """How a line is drawn."""
+    """The style of a line."""
 
     color: str
     dashed: bool = False
@@ -77,7 +77,7 @@ def color(name: str) -> str:
 
 
 def mixer_style(name: str) -> Style:
-    """Return a mixer's style: our cells are emphasized, loops are dashed."""
+    """Return a mixer's style: ours are emphasized, loops are dashed."""
     return Style(color(name), name.endswith("-loop"), name in EMPHASIZED)
 
 
@@ -85,8 +85,8 @@ def system_style(names: Iterable[str], limit: str | None) -> Callable[[str], Sty
     """Return the styles of a benchmark's lines, whose names begin with the system's.
 
     Args:
-        names: of all lines.
-        limit: the system that bounds the others; it and lines of 16-bit dtypes are dashed.
+        names: names of all lines.
+        limit: the system that is an upper bound; it and lines of 16-bit dtypes are dashed.
     """
     peers = cycle(PEER_COLORS)
     systems = dict.fromkeys(name.split()[0] for name in names)
@@ -102,11 +102,11 @@ def new_figure(
     """Return a figure and its panels, row by row.
 
     Args:
-        rows: of panels.
-        columns: of panels.
-        width: of a panel, in inches.
-        height: of a panel, in inches.
-        options: of `Figure.subplots`.
+        rows: number of rows.
+        columns: number of columns.
+        width: width of a panel in inches.
+        height: height of a panel in inches.
+        options: keyword arguments of `Figure.subplots`.
     """
     from matplotlib.figure import Figure
 
@@ -117,7 +117,7 @@ def new_figure(
 def draw_lines(
     axes: Axes, lines: Mapping[str, Line], style: Callable[[str], Style] = mixer_style, *, marker: str = "o"
 ) -> None:
-    """Draw a line for each name, its points sorted."""
+    """Draw a line for each name through its points, sorted by x."""
     for name, points in lines.items():
         if not points:
             continue
@@ -135,7 +135,7 @@ def draw_lines(
 
 
 def band(axes: Axes, name: str, xs: Sequence[float], runs: Sequence[Sequence[float]]) -> None:
-    """Draw the mean of several runs over common xs, and the range from the lowest to the highest."""
+    """Draw the mean of several runs at common xs, and the range from the lowest to the highest."""
     columns = list(zip(*runs, strict=True))
     axes.fill_between(xs, [min(c) for c in columns], [max(c) for c in columns], color=color(name), alpha=0.15)
     means = [sum(column) / len(column) for column in columns]
@@ -160,10 +160,10 @@ def finish(axes: Axes, title: str, xlabel: str, ylabel: str, *, log: str = "", n
 
     Args:
         axes: the panel.
-        title: what it shows.
-        xlabel: the axis from left to right.
-        ylabel: the axis upwards.
-        log: the axes that are logarithmic: "", "x", "y" or "xy".
+        title: the panel's title.
+        xlabel: label of the x axis.
+        ylabel: label of the y axis.
+        log: the logarithmic axes: "", "x", "y" or "xy".
         names: "ends" names each line at its right end, "legend" in a box, "none" nowhere.
     """
     if "x" in log:
@@ -184,7 +184,7 @@ def finish(axes: Axes, title: str, xlabel: str, ylabel: str, *, log: str = "", n
 
 
 def _few_powers(axes: Axes) -> Callable[[float, float], str]:
-    """Return what labels the ticks between powers of ten: some of them, where there are few powers."""
+    """Return a formatter of the ticks between powers of ten: some have labels where there are few powers."""
     low, high = axes.get_ylim()
     labelled = "" if high > 100 * low else "25" if high > 10 * low else "23457"
     return lambda value, _: f"{value:g}" if f"{value:e}"[0] in labelled else ""
@@ -209,9 +209,9 @@ def name_ends(axes: Axes) -> None:
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Move rising heights apart until neighbours are `gap` from each other, each crowd about its middle.
+    """Move sorted heights apart until neighbors are at least `gap` apart; groups keep their centers.
 
-    None ends above 1, unless there are too many.
+    The result stays below 1 unless there are too many heights.
 
     >>> [round(height, 2) for height in spread([0.1, 0.5, 0.5, 1.0], 0.1)]
     [0.1, 0.45, 0.55, 1.0]
@@ -230,15 +230,15 @@ def _bottom(crowd: Sequence[float], gap: float) -> float:
 
 
 def save_plot(make: Callable[[], Figure], path: Path) -> str | None:
-    """Draw a figure into a PNG file; return None, or why there can be no plot."""
+    """Save a figure as a PNG file; return None, or why there is no plot."""
     return draw(lambda: save_picture(make(), path, dpi=130))
 
 
 def save_figure(make: Callable[[], Figure], folder: Path) -> str | None:
-    """Draw plot.png and plot.svg into a folder.
+    """Save a figure as plot.png and plot.svg in a folder.
 
     Returns:
-        None, or, where there can be no plot, the reason.
+        None, or the reason if there is no plot.
     """
 
     def save() -> None:
@@ -246,7 +246,7 @@ def save_figure(make: Callable[[], Figure], folder: Path) -> str | None:
 
         figure = make()
         save_picture(figure, folder / "plot.png", dpi=130)
-        # The same results give the same file: no date, and names of parts that do not depend on the process.
+        # Equal results give equal files: no date, and element ids that do not depend on the process.
         with matplotlib.rc_context({"svg.hashsalt": "minrnn"}):
             save_picture(figure, folder / "plot.svg", metadata={"Date": None})
 

@@ -27,22 +27,22 @@ if TYPE_CHECKING:
 __all__ = ["CaseView", "Report", "load_averages"]
 
 FORMAT = 1
-BUSY = 0.3  # load average above which times are disturbed
+BUSY = 0.3  # load average above which times are distorted
 
 
 class Report:
-    """The JSON document of one benchmark, written after each case: an interrupted run keeps its results.
+    """The JSON document of one benchmark, written after each case, so that an interruption loses no results.
 
     It holds format, benchmark, command, device, machine, versions, commit, load averages, engines, options,
     the peers' packages and versions, and `results`.
 
     Args:
-        benchmark: its name.
+        benchmark: name of the benchmark.
         output: the JSON file; None is runs/bench-NAME-TIME.json.
-        command: the arguments that repeat it.
+        command: the command-line arguments that repeat it.
         options: its options, as JSON.
-        device: where it computes.
-        console: where to print.
+        device: device of the computations.
+        console: console for messages.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Report:
             "results": [],
         }
         if output is None:
-            self.write()  # a file without results, rather than an empty one
+            self.write()  # so that the file is valid before the first result
         served = [f"{engine.name} ({engine.detail})" for engine in engines() if engine.device == device.type]
         self.say(f"bench {benchmark} on {device}: {', '.join(served) or 'the reference engine'}")
         load = self.document["load"]
@@ -84,7 +84,7 @@ class Report:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def note_peer(self, name: str, package: str, version: str | None) -> None:
-        """Record a peer's package and its version; None where it is not installed."""
+        """Record a peer's package and its version; None if it is not installed."""
         self.document["peers"][name] = {"package": package, "version": version}
 
     def add(self, result: Mapping[str, Any]) -> None:
@@ -93,11 +93,11 @@ class Report:
         self.write()
 
     def write(self) -> None:
-        """Write the document as far as it has come."""
+        """Write the document with the results so far."""
         write_json(self.path, self.document)
 
     def finish(self, draw: Callable[[Document], Figure] | None = None) -> None:
-        """Draw the plot, if there is one, and print where everything is."""
+        """Draw the plot, if there is one, and print the paths of all files."""
         self.say(f"results: {self.path}")
         if draw is not None:
             picture = self.path.with_suffix(".png")
@@ -105,7 +105,7 @@ class Report:
             self.say(f"no plot: {why_not}" if why_not else f"plot: {picture}")
 
     def write_text(self, text: str) -> Path:
-        """Write Markdown beside the JSON file; return where."""
+        """Write Markdown beside the JSON file; return its path."""
         path = self.path.with_suffix(".md")
         replace_text(path, text)
         return path
@@ -115,10 +115,10 @@ class CaseView:
     """The live table of one case; without a terminal, its final form is printed once.
 
     Args:
-        console: where to draw.
-        title: what is measured.
+        console: console for the table.
+        title: title of the table.
         phases: the columns of times.
-        unit: seconds are shown in "ms" or "us".
+        unit: unit of times, "ms" or "us".
         limit: the system whose speed is 100 %, if there is one.
     """
 
@@ -128,7 +128,7 @@ class CaseView:
         self._console, self._title = console, title
         self._phases, self._unit, self._limit = phases, unit, limit
         self._table = Table()
-        # Redrawn between measurements only: a thread that redraws would disturb them.
+        # Redrawn between measurements only, because a thread that redraws would distort them.
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
 
     def __enter__(self) -> CaseView:
@@ -147,7 +147,7 @@ class CaseView:
             self._console.print(self._table)
 
     def show(self, records: Mapping[str, Timings], doing: str) -> None:
-        """Redraw the table with the results so far, and a line of text below it."""
+        """Redraw the table with the results so far and a line of text below it."""
         self._table = self._draw(records, doing)
         if self._live is not None:
             self._live.update(self._table, refresh=True)
@@ -185,7 +185,7 @@ class CaseView:
 
 
 def _verdict(record: Timings) -> str:
-    """Return the error that was found, or, where nothing was compared, the speed or the failure."""
+    """Return the error, or, if nothing was compared, the throughput or the failure."""
     if "bytes_per_second" in record:
         return f"{max(record['bytes_per_second'].values()) / 1e9:.3g} GB/s"
     if record["status"] == "other function":
@@ -198,12 +198,12 @@ def _verdict(record: Timings) -> str:
 
 
 def _number(error: float | None) -> float:
-    """Undo JSON's null, which stands for what is not finite."""
+    """Convert JSON's null, which stands for an error that is not finite, to infinity."""
     return float("inf") if error is None else error
 
 
 def load_averages() -> list[float] | None:
-    """Return the machine's load averages; None where the system has none."""
+    """Return the machine's load averages; None if the system has none."""
     try:
         return [round(load, 2) for load in os.getloadavg()]
     except (AttributeError, OSError):

@@ -1,4 +1,4 @@
-"""`minrnn bench scan`: from pre-activations to states and back, ours beside other implementations."""
+"""`minrnn bench scan`: forward and backward of gated scans, compared with other implementations."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ else:
 
 @dataclass(frozen=True)
 class ScanBench(TimedBench):
-    """Time a gated scan from pre-activations to states, and back, beside the peers that are installed.
+    """Time forward and backward of a gated scan, from pre-activations to states, and of installed peers.
 
-    Every result is first compared with a float64 loop. The limit is this machine's copy bandwidth: copies
-    that move the bytes that the scan has to move at least, measured in the same run.
+    Every result is first compared with a float64 loop. The limit is this machine's copy bandwidth: copies of
+    the fewest bytes that the scan has to move, measured in the same run.
     """
 
     shapes: tuple[str, ...] = ("8x256..4096x512",)
@@ -46,7 +46,7 @@ class ScanBench(TimedBench):
     gates: tuple[GateName, ...] = ("mingru",)
     """Gates of the recurrence (identity: the plain scan of a and b)."""
     packed: bool = False
-    """Take the pre-activations side by side in one tensor, as a linear layer emits them."""
+    """Pass the pre-activations packed in one tensor, as a linear layer returns them."""
 
 
 def bench_scan(options: ScanBench, command: Sequence[str], console: Console) -> Report:
@@ -59,7 +59,7 @@ def bench_scan(options: ScanBench, command: Sequence[str], console: Console) -> 
 
 
 def render(document: Document) -> str:
-    """Return the table: each system's times, or, for several numbers of threads, our shares of the limit."""
+    """Return a table of each system's times, or, for several thread counts, of our shares of the limit."""
     results = document["results"]
     compares_threads = {1} < {result["threads"] for result in results}
     return (share_table(results) if compares_threads else by_system(results, KIND.phases)).markdown()
@@ -69,7 +69,7 @@ BENCH = Bench(ScanBench, bench_scan, render)
 
 
 def traffic(gate: str, dtype: torch.dtype) -> dict[str, int]:
-    """Return the bytes that a fused engine moves for each element of h, at least.
+    """Return the fewest bytes that a fused engine moves for each element of h.
 
     Forward reads the pre-activations and writes h; backward reads the pre-activations, h and dh, and writes
     the pre-activations' gradients. The plain scan's backward does not need b.
@@ -91,7 +91,7 @@ def scan_systems(case: Case, peers: Mapping[str, ScanPeer], packed: bool) -> dic
     Args:
         case: gate, shape (B, T, D), dtype, device and seed.
         peers: the scans to compare with.
-        packed: whether the pre-activations are side by side in one tensor.
+        packed: whether the pre-activations are packed in one tensor.
     """
     pre, dh = draw_inputs(case, packed)
     rows = some_rows(*dh.shape)
@@ -131,11 +131,11 @@ def draw_inputs(case: Case, packed: bool) -> tuple[list[Tensor], Tensor]:
 
 
 def share_table(results: Sequence[Result], unit: str = "ms") -> Table:
-    """Return a table of our shares of the copies' speed; one thread is a column beside the other numbers.
+    """Return a table of our shares of the copy bandwidth, and of our speed relative to one thread.
 
     Args:
         results: the cases, with ours and the limit among their systems.
-        unit: of the times, a key in UNITS.
+        unit: unit of the times, a key in UNITS.
     """
     scale, digits = UNITS[unit]
     several = len({result["threads"] for result in results}) > 1

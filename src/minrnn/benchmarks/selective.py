@@ -1,4 +1,4 @@
-"""`minrnn bench selective`: Mamba's selective scan, ours beside mambapy's parallel scan."""
+"""`minrnn bench selective`: Mamba's selective scan, compared with mambapy's parallel scan."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ KIND = Kind(SELECTIVE, "BTDN", across="T", limit=None, phases=("forward", "backw
 
 @dataclass(frozen=True)
 class SelectiveBench(TimedBench):
-    """Time Mamba's selective scan, forward and backward, beside mambapy's parallel scan.
+    """Time forward and backward of Mamba's selective scan, and of mambapy's parallel scan.
 
     Both compute delta = softplus(delta_pre), the recurrence, and y = C h + D u from the same inputs, and are
     first compared with a float64 loop.
     """
 
     shapes: tuple[str, ...] = ("4x1024x256x16",)
-    """BxTxDxN: batch, length, channels, states of a channel; 64..256 stands for 64, 128 and 256."""
+    """BxTxDxN: batch, length, channels, states per channel; 64..256 stands for 64, 128 and 256."""
 
 
 def bench_selective(options: SelectiveBench, command: Sequence[str], console: Console) -> Report:
@@ -45,7 +45,7 @@ def bench_selective(options: SelectiveBench, command: Sequence[str], console: Co
 
 
 def render(document: Document) -> str:
-    """Return the table: each system's times and memory in each case."""
+    """Return a table of each system's times and memory in each case."""
     return by_system(document["results"], KIND.phases).markdown()
 
 
@@ -71,7 +71,7 @@ def _systems(case: Case, peers: Mapping[str, ScanPeer]) -> dict[str, System]:
 
 
 def _draw_inputs(case: Case) -> tuple[list[Tensor], Tensor]:
-    """Draw inputs as an untrained block has them (A = -1 .. -N, steps around 0.02), and the gradient of y."""
+    """Draw inputs like those of an untrained block (A = -1 .. -N, steps near 0.02), and the gradient of y."""
     B, T, D, N = case.shape.values()
     generator = torch.Generator(case.device).manual_seed(case.seed)
 

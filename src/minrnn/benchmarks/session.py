@@ -1,4 +1,4 @@
-"""What the timed benchmarks share: they run case after case, with the same systems side by side."""
+"""The driver of timed benchmarks, which measures the same systems in case after case."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ __all__ = ["Case", "Kind", "measure_case", "run", "that_compute_on", "that_impor
 
 @dataclass(frozen=True)
 class Kind:
-    """What distinguishes the report of one timed benchmark from another's."""
+    """The properties of a timed benchmark's report."""
 
     name: str
     """The benchmark."""
     axes: str
-    """One letter for each size of a shape."""
+    """A letter for each size of a shape."""
     across: str
-    """The axis that the plot runs along."""
+    """The x axis of the plot."""
     limit: str | None
-    """The system that bounds the others' speed, if there is one."""
+    """The system whose speed is an upper bound, if there is one."""
     phases: tuple[str, ...]
-    """What is timed of a call; the last is the whole."""
+    """The timed phases of a call; the last is the whole."""
     unit: str
-    """Of the times in tables: ms or us."""
+    """Unit of the times in tables: ms or us."""
     memory: bool = True
     """Whether a call's peak memory is measured."""
 
@@ -60,7 +60,7 @@ class Case:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The number format of inputs and weights."""
+        """The dtype of inputs and weights."""
         return DTYPES[self.dtype]
 
     def __str__(self) -> str:
@@ -80,24 +80,24 @@ def run(
     command: Sequence[str],
     console: Console,
 ) -> Report:
-    """Measure every combination of threads, gate, number format and shape.
+    """Measure every combination of threads, gate, dtype and shape.
 
     Args:
-        kind: which benchmark.
-        options: what to measure.
-        gates: of the recurrence.
+        kind: the benchmark.
+        options: the settings.
+        gates: gates of the recurrence.
         table: all peers.
-        systems: builds the systems of a case, given the peers that compute its gate.
-        command: the arguments that repeat it.
-        console: where its tables are drawn.
+        systems: builds the systems of a case from the peers that support its gate.
+        command: the command-line arguments that repeat it.
+        console: console for its tables.
 
     Returns:
         The report, written and plotted. Each of its results holds gate, shape, dtype, threads, limit and
         `systems`, the records that `measure` describes.
 
     Raises:
-        ValueError: an option cannot be used.
-        RuntimeError: our own result is not the reference's.
+        ValueError: an option is not valid here.
+        RuntimeError: our own result differs from the reference.
     """
     shapes = [dict(zip(kind.axes, sizes, strict=True)) for sizes in parse_shapes(options.shapes, kind.axes)]
     peers = select(options.peers, table)
@@ -126,18 +126,18 @@ def measure_case(
     """Measure the systems of one case, and add the result to the report.
 
     Args:
-        kind: which benchmark.
+        kind: the benchmark.
         case: the setting.
         systems: builds the systems.
         seconds: see `interleave`.
         samples: see `interleave`.
-        report: what is added to.
+        report: the report.
         about: further entries of the result.
 
     Raises:
         RuntimeError: our own result differs from the reference.
     """
-    torch.compiler.reset()  # or code compiled for earlier shapes would lead to general, slower code
+    torch.compiler.reset()  # else code for earlier shapes would be generalized, which is slower
     with CaseView(report.console, str(case), kind.phases, kind.unit, kind.limit) as view:
         view.show({}, "computing the reference")
         records = measure(
@@ -149,7 +149,7 @@ def measure_case(
             samples=samples,
             show=view.show,
         )
-        report.add(  # before the table is printed, which fails where nobody reads it
+        report.add(  # before the table is printed, which fails if the output is closed
             {
                 **about,
                 "gate": case.gate,
@@ -186,7 +186,7 @@ def _draw(document: Document, axis: str) -> Figure:
 
 
 def _setting(result: Mapping[str, Any], axis: str) -> str:
-    """Name all that a row of panels has in common."""
+    """Describe the setting that a row of panels shares."""
     sizes = [f"{name} = {size}" for name, size in result["shape"].items() if name != axis]
     threads = f"{result['threads']} thread{'s' if result['threads'] > 1 else ''}"
     return ", ".join([result["gate"], *sizes, result["dtype"], threads])
@@ -200,7 +200,7 @@ def _lines(
     inexact = {name for _, name, record in records if record["status"] == "inexact"}
     for result, name, record in records:
         y = value(record)
-        if y:  # neither missing nor zero, which a logarithmic axis cannot show
+        if y:  # a logarithmic axis cannot show zero
             label = f"{name} (inexact)" if name in inexact else name
             lines.setdefault(label, []).append((result["shape"][axis], y))
     return lines
@@ -216,11 +216,11 @@ def _share(record: Timings) -> float | None:
 
 def _megabytes(record: Timings) -> float | None:
     peak = record.get("peak_bytes") or 0
-    return peak / 1e6 if peak >= 1e5 else None  # less cannot be told from nothing
+    return peak / 1e6 if peak >= 1e5 else None  # less is within the measuring error
 
 
 def _device(name: str) -> torch.device:
-    """Return the device of this name, which must work here."""
+    """Return the device of this name, and check that it works."""
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
@@ -229,7 +229,7 @@ def _device(name: str) -> torch.device:
 
 
 def that_compute_on(device: torch.device, peers: Mapping[str, P], report: Report) -> dict[str, P]:
-    """Return the peers that can compute on the device; note the absence of the others."""
+    """Return the peers that support the device; report the others."""
     for name, peer in peers.items():
         if device.type not in peer.devices:
             report.say(f"{name} takes no part: it computes on {', '.join(peer.devices)} only")
@@ -237,12 +237,12 @@ def that_compute_on(device: torch.device, peers: Mapping[str, P], report: Report
 
 
 def that_import(peers: Mapping[str, P], report: Report) -> dict[str, P]:
-    """Return the peers that can be imported; note the versions of those, and the absence of the others."""
+    """Return the peers that can be imported, and record their versions; report the others."""
     able = {}
     for name, peer in peers.items():
         try:
             import_module(peer.module)
-        except FOREIGN_ERRORS as error:  # some raise all kinds of errors where they find no compiler
+        except FOREIGN_ERRORS as error:  # some raise other errors where they find no compiler
             report.note_peer(name, peer.package, None)
             hint = f" (pip install {peer.package})" if isinstance(error, ImportError) else ""
             report.say(f"{name} takes no part: {(str(error).splitlines() or [''])[0]}{hint}")
@@ -255,5 +255,5 @@ def that_import(peers: Mapping[str, P], report: Report) -> dict[str, P]:
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
-    except metadata.PackageNotFoundError:  # on the path without having been installed
+    except metadata.PackageNotFoundError:  # on the path, but not installed
         return "unknown"

@@ -1,4 +1,4 @@
-"""`minrnn bench step`: a step of a whole model from a carried state, by a Decoder and by its forward."""
+"""`minrnn bench step`: a model's single step from a carried state, by a Decoder and by its forward."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ class StepBench(TimedBench):
     """Time one step (T = 1) of a model from a carried state, by a Decoder and by the model's forward.
 
     The models are those of `minrnn train` (convolution, mixer, MLP), untrained; a step takes a token for each
-    row and returns logits. Both ways are first compared with the model in float64. Beside them is the model
-    with torch's GRU or LSTM. A Decoder steps in one call of the compiled engine, or says why it cannot.
+    row and returns logits. Both are first compared with the model in float64. The same model with torch's GRU
+    or LSTM is timed too. The Decoder's backend must be the compiled engine; otherwise the error gives the
+    reason.
     """
 
     shapes: tuple[str, ...] = tuple(
@@ -61,7 +62,7 @@ def bench_step(options: StepBench, command: Sequence[str], console: Console) -> 
 
 
 def render(document: Document) -> str:
-    """Return the table: the time of a step in one call, in torch's operations, and of torch's recurrence."""
+    """Return a table of a step's time in one call, in torch's operations, and with torch's recurrence."""
     rows = []
     for result in document["results"]:
         records = result["systems"].items()
@@ -99,7 +100,7 @@ def _systems(case: Case, peers: Mapping[str, Peer]) -> dict[str, System]:
 
 
 def _fused(model: SequenceModel) -> Decoder:
-    """Return a decoder, whose backend has to be the compiled engine."""
+    """Return a decoder; raise unless its backend is the compiled engine."""
     decoder = Decoder(model)
     if decoder.backend != "cpp":
         raise RuntimeError(f"bench step: the compiled engine must take the steps, but {decoder.reason}")
@@ -107,7 +108,7 @@ def _fused(model: SequenceModel) -> Decoder:
 
 
 def _forward(model: SequenceModel) -> Step:
-    """Return the step of the model itself, (B,) -> (B, V) as a Decoder's."""
+    """Return the step of the model itself, (B,) -> (B, V) like a Decoder's."""
 
     def step(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         logits, state = model(tokens.unsqueeze(1), state)
@@ -117,7 +118,7 @@ def _forward(model: SequenceModel) -> Step:
 
 
 def _keeping_time(step: Step) -> Step:
-    """Return a step from (B, 1) to (B, 1, V)."""
+    """Convert a step from (B,) -> (B, V) to (B, 1) -> (B, 1, V)."""
 
     def stepped(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         logits, state = step(tokens[:, 0], state)

@@ -1,4 +1,4 @@
-"""Tables, rendered as Markdown, and those that several benchmarks share."""
+"""Tables rendered as Markdown, and tables that several benchmarks share."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Result = Mapping[str, Any]
 """One case of a timed benchmark: see `session.run`."""
 
 UNITS = {"ms": (1e3, ".2f"), "us": (1e6, ".1f")}
-"""Units of time: how many make a second, and the format of a number."""
+"""Units of time: number of units per second, and number format."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts."""
+    """A table of strings."""
 
     title: str
-    """What it shows; empty if the surrounding text says so."""
+    """The title; empty if the surrounding text has one."""
     head: Sequence[str]
     """Names of the columns; a column of published figures is labeled as such."""
     rows: Sequence[Sequence[str]]
@@ -44,7 +44,7 @@ def by_system(results: Sequence[Result], phases: Sequence[str], unit: str = "ms"
     Args:
         results: the cases.
         phases: the columns of times.
-        unit: of the times, a key in UNITS.
+        unit: unit of the times, a key in UNITS.
     """
     scale, digits = UNITS[unit]
     keys = [key for key in ("gate", "dtype", "threads") if len({result[key] for result in results}) > 1]
@@ -68,7 +68,7 @@ def by_system(results: Sequence[Result], phases: Sequence[str], unit: str = "ms"
 
 
 def by_length(results: Sequence[Result]) -> Table:
-    """Return a table with a row for each length: our step, the others' relative to it, everyone's memory."""
+    """Return a table with a row for each length: our step, the others relative to it, all peak memories."""
     names = [name for name in results[0]["systems"] if name != OURS]
     rows = []
     for result in results:
@@ -87,6 +87,6 @@ def sizes(result: Result) -> str:
 
 
 def megabytes(record: Timings) -> str:
-    """Return the peak memory in MB, or nothing where it is unknown."""
+    """Return the peak memory in MB; empty if it is unknown."""
     peak = record.get("peak_bytes")
     return "" if peak is None else f"{peak / 1e6:.0f}"

@@ -1,4 +1,4 @@
-"""Timing and memory: workloads are measured in turns within one run, so that all see the same machine."""
+"""Timing and memory of workloads, measured in turns, so that noise on the machine affects all alike."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 MIN_ROUNDS = 3
-"""A workload is measured at least this often, however slow it is."""
+"""Fewest measurements of a workload, however slow it is."""
 
 SHORT = 5e-3
 """Seconds; a shorter workload gets one unmeasured call at each turn, to warm the caches."""
@@ -36,7 +36,7 @@ Phases = dict[str, float]
 """Seconds of each phase of one call, for example forward, backward and step (the whole)."""
 
 Workload = Callable[[], Phases]
-"""One measured call; its setup and cleanup are outside of its phases."""
+"""One measured call; its setup and cleanup are not part of a phase."""
 
 
 def clock(device: torch.device) -> float:
@@ -48,7 +48,7 @@ def clock(device: torch.device) -> float:
 
 @contextmanager
 def gc_frozen() -> Iterator[None]:
-    """Hide existing objects from the garbage collector: scanning torch's takes 0.1 s and the caches."""
+    """Hide existing objects from the garbage collector, which takes 0.1 s to scan torch's."""
     gc.collect()
     gc.freeze()
     try:
@@ -62,11 +62,11 @@ def interleave(
 ) -> dict[str, list[Phases]]:
     """Warm up, then measure all workloads in turns.
 
-    The slowest workload determines the number of rounds. A faster one is called several times a round, so
-    that its samples cover the same stretch of time, and noise on the machine affects all alike.
+    The slowest workload determines the number of rounds. Faster ones are called several times per round, so
+    that their samples cover the same time, and noise on the machine affects all alike.
 
     Args:
-        workloads: what to measure, by name.
+        workloads: the workloads, by name.
         seconds: time to spend on each workload; at least MIN_ROUNDS rounds are measured.
         samples: maximum number of samples of a workload, rounded up to whole rounds.
         progress: called with a line of text between measurements.
@@ -85,7 +85,7 @@ def interleave(
     for number in range(1, rounds + 1):
         progress(f"round {number} of {rounds}")
         gc.collect()
-        gc.disable()  # as timeit does
+        gc.disable()  # as in timeit
         try:
             for name, workload in workloads.items():
                 if costs[name] < SHORT:
@@ -97,7 +97,7 @@ def interleave(
 
 
 def summary(samples: list[float]) -> dict[str, float]:
-    """Return median, spread and number of measurements in seconds.
+    """Return the median, percentiles and number of samples in seconds.
 
     >>> summary([3.0, 1.0, 2.0])["median"]
     2.0
@@ -107,19 +107,19 @@ def summary(samples: list[float]) -> dict[str, float]:
 
 
 def peak_bytes(workload: Workload, device: torch.device) -> int | None:
-    """Measure the peak memory of a call, beyond what was allocated before it (such as its inputs).
+    """Measure the peak memory of a call beyond the memory allocated before it, such as its inputs.
 
-    On the CPU it is the rise of the process's resident set size, which covers torch, other libraries and
-    Python, to within some 100 kB. Linux resets the recorded peak on request (clear_refs); memory that the C
-    library and our engine have cached is released first, because the call would otherwise reuse it. On a GPU
-    it is what torch's allocator reports.
+    On the CPU this is the increase of the process's resident set size, including torch, other libraries and
+    Python, to within 100 kB or so. Linux resets the recorded peak on request (clear_refs). Memory cached by
+    the C library and our engine is released first, because the call would reuse it. On a GPU it is the figure
+    of torch's allocator.
 
     Args:
         workload: a call that has run before, so that libraries are loaded and code is compiled.
-        device: where it computes.
+        device: device of the computations.
 
     Returns:
-        Bytes, or None where the system does not report them.
+        Bytes, or None if the system does not report them.
     """
     gc.collect()
     if device.type == "cuda":
@@ -138,7 +138,7 @@ def peak_bytes(workload: Workload, device: torch.device) -> int | None:
 
 
 def _cost(workload: Workload, seconds: float) -> float:
-    """Warm up; return the seconds of a call: of a later one, if the first leaves time for more."""
+    """Warm up, and return the seconds of a call: of a later one if time allows, else of the first."""
     cost = _elapsed(workload)
     for _ in range(2):
         if cost < seconds / 10:

@@ -1,4 +1,4 @@
-"""Workloads that several benchmarks time: a training step, calls in a row, copies of memory."""
+"""Workloads that several benchmarks time: a training step, repeated calls, copies of memory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from minrnn.benchmarks.timing import Phases, Workload, clock
 __all__ = ["Step", "calls_in_a_row", "copies", "run_steps", "steps_in_a_row", "training_step"]
 
 Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
-"""(x, state) -> (y, state), for one step of time; state None is the empty one."""
+"""(x, state) -> (y, state), for one step; state None is the empty state."""
 
 ROW_SECONDS = 2e-3
-"""The duration of a row of calls, which hides the cost of reading the clock."""
+"""Seconds of a run of calls, which makes the time to read the clock negligible."""
 
 
 def training_step(call: Callable[[], Tensor], leaves: Sequence[Tensor], dy: Tensor) -> Workload:
@@ -36,18 +36,18 @@ def training_step(call: Callable[[], Tensor], leaves: Sequence[Tensor], dy: Tens
         middle = clock(device)
         gradients = torch.autograd.grad(y, leaves, dy)
         end = clock(device)
-        del y, gradients  # freed after the clock was read
+        del y, gradients  # after the clock was read
         return {"forward": middle - start, "backward": end - middle, "step": end - start}
 
     return step
 
 
 def calls_in_a_row(calls: Mapping[str, Callable[[int], object]], device: torch.device) -> Workload:
-    """Return a workload that times each call as the mean of many in a row, which overlaps their launches.
+    """Return a workload that times each call as the mean of many successive ones, whose launches overlap.
 
     Args:
-        calls: by phase; a call gets its index in the row.
-        device: where they compute.
+        calls: by phase; a call gets its index in the run.
+        device: device of the computations.
     """
     counts: dict[str, int] = {}
 
@@ -63,7 +63,7 @@ def calls_in_a_row(calls: Mapping[str, Callable[[int], object]], device: torch.d
 
 @torch.inference_mode()
 def run_steps(step: Step, x: Tensor) -> Tensor:
-    """Run x, (B, T) or (B, T, D), through a step at a time from the empty state; return all outputs."""
+    """Run x, (B, T) or (B, T, D), step by step from the empty state; return all outputs."""
     ys, state = [], None
     for x_t in x.split(1, 1):
         y, state = step(x_t, state)
@@ -72,7 +72,7 @@ def run_steps(step: Step, x: Tensor) -> Tensor:
 
 
 def steps_in_a_row(step: Step, x: Tensor) -> Workload:
-    """Return a workload that times steps with one input, each from the state that the one before returned."""
+    """Return a workload that times successive steps with the same input and a carried state."""
     state: Any = None
 
     def call(index: int) -> None:
@@ -87,7 +87,7 @@ def copies(moved: Mapping[str, int], device: torch.device) -> Workload:
 
     Args:
         moved: bytes to move, by phase.
-        device: where the buffers are.
+        device: device of the buffers.
     """
     buffers = {}
     for phase, size in moved.items():

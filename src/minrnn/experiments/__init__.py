@@ -16,12 +16,12 @@ EXPERIMENTS: dict[str, Entry] = {
     "selective-copying": Entry(
         "minrnn.experiments.selective_copying",
         "tables 1 and 2",
-        "copying tokens from among noise: depth, mixers, longer sequences",
+        "copying tokens that are hidden in noise: depth, mixers, longer sequences",
     ),
     "stability": Entry(
         "minrnn.experiments.stability",
         "figure 5",
-        "learning curves over seeds, and how far open the forget gate starts",
+        "learning curves over seeds, and the forget gate's initial bias",
     ),
     "shakespeare": Entry(
         "minrnn.experiments.shakespeare",
@@ -31,34 +31,34 @@ EXPERIMENTS: dict[str, Entry] = {
     "shakespeare-best": Entry(
         "minrnn.experiments.shakespeare",
         "Shakespeare",
-        "one careful run on two cores against nanoGPT's published loss",
+        "our best run on two cores, compared with nanoGPT's published loss",
         "BEST",
     ),
     "shakespeare-cpu": Entry(
         "minrnn.experiments.shakespeare",
         "Shakespeare",
-        "the recipe shakespeare-cpu for every mixer, by nanoGPT's budget for a CPU",
+        "the recipe shakespeare-cpu for every mixer, with nanoGPT's budget for a CPU",
         "CPU",
     ),
     "formal-languages": Entry(
         "minrnn.experiments.formal_languages",
         "table 4, Chomsky hierarchy",
-        "seven formal languages, learnt short and asked long",
+        "seven formal languages, trained on short strings and tested on long ones",
     ),
     "listops": Entry(
         "minrnn.experiments.listops",
         "table 4, Long Range Arena, and table 6",
-        "nested expressions: mixers, and what a block is made of",
+        "nested expressions: mixers, and an ablation of the block",
     ),
     "locomotion": Entry(
         "minrnn.experiments.locomotion",
         "table 3",
-        "policies learnt from recorded episodes: what they earn when they act",
+        "policies trained on recorded episodes, and their returns",
     ),
     "acting": Entry(
         "minrnn.experiments.acting",
         "beside table 3",
-        "time and memory of a policy's action against the steps since its episode began",
+        "time and memory of a policy's action against the episode's length",
     ),
 }
-"""Each experiment by its name."""
+"""The experiments, by name."""

@@ -1,4 +1,4 @@
-"""Beside table 3: what an action costs, against the steps since the episode began."""
+"""Beside table 3: latency of an action against the number of steps since the episode began."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OBSERVATION, ACTION = 17, 6
-"""Sizes of HalfCheetah and Walker2d."""
+"""Sizes of HalfCheetah's and Walker2d's observations and actions."""
 
 LAYERS = 3
 WINDOW = 20
-"""Steps that attention reads anew for every action, as Decision Transformer does."""
+"""Window that attention reads again for every action, as Decision Transformer does."""
 
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "attention": {"tokens": "interleaved", "window": WINDOW, "max_steps": 4096},
@@ -36,11 +36,11 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "attention-sliding": {"tokens": "interleaved", "keys": WINDOW},
     "attention-whole": {"tokens": "interleaved", "keys": 0},
 }
-"""Decision Transformer, and what else attention could be; `keys`: steps whose keys are carried, 0 all."""
+"""Decision Transformer and variants of it; `keys`: steps whose keys are carried, 0 for all."""
 
 
 @dataclass(frozen=True)
-class Size(TimedSize):
+class ActingSize(TimedSize):
     """The settings of a scale."""
 
     width: int
@@ -48,30 +48,30 @@ class Size(TimedSize):
 
 
 class Acting(TimedExperiment):
-    """Act for some steps, and then once more."""
+    """Time an action after some steps of an episode."""
 
     name = "acting"
     title = "Time of an action (beside table 3)"
     question = (
-        "A policy of three layers (a mixer and an MLP each), with weights as they start, acts in one "
-        "environment, on one CPU thread or a GPU; medians, all in turns within one process. *After* so "
-        "many steps of an episode the next action is timed: observation in, action out, the return still "
-        "to come and the state kept up with. Recurrences read a step as one token and carry their state. "
-        "`attention` is Decision Transformer: it reads its last 20 steps, three tokens each, anew for "
+        "A policy of three layers (a mixer and an MLP each), untrained, acts in one environment, on one CPU "
+        "thread or a GPU; medians, measured in turns within one process. The action *after* so many steps "
+        "of an episode is timed, from observation to action, including the updates of return-to-go and "
+        "state. Recurrences read a step as one token and carry their state. "
+        "`attention` is Decision Transformer: it reads its last 20 steps, three tokens each, again for "
         "every action. `attention-joined` does so with one token a step; `attention-sliding` carries the "
         "keys of 20 steps and `attention-whole` those of the whole episode."
     )
     changes = "The paper has no such figure. cpu and paper differ in how long is measured."
     sizes: ClassVar = {
-        "cpu": Size(2.0, 200, 128, (1, 100, 1000)),
-        "paper": Size(20.0, 1000, 128, (1, 10, 100, 1000, 4000)),
-        "tiny": Size(0.01, 3, 8, (1, 3, 6)),
+        "cpu": ActingSize(2.0, 200, 128, (1, 100, 1000)),
+        "paper": ActingSize(20.0, 1000, 128, (1, 10, 100, 1000, 4000)),
+        "tiny": ActingSize(0.01, 3, 8, (1, 3, 6)),
     }
 
     def systems(self) -> Sequence[str]:
         return [*(mixer for mixer in every_mixer() if mixer not in TRANSFORMERS), *TRANSFORMERS]
 
-    def settings(self, size: Size) -> Iterator[dict[str, Any]]:
+    def settings(self, size: ActingSize) -> Iterator[dict[str, Any]]:
         for steps in size.steps:
             yield {"B": 1, "D": size.width, "steps": steps}
 
@@ -79,7 +79,7 @@ class Acting(TimedExperiment):
         return torch.randn(setting["steps"], OBSERVATION, device=device)
 
     def measure(self, trial: Trial, place: Workplace, tell: Tell) -> dict[str, Any]:
-        with cpu_threads(1):  # so little work is not worth dividing
+        with cpu_threads(1):  # too little work for several threads
             return super().measure(trial, place, tell)
 
     def build(self, system: str, setting: Mapping[str, Any], inputs: Tensor) -> System:
@@ -89,7 +89,7 @@ class Acting(TimedExperiment):
             policy.act(observation, 1.0)
 
         def act() -> Phases:
-            once = copy.copy(policy)  # its memory is replaced, not changed: all samples are of one step
+            once = copy.copy(policy)  # its memory is replaced, not modified, so all samples are the same step
             start = clock(inputs.device)
             once.act(inputs[-1], 1.0)
             return {"action": clock(inputs.device) - start}
@@ -124,12 +124,12 @@ class Acting(TimedExperiment):
         draw_lines(action, scaled(series(records, "steps", "action"), 1e3))
         finish(action, "an action, one environment", "step of the episode", "milliseconds", log="xy")
         draw_lines(state, scaled(series(records, "steps", "state_bytes"), 1e-3))
-        finish(state, "what is carried", "step of the episode", "kB", log="xy")
+        finish(state, "carried state", "step of the episode", "kB", log="xy")
         return figure
 
 
 def policy_model(system: str, width: int) -> DecisionModel:
-    """Return a policy of a mixer, or of one of TRANSFORMERS."""
+    """Return a policy with a mixer or with one of TRANSFORMERS."""
     settings = {"tokens": "joined", **TRANSFORMERS.get(system, {})}
     keys = settings.pop("keys", None)
     tokens = TOKENS[settings["tokens"]]

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 Scale = Literal["cpu", "paper", "tiny"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
-"""cpu: two cores, about two hours; paper: the paper's own setting; tiny: seconds, to see that it runs."""
+"""cpu: two cores, about two hours; paper: the paper's own setting; tiny: seconds, a smoke test."""
 
 MOST_REPEATS = 10_000
-"""Seeds of each kind of trial."""
+"""Most seeds of each kind of trial."""
 
 Record = dict[str, Any]
-"""The result of a finished trial and how it was made, as JSON: see `ResultsFolder`."""
+"""The result of a finished trial and its provenance, as JSON: see `ResultsFolder`."""
 
 
 @dataclass(frozen=True)
@@ -30,39 +30,39 @@ class Trial:
     """One run of an experiment, independent of the others."""
 
     name: str
-    """Unique in its experiment; names its file."""
+    """Unique in its experiment; the name of its file."""
     setting: Mapping[str, Any]
-    """What differs between trials, as JSON: mixer, seed, ..."""
+    """The settings that differ between trials, as JSON: mixer, seed, ..."""
     config: Mapping[str, Any]
-    """All settings, as JSON; a result with other settings is not this trial's."""
+    """All settings, as JSON; a result with other settings belongs to another trial."""
 
     @property
     def kind(self) -> tuple[tuple[str, Any], ...]:
-        """The setting without the seed: trials of a kind take about the same time."""
+        """The setting without the seed; trials of the same kind take about the same time."""
         return tuple((name, value) for name, value in self.setting.items() if name != "seed")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which trials of an experiment, and the device they run on."""
+    """A selection of an experiment's trials, and the device they run on."""
 
     scale: Scale = "cpu"
     """Size of models, data and training."""
     seeds: int | None = None
-    """Seeds of each mixer; None: the experiment's own number."""
+    """Number of seeds of each mixer; None: the experiment's default."""
     mixers: tuple[str, ...] = ()
-    """Mixers and their variants by name; empty: all."""
+    """Names of mixers and variants; empty: all."""
     device: str = "auto"
     """auto (a GPU when there is one), cpu, cuda, ..."""
     threads: int = 0
     """CPU threads; 0: as many as torch chooses."""
     envs: tuple[str, ...] = ()
-    """Environments by name, where an experiment has several; empty: all."""
+    """Names of environments, for experiments with several; empty: all."""
     data: str = ""
-    """Kind of data, where an experiment has several; empty: its own choice."""
+    """Kind of data, for experiments with several; empty: the default."""
 
     def __post_init__(self) -> None:
-        from minrnn.training.threads import MOST_THREADS  # here, as it imports torch
+        from minrnn.training.threads import MOST_THREADS  # imports torch
 
         if self.scale not in SCALES:
             raise ValueError(f"reproduce: scale must be one of {', '.join(SCALES)}, got {self.scale!r}")
@@ -72,7 +72,7 @@ class Choice:
             raise ValueError(f"reproduce: threads must be 0 to {MOST_THREADS}, got {self.threads}")
 
     def options(self) -> list[str]:
-        """Return the arguments of `minrnn reproduce NAME` that choose the same trials."""
+        """Return the arguments of `minrnn reproduce NAME` that select the same trials."""
         options = ["--scale", self.scale] if self.scale != "cpu" else []
         options += ["--seeds", str(self.seeds)] if self.seeds is not None else []
         options += ["--mixers", *self.mixers] if self.mixers else []
@@ -83,31 +83,31 @@ class Choice:
 
 
 class Watch(Protocol):
-    """Receives the progress of an experiment: see `minrnn.cli.reproduce` for one that draws a bar."""
+    """Receives the progress of an experiment; `minrnn.cli.reproduce` has one that draws a bar."""
 
     def note(self, text: str) -> None:
         """Show one line."""
 
     def begin(self, name: str, number: int, total: int) -> None:
-        """Show that a trial begins, its number (from 1) and the number of trials."""
+        """Show that a trial begins, with its number (from 1) and the number of trials."""
 
     def progress(self, fraction: float, text: str, left: float | None) -> None:
-        """Show the fraction of the current trial that is done, its state, and the seconds left of all."""
+        """Show the completed fraction of the current trial, its status, and the seconds left for all."""
 
 
 class Tell(Protocol):
     """Receives the progress of a trial while it is measured."""
 
     def __call__(self, fraction: float, text: str) -> None:
-        """Report the fraction that is done, between 0 and 1, and the present state."""
+        """Report the completed fraction, between 0 and 1, and the current status."""
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """The place of a measurement."""
+    """The folder and device of a trial."""
 
     folder: Path
-    """For files until the trial is finished; those that an interrupted measurement left may be used."""
+    """Folder of a trial's files until it is finished, including those of an interrupted run to resume."""
     choice: Choice = field(default_factory=Choice)
     """The device and threads."""
 
@@ -118,13 +118,13 @@ class Experiment(ABC):
     name: ClassVar[str]
     """Its key in EXPERIMENTS."""
     title: ClassVar[str]
-    """Heading of its part of RESULTS.md."""
+    """Heading of its section of RESULTS.md."""
     question: ClassVar[str]
-    """What is asked, and how it is measured, in a paragraph."""
+    """The question and the method, in a paragraph."""
     changes: ClassVar[str]
     """How the cpu scale differs from the paper, and what the paper does not state."""
     uncounted: ClassVar[str]
-    """What estimates of its time do not include."""
+    """What time estimates do not include."""
 
     def check(self, choice: Choice) -> None:
         """Raise ValueError for a choice that this experiment does not offer."""
@@ -133,14 +133,14 @@ class Experiment(ABC):
 
     @abstractmethod
     def trials(self, choice: Choice) -> list[Trial]:
-        """Return the trials that are chosen.
+        """Return the selected trials.
 
         Raises:
-            ValueError: a mixer is unknown; the nearest is named.
+            ValueError: a mixer is unknown; the message suggests the nearest one.
         """
 
     def resolved(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a trial's configuration in the form of this version, to be compared with another.
+        """Convert a trial's configuration to this version's form, to compare it with another.
 
         Raises:
             ValueError: this version cannot read it.
@@ -153,31 +153,31 @@ class Experiment(ABC):
 
         Raises:
             NonFiniteLossError: training diverged.
-            Interrupted: a signal asked for a stop; the state is saved in the folder.
+            Interrupted: a signal requested a stop; the state is saved in the folder.
         """
 
     @abstractmethod
     def estimate(self, trial: Trial, choice: Choice) -> float:
-        """Return about how many seconds a trial takes on this machine, by timing a small part of it."""
+        """Estimate the seconds that a trial takes on this machine, by timing a small part of it."""
 
     @abstractmethod
     def tables(self, records: Sequence[Record]) -> list[Table]:
-        """Return tables of the finished trials' results, beside the published figures."""
+        """Return tables of the finished trials' results, with the published figures."""
 
     @abstractmethod
     def draw(self, records: Sequence[Record]) -> Figure:
-        """Plot the finished trials' results; needs matplotlib."""
+        """Plot the finished trials' results; requires matplotlib."""
 
 
 class Entry(NamedTuple):
     """An entry of the registry EXPERIMENTS."""
 
     module: str
-    """Module of the experiment; imported on demand, as importing torch is slow."""
+    """Module of the experiment; imported on demand, because importing torch is slow."""
     shows: str
     """The paper's table or figure."""
     help: str
-    """What is measured, in a line."""
+    """A one-line description."""
     attribute: str = "EXPERIMENT"
     """Name of the experiment in its module."""
 

@@ -1,4 +1,4 @@
-"""Table 4, first half: seven formal languages, learnt on short strings and asked on long ones."""
+"""Table 4, first half: seven formal languages, trained on short strings and tested on long ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ THREE_SEEDS = ("mingru", "minlstm", "lstm")
 
 SIGNED = ("mingru-signed", "minlstm-signed")
 TRACKING = ("parity", "cycle-navigation")
-"""What is asked of signed decays, in three seeds, and is shown by length."""
+"""The language that tests signed decays, with three seeds and results by length."""
 
 REPORTED = (
     "bucket-sort",
@@ -44,30 +44,30 @@ PUBLISHED: dict[str, dict[str, Published]] = {
         "RWKV": ("0.54", "0.21", "0.13", "1.0", "0.63", "0.13"),
     }.items()
 }
-"""The paper's table 4; it took the peers' figures from the paper on xLSTM, and reports no parity."""
+"""The paper's table 4, whose baselines are from the paper on xLSTM; it does not report parity."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageSize(Size):
-    """A scale, the languages, and what trained models are tested on."""
+    """A scale, the languages, and the test strings."""
 
     test_sequences: int
-    """Strings of a test, all together and of each length."""
+    """Number of test strings, overall and of each length."""
     test_lengths: tuple[int, ...] = (40, 64, 96, 128, 192, 256)
     """Numbers of symbols."""
     languages: tuple[str, ...] = tuple(LANGUAGES)
 
 
 class FormalLanguages(TrainedExperiment[LanguageSize]):
-    """Answer strings by a rule."""
+    """Predict the rule's answer for each string."""
 
     name = "formal-languages"
     title = "Formal languages (table 4, Chomsky hierarchy)"
     question = (
-        "Seven languages, learnt on strings of 1 to 40 symbols and asked on strings of 40 to 256: who has "
-        "learnt the rule, and not the strings? Two blocks, each a convolution of width 4 and a mixer, as "
-        "the paper has them. Accuracy is the plain share of right answers; *best constant answer* is what "
-        "a model gets that says the same every time. A recurrence whose decay lies in (0, 1) cannot track "
+        "Seven languages, trained on strings of 1 to 40 symbols and tested on strings of 40 to 256, which "
+        "requires learning the rule rather than the strings. Two blocks, each a convolution of width 4 and "
+        "a mixer, as in the paper. Accuracy is the share of correct answers; *best constant answer* is the "
+        "accuracy of always giving the same one. A recurrence whose decay lies in (0, 1) cannot track "
         "parity whatever its depth; the signed variants' lies in (-1, 1)."
     )
     changes = (
@@ -118,14 +118,14 @@ class FormalLanguages(TrainedExperiment[LanguageSize]):
         task = config.task
         assert isinstance(task, FormalLanguageConfig)
         whole = replace(task, part="test", eval_sequences=size.test_sequences)
-        asked = FormalLanguageTask(whole)
+        test = FormalLanguageTask(whole)
         by_length = {
             str(length): FormalLanguageTask(
                 replace(whole, eval_min_length=length, eval_max_length=length)
             ).evaluate(model)["accuracy"]
             for length in size.test_lengths
         }
-        return {"test": asked.evaluate(model), "constant": asked.commonest_answer(), "by_length": by_length}
+        return {"test": test.evaluate(model), "constant": test.commonest_answer(), "by_length": by_length}
 
     def tables(self, records: Sequence[Record]) -> list[Table]:
         runs = by_kind(records, "language", "mixer")

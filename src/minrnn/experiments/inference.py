@@ -1,4 +1,4 @@
-"""Appendix D.2: time and memory of generating a token, against the length of what came before."""
+"""Appendix D.2: time and memory of generating a token, against the length of the context."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOKENS = 16
 
 
 @dataclass(frozen=True)
-class Size(TimedSize):
+class InferenceSize(TimedSize):
     """The settings of a scale."""
 
     batches: tuple[int, ...]
@@ -37,31 +37,31 @@ class Size(TimedSize):
 
 
 class Inference(TimedExperiment):
-    """Read a context, and go on from it token by token."""
+    """Read a context, and generate tokens from it."""
 
     name = "inference"
     title = "Inference against context length (appendix D.2)"
     question = (
         "A model of three layers (a convolution, a mixer and an MLP each) reads a context in one call, "
-        "then takes 16 steps from its carried state, all sequences of a batch at once; medians, all in "
-        "turns within one process. *Token* is the mean step, which includes choosing the likeliest token; "
-        "*state* is what is carried, for all sequences together. A recurrence's token costs the same after "
-        "any context; attention's grows with what it has to look back on."
+        "then takes 16 steps from its carried state, all sequences of a batch at once; medians, measured in "
+        "turns within one process. *Token* is the mean step, including the choice of the most likely token; "
+        "*state* is the carried state of all sequences together. A recurrence's time per token does not "
+        "depend on the context; attention's grows with its length."
     )
     changes = (
         "The paper gives neither widths nor the number of layers. cpu: width 128, contexts to 2,048, at "
         "least three rounds in place of 50. paper: width 384, 50 rounds."
     )
     sizes: ClassVar = {
-        "cpu": Size(1.0, 20, (8, 16, 32, 64), 128, (64, 256, 1024, 2048)),
-        "paper": Size(30.0, 50, (8, 16, 32, 64), 384, (64, 128, 256, 512, 1024, 2048)),
-        "tiny": Size(0.01, 3, (2,), 8, (4, 8, 16)),
+        "cpu": InferenceSize(1.0, 20, (8, 16, 32, 64), 128, (64, 256, 1024, 2048)),
+        "paper": InferenceSize(30.0, 50, (8, 16, 32, 64), 384, (64, 128, 256, 512, 1024, 2048)),
+        "tiny": InferenceSize(0.01, 3, (2,), 8, (4, 8, 16)),
     }
 
     def systems(self) -> Sequence[str]:
         return every_mixer()
 
-    def settings(self, size: Size) -> Iterator[dict[str, Any]]:
+    def settings(self, size: InferenceSize) -> Iterator[dict[str, Any]]:
         for batch in size.batches:
             for context in size.contexts:
                 yield {"B": batch, "D": size.width, "context": context}
@@ -108,12 +108,12 @@ class Inference(TimedExperiment):
             draw_lines(whole, scaled(series(records, "context", "context", B=batch), 1e3))
             finish(whole, f"batch {batch}: reading the context", "context", "milliseconds", log="xy")
             draw_lines(state, scaled(series(records, "context", "state_bytes", B=batch), 1e-3))
-            finish(state, f"batch {batch}: what is carried", "context", "kB", log="xy")
+            finish(state, f"batch {batch}: carried state", "context", "kB", log="xy")
         return figure
 
 
 def published_table() -> Table:
-    """Return what the paper published of its own machine, batch by batch."""
+    """Return the paper's published figures, measured on its own machine, by batch size."""
     rows = [
         ["minGRU faster than Mamba by", *map(str, map(published, ("6.6 %", "4.1 %", "4.9 %", "2.9 %")))],
         ["minLSTM slower than Mamba by", *map(str, map(published, ("3.6 %", "2.9 %", "0 %", "1.3 %")))],

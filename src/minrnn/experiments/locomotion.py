@@ -1,4 +1,4 @@
-"""Table 3: policies learnt from recorded episodes of locomotion, and what they earn when they act."""
+"""Table 3: policies trained on recorded episodes of locomotion, and their returns."""
 
 from __future__ import annotations
 
@@ -28,48 +28,48 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 THREE_SEEDS = ("mingru", "minlstm", "rnn", BC)
-"""Ours, cloning, and the strongest baseline by one seed of all here."""
+"""Ours, behavior cloning, and the strongest baseline according to one seed of all mixers."""
 
 SLOW = {"train": {"learning_rate": 1e-4}}
 WIDE = {**SLOW, "model": {"d_model": 256}}
 """The paper's settings for some data sets of D4RL."""
 
 FIRST_SEED = 1000
-"""Of the episodes that are reported."""
+"""Seed of the reported episodes."""
 
 TOGETHER = 10
-"""Episodes that are played at a time."""
+"""Episodes that are played at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActingSize(Size):
-    """A scale, the environments, and how many episodes are played."""
+class LocomotionSize(Size):
+    """A scale, the environments, and the number of episodes."""
 
     episodes: int
-    """Episodes that a trained policy plays for each return that it is asked for."""
+    """Episodes that a trained policy plays for each target return."""
     environments: Mapping[str, str] = field(default_factory=lambda: ENVIRONMENTS)
     """Environments by their names in D4RL."""
     exceptions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Tables of settings, as `RunConfig.override` takes them, of the data sets that have others."""
+    """Overrides, as in `RunConfig.override`, for data sets with other settings."""
 
 
-class Locomotion(TrainedExperiment[ActingSize]):
-    """Learn to act from episodes, and act."""
+class Locomotion(TrainedExperiment[LocomotionSize]):
+    """Train policies on episodes, and let them act."""
 
     name = "locomotion"
     title = "Acting: D4RL's locomotion tasks (table 3)"
     question = (
-        "Policies that are told the return still to come learn from recorded episodes of MuJoCo's Hopper, "
-        "HalfCheetah and Walker2d, and then act. One trunk (three blocks of a mixer and an MLP), in which "
-        "only the mixer changes: `attention` is Decision Transformer, which reads its last 20 steps anew "
-        "for every action, `s4d` Decision S4, `mamba` Decision Mamba, `aaren` Decision Aaren; `bc` is "
-        "behaviour cloning, minGRU's trunk that sees one observation and no return. Recurrences carry "
-        "their state from the first step of an episode to its last, in training as when they act; all see "
-        "the same steps as often, and gradients reach 20 steps back. All are asked for the same return, the "
-        "mean of the best episodes that they learn from, those with a tenth of the steps; two others are "
-        "asked for beside it, the data's mean and their highest, in a table of their own. Weights are those "
-        "with the lowest loss on held-out episodes; acting chooses nothing. Scores are D4RL's, 0 for random "
-        "actions and 100 for its expert."
+        "Policies that are conditioned on the return-to-go are trained on recorded episodes of MuJoCo's "
+        "Hopper, HalfCheetah and Walker2d, and then act. They share one trunk (three blocks of a mixer and "
+        "an MLP) and differ in the mixer: `attention` is Decision Transformer, which reads its last 20 steps "
+        "again for every action, `s4d` Decision S4, `mamba` Decision Mamba, `aaren` Decision Aaren; `bc` is "
+        "behavior cloning, minGRU's trunk with one observation and no return as input. Recurrences carry "
+        "their state from the first step of an episode to its last, in training as in acting; all see the "
+        "same steps equally often, and gradients reach 20 steps back. All get the same target return, the "
+        "mean of the best training episodes, those that hold a tenth of the steps; a separate table shows "
+        "two other target returns, the data's mean and maximum. Weights are those with the lowest loss on "
+        "held-out episodes; returns select nothing. Scores are D4RL's, 0 for random actions and 100 for its "
+        "expert."
     )
     changes = (
         "cpu: data made here, 800 steps of 64 x 20 steps in place of 100,000, 100 steps of warm-up "
@@ -78,12 +78,12 @@ class Locomotion(TrainedExperiment[ActingSize]):
         "attention as three. paper: five seeds, 100 episodes, three tokens a step for all, as Decision "
         "Transformer and Decision Mamba have it, width 256 and a rate of 1e-4 where the paper says so; "
         "its expansion is not known, and ours is 1 (2 for mamba). The sources read their last 20 steps "
-        "anew for every action, recurrences included."
+        "again for every action, recurrences included."
     )
     recipe = "decisions"
     sizes: ClassVar = {
-        "cpu": ActingSize(train=training(every=200, logs=5, steps=800), episodes=10),
-        "paper": ActingSize(
+        "cpu": LocomotionSize(train=training(every=200, logs=5, steps=800), episodes=10),
+        "paper": LocomotionSize(
             task={"tokens": "interleaved"},
             train=training(
                 every=5000, logs=5, steps=100_000, min_learning_rate_ratio=1.0, warmup_steps=10_000
@@ -93,7 +93,7 @@ class Locomotion(TrainedExperiment[ActingSize]):
             episodes=100,
             exceptions={"hopper-medium": WIDE, "hopper-medium-replay": WIDE, "walker2d-medium": SLOW},
         ),
-        "tiny": ActingSize(
+        "tiny": LocomotionSize(
             model={"d_model": 8, "num_layers": 1},
             task={"window": 5},
             train=TINY_TRAIN,
@@ -123,19 +123,19 @@ class Locomotion(TrainedExperiment[ActingSize]):
             if trial.setting["data"] == data and (not choice.envs or trial.setting["env"] in choice.envs)
         ]
 
-    def config(self, size: ActingSize, mixer: str) -> RunConfig:
+    def config(self, size: LocomotionSize, mixer: str) -> RunConfig:
         config = super().config(size, "mingru" if mixer == BC else mixer)
         assert isinstance(config.task, DecisionsConfig)
         if mixer == BC:
-            steps = config.train.batch_size * config.task.window  # of episodes: as many as the others'
+            steps = config.train.batch_size * config.task.window  # as many as the others'
             alone = {"tokens": "observation", "carry": False, "window": 1}
             return config.override(task=alone, train={"batch_size": steps})
         if mixer == "mamba":
             return config.override(model={"expansion": 2.0})
-        # One head, as Decision Transformer has it.
+        # One head, as in Decision Transformer.
         return config.override(model={"num_heads": 1} if mixer == "attention" else {})
 
-    def grid(self, size: ActingSize, mixer: str) -> Iterator[GridPoint]:
+    def grid(self, size: LocomotionSize, mixer: str) -> Iterator[GridPoint]:
         config = self.config(size, mixer)
         seeds = size.seeds if mixer in THREE_SEEDS else size.other_seeds
         for data, qualities in QUALITIES.items():
@@ -145,7 +145,7 @@ class Locomotion(TrainedExperiment[ActingSize]):
                 setting = {"mixer": mixer, "env": env, "quality": quality, "data": data}
                 yield GridPoint(f"{mixer}-{env}-{quality}-{data}", setting, of_data.resolved(), seeds)
 
-    def examine(self, model: DecisionModel, config: RunConfig, size: ActingSize) -> dict[str, Any]:
+    def examine(self, model: DecisionModel, config: RunConfig, size: LocomotionSize) -> dict[str, Any]:
         assert isinstance(config.task, DecisionsConfig)
         task = DecisionsTask(config.task)
         environment = task.environment
@@ -153,7 +153,7 @@ class Locomotion(TrainedExperiment[ActingSize]):
             raise ValueError(f"locomotion: the data {config.task.data} must name their environment")
         of_data = task.episodes.returns
         highest = float(of_data[task.train_episodes].max())
-        targets: dict[str, float | None] = {BEST_TENTH: None}  # for a policy that is told none
+        targets: dict[str, float | None] = {BEST_TENTH: None}  # for a policy without a target return
         if model.config.conditioned:
             targets = {MEAN: float(of_data.mean()), BEST_TENTH: task.target_return, HIGHEST: highest}
         played = {asked: _played(model, environment, target, size) for asked, target in targets.items()}
@@ -181,14 +181,16 @@ class Locomotion(TrainedExperiment[ActingSize]):
 
 
 def _source(env: str, environment: str, quality: str, data: str) -> str:
-    """Return what `find_episodes` knows the data by: a name, which is the same on every machine."""
+    """Return the name of the data for `find_episodes`, which is the same on every machine."""
     if data == "local":
         return local_name(environment, quality)
     return f"{env}-{quality}-v2" if data == "d4rl" else f"mujoco/{env}/{quality}-v0"
 
 
-def _played(model: DecisionModel, environment: str, target: float | None, size: ActingSize) -> dict[str, Any]:
-    """Return what a policy earns that is asked for a return."""
+def _played(
+    model: DecisionModel, environment: str, target: float | None, size: LocomotionSize
+) -> dict[str, Any]:
+    """Return the returns of a policy with a target return."""
     policy = Policy(model, target_return=target)
     together = [make_environment(environment) for _ in range(min(TOGETHER, size.episodes))]
     *_, played = play(policy, together, size.episodes, seed=FIRST_SEED)
@@ -204,7 +206,7 @@ def _played(model: DecisionModel, environment: str, target: float | None, size: 
 
 
 def _seconds_per_action(model: DecisionModel) -> float:
-    """Return the median time of an action in one environment, late enough for every window to be full."""
+    """Return the median time of an action in one environment, after enough steps to fill every window."""
     policy, observation = Policy(model), np.zeros(model.config.observation_size)
     taken = []
     for step in range(model.config.window + 50):

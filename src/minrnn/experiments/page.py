@@ -1,4 +1,4 @@
-"""RESULTS.md: the text of a page with every table in its place, from what was measured."""
+"""RESULTS.md: a template filled with tables of results."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from minrnn.files import read_json, replace_text
 __all__ = ["write_page"]
 
 REPORTED = ("cpu", "paper")
-"""Scales that mean something; tiny is not reported."""
+"""The scales that are reported; tiny is a smoke test."""
 
 SHOWN_ABOVE = ("shakespeare-cpu",)
 """Experiments whose earlier runs have a table in the page's own text."""
 
 READING = "reading.md"
-"""In an experiment's folder: a written interpretation of its tables, if there is one."""
+"""File in an experiment's folder: a written interpretation of its tables, if there is one."""
 
 
 def write_page(page: Path, benchmarks: Path, results: Path, target: Path) -> None:
     """Write the page of results.
 
     Args:
-        page: its text, with {name[table]} where the table of a benchmark's document name.json goes.
-        benchmarks: the folder of what `minrnn bench` wrote.
-        results: the folder of what `minrnn reproduce` wrote.
-        target: the file to write; pictures are linked from where it lies.
+        page: the template, with {name[table]} in place of the table of a benchmark's document name.json.
+        benchmarks: folder of the results of `minrnn bench`.
+        results: folder of the results of `minrnn reproduce`.
+        target: the file to write; links to pictures are relative to it.
 
     Raises:
-        FileNotFoundError: the text or a file that it needs is not there.
-        ValueError: it names a table that does not exist, or a file is damaged.
+        FileNotFoundError: the template or a file that it needs does not exist.
+        ValueError: the template names a table that does not exist, or a file is damaged.
     """
     text = page.read_text(encoding="utf-8")
     given: dict[str, Any] = {}
@@ -57,22 +57,22 @@ def write_page(page: Path, benchmarks: Path, results: Path, target: Path) -> Non
 
 @contextmanager
 def _of_this_version(folder: Path) -> Iterator[None]:
-    """Say where figures are missing: what the tables ask for, other versions may not have written."""
+    """Convert errors about missing entries, which files of other versions may lack, to ValueError."""
     try:
         yield
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"report: the files in {folder} must be this version's, and one lacks what a table asks for "
+            f"report: the files in {folder} must be this version's, and one lacks an entry of a table "
             f"({type(error).__name__}: {error})"
         ) from error
 
 
 def experiments(results: Path, beside: Path) -> str:
-    """Return a section for each experiment that has finished cells, and one on parameters.
+    """Return a section for each experiment with finished trials, and one on parameters.
 
     Args:
         results: the folder of all experiments' results.
-        beside: the folder that links to pictures start from.
+        beside: the folder to which links to pictures are relative.
     """
     sections = [_parameters()]
     missing = []
@@ -103,14 +103,14 @@ def _parameters() -> str:
 def _scale(
     experiment: Experiment, folder: ResultsFolder, records: Sequence[Record], beside: Path, headed: bool
 ) -> str:
-    """Return an experiment's tables and plot at one scale, with what they were made by."""
+    """Return an experiment's tables and plot at one scale, with their provenance."""
     parts = [f"### {folder.scale}"] if headed else []
     picture = folder.path / "plot.png"
     if picture.is_file():
         parts.append(f"![{experiment.title}]({os.path.relpath(picture, beside)})")
     reading = folder.path / READING
     if reading.is_file():
-        parts.append(f"*What it says.* {reading.read_text(encoding='utf-8').strip()}")
+        parts.append(f"*Interpretation.* {reading.read_text(encoding='utf-8').strip()}")
     parts += [table.markdown() for table in experiment.tables(records)]
     root = Path(os.path.relpath(folder.path.parent, beside))
     scales: dict[str, Choice] = {"cpu": Choice(), "paper": Choice(scale="paper")}
@@ -125,19 +125,19 @@ def _scale(
 
 
 def _provenance(records: Sequence[Record]) -> str:
-    """Say on what, with what and for how long the cells were computed."""
+    """Describe the machines, commits and computing time of trials."""
     commits = sorted({_commit(record["commit"]) for record in records})
     failed = [record["cell"] for record in records if record["failed"] is not None]
     hours = sum(record["seconds"] for record in records) / 3600
     text = (
-        f"{len(records)} cells, {hours:.1f} hours of computing in all, on {_machines(records)}; "
+        f"{len(records)} trials, {hours:.1f} hours of computing in all, on {_machines(records)}; "
         f"commit {', '.join(commits)}."
     )
     return text + (f" Diverged: {', '.join(failed)}." if failed else "")
 
 
 def _machines(records: Sequence[Record]) -> str:
-    """Say where cells were computed; of several machines, also which mixers where."""
+    """Describe the machines of trials; if there are several, also which mixers ran where."""
     mixers: dict[str, set[str]] = {}
     for record in records:
         mixers.setdefault(_machine(record), set()).add(record["setting"].get("mixer", "all"))
@@ -162,9 +162,10 @@ def _machine(record: Record) -> str:
 
 
 class _Figures(dict[str, Any]):
-    """What {name} in the text stands for: `given`, or the document name.json of a benchmark.
+    """The values of {name} in the template: `given`, or the document name.json of a benchmark.
 
-    The text takes entries of a document, such as {scan[command]}; its `table` is what its benchmark renders.
+    The template can use entries of a document, such as {scan[command]}; its `table` is rendered by its
+    benchmark.
     """
 
     def __init__(self, page: Path, folder: Path, given: Mapping[str, Any]) -> None:
@@ -181,7 +182,7 @@ class _Figures(dict[str, Any]):
 
 
 def _shakespeare(folder: Path) -> dict[str, str]:
-    """Return the table of the earlier runs of shakespeare-cpu, and how much longer RNN, GRU and LSTM take."""
+    """Return the table of the earlier runs of shakespeare-cpu, and the slowdown of RNN, GRU and LSTM."""
     records = earlier_runs(folder)
     (table,) = EXPERIMENTS["shakespeare-cpu"].load().tables(records)
     runs = by_kind(records, "mixer")

@@ -1,4 +1,4 @@
-"""Parameters of every cell, counted, beside the formulas of the paper."""
+"""Parameter counts of every mixer, with the formulas of the paper."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["FORMULAS", "Formula", "count_weights", "parameter_table"]
 
 
 class Formula(NamedTuple):
-    """Weights of a cell, without biases, by the widths of its input and its state."""
+    """The number of a layer's weights, without biases, as a function of input and state width."""
 
     text: str
     weights: Callable[[int, int], int]
-    """(d_x, d_h) to the number."""
+    """(d_x, d_h) -> number of weights."""
 
 
 FORMULAS: dict[str, Formula] = {
@@ -27,10 +27,10 @@ FORMULAS: dict[str, Formula] = {
     "minlstm": Formula("3 d_h d_x", lambda d_x, d_h: 3 * d_h * d_x),
     "lstm": Formula("4 d_h (d_x + d_h)", lambda d_x, d_h: 4 * d_h * (d_x + d_h)),
 }
-"""The paper's formulas, as published; for other mixers it gives none."""
+"""The paper's formulas, as published; it has none for other mixers."""
 
 BESIDE = {"mingru": "gru", "minlstm": "lstm"}
-"""Whose weights ours are a share of."""
+"""The layers with which ours are compared."""
 
 WIDTH = 64
 EXPANSIONS = (1, 2, 3, 4)
@@ -44,7 +44,7 @@ def count_weights(mixer: str, d_model: int, d_hidden: int) -> int:
 
 
 def parameter_table() -> Table:
-    """Return every mixer's weights for states of growing width, ours also as shares of what they replace.
+    """Return a table of every mixer's weights by state width, ours also relative to the layers they replace.
 
     Raises:
         RuntimeError: a count differs from the paper's formula.

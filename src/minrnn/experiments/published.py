@@ -1,4 +1,4 @@
-"""Published figures, each with its source and how sure it is."""
+"""Published figures, each with its source and certainty."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ LABELS: dict[Certainty, str] = {
     "recalled": "as recalled, unconfirmed",
     "derived": "derived from published figures",
 }
-"""What a reader is told: read in the source; not checked against it; computed from what was read."""
+"""Labels in tables: read in the source; not checked against it; computed from published figures."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """A figure that somebody else has published."""
+    """A figure published by others."""
 
     text: str
-    """The figure, as it is printed."""
+    """The figure, as printed."""
     certainty: Certainty
-    """How sure it is, a key of LABELS."""
+    """Its certainty, a key of LABELS."""
     source: str = PAPER
-    """Where it stands."""
+    """Its source."""
 
     def __str__(self) -> str:
         return f"{self.text} ({LABELS[self.certainty]})"
@@ -47,5 +47,5 @@ def derived(text: str, source: str = PAPER) -> Published:
 
 
 def shown(figure: Published | None) -> str:
-    """Return a figure with its label, or nothing where there is none."""
+    """Return a figure with its label; empty for None."""
     return "" if figure is None else str(figure)

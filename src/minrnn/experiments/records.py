@@ -1,4 +1,4 @@
-"""What tables and plots read from records: groups of runs, means over seeds, learning curves."""
+"""Queries of records for tables and plots: groups of runs, means over seeds, learning curves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["bests", "by_kind", "points", "spread"]
 
 
 def by_kind(records: Sequence[Record], *names: str) -> dict[tuple[Any, ...], list[Record]]:
-    """Group the records that did not fail by these entries of their settings, in the order they come in."""
+    """Group the records that did not fail by these entries of their settings, in order of appearance."""
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
         if record["failed"] is None:
@@ -21,7 +21,7 @@ def by_kind(records: Sequence[Record], *names: str) -> dict[tuple[Any, ...], lis
 
 
 def spread(values: Sequence[float], digits: int = 3, scale: float = 1.0) -> str:
-    """Return the mean of several seeds' figures, with the standard deviation where there are several.
+    """Return the mean over seeds as text, with the standard deviation if there are several.
 
     >>> spread([0.5, 0.7], 1), spread([0.123], 1, scale=100)
     ('0.6 ± 0.1', '12.3')
@@ -32,7 +32,7 @@ def spread(values: Sequence[float], digits: int = 3, scale: float = 1.0) -> str:
 
 
 def bests(records: Sequence[Record], *path: str) -> list[float]:
-    """Return an entry of each record's result, found by its path.
+    """Return an entry of each record's result, given its path.
 
     >>> bests([{"result": {"test": {"accuracy": 1.0}}}], "test", "accuracy")
     [1.0]
@@ -47,5 +47,5 @@ def bests(records: Sequence[Record], *path: str) -> list[float]:
 
 
 def points(record: Record, y: str, x: str = "step") -> list[tuple[float, float]]:
-    """Return what a metric was at each evaluation of a run."""
+    """Return a metric at each evaluation of a run."""
     return [(entry[x], entry[y]) for entry in record["result"]["evaluations"] if y in entry]

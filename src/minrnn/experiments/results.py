@@ -1,4 +1,4 @@
-"""The directory of an experiment's results: a small JSON file for each trial."""
+"""The directory of an experiment's results, with a JSON file for each trial."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class ResultsFolder:
     """The results of an experiment at one scale.
 
     `cells/NAME.json` is the record of a finished trial: experiment, scale, cell (the trial's name), setting
-    and config as `Trial` has them, `result` (null where `failed` gives the reason), seconds, command, device,
-    machine, versions and commit. `config.json` holds the configuration of every trial that was asked for
-    under the key `cells`; `tables.md`, `plot.png` and `plot.svg` show the finished trials, and
-    `unfinished/NAME/` is what an interrupted trial resumes from.
+    and config as in `Trial`, `result` (null if `failed` gives a reason), seconds, command, device, machine,
+    versions and commit. `config.json` holds the configuration of every requested trial under the key `cells`;
+    `tables.md`, `plot.png` and `plot.svg` show the finished trials; an interrupted trial resumes from
+    `unfinished/NAME/`.
 
     Args:
         root: the folder of all experiments' results.
-        name: the experiment's.
-        scale: its size.
+        name: name of the experiment.
+        scale: the scale.
     """
 
     def __init__(self, root: Path, name: str, scale: str) -> None:
@@ -55,7 +55,7 @@ class ResultsFolder:
             write_json(path, {"experiment": self.name, "scale": self.scale, "cells": configs}, indent=None)
 
     def record(self, trial: Trial, experiment: Experiment) -> Record | None:
-        """Return the record of an experiment's trial, or None where it is not finished.
+        """Return the record of an experiment's trial, or None if it is not finished.
 
         Raises:
             ValueError: the record has another configuration, or is damaged.
@@ -73,11 +73,11 @@ class ResultsFolder:
         return record
 
     def records(self) -> list[Record]:
-        """Return the records of all finished trials, whichever command ran them, sorted by name."""
+        """Return the records of all finished trials, of any command, sorted by name."""
         return [_read(path) for path in sorted((self.path / "cells").glob("*.json"))]
 
     def save(self, trial: Trial, record: Mapping[str, Any]) -> None:
-        """Write a trial's record atomically, and remove the files that it would have resumed from."""
+        """Write a trial's record atomically, and remove the trial's unfinished files."""
         path = self._file(trial.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         about = {"format": FORMAT, "experiment": self.name, "scale": self.scale, "cell": trial.name}

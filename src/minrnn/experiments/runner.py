@@ -22,10 +22,10 @@ from minrnn.training.threads import cpu_threads
 __all__ = ["command_of", "estimate", "forecast", "interleaved", "pick", "reproduce", "write_summary"]
 
 ROUNDS = 5
-"""Times that each kind of trial is timed for an estimate; the kinds take turns, as load varies."""
+"""Number of estimates of each kind of trial; the kinds take turns, because load varies."""
 
 ROUND_SECONDS = 30.0
-"""No round begins after so many seconds."""
+"""Seconds after which no further round begins."""
 
 K = TypeVar("K")
 
@@ -40,17 +40,17 @@ def reproduce(
 
     Args:
         experiment: the experiment.
-        choice: which trials, and the device they run on.
+        choice: the selection of trials, and the device they run on.
         root: the folder of all experiments' results.
         watch: receives the progress.
-        only: names of trials; empty: all that are chosen.
+        only: names of trials; empty: all selected ones.
 
     Returns:
         The folder of the experiment's results.
 
     Raises:
         ValueError: a mixer, a trial or another choice is unknown, or a finished trial has other settings.
-        Interrupted: a signal asked for a stop, and the trial's state is saved; the same call resumes it.
+        Interrupted: a signal requested a stop, and the trial's state is saved; the same call resumes it.
         OSError: a file cannot be written.
     """
     experiment.check(choice)
@@ -62,14 +62,14 @@ def reproduce(
         torch.set_num_threads(choice.threads)
     watch.note(f"{experiment.name}: {len(trials) - len(pending)} of {len(trials)} trials are finished")
     number = len(trials) - len(pending)
-    left: list[Trial] = []  # to other processes
+    left: list[Trial] = []  # claimed by other processes
     try:
-        for again in (False, True):  # another process may have given a trial up
+        for again in (False, True):  # another process may have abandoned a trial
             for index, trial in enumerate(pending):
                 number += not again
                 try:
                     with claim(folder.unfinished(trial), watch.note):
-                        if folder.record(trial, experiment) is None:  # nor has another process finished it
+                        if folder.record(trial, experiment) is None:  # not finished by another process
                             watch.begin(trial.name, number, len(trials))
                             _run(experiment, trial, pending[index + 1 :], choice, root, folder, watch)
                 except InUseError as error:
@@ -87,7 +87,7 @@ def pick(trials: Sequence[Trial], only: Sequence[str]) -> list[Trial]:
     """Return the trials of these names, or all.
 
     Raises:
-        ValueError: there is no such trial; the nearest is named.
+        ValueError: there is no such trial; the message suggests the nearest one.
     """
     names = [trial.name for trial in trials]
     for name in only:
@@ -135,15 +135,15 @@ def estimate(
     tell: Callable[[str], object],
     now: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Return about how many seconds trials take on this machine.
+    """Estimate the seconds that trials take on this machine.
 
     Args:
         experiment: the experiment.
         trials: the trials.
         choice: the device they run on.
-        records: of finished trials; where one of the same kind ran on this machine, its time is the estimate.
-        tell: receives the name of the kind that is being timed.
-        now: the time in seconds.
+        records: finished trials; if one of the same kind ran on this machine, its time is the estimate.
+        tell: receives the name of the trial that is timed.
+        now: returns the time in seconds.
     """
     with cpu_threads(choice.threads):
         here = provenance(choose_device(choice.device))
@@ -152,13 +152,13 @@ def estimate(
         for trial in trials:
             kinds.setdefault(trial.kind, []).append(trial)
         known: dict[object, float] = {}
-        asked: dict[object, Callable[[], float]] = {}
+        estimates: dict[object, Callable[[], float]] = {}
         for kind, (trial, *_) in kinds.items():
             if seconds := [record["seconds"] for record in ours if _is_of_kind(record, trial)]:
                 known[kind] = median(seconds)
             else:
-                asked[kind] = partial(_time, experiment, trial, choice, tell)
-        known |= interleaved(asked, now)
+                estimates[kind] = partial(_time, experiment, trial, choice, tell)
+        known |= interleaved(estimates, now)
     return sum(len(kinds[kind]) * seconds for kind, seconds in known.items())
 
 
@@ -175,11 +175,11 @@ def _computed_on(about: Mapping[str, Any]) -> tuple[object, ...]:
 def interleaved(estimates: Mapping[K, Callable[[], float]], now: Callable[[], float]) -> dict[K, float]:
     """Make each estimate several times, in turns, and return the lowest of each.
 
-    On a busy machine a single estimate may be far too high; of several, spread over time, one may be right.
+    On a busy machine a single estimate may be far too high; the lowest of several is more reliable.
 
     Args:
         estimates: functions that return an estimate in seconds, by name.
-        now: the time in seconds, which bounds the rounds after the first.
+        now: returns the time in seconds, which limits the rounds after the first.
     """
     began = now()
     found: dict[K, list[float]] = {name: [] for name in estimates}
@@ -192,7 +192,7 @@ def interleaved(estimates: Mapping[K, Callable[[], float]], now: Callable[[], fl
 
 
 def write_summary(experiment: Experiment, folder: ResultsFolder, watch: Watch) -> None:
-    """Write tables.md and the plots of the finished trials; report what cannot be written."""
+    """Write tables.md and the plots of the finished trials; report files that cannot be written."""
     if not (folder.path / "cells").is_dir():
         return
     no_tables = no_plot = None
@@ -218,7 +218,7 @@ def _write_tables(experiment: Experiment, records: Sequence[Record], path: Path)
 
 
 class _Clock:
-    """Estimates the time left: of the current trial by its own pace, of later ones from finished trials."""
+    """Estimates the time left: for the current trial by its own pace, for later ones from finished trials."""
 
     def __init__(self, trial: Trial, later: Sequence[Trial], records: Sequence[Record], watch: Watch) -> None:
         self._expected = forecast(trial, records)
@@ -234,7 +234,7 @@ class _Clock:
         self._watch.progress(fraction, text, left)
 
     def _whole(self, fraction: float) -> float | None:
-        """Return the seconds of the whole trial; a resumed one does not begin at a fraction of 0."""
+        """Estimate the seconds of the whole trial; a resumed one does not begin at a fraction of 0."""
         now = time.perf_counter()
         if fraction > 0 and self._first is None:
             self._first = now, fraction

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 BATCH = 64
 
 SPEED_PAIRS = (("gru-loop", "mingru"), ("gru", "mingru"), ("lstm-loop", "minlstm"), ("lstm", "minlstm"))
-"""(baseline, ours): the paper's loops and torch's compiled cells against ours."""
+"""(baseline, ours): the paper's loops, and torch's compiled layers."""
 
 MEMORY_PAIRS = (
     ("mingru", "gru"),
@@ -40,7 +40,7 @@ LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)
-class Size(TimedSize):
+class RuntimeSize(TimedSize):
     """The settings of a scale."""
 
     batch: int
@@ -49,32 +49,32 @@ class Size(TimedSize):
 
 
 class Runtime(TimedExperiment):
-    """Train one layer for a step."""
+    """Time a training step of one layer."""
 
     name = "runtime"
     title = "Runtime and memory against length (figure 1)"
     question = (
-        "Forward and backward of one layer, (B, T, D) in and out, batch 64, synchronised, all in turns "
+        "Forward and backward of one layer, (B, T, D) in and out, batch 64, synchronized, all in turns "
         "within one process; medians. `gru-loop` and `lstm-loop` are plain loops over time in PyTorch, "
-        "which the paper measured itself against; `gru`, `lstm` and `rnn` are torch's own, compiled. "
+        "the paper's baselines; `gru`, `lstm` and `rnn` are torch's own, compiled. "
         "*Growth* is the exponent p of a fit time ~ T^p over the upper half of the lengths. *Memory* is "
         "that of a step at its peak, beyond input and weights."
     )
     changes = (
-        "The paper does not say how wide its layers were, nor how many; here it is one layer of several "
+        "The paper states neither the width nor the number of its layers; here it is one layer of several "
         "widths. cpu: widths 64 and 128, at least three rounds in place of 100. paper: widths 64, 256 and "
-        "1,024 and 100 rounds, on the GPU that is there in place of a T4."
+        "1,024 and 100 rounds, on the available GPU in place of a T4."
     )
     sizes: ClassVar = {
-        "cpu": Size(1.5, 20, BATCH, (64, 128), LENGTHS),
-        "paper": Size(60.0, 100, BATCH, (64, 256, 1024), LENGTHS),
-        "tiny": Size(0.01, 3, 2, (8,), (4, 8, 16)),
+        "cpu": RuntimeSize(1.5, 20, BATCH, (64, 128), LENGTHS),
+        "paper": RuntimeSize(60.0, 100, BATCH, (64, 256, 1024), LENGTHS),
+        "tiny": RuntimeSize(0.01, 3, 2, (8,), (4, 8, 16)),
     }
 
     def systems(self) -> Sequence[str]:
         return [*every_mixer(), *LOOPS]
 
-    def settings(self, size: Size) -> Iterator[dict[str, Any]]:
+    def settings(self, size: RuntimeSize) -> Iterator[dict[str, Any]]:
         for width in size.widths:
             for length in size.lengths:
                 yield {"B": size.batch, "D": width, "T": length}
@@ -120,7 +120,7 @@ class Runtime(TimedExperiment):
 
 
 def make_layer(system: str, width: int) -> nn.Module:
-    """Return one layer of a mixer, of a variant, or of a loop."""
+    """Return one layer: a mixer, a variant, or a loop."""
     if system in LOOPS:
         return LOOPS[system](width, width)
     options = settings_of(system)
@@ -128,7 +128,7 @@ def make_layer(system: str, width: int) -> nn.Module:
 
 
 def published_table() -> Table:
-    """Return what the paper and a replication published of their machines."""
+    """Return the figures published by the paper and by a replication, measured on their machines."""
     paper, replication = "paper, T4", "replication, D = 256, half precision"
     rows: list[list[str | Published]] = [
         [
@@ -151,7 +151,7 @@ def published_table() -> Table:
         "paper's loop and the replication's take about the same milliseconds: one for each step of time, "
         "which is the cost of starting kernels."
     )
-    head = ["where", "what", "T = 512", "T = 4,096", "length not given"]
+    head = ["source", "figure", "T = 512", "T = 4,096", "length not given"]
     texts = [[str(figure) for figure in row] for row in rows]
     return Table("Published: time and memory, batch 64", head, texts, note)
 
@@ -182,7 +182,7 @@ def _tables(records: Sequence[Record], width: int) -> Iterator[Table]:
 
 
 def _over(lines: Mapping[str, Line], pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Line]:
-    """Return the first of each pair over the second, at each length that both have."""
+    """Return the ratio of the first of each pair to the second, at each length that both have."""
     found: dict[tuple[str, str], Line] = {}
     for one, other in pairs:
         below = dict(lines.get(other, ()))
@@ -192,7 +192,7 @@ def _over(lines: Mapping[str, Line], pairs: Sequence[tuple[str, str]]) -> dict[t
 
 
 def _at(line: Line, lengths: Sequence[int], scale: float = 1.0) -> list[str]:
-    """Return a line's values at these lengths as texts, empty where it has none."""
+    """Return a line's values at these lengths as strings, empty where it has none."""
     values = dict(line)
     return [f"{scale * values[T]:.3g}" if T in values else "" for T in lengths]
 

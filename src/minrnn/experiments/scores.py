@@ -1,4 +1,4 @@
-"""How scores of policies are shown: tables, plots, and what the paper has published."""
+"""Tables and plots of policies' scores, and the paper's published scores."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ BC = "bc"
 """Behavior cloning: the same trunk, minGRU's, that reads one observation and nothing else."""
 
 ENVIRONMENTS = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5"}
-"""By D4RL's names, with the version that local data are made in."""
+"""Environments by D4RL's names, with the version of local data."""
 
 QUALITIES: dict[str, tuple[str, ...]] = {
     "local": ("medium", "medium-replay"),
     "d4rl": ("medium", "medium-replay", "medium-expert"),
     "minari": ("simple", "medium", "expert"),
 }
-"""Kinds of data, which are of different policies and versions, and never share a column."""
+"""Kinds of data. They are of different policies and versions, so they never share a column."""
 
 SOURCES = {
     "local": "`minrnn make-data` made them on one machine, with policies of its own",
@@ -37,9 +37,8 @@ SOURCES = {
     "minari": "Minari's version 0 of MuJoCo's environments",
 }
 
-MEAN, BEST_TENTH, HIGHEST = ASKED = "mean", "best tenth", "highest"
-"""Returns that policies are asked for, by what the episodes that they learn from have; the second is what the
-scores are of."""
+MEAN, BEST_TENTH, HIGHEST = TARGETS = "mean", "best tenth", "highest"
+"""Target returns, defined by the training episodes; scores are those of the second."""
 
 TABLE_3: dict[str, dict[str, Published]] = {
     name: dict(zip(("DT", "DS4", "DAaren", "DMamba", "minLSTM", "minGRU"), map(recalled, row), strict=True))
@@ -56,30 +55,30 @@ TABLE_3: dict[str, dict[str, Published]] = {
         "average of the nine": ("76.4", "68.6", "75.0", "78.8", "78.1", "78.2"),
     }.items()
 }
-"""Normalised scores on D4RL's data; the first four columns are the paper's copies from other papers."""
+"""Normalized scores on D4RL's data; the paper took the first four columns from other papers."""
 
 Runs = dict[tuple[Any, ...], list[Record]]
 """Records by mixer, environment and quality."""
 
 
 def tables(records: Sequence[Record]) -> list[Table]:
-    """Return tables of their own for each kind of data, and the published one."""
+    """Return tables for each kind of data, and the published one."""
     made = []
     for data in QUALITIES:
         if runs := _runs_of(records, data):
-            made += [_scores(data, runs), _asked_table(data, runs), _data_table(data, runs)]
+            made += [_scores(data, runs), _target_table(data, runs), _data_table(data, runs)]
     return [*made, published_table()]
 
 
 def draw(records: Sequence[Record]) -> Figure:
-    """A row for each kind of data: scores, what they cost, what is earned against what is asked for."""
+    """Draw a row for each kind of data: scores, their cost, and scores against target returns."""
     kinds = {data: runs for data in QUALITIES if (runs := _runs_of(records, data))}
     figure, panels = new_figure(len(kinds) or 1, 3)
     for row, (data, runs) in enumerate(kinds.items()):
-        scores, cost, asked = panels[3 * row : 3 * row + 3]
+        scores, cost, target = panels[3 * row : 3 * row + 3]
         _draw_scores(scores, data, runs)
         _draw_cost(cost, runs)
-        _draw_asked(asked, runs)
+        _draw_targets(target, runs)
     return figure
 
 
@@ -107,19 +106,19 @@ def _columns(runs: Runs) -> list[tuple[str, str]]:
 
 
 def _averages(
-    mixer: str, columns: Sequence[tuple[str, str]], runs: Runs, asked: str = BEST_TENTH
+    mixer: str, columns: Sequence[tuple[str, str]], runs: Runs, target: str = BEST_TENTH
 ) -> list[float]:
-    """Return the mean over all data for each seed that has been run on all of them."""
+    """Return the mean over all data for each seed that was run on all of them."""
     by_seed: dict[int, list[float]] = {}
     for column in columns:
         for record in runs.get((mixer, *column), []):
-            if played := record["result"]["asked"].get(asked):
+            if played := record["result"]["asked"].get(target):
                 by_seed.setdefault(record["setting"]["seed"], []).append(played["score"])
     return [mean(scores) for _, scores in sorted(by_seed.items()) if len(scores) == len(columns)]
 
 
 def _of_data(runs: Runs, column: tuple[str, str]) -> Mapping[str, Any]:
-    """Return what is known of the data themselves."""
+    """Return the properties of the data."""
     found: Mapping[str, Any] = next(
         runs_of[0]["result"]["data"] for (_, *place), runs_of in runs.items() if tuple(place) == column
     )
@@ -160,39 +159,39 @@ def _scores(data: str, runs: Runs) -> Table:
         map(str, _ends(len(record["result"]["returns"]) for some in runs.values() for record in some))
     )
     note = (
-        f"Normalised scores, the mean of {episodes} episodes of each run; ± is the deviation over seeds. "
+        f"Normalized scores, the mean of {episodes} episodes of each run; ± is the deviation over seeds. "
         f"The data: {SOURCES[data]}. *ms an action*: in one environment, measured when each run has ended, "
         "not in turns, as `minrnn reproduce acting` does."
     )
     return Table(f"Scores on {data} data", head, ranked, note)
 
 
-def _asked_table(data: str, runs: Runs) -> Table:
+def _target_table(data: str, runs: Runs) -> Table:
     columns = _columns(runs)
     rows = []
     for mixer in _mixers(runs):
         if mixer != BC:
-            averages = [_averages(mixer, columns, runs, asked) for asked in ASKED]
+            averages = [_averages(mixer, columns, runs, target) for target in TARGETS]
             rows.append([mixer, *(spread(some, 1) if some else "" for some in averages)])
-    if asked_for := _scores_asked_for(runs):
-        rows.append(["*what is asked for*", *(f"{score:.1f}" for score in asked_for)])
-    head = ["policy", "asked for the data's mean", "for their best tenth", "for their highest"]
+    if target_scores := _target_scores(runs):
+        rows.append(["*target return*", *(f"{score:.1f}" for score in target_scores)])
+    head = ["policy", "target: the data's mean", "their best tenth", "their highest"]
     note = (
-        "Scores, averaged over all data, by the return that is asked for from the start of an episode on. "
+        "Scores, averaged over all data, by target return. "
         "*Their best tenth*: the best episodes, which hold a tenth of the steps."
     )
-    return Table(f"What is asked for, and what is earned, on {data} data", rows=rows, head=head, note=note)
+    return Table(f"Scores by target return on {data} data", rows=rows, head=head, note=note)
 
 
-def _scores_asked_for(runs: Runs) -> list[float]:
-    """Return the scores that are asked for, averaged over all data, as ASKED lists them."""
-    found: dict[str, dict[tuple[Any, ...], float]] = {asked: {} for asked in ASKED}
+def _target_scores(runs: Runs) -> list[float]:
+    """Return the scores of the target returns, averaged over all data, in the order of TARGETS."""
+    found: dict[str, dict[tuple[Any, ...], float]] = {target: {} for target in TARGETS}
     for (_, *column), records in runs.items():
         for record in records:
-            for asked, played in record["result"]["asked"].items():
+            for target, played in record["result"]["asked"].items():
                 if played["target_return"] is not None:
                     found_score = score(record["result"]["environment"], played["target_return"])
-                    found[asked][tuple(column)] = found_score
+                    found[target][tuple(column)] = found_score
     return [mean(scores.values()) for scores in found.values() if scores]
 
 
@@ -219,14 +218,14 @@ def _data_table(data: str, runs: Runs) -> Table:
             ]
         )
     head = ["data", "environment", "episodes", "steps", "mean return (score)", "best return (score)"]
-    head += ["return asked for"]
-    mixed = "" if set(digests) == {1} else "**Runs of one column have learnt from different files.** "
-    note = f"{mixed}The same return is asked for by all policies but `{BC}`, which is told none."
+    head += ["target return"]
+    mixed = "" if set(digests) == {1} else "**Runs of one column were trained on different files.** "
+    note = f"{mixed}All policies have the same target return, but `{BC}` has none."
     return Table(f"The {data} data", head, rows, note)
 
 
 def published_table() -> Table:
-    """Return what the paper has published, on D4RL's data."""
+    """Return the paper's published scores on D4RL's data."""
     columns = list(next(iter(TABLE_3.values())))
     rows = [[name, *(shown(row[column]) for column in columns)] for name, row in TABLE_3.items()]
     note = (
@@ -238,7 +237,7 @@ def published_table() -> Table:
 
 
 def _ends(values: Any) -> list[Any]:
-    """Return the lowest and the highest of some values, or the one that they all are."""
+    """Return the lowest and the highest of some values, or one value if all are equal."""
     found = sorted(set(values))
     return found if len(found) < 2 else [found[0], found[-1]]
 
@@ -256,7 +255,7 @@ def _draw_scores(axes: Axes, data: str, runs: Runs) -> None:
         axes.hlines(own, at - 0.4, at + 0.4, color="#888888", linestyle=":", linewidth=1.2)
     names = [f"{env}\n{quality.replace('-', chr(10))}" for env, quality in columns]
     axes.set_xticks(range(len(columns)), names, fontsize=8)
-    # Named in the panel beside it, in the same colors: a box would lie over points.
+    # No legend, which would cover points: the next panel names the mixers, in the same colors.
     finish(axes, f"{data} data, every seed; dotted: the data's own mean", "", "score", names="none")
 
 
@@ -271,16 +270,16 @@ def _draw_cost(axes: Axes, runs: Runs) -> None:
     finish(axes, "all data: average score", "minutes a run", "score", names="none")
 
 
-def _draw_asked(axes: Axes, runs: Runs) -> None:
-    """Averages over all data, of policies that have been asked for every return."""
-    columns, asked_for = _columns(runs), _scores_asked_for(runs)
+def _draw_targets(axes: Axes, runs: Runs) -> None:
+    """Draw averages over all data, of policies that were run with every target return."""
+    columns, target_scores = _columns(runs), _target_scores(runs)
     lines = {}
     for mixer in _mixers(runs):
-        averages = [_averages(mixer, columns, runs, asked) for asked in ASKED]
-        if asked_for and all(averages):
-            lines[mixer] = list(zip(asked_for, map(mean, averages), strict=True))
+        averages = [_averages(mixer, columns, runs, target) for target in TARGETS]
+        if target_scores and all(averages):
+            lines[mixer] = list(zip(target_scores, map(mean, averages), strict=True))
     draw_lines(axes, lines)
     if lines:
-        axes.plot(asked_for, asked_for, color="#888888", linestyle=":", linewidth=1.2)
-    title = "all data: asked for mean, best tenth, highest"
-    finish(axes, title, "score asked for", "score earned", names="legend")
+        axes.plot(target_scores, target_scores, color="#888888", linestyle=":", linewidth=1.2)
+    title = "all data: target is mean, best tenth, highest"
+    finish(axes, title, "score of the target return", "score", names="legend")

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LONGER = (1, 2, 4)
-"""Lengths that are asked for, as multiples of the one trained on."""
+"""Lengths of test sequences, as multiples of the length trained on."""
 
 BY_DEPTH = ("mingru", "minlstm")
-"""What table 1 varies the depth of; `minlstm` is normalised, and `minlstm-unnormalised` is not."""
+"""The mixers whose depth table 1 varies; `minlstm` is normalized, `minlstm-unnormalised` is not."""
 
 UNNORMALISED = "minlstm-unnormalised"
 
@@ -45,7 +45,7 @@ TABLE_2: dict[str, Published] = {
     "mamba": published("99.8"),
     "s4d": published("18.3"),
 }
-"""Of s4d, the paper's row is S4 without a gate; it copied the rivals' rows from the paper on Mamba."""
+"""For s4d, the paper's row is S4 without a gate; the paper took the baselines from the paper on Mamba."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,21 +53,21 @@ class CopyingSize(Size):
     """A scale, and the depths that are compared."""
 
     depths: tuple[int, ...] = (1, 2, 3)
-    """Numbers of layers of minGRU and minLSTM; the unnormalised variant has the last."""
+    """Numbers of layers of minGRU and minLSTM; the unnormalized variant has the last."""
     other_depths: tuple[int, ...] = (2, 3)
     """Numbers of layers of all others."""
 
 
 class SelectiveCopying(TrainedExperiment[CopyingSize]):
-    """Copy the data tokens that stand among blanks."""
+    """Copy the data tokens that are placed among blanks."""
 
     name = "selective-copying"
     title = "Selective copying (tables 1 and 2)"
     question = (
-        "A sequence of blanks hides data tokens at random places; after it, the model says them again in "
-        "their order. *Token accuracy* is the share of tokens that are right, which is what the paper "
-        "reports; *exact match* the share of sequences without a mistake. The paper ran no GRU, LSTM or "
-        "RNN here and copied its rivals' figures from another paper; here all have the same data, steps "
+        "A sequence of blanks contains data tokens at random positions; after it, the model repeats them in "
+        "order. *Token accuracy* is the share of correct tokens, which the paper reports; *exact match* "
+        "the share of sequences without a mistake. The paper ran no GRU, LSTM or RNN here and took its "
+        "baselines' figures from another paper; here all have the same data, steps "
         "and block (a mixer alone in each layer, no convolution, no MLP; a Mamba layer has a convolution "
         "of its own). Weights are those with the lowest loss on validation sequences, and are measured on "
         "others, of the length trained on and of two and four times as many positions."
@@ -76,7 +76,7 @@ class SelectiveCopying(TrainedExperiment[CopyingSize]):
         "cpu: 128 positions with 8 tokens in place of 4,096 with 16, an expansion of 2 in place of 6, no "
         "dropout, 4,000 steps of 32 sequences at a peak rate of 3e-3 (cosine, 100 steps of warm-up) in "
         f"place of 400,000 steps of 64 at 1e-4. {ROUNDED} paper: the settings of the paper's text; the "
-        "code that its authors released has a rate of 3e-4 and starts minLSTM, unnormalised, with a "
+        "code that its authors released has a rate of 3e-4 and starts minLSTM, unnormalized, with a "
         "forget bias of 3, which is `minlstm-unnormalised` here."
     )
     recipe = "selective-copying"
@@ -116,8 +116,8 @@ class SelectiveCopying(TrainedExperiment[CopyingSize]):
     def examine(self, model: SequenceModel, config: RunConfig, size: CopyingSize) -> dict[str, Any]:
         task = config.task
         assert isinstance(task, SelectiveCopyingConfig)
-        asked = {f"x{times}": replace(task, part="test", length=times * task.length) for times in LONGER}
-        return {"test": {name: SelectiveCopyingTask(one).evaluate(model) for name, one in asked.items()}}
+        tasks = {f"x{times}": replace(task, part="test", length=times * task.length) for times in LONGER}
+        return {"test": {name: SelectiveCopyingTask(one).evaluate(model) for name, one in tasks.items()}}
 
     def tables(self, records: Sequence[Record]) -> list[Table]:
         return [_depths(records), _mixers(records)]
@@ -192,7 +192,7 @@ def _mixers(records: Sequence[Record]) -> Table:
 
 
 def _best_depths(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Return the runs of each mixer at the depth whose validation loss is lowest."""
+    """Return the runs of each mixer at the depth with the lowest validation loss."""
     best: dict[str, list[Record]] = {}
     for (mixer, _), runs in by_kind(records, "mixer", "layers").items():
         if mixer not in best or _loss(runs) < _loss(best[mixer]):

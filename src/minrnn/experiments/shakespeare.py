@@ -1,4 +1,4 @@
-"""Characters of Shakespeare: models of one width and of one size, one careful run, and a short recipe."""
+"""Character-level Shakespeare: models of equal width and of equal size, our best run, and a short recipe."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NUM_CHARACTERS = 65
-"""Tiny Shakespeare's vocabulary, which the number of parameters depends on."""
+"""Size of tiny Shakespeare's vocabulary, on which the number of parameters depends."""
 
 THREE_SEEDS = ("mingru", "minlstm", "transformer", "lstm")
 """Ours, the reference, and the strongest baseline, at the same width."""
@@ -35,13 +35,13 @@ THREE_SEEDS = ("mingru", "minlstm", "transformer", "lstm")
 WITH_HEADS = ("attention", "transformer", "aaren")
 
 WIDENED = ("mingru", "minlstm", "mamba")
-"""Mixers that the paper expands."""
+"""Mixers with an expansion in the paper."""
 
 BEST_IN_WINDOWS = ("aaren",)
-"""Mixers whose loss with the state carried rises while that in windows falls; the latter is chosen by."""
+"""Mixers whose loss with the state carried rises while that in windows falls; the latter selects weights."""
 
 REFERENCE = "transformer"
-"""Whose best loss the others are timed to reach; its block is nanoGPT's: no convolution, a wider MLP."""
+"""The mixer whose best loss the others are timed to reach, in nanoGPT's block: no convolution, wider MLP."""
 
 PUBLISHED: dict[str, Published] = {
     "mingru": published("1.548 at step 575"),
@@ -55,7 +55,7 @@ RIVAL: dict[str, Any] = {"d_model": 192, "num_heads": 6, "mlp_activation": "gelu
 """nanoGPT's block; at this width six layers have about as many parameters as minGRU's of shakespeare-best."""
 
 ATTENTION_TRAIN: dict[str, Any] = {"precision": "bfloat16", "learning_rate": 2e-3}
-"""Attention in autocast takes half the time of float32, other mixers no less; its best rate is lower."""
+"""Attention in autocast takes half the time of float32, other mixers gain nothing; its best rate is lower."""
 
 SHORT_TRAIN = training(every=1, logs=1, steps=2, batch_size=2, eval_tokens=64)
 
@@ -64,14 +64,14 @@ TINY_TASK: dict[str, Any] = {"source": str(Path(__file__)), "vocabulary": "bytes
 
 @dataclass(frozen=True, kw_only=True)
 class TextSize(Size):
-    """A scale, and the heads of attention."""
+    """A scale, and attention's number of heads."""
 
     num_heads: int
-    """Heads; widths are multiples of twice as many."""
+    """Number of heads; widths are multiples of twice that."""
 
 
 class Shakespeare(TrainedExperiment[TextSize]):
-    """Predict the next character: mixers in the same model, matched by width and by parameters."""
+    """Predict the next character: mixers in the same model, of equal width or equal number of parameters."""
 
     name = recipe = "shakespeare"
     title = "A language model of characters (Shakespeare)"
@@ -79,10 +79,10 @@ class Shakespeare(TrainedExperiment[TextSize]):
         "Tiny Shakespeare by characters. The last tenth of the text is left untouched until the end; the "
         "tenth before it chooses the weights, with the state carried or, for Aaren, whose state is of no use "
         "beyond the lengths trained on, in windows (the paper, as nanoGPT, chooses and reports on one part). "
-        "*Width*: all mixers stand in the same model, so their parameters differ. *Parameters*: each model "
-        "is as wide as makes its parameters as many as those of the minGRU model. `transformer` is "
-        "attention in nanoGPT's block; `attention` is the same mixer in everybody's block, which has a "
-        "convolution. Losses are nats a character, in windows from the empty state, as the paper measures, "
+        "*Width*: all mixers are in the same model, so their parameters differ. *Parameters*: the width of "
+        "each model is chosen to match the minGRU model's number of parameters. `transformer` is "
+        "attention in nanoGPT's block; `attention` is the same mixer in the block of the others, with a "
+        "convolution. Losses are nats per character, in windows from the empty state, as in the paper, "
         "and with the state carried through the text."
     )
     changes = (
@@ -133,7 +133,7 @@ class Shakespeare(TrainedExperiment[TextSize]):
         config, ours = self.config(size, mixer), self.config(size, "mingru")
         width = width_of(config.model, count(ours.model), 2 * size.num_heads)
         seeds = size.seeds if mixer in THREE_SEEDS else size.other_seeds
-        matched = "both" if width == config.model.d_model else "width"  # one run for both tables
+        matched = "both" if width == config.model.d_model else "width"  # the same run is in both tables
         yield GridPoint(f"{mixer}-width", {"mixer": mixer, "matched": matched}, config, seeds)
         if matched == "width":
             setting = {"mixer": mixer, "matched": "parameters"}
@@ -172,12 +172,12 @@ class Shakespeare(TrainedExperiment[TextSize]):
 
 
 class RecipeRuns(TrainedExperiment[Size]):
-    """A recipe as it is, for several mixers: the whole grid."""
+    """An unchanged recipe with several mixers."""
 
     window: ClassVar[int]
-    """Tokens in a window of the test, where training has no shorter ones."""
+    """Window of the test in tokens, if training has no shorter one."""
     losses: ClassVar[tuple[float, float]]
-    """Least and largest loss of the plot."""
+    """Smallest and largest loss of the plot."""
 
     def grid(self, size: Size, mixer: str) -> Iterator[GridPoint]:
         yield GridPoint(mixer, {"mixer": mixer}, self.config(size, mixer), size.seeds)
@@ -202,7 +202,7 @@ class RecipeRuns(TrainedExperiment[Size]):
 
 
 class ShakespeareBest(RecipeRuns):
-    """Predict the next character, as well as a small model can."""
+    """Predict the next character with our best small model."""
 
     name = recipe = "shakespeare-best"
     title = "Shakespeare, as well as we can (`shakespeare-best`)"
@@ -233,7 +233,7 @@ class ShakespeareBest(RecipeRuns):
         config = super().config(size, mixer)
         if mixer == "mingru":
             return config
-        # A Transformer sees a window: it has no state to carry.
+        # A Transformer has a window and no state to carry.
         config = config.override(train={"carry_state": False, "fresh_share": 0.0})
         return config.override(model={**RIVAL, **size.model})
 
@@ -257,15 +257,15 @@ class ShakespeareBest(RecipeRuns):
 
 
 class ShakespeareCPU(RecipeRuns):
-    """Predict the next character after nanoGPT's budget for a CPU."""
+    """Predict the next character with nanoGPT's budget for a CPU."""
 
     name = recipe = "shakespeare-cpu"
     title = "Shakespeare on two cores (`shakespeare-cpu`)"
     question = (
         "The recipe `shakespeare-cpu` for every mixer: 2,000 steps of 768 characters, as many as nanoGPT's "
         "recipe for a CPU, whose published loss in windows of 64 from the empty state is 1.88 (0.80 M "
-        "parameters). All mixers stand in the same model, with the recipe that was tuned for minGRU. The "
-        "loss is that of the last step's weights on the whole last tenth, in nats a character."
+        "parameters). All mixers are in the same model, with the recipe that was tuned for minGRU. The "
+        "loss is that of the last step's weights on the whole last tenth, in nats per character."
     )
     changes = "nothing: cpu and paper are the same recipe, which is not the paper's."
     weights = "last"
@@ -299,10 +299,10 @@ class ShakespeareCPU(RecipeRuns):
 
 
 def earlier_runs(folder: Path) -> list[Record]:
-    """Return the runs of the recipe shakespeare-cpu that are older than this experiment, as records.
+    """Return the runs of the recipe shakespeare-cpu from before this experiment, as records.
 
     Args:
-        folder: holds a file for each mixer and seed: results.json, with the loss in windows of 64.
+        folder: folder with a file for each mixer and seed: results.json, with the loss in windows of 64.
     """
     runs = [read_json(path, dict[str, Any]) for path in sorted(folder.glob("*.json"))]
     return [
@@ -316,7 +316,7 @@ def earlier_runs(folder: Path) -> list[Record]:
 
 
 def count(config: ModelConfig) -> int:
-    """Return a model's number of parameters, without making it."""
+    """Return a model's number of parameters, without allocating it."""
     with torch.device("meta"):
         model = SequenceModel(replace(config, vocab_size=NUM_CHARACTERS))
     return sum(parameter.numel() for parameter in model.parameters())
@@ -324,19 +324,19 @@ def count(config: ModelConfig) -> int:
 
 @cache
 def width_of(config: ModelConfig, parameters: int, step: int) -> int:
-    """Return the width at which a model has nearly this many parameters.
+    """Return the width at which a model has close to this many parameters.
 
     Args:
-        config: the model; its own width is at least a third of the one that is found.
-        parameters: how many are wanted.
-        step: the width is a multiple of it; attention needs twice its number of heads.
+        config: the model; its own width must be at least a third of the result.
+        parameters: the desired number of parameters.
+        step: the result is a multiple of it; attention needs twice its number of heads.
     """
     widths = range(step, 3 * config.d_model + 1, step)
 
     def parameters_of(width: int) -> int:
         return count(replace(config, d_model=width))
 
-    above = bisect_left(widths, parameters, key=parameters_of)  # more width, more parameters
+    above = bisect_left(widths, parameters, key=parameters_of)  # parameters increase with the width
     near = widths[max(0, above - 1) : above + 1]
     return min(near, key=lambda width: abs(parameters_of(width) - parameters))
 
@@ -371,7 +371,7 @@ def _table(matched: str, runs: dict[str, list[Record]], target: float | None) ->
 
 
 def _matched(records: Sequence[Record], matched: str) -> dict[str, list[Record]]:
-    """Return the runs of each mixer that are of the same width, or of as many parameters, as minGRU's."""
+    """Return the runs of each mixer with the same width, or the same number of parameters, as minGRU's."""
     runs = by_kind(records, "mixer", "matched")
     return {mixer: found for (mixer, how), found in runs.items() if how in (matched, "both")}
 
@@ -381,7 +381,7 @@ def _lowest(run: Record) -> float:
 
 
 def _reach(runs: Sequence[Record], target: float | None, x: str) -> str:
-    """Return when runs first had the target's loss on the validation part."""
+    """Return when runs first reached the target loss on the validation part, as text."""
     if target is None:
         return ""
     first = [

@@ -1,4 +1,4 @@
-"""Figure 5: how much runs differ that differ in their seed alone, and what the forget bias does."""
+"""Figure 5: variation of runs over seeds, and the effect of the forget bias."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ MIXERS = ("mingru", "minlstm", UNNORMALISED)
 BIASES = (0.0, 1.0, 3.0)
 LAYERS = 2
 
-LEARNT = 0.9
-"""Token accuracy that a run must reach on validation sequences not to count as a failure."""
+LEARNED = 0.9
+"""Token accuracy on validation sequences below which a run counts as failed."""
 
 
 class Stability(TrainedExperiment[Size]):
-    """Learn selective copying again and again."""
+    """Train selective copying with several seeds and forget biases."""
 
     name = "stability"
     title = "Stability over seeds, and the forget bias (figure 5)"
@@ -38,9 +38,9 @@ class Stability(TrainedExperiment[Size]):
         "than minLSTM, one gate to tune in place of two, and that raising the bias of minLSTM's forget "
         "gate at the start speeds learning up and steadies it (both published in words and curves, "
         "without figures to set beside these). A bias of 0 is where the paper starts; 1 is this library's "
-        "default; 3 is that of the authors' released code, with minLSTM unnormalised. minGRU's bias is "
-        "that of keeping its state, so that the three mean the same. A run *failed* if it diverged, or "
-        f"never reached {LEARNT:.0%} of the tokens of validation sequences. *Roughness* is the mean rise "
+        "default; 3 is that of the authors' released code, with minLSTM unnormalized. minGRU's bias is "
+        "that of keeping its state, so that the three are comparable. A run *failed* if it diverged, or "
+        f"never reached {LEARNED:.0%} of the tokens of validation sequences. *Roughness* is the mean rise "
         "of the loss from one point of the learning curve to the next that is not lower."
     )
     changes = (
@@ -69,11 +69,11 @@ class Stability(TrainedExperiment[Size]):
             yield GridPoint(f"{mixer}-bias{bias:g}", setting, biased, size.seeds)
 
     def examine(self, model: SequenceModel, config: RunConfig, size: Size) -> dict[str, Any]:
-        return {}  # the curves are what is looked at
+        return {}  # only the learning curves are used
 
     def tables(self, records: Sequence[Record]) -> list[Table]:
         head = ["cell", "forget bias", "seeds", "failed", "loss at the end", "lowest to highest"]
-        head += ["token accuracy at the end, %", f"steps to {LEARNT:.0%}", "roughness"]
+        head += ["token accuracy at the end, %", f"steps to {LEARNED:.0%}", "roughness"]
         diverged: dict[tuple[str, float], int] = {}
         for record in records:
             if record["failed"] is not None:
@@ -83,7 +83,7 @@ class Stability(TrainedExperiment[Size]):
         rows = []
         for kind in dict.fromkeys([*finished, *diverged]):
             runs = finished.get(kind, [])
-            reached = [step for run in runs if (step := steps_to(run, LEARNT)) is not None]
+            reached = [step for run in runs if (step := steps_to(run, LEARNED)) is not None]
             failed = diverged.get(kind, 0) + len(runs) - len(reached)
             losses = bests(runs, "val_loss")
             rows.append(
@@ -121,7 +121,7 @@ def steps_to(record: Record, accuracy: float) -> int | None:
 
 
 def roughness(record: Record) -> float:
-    """Return the mean over the learning curve's steps of how much the loss rose, 0 where it fell."""
+    """Return the mean increase of the loss between points of the learning curve; a decrease counts as 0."""
     losses = [loss for _, _, loss in record["result"]["curve"]]
     rises = [max(0.0, after - before) for before, after in pairwise(losses)]
     return mean(rises) if rises else 0.0

@@ -1,4 +1,4 @@
-"""Experiments whose trials are timings: in each setting all systems are measured in turns, in one process."""
+"""Experiments whose trials are timings: in each setting all systems are timed in turns, in one process."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ __all__ = ["TimedExperiment", "TimedSize", "exponent", "scaled", "series"]
 
 @dataclass(frozen=True)
 class TimedSize:
-    """The settings of a scale, and how long it is measured."""
+    """The settings of a scale, and the measuring time."""
 
     seconds: float
-    """For each system, in each setting; at least three rounds are measured, however slow it is."""
+    """Seconds for each system in each setting; at least three rounds are measured, however slow it is."""
     samples: int
-    """Measurements of a system at most."""
+    """Most measurements of a system."""
 
 
 class TimedExperiment(Experiment):
-    """An experiment in which every trial is a setting, and holds the times of all systems.
+    """An experiment in which a trial measures the times of all systems in one setting.
 
     Systems are measured in turns, so that noise on the machine affects all alike. A trial's result holds
     `systems`: for each the `seconds` of each phase (median, p10, p90, min and samples), `peak_bytes` (peak
@@ -49,15 +49,15 @@ class TimedExperiment(Experiment):
 
     @abstractmethod
     def settings(self, size: Any) -> Iterator[dict[str, Any]]:
-        """Yield what differs between trials, in the order in which they are run."""
+        """Yield the settings of the trials, in the order in which they run."""
 
     @abstractmethod
     def inputs(self, setting: Mapping[str, Any], device: torch.device) -> Any:
-        """Draw the inputs of all systems, once for a trial: a copy for each would fill the memory."""
+        """Draw the inputs of all systems, once per trial: copies for each could exceed the memory."""
 
     @abstractmethod
     def build(self, system: str, setting: Mapping[str, Any], inputs: Any) -> System:
-        """Make a system, on the device of its inputs; it is not compared with a reference."""
+        """Make a system on the device of its inputs; it is not compared with a reference."""
 
     def trials(self, choice: Choice) -> list[Trial]:
         size = self.sizes[choice.scale]
@@ -85,7 +85,7 @@ class TimedExperiment(Experiment):
             try:
                 system = self.build(name, trial.setting, inputs)
                 system.workload()
-            except RuntimeError as error:  # torch's, where memory is short or a shape is not supported
+            except RuntimeError as error:  # torch's, for lack of memory or an unsupported shape
                 found[name] = {"failed": (str(error).splitlines() or [""])[0]}
             else:
                 ready[name] = system
@@ -114,13 +114,13 @@ class _Rounds:
 def series(
     records: Sequence[Record], x: str, value: str, **setting: Any
 ) -> dict[str, list[tuple[float, float]]]:
-    """Return for each system its median seconds, or another figure, against an entry of the setting.
+    """Return the median seconds of each system, or another figure, against an entry of the setting.
 
     Args:
         records: finished trials.
-        x: the entry that runs from left to right.
-        value: a phase of the call, or the name of a figure beside the phases.
-        setting: what the other entries must be.
+        x: the entry for the x axis.
+        value: a phase of the call, or the name of another figure.
+        setting: required values of the other entries.
     """
     lines: dict[str, list[tuple[float, float]]] = {}
     for record in sorted(records, key=lambda record: record["setting"][x]):
@@ -128,7 +128,7 @@ def series(
             continue
         for name, found in record["result"]["systems"].items():
             figure = median(found, value) if value in found.get("seconds", {}) else found.get(value)
-            if figure:  # neither missing nor zero, which a logarithmic axis cannot show
+            if figure:  # a logarithmic axis cannot show zero
                 lines.setdefault(name, []).append((record["setting"][x], figure))
     return lines
 
@@ -147,7 +147,7 @@ def median(found: Mapping[str, Any], phase: str) -> float:
 def exponent(line: Sequence[tuple[float, float]]) -> float | None:
     """Fit y ~ x^p over the upper half of the points, and return p; None for fewer than three points.
 
-    The lower half is where fixed costs still show, which are no growth.
+    In the lower half, fixed costs would distort the fit.
 
     >>> round(exponent([(x, 3 * x**2) for x in (1, 2, 4, 8, 16)]), 6)
     2.0

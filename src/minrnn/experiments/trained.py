@@ -36,16 +36,16 @@ __all__ = [
 ]
 
 CURVE_POINTS = 80
-"""Points that are kept of a learning curve."""
+"""Most points of a saved learning curve."""
 
 PROBE_SEQUENCES = 4
-"""Sequences of the step that is timed first for an estimate."""
+"""Batch size of the step that is timed first for an estimate."""
 
 PROBES = 3
-"""Steps that are timed of each size."""
+"""Number of timed steps of each batch size."""
 
 LONGEST_PROBE = 10.0
-"""Seconds; a step of a whole batch that takes longer is extrapolated from smaller ones, not timed."""
+"""Seconds; the time of a longer step is extrapolated from smaller batches."""
 
 SizeT = TypeVar("SizeT", bound="Size")
 
@@ -61,9 +61,9 @@ class Size:
     train: Mapping[str, Any] = field(default_factory=dict)
     """Fields of TrainConfig."""
     seeds: int = 3
-    """Seeds of the models that matter most."""
+    """Number of seeds of the most important models."""
     other_seeds: int = 1
-    """Seeds of all others."""
+    """Number of seeds of all others."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ class GridPoint:
     name: str
     """Prefix of the names of its trials."""
     setting: Mapping[str, Any]
-    """What distinguishes it from others, including `mixer`."""
+    """The settings that distinguish it from other points, including `mixer`."""
     config: RunConfig
-    """The run, with seed 0."""
+    """The run's configuration, with seed 0."""
     seeds: int
-    """Seeds, where the choice names no number."""
+    """Number of seeds, unless the choice sets it."""
 
 
 def training(*, every: int, logs: int, **others: Any) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def training(*, every: int, logs: int, **others: Any) -> dict[str, Any]:
 
 
 PAPER_TRAIN: dict[str, Any] = {"precision": "float32", "min_learning_rate_ratio": 1.0, "warmup_steps": 0}
-"""Fields of TrainConfig where the paper states no schedule: a constant learning rate, in float32."""
+"""Fields of TrainConfig if the paper states no schedule: a constant learning rate, in float32."""
 
 TINY_TRAIN = training(
     every=1, logs=1, steps=2, batch_size=4, warmup_steps=1, min_learning_rate_ratio=0.1, eval_tokens=0
@@ -101,14 +101,14 @@ TINY_TRAIN = training(
 
 
 class TrainedExperiment(Experiment, Generic[SizeT]):
-    """A grid over a recipe: every trial is trained by the training loop, resumes as runs do, and is measured.
+    """A grid over a recipe: every trial is a training run, which can be resumed, and an examination.
 
     A trial's configuration is the recipe's, overridden by the scale (`Size`), then by the mixer or variant,
     the point of the grid, and the seed.
 
-    A trial's result holds, beside what `examine` adds: parameters, step, tokens, seconds (of the whole run,
-    over all sittings), training_seconds (without evaluations), the metrics of the last weights, `best` (the
-    metrics on the validation part of the weights that are lowest there, and their step), `curve` (step,
+    A trial's result holds the entries of `examine`, and: parameters, step, tokens, seconds (of the whole run,
+    including resumed parts), training_seconds (without evaluations), the metrics of the last weights, `best`
+    (validation metrics of the weights with the lowest validation loss, and their step), `curve` (step,
     training seconds, loss) and `evaluations` (step, training seconds and metrics).
     """
 
@@ -116,29 +116,29 @@ class TrainedExperiment(Experiment, Generic[SizeT]):
     recipe: ClassVar[str]
     """Name of the recipe."""
     sizes: ClassVar[Mapping[Scale, Any]]
-    """Each scale, a `SizeT`."""
+    """The scales, each a `SizeT`."""
     common_train: ClassVar[Mapping[str, Any]] = {}
-    """Training settings in which every scale differs from the recipe."""
+    """Training settings that override the recipe at every scale."""
     attention_train: ClassVar[Mapping[str, Any]] = {"precision": "float32"}
-    """Training settings of attention where that of the others rounds products to bfloat16.
+    """Training settings of attention where the others round matrix products to bfloat16.
 
-    On a CPU torch's attention takes 1.6 to 4 times as long where the factors of its products are rounded one
+    On a CPU torch's attention takes 1.6 to 4 times as long if the factors of its products are rounded one
     by one (heads of 32 and 48 channels, 136 and 256 steps).
     """
     weights: ClassVar[Literal["best", "last"]] = "best"
-    """Weights that are examined: those of the lowest validation loss, or the last ones."""
+    """The weights to examine: those of the lowest validation loss, or the last ones."""
 
     def mixers(self) -> Sequence[str]:
-        """Return the mixers and variants that take part."""
+        """Return the mixers and variants of the experiment."""
         return every_mixer()
 
     @abstractmethod
     def grid(self, size: SizeT, mixer: str) -> Iterator[GridPoint]:
-        """Yield the points of the grid that are of a mixer, or of a variant."""
+        """Yield the grid points of a mixer or variant."""
 
     @abstractmethod
     def examine(self, model: Any, config: RunConfig, size: SizeT) -> dict[str, Any]:
-        """Measure the trained weights, on parts of the data by which they were not chosen."""
+        """Measure the trained weights, on data by which they were not selected."""
 
     def config(self, size: SizeT, mixer: str) -> RunConfig:
         """Return the recipe at a scale, with a mixer or variant."""
@@ -159,14 +159,14 @@ class TrainedExperiment(Experiment, Generic[SizeT]):
         ]
 
     def resolved(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a run's configuration, with defaults for settings that it lacks because they are newer."""
+        """Return a run's configuration, with defaults for newer settings that it lacks."""
         return _without_place(RunConfig.from_dict(config))
 
     def measure(self, trial: Trial, place: Workplace, tell: Tell) -> dict[str, Any]:
         config = _placed(trial, place.choice)
         run_dir = place.folder / "run"
         resume = (run_dir / "config.json").is_file()
-        if run_dir.exists() and not resume:  # killed before it had begun
+        if run_dir.exists() and not resume:  # killed before its first checkpoint
             shutil.rmtree(run_dir)
         results = train(config, run_dir, resume=resume, log=_TrialLog(tell, config.train.steps))
         tell(1.0, f"measuring the {self.weights} weights")
@@ -200,12 +200,12 @@ class TrainedExperiment(Experiment, Generic[SizeT]):
 
 
 def step_seconds(seconds: Callable[[int], float], whole: int) -> float:
-    """Return about how long a step of a whole batch takes.
+    """Estimate the time of a step of a whole batch.
 
-    The first step, which allocates memory and loads code, is discarded, and of the others the fastest counts:
-    other load only ever adds time. A step has a fixed cost, whatever its number of sequences, so that scaling
-    a small one in proportion would overestimate: where a step of a whole batch takes too long to be timed, it
-    is extrapolated linearly from two sizes.
+    The first step, which allocates memory and loads code, is discarded; of the others the fastest is used,
+    because other load on the machine only adds time. If a step of a whole batch takes too long to be timed,
+    its time is extrapolated linearly from two batch sizes: a step has a fixed cost, so scaling a small batch
+    in proportion would overestimate.
 
     Args:
         seconds: takes a step of a number of sequences, and returns its time.
@@ -225,7 +225,7 @@ def step_seconds(seconds: Callable[[int], float], whole: int) -> float:
 
 
 class _TrialLog(RunLog):
-    """A run's log that reports how much is done."""
+    """A run's log that reports the completed fraction."""
 
     def __init__(self, tell: Tell, steps: int) -> None:
         super().__init__()
@@ -247,7 +247,7 @@ class _TrialLog(RunLog):
 
 
 PROVENANCE = ("recipe", "mixer", "device", "machine", "versions", "commit")
-"""Keys of a run's results that a trial's record has itself."""
+"""Keys of a run's results that a trial's record holds elsewhere."""
 
 
 def training_seconds(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:

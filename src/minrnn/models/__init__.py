@@ -1,4 +1,4 @@
-"""Mixers stacked into sequence models, how they are sampled, act, and are kept on disk."""
+"""Sequence models and policies made of mixers: their decoding, sampling, acting and checkpoints."""
 
 from minrnn.models.acting import Policy as Policy
 from minrnn.models.checkpoint import Model as Model

@@ -1,4 +1,4 @@
-"""A policy at work: one action after the other, in one environment or a batch of them."""
+"""Inference of policies: one action at a time, in one environment or a batch of them."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from minrnn.models.sequence import ModelState
 
 
 class Policy:
-    """A decision model with what it has to remember: the return still to come, its last action, its state.
+    """A decision model together with its memory: return-to-go, last action, and state or context.
 
         action[t] = model(R[0 .. t], s[0 .. t], a[-1 .. t-1]) at t,     R[t] = target - sum(r[0 .. t-1])
 
-    Where the model's `window` is 0, the state after the last step is carried, so that with a recurrent mixer
-    an action takes the same time and memory however long the episode lasts. Otherwise the last `window` steps
-    are kept and read anew for every action, as Decision Transformer does. Either way the actions are those of
+    If the model's `window` is 0, the state after the last step is carried, so that with a recurrent mixer
+    time and memory of an action do not depend on the episode's length. Otherwise the last `window` steps are
+    kept and read again for every action, as Decision Transformer does. Either way the actions equal those of
     one call over the episode so far, or over its last `window` steps.
 
-    The model runs in evaluation mode, as in `generate`, and is read once, by a `Decoder`: see there what may
-    change in it later. Of discrete actions the likeliest is taken.
+    The model runs in evaluation mode, as in `generate`, through a `Decoder`, which documents the changes that
+    the model may undergo later. Of discrete actions the most likely one is chosen.
 
     Args:
-        model: what chooses.
-        target_return: return to reach from each episode's start on; None is the model's own.
+        model: the policy's model.
+        target_return: return to reach from the start of each episode; None is the model's own.
 
     Raises:
-        TypeError: model is no DecisionModel, or target_return no number.
-        ValueError: no return is known, it is not finite, or one is given to a model that is conditioned on
-            none.
+        TypeError: model is not a DecisionModel, or target_return not a number.
+        ValueError: no return is given or known, it is not finite, or it is given to a model that is not
+            conditioned on a return.
 
     Example:
         >>> from minrnn.models import DecisionConfig, DecisionModel, ModelConfig
@@ -43,12 +43,12 @@ class Policy:
         >>> policy = Policy(DecisionModel(config), target_return=100.0)
         >>> policy.act([0.1, 0.2, 0.3]).shape
         torch.Size([2])
-        >>> policy.act([0.1, 0.2, 0.3], reward=1.5).shape  # what the action before has earned
+        >>> policy.act([0.1, 0.2, 0.3], reward=1.5).shape  # the reward of the previous action
         torch.Size([2])
     """
 
     def __init__(self, model: DecisionModel, *, target_return: float | None = None) -> None:
-        config = getattr(model, "config", None)  # also where the model is wrapped, as by torch.compile
+        config = getattr(model, "config", None)  # works for wrapped models too, as by torch.compile
         if not isinstance(config, DecisionConfig):
             raise TypeError(f"Policy: model must be a DecisionModel, got {type(model).__name__}")
         if target_return is not None:
@@ -70,29 +70,30 @@ class Policy:
         """Choose the next action of one episode, or of a batch of them.
 
         Args:
-            observation: `(S,)`, or `(B, S)` of B environments: anything that torch makes a tensor of.
-            reward: what the action before has earned, a number or `(B,)`; of an episode's first step it is
-                not looked at. Needed after that by models that are conditioned on a return.
-            reset: bool or `(B,)`: where True, this is an episode's first step, and what came before is
-                forgotten. The first call of all starts every episode; B may change where all start.
+            observation: `(S,)`, or `(B, S)` of B environments: a tensor, or anything that torch converts to
+                one.
+            reward: reward of the previous action, a number or `(B,)`; ignored at an episode's first step, and
+                required at later ones by models that are conditioned on a return.
+            reset: bool or `(B,)`: True at an episode's first step, which discards all earlier steps. The
+                first call starts every episode; B may change when all episodes start.
 
         Returns:
             Actions `(A,)` or `(B, A)` of the model's dtype; discrete: `()` or `(B,)`, int64. On the CPU.
 
         Raises:
-            TypeError: an argument is none that torch makes a tensor of.
-            ValueError: a shape does not fit, a number is not finite, a reward is missing, or an episode lasts
+            TypeError: an argument cannot be converted to a tensor.
+            ValueError: a shape does not fit, a number is not finite, a reward is missing, or an episode is
                 longer than the model's `max_steps`.
         """
         with torch.inference_mode():  # a tenth faster than without gradients alone
             observations, single = self._read_observation(observation)
             actions = self._act(observations, reward, self._read_reset(reset, len(observations)))
-        actions = actions.clone()  # one that may be computed with as any other
+        actions = actions.clone()  # an ordinary tensor, not one of inference mode
         return actions[0].cpu() if single else actions.cpu()
 
     @property
     def state(self) -> ModelState | Steps | None:
-        """What is carried to the next action: the model's state, or the last steps; None before the first."""
+        """The model's state or the last steps, carried to the next action; None before the first action."""
         return None if self._memory is None else self._memory.context
 
     def _act(self, observations: Tensor, reward: Any, starts: Tensor | None) -> Tensor:
@@ -106,7 +107,7 @@ class Policy:
 
     def _read_observation(self, observation: Any) -> tuple[Tensor, bool]:
         like = self.model.observation_mean
-        # A copy: it is remembered, and its owner may write the next observation into the same memory.
+        # A copy, because it is kept, and the caller may write the next observation into the same memory.
         observations = _as_tensor("observation", observation, like.dtype, like.device, copy=True)
         single = observations.dim() == 1
         rows = observations.unsqueeze(0) if single else observations
@@ -120,7 +121,7 @@ class Policy:
         return rows, single
 
     def _read_reset(self, reset: Any, batch: int) -> Tensor | None:
-        """Return which rows begin an episode, `(B,)`; None is none of them."""
+        """Return which rows begin an episode, `(B,)`; None if none does."""
         known = batch if self._memory is None else len(self._memory.times)
         starts = None
         if reset is not None and reset is not False:
@@ -132,7 +133,7 @@ class Policy:
             starts = starts.expand(batch) if starts.any() else None
         if known != batch and (starts is None or not starts.all()):
             raise ValueError(
-                f"act: observation must be of {known} environments until all start anew, got {batch}"
+                f"act: observation must be of {known} environments until all episodes restart, got {batch}"
             )
         return starts
 
@@ -156,7 +157,7 @@ class Policy:
 def _as_tensor(
     name: str, value: Any, dtype: torch.dtype | None, device: torch.device, *, copy: bool | None = None
 ) -> Tensor:
-    """Make a tensor of an argument of `act`, of whatever torch makes one of, and of NumPy's flipped views."""
+    """Convert an argument of `act` to a tensor, including NumPy's flipped views, which torch refuses."""
     strides = getattr(value, "strides", None)
     if isinstance(strides, tuple) and min(strides, default=0) < 0:
         value = value.copy()
@@ -165,28 +166,28 @@ def _as_tensor(
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise TypeError(
-            f"act: {name} must be what torch makes a tensor of, got {type(value).__name__} ({reason})"
+            f"act: {name} must be convertible to a tensor, got {type(value).__name__} ({reason})"
         ) from error
 
 
 @dataclass(frozen=True)
 class _Memory:
-    """What is known before an observation comes."""
+    """A policy's memory between two observations."""
 
     returns: Tensor
-    """(B,) float64, a sum of thousands of rewards: the returns still to come."""
+    """(B,) float64, as it sums thousands of rewards: the returns-to-go."""
     previous: Tensor
-    """(B, A), or (B,) of discrete actions: the last."""
+    """(B, A), or (B,) for discrete actions: the last actions."""
     times: Tensor
     """(B,) int64: steps since each episode began."""
     context: ModelState | Steps | None
-    """The carried state, or the steps that are read anew; None where there is none."""
+    """The carried state, or the last steps; None at the start."""
     starts: Tensor | None = None
-    """(B,) bool: rows whose context is another episode's; None: no row's is."""
+    """(B,) bool: rows whose context belongs to an earlier episode; None: no row."""
 
     @classmethod
     def at_start(cls, model: DecisionModel, observations: Tensor, target: float | None) -> Self:
-        """Every row begins an episode."""
+        """Return the memory before the first step of every row."""
         config, B, device = model.config, len(observations), observations.device
         returns = torch.full((B,), target or 0.0, dtype=torch.float64, device=device)
         if config.discrete:
@@ -196,7 +197,7 @@ class _Memory:
         return cls(returns, previous, torch.zeros(B, dtype=torch.int64, device=device), None)
 
     def after(self, rewards: Tensor, starts: Tensor | None, target: float | None) -> Self:
-        """The rewards are in; the rows that are marked begin an episode."""
+        """Return the memory after the rewards; rows in `starts` begin an episode."""
         returns, previous, times = self.returns - rewards, self.previous, self.times + 1
         if starts is not None:
             returns = returns.masked_fill(starts, target or 0.0)
@@ -206,13 +207,13 @@ class _Memory:
         return type(self)(returns, previous, times, self.context, starts)
 
     def now(self, observations: Tensor) -> Steps:
-        """Return the present step of every row, T = 1."""
+        """Return the current step of every row, T = 1."""
         parts = (self.returns, observations, self.previous, self.times)
         return Steps(*(part.unsqueeze(1) for part in parts))
 
 
 def _choose(decoder: Decoder, memory: _Memory, observations: Tensor) -> tuple[Tensor, _Memory]:
-    """Return the actions, `(B, A)` or `(B,)`, and what is remembered after them."""
+    """Return the actions, `(B, A)` or `(B,)`, and the memory after them."""
     now, config = memory.now(observations), decoder.model.config
     assert isinstance(config, DecisionConfig)
     context: ModelState | Steps
@@ -233,7 +234,7 @@ def _choose(decoder: Decoder, memory: _Memory, observations: Tensor) -> tuple[Te
 
 
 def _recent(context: Steps | None, now: Steps, window: int) -> Steps:
-    """Return the last steps of the longest of the present episodes, `window` at most."""
+    """Return the last steps of the longest current episode, at most `window`."""
     if context is None:
         return now
     keep = min(window, int(now.times.max()) + 1)
@@ -241,12 +242,12 @@ def _recent(context: Steps | None, now: Steps, window: int) -> Steps:
 
 
 def _starts_within(steps: Steps) -> Tensor | None:
-    """Mark the episodes' first steps, `(B, T)`; None where there are none but at the very start."""
+    """Mark the episodes' first steps, `(B, T)`; None if there are none after the first step."""
     starts = steps.times == 0
-    starts[:, 0] = False  # nothing is there to forget, and a call without resets is faster
+    starts[:, 0] = False  # there is no earlier state, and a call without resets is faster
     return starts if starts.any() else None
 
 
 def _are_finite(x: Tensor) -> bool:
-    """Whether all numbers are; their sum tells so in a third of the time, unless it overflows itself."""
+    """Whether all numbers are finite. Their sum shows it in a third of the time, unless it overflows."""
     return isfinite(x.sum().item()) or bool(x.isfinite().all())

@@ -11,7 +11,7 @@ from minrnn.models.dropout import Dropout
 
 
 def _swiglu(x: Tensor) -> Tensor:
-    """Gate one half of the channels by the other: (..., 2 d) to (..., d)."""
+    """Gate one half of the channels by the other: (..., 2 d) -> (..., d)."""
     gate, value = x.chunk(2, dim=-1)
     return functional.silu(gate) * value
 
@@ -24,10 +24,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 GATED = ("swiglu",)
-"""Activations that take twice the channels that they give (Shazeer, arXiv 2002.05202)."""
+"""Activations whose input has twice as many channels as their output (Shazeer, arXiv 2002.05202)."""
 
 BlockState = tuple[State, State]
-"""The convolution's window (in a tuple, empty without a convolution) and the mixer's state."""
+"""The convolution's window (in a tuple, which is empty without a convolution) and the mixer's state."""
 
 
 class MLP(nn.Module):
@@ -36,8 +36,8 @@ class MLP(nn.Module):
         swiglu: y = W_out (silu(W_gate x) * W_value x),   W_in = [W_gate; W_value]
 
     Args:
-        d_model: channels in and out.
-        d_inner: channels between.
+        d_model: input and output channels.
+        d_inner: hidden channels.
         activation: a name in ACTIVATIONS.
         bias: whether the linear layers have biases.
     """
@@ -57,18 +57,18 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Two residual branches, the first along time and the second within a step.
+    """Two residual branches, the first along the time axis and the second within a step.
 
         x = x + dropout(down(mixer(conv(norm(x)))))
         x = x + dropout(mlp(norm(x)))
 
     Args:
-        mixer: what moves information along time; its d_model is the block's width.
-        make_norm: makes a norm over the block's channels.
-        conv: before the mixer, or None.
+        mixer: the module that mixes steps; its d_model is the block's width.
+        make_norm: returns a norm over the block's channels.
+        conv: convolution before the mixer, or None.
         mlp: the second branch, or None.
-        residual: whether a branch is added to its input, or takes its place.
-        dropout: probability of zeroing a channel of a branch's output, while training.
+        residual: whether a branch is added to its input or replaces it.
+        dropout: probability of zeroing a channel of a branch's output during training.
         bias: whether the projection from the mixer back to the block's width has a bias.
     """
 
@@ -96,13 +96,13 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, state: BlockState | None = None, *, reset: Tensor | None = None
     ) -> tuple[Tensor, BlockState]:
-        """Advance the state over x `(B, T, d_model)`; where reset `(B, T)` is True, forget it first.
+        """Advance the state over x `(B, T, d_model)`; where reset `(B, T)` is True, clear it first.
 
         Raises:
-            ValueError: the state has a window without a convolution, or not one with it.
+            ValueError: the state has a window although there is no convolution, or lacks one.
         """
         windows, carried = ((), None) if state is None else state
-        # Each part is looked up once: torch finds modules in half a microsecond each.
+        # Look up each part once: torch takes half a microsecond to find a module.
         conv, mlp, mlp_norm, dropout = self.conv, self.mlp, self.mlp_norm, self.dropout
         if state is not None and len(windows) != (conv is not None):
             raise ValueError(
@@ -119,7 +119,7 @@ class Block(nn.Module):
         return x, (windows, carried)
 
     def empty_state(self, batch: int, like: Tensor) -> BlockState:
-        """Make the state before a sequence's first step, for inputs of the dtype and device of `like`."""
+        """Return the state before a sequence's first step, for inputs of the dtype and device of `like`."""
         conv = self.conv
         windows = () if conv is None else (like.new_zeros(batch, conv.width - 1, conv.weight.shape[1]),)
         return windows, self.mixer.empty_state(batch, like)

@@ -1,7 +1,7 @@
-"""Checkpoints: a directory with model.safetensors and config.json <-> a model. The one home of safetensors.
+"""Checkpoints: save a model to, and load it from, a directory with model.safetensors and config.json.
 
-Writing is atomic: whatever happens, and whenever, the directory's name leads to one whole checkpoint, the
-old or the new.
+Writing is atomic: after an interruption at any time, the directory holds either the old checkpoint or the new
+one, complete.
 """
 
 import errno
@@ -29,40 +29,40 @@ KINDS: dict[str, Callable[[Mapping[str, Any]], Model]] = {
     "sequence": lambda values: SequenceModel(ModelConfig.from_dict(values)),
     "decision": lambda values: DecisionModel(DecisionConfig.from_dict(values)),
 }
-"""What makes a model of each kind from a checkpoint's settings; where no kind is named, it is sequence."""
+"""The builder of each kind of model from a checkpoint's settings; without a kind, it is a sequence model."""
 
 FORMAT_VERSION = 2
-"""Raised when an older minrnn cannot read, or does not check, what a newer one writes. Since 2 config.json
-lists every file of the checkpoint, and has a digest of its own; 1, which listed the model's tensors alone, is
-read."""
+"""Incremented when older versions of minrnn cannot read or verify newer checkpoints. Since format 2,
+config.json lists every file of the checkpoint and holds a digest of itself. Format 1, which listed the
+model's tensors only, can still be read."""
 
 TENSORS_FILE = "model.safetensors"
 
 CPU = torch.device("cpu")
 
 LONGEST = 200
-"""Characters that a message takes over from the library."""
+"""Most characters of the library's message that an error repeats."""
 
 JSON = None | bool | int | float | str | list[Any] | dict[str, Any]
 
 
 def save_checkpoint(directory: Path, model: Model, *, extra: Mapping[str, JSON] | None = None) -> None:
-    """Write a model as a directory, in place of what is there only once the new one is whole.
+    """Save a model as a directory; an existing checkpoint is replaced when the new one is complete.
 
     Args:
-        directory: made, or replaced as a whole.
-        model: what to save: its config and tensors. What torch.compile or DistributedDataParallel have put
-            around it is left out.
-        extra: kept beside the config and returned by `load_checkpoint`.
+        directory: the directory to create or replace.
+        model: the model, whose config and tensors are saved. Wrappers such as those of torch.compile and
+            DistributedDataParallel are removed.
+        extra: JSON values saved beside the config, which `load_checkpoint` returns.
 
     Raises:
-        OSError: the directory cannot be written, or is no checkpoint; what was there before is untouched.
-        TypeError: `model` is no SequenceModel or DecisionModel, or `extra` does not fit into JSON.
-        ValueError: the model is another one by now than its config builds, so that it could not be loaded:
-            parts or methods were replaced, or parts parametrized, pruned, quantised or sharded. Hooks are not
-            kept, as a state_dict keeps none.
+        OSError: the directory cannot be written, or is not a checkpoint; it is left unchanged.
+        TypeError: `model` is not a SequenceModel or DecisionModel, or `extra` is not JSON.
+        ValueError: the model differs from what its config builds, so that it could not be loaded: modules or
+            methods were replaced, or modules were parametrized, pruned, quantized or sharded. Hooks are not
+            saved, as in a state_dict.
     """
-    contents = _Contents(model, extra)  # nothing is written of what cannot be read
+    contents = _Contents(model, extra)  # before anything is written: it checks that the model can be loaded
     with write_directory(Path(directory).expanduser()) as folder:
         contents.write(folder)
 
@@ -70,19 +70,19 @@ def save_checkpoint(directory: Path, model: Model, *, extra: Mapping[str, JSON] 
 def load_checkpoint(
     directory: Path, *, device: torch.device | str | int = "cpu"
 ) -> tuple[Model, dict[str, JSON]]:
-    """Read a model that `save_checkpoint` wrote; if it is replaced meanwhile, read the new one instead.
+    """Load a model that `save_checkpoint` wrote. If it is replaced meanwhile, the new one is loaded.
 
     Args:
-        directory: where it lies.
-        device: where the model's parameters go: any of torch's; with meta they have no values.
+        directory: the checkpoint.
+        device: device of the model's parameters; on meta they have no values.
 
     Returns:
-        The model, in training mode as any new module, and `extra`.
+        The model, in training mode like any new module, and `extra`.
 
     Raises:
         FileNotFoundError: the directory or one of its files is missing.
-        ValueError: a file is cut short or altered, written by a newer version, or does not fit its config.
-        TypeError: device is none of torch's.
+        ValueError: a file is truncated or altered, written by a newer version, or does not match its config.
+        TypeError: device is not a device of torch.
     """
     device = _read_device(device)
     directory = Path(directory).expanduser()
@@ -90,7 +90,7 @@ def load_checkpoint(
         before = locate(directory)
         try:
             loaded = _load(before[0], device)
-        except (FileNotFoundError, ValueError):  # of a mixture of the old files and the new, perhaps
+        except (FileNotFoundError, ValueError):  # perhaps a mixture of old and new files
             if locate(directory) == before:
                 raise
         else:
@@ -121,15 +121,15 @@ def _load(folder: Path, device: torch.device) -> tuple[Model, dict[str, JSON]]:
 
 
 def write_model(folder: Path, model: Model, *, extra: Mapping[str, JSON] | None = None) -> None:
-    """Write a checkpoint's files into a folder that is there, in `write_directory`.
+    """Write a checkpoint's files into an existing folder, inside `write_directory`.
 
-    Files that lie there already are part of the checkpoint: they are listed with their sizes and digests.
+    Files that are already there become part of the checkpoint: they are listed with their sizes and digests.
     """
     _Contents(model, extra).write(folder)
 
 
 class _Contents:
-    """What a checkpoint will hold."""
+    """The contents of a new checkpoint."""
 
     def __init__(self, model: nn.Module, extra: Mapping[str, JSON] | None) -> None:
         whole = unwrap(model)
@@ -155,7 +155,7 @@ class _Contents:
 
 
 def _read_extra(extra: Any) -> dict[str, JSON]:
-    """Return `extra`, if JSON keeps it; before the work, so that what is none is reported first."""
+    """Return `extra` after checking that it survives JSON; called first, so that errors come early."""
     if not isinstance(extra, Mapping):
         raise TypeError(f"save_checkpoint: extra must be a dict or None, got {type(extra).__name__}")
     values = dict(extra)
@@ -168,7 +168,7 @@ def _read_extra(extra: Any) -> dict[str, JSON]:
 
 
 def _check_keys(value: Any) -> None:
-    """Raise where a dict has a key that is no string, at any depth: JSON would make it one."""
+    """Raise if a dict at any depth has a key that is not a string: JSON would convert it to one."""
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):
@@ -181,7 +181,7 @@ def _check_keys(value: Any) -> None:
 
 
 def _build(config: Mapping[str, Any]) -> Model:
-    """Build the model of a config, without memory and random numbers for values that will be replaced."""
+    """Build the model of a config on the meta device, without allocating or drawing initial values."""
     with torch.device("meta"):
         return KINDS[config["kind"]](config["model"])
 
@@ -195,23 +195,23 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     packed = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
         safetensors.torch.save_file(packed, path)
-    except safetensors.SafetensorError as error:  # the library wraps the system's error in its own
+    except safetensors.SafetensorError as error:  # the library wraps OSError
         raise OSError(errno.EIO, str(error), str(path)) from error
-    path.chmod(0o666 & ~_umask())  # the library makes files that only their owner can read
+    path.chmod(0o666 & ~_umask())  # the library creates files that only their owner can read
 
 
 def _umask() -> int:
-    mask = os.umask(0)  # it can only be read by setting it
+    mask = os.umask(0)  # can only be read by setting it
     os.umask(mask)
     return mask
 
 
 def load_tensors(path: Path, *, device: torch.device = CPU) -> dict[str, Tensor]:
-    """Read what `save_tensors` wrote.
+    """Read the named tensors that `save_tensors` wrote.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no whole safetensors file.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a complete safetensors file.
     """
     try:
         tensors = safetensors.torch.load_file(path)
@@ -219,24 +219,24 @@ def load_tensors(path: Path, *, device: torch.device = CPU) -> dict[str, Tensor]
         raise ValueError(
             f"load_tensors: {path} is not a whole safetensors file ({str(error)[:LONGEST]})"
         ) from error
-    # Copies: the library maps the file, where tensors lie at odd addresses; matrix products may round
-    # differently there, and a resumed run must repeat the run that was not interrupted bit for bit.
+    # Copies, because the library maps the file, in which tensors are not aligned. Matrix products may round
+    # differently there, and a resumed run must equal the uninterrupted run bit for bit.
     return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
 
 
 def check_files(folder: Path, names: Iterable[str]) -> list[str]:
-    """Check files of a checkpoint, beside the model's own, against the sizes and digests that it lists.
+    """Check further files of a checkpoint, not the model's own, against the listed sizes and digests.
 
     Args:
         folder: the checkpoint.
-        names: of the files.
+        names: names of the files.
 
     Returns:
-        Those that could not be checked, as the checkpoint is of format 1, which did not list them.
+        The files that could not be checked, because the checkpoint is of format 1, which did not list them.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is not listed, or was cut short or altered.
+        ValueError: a file is not listed, or is truncated or altered.
     """
     config = _read_config(folder / CONFIG_FILE)
     if config["format_version"] == 1:
@@ -247,7 +247,7 @@ def check_files(folder: Path, names: Iterable[str]) -> list[str]:
 
 
 class _File(TypedDict):
-    """What is recorded of a file."""
+    """The entry of a file in config.json."""
 
     bytes: int
     sha256: str
@@ -263,13 +263,13 @@ def _sha256(path: Path) -> str:
 
 
 def _digest(config: Mapping[str, Any]) -> str:
-    """Return the digest of what config.json holds beside it."""
+    """Return the digest of the other entries of config.json."""
     rest = {name: value for name, value in config.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 class _Config(TypedDict):
-    """What config.json holds."""
+    """The keys of config.json."""
 
     format_version: int
     kind: NotRequired[str]
@@ -316,7 +316,7 @@ def _check_integrity(path: Path, files: Mapping[str, _File]) -> None:
 
 
 def _check_layers(settings: Mapping[str, Any], count: int) -> None:
-    """Refuse a claim of more layers than there are tensors before so many modules are made."""
+    """Raise if a config claims more layers than there are tensors, before so many modules are built."""
     trunk = settings.get("trunk", settings)
     layers = trunk.get("num_layers", 0) if isinstance(trunk, Mapping) else 0
     if isinstance(layers, int) and layers > count:
@@ -324,7 +324,7 @@ def _check_layers(settings: Mapping[str, Any], count: int) -> None:
 
 
 def _fill(model: Model, path: Path, tensors: dict[str, Tensor]) -> None:
-    """Give the model the tensors of `path`; modules may know the names that they had in earlier versions."""
+    """Load the tensors of `path` into the model; modules convert the names of earlier versions."""
     faults = misfits(model.state_dict(), tensors)
     if not faults["of another shape"]:
         missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)

@@ -1,7 +1,7 @@
-"""Return-conditioned policies: from the return still to come, what is observed and what was done, an action.
+"""Return-conditioned policies: models that predict an action from return-to-go, observation and last action.
 
-Which mixer stands in it makes it a Decision Transformer (attention), Decision S4 (s4d), Decision Mamba, a
-Decision Aaren, or a policy of minGRU, minLSTM, GRU or LSTM. `Policy` in `acting.py` lets one act.
+With the mixer attention this is a Decision Transformer, with s4d Decision S4, with mamba Decision Mamba, with
+aaren Decision Aaren; other mixers are minGRU, minLSTM, GRU and LSTM. `Policy` in `acting.py` runs one.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from minrnn.ops.recurrence import check_tensor
 from minrnn.ops.transforms import is_plain, is_traced
 
 TOKENS = {"interleaved": 3, "joined": 1, "observation": 1}
-"""What a step is read as, and in how many tokens: see `DecisionConfig.tokens`."""
+"""Encodings of a step, and the number of their tokens: see `DecisionConfig.tokens`."""
 
 LARGEST = {"observation_size": 1 << 24, "action_size": 1 << 16, "window": 1 << 24, "max_steps": 1 << 24}
-"""Most of each size of a policy; see `sequence.LARGEST`, which is of its trunk."""
+"""Upper limits of the policy's sizes; see `sequence.LARGEST` for those of its trunk."""
 
 NOTHING_DONE = -1
-"""The discrete action before an episode's first step; of continuous actions it is all zeros."""
+"""The discrete action before an episode's first step; for continuous actions, it is all zeros."""
 
 
 class Steps(NamedTuple):
-    """What a policy reads at T steps of B episodes."""
+    """The inputs of a policy at T steps of B episodes."""
 
     returns: Tensor
-    """(B, T): the return still to come, this step's reward included; as rewards are, not scaled."""
+    """(B, T): return-to-go, including this step's reward, not scaled."""
     observations: Tensor
-    """(B, T, S): as the environment gives them, not standardised."""
+    """(B, T, S): as the environment returns them, not standardized."""
     previous: Tensor
-    """(B, T, A): the action before the step, zeros before the first; discrete: (B, T) int64, NOTHING_DONE
-    before the first."""
+    """(B, T, A): the previous action, zeros at the first step; discrete: (B, T) int64, NOTHING_DONE at the
+    first step."""
     times: Tensor
     """(B, T) int64: steps since the episode began."""
 
@@ -60,7 +60,7 @@ class Steps(NamedTuple):
 
 @dataclass(frozen=True)
 class DecisionConfig:
-    """What a DecisionModel is built from, and how it acts.
+    """Configuration of a DecisionModel.
 
     Raises:
         TypeError: a value has the wrong type.
@@ -70,26 +70,25 @@ class DecisionConfig:
     trunk: ModelConfig
     """The blocks; its vocabulary and head are not used."""
     observation_size: int
-    """Numbers in an observation, S."""
+    """Size of an observation, S."""
     action_size: int
-    """Numbers in an action, A; of discrete actions, how many there are to choose from."""
+    """Size of an action, A; for discrete actions, their number."""
     discrete: bool = False
-    """Whether an action is one of `action_size`, or so many numbers."""
+    """Whether an action is one of `action_size` choices or a vector of `action_size` numbers."""
     tokens: str = "joined"
-    """What a step is read as. interleaved: three tokens, the action before it, the return still to come and
-    the observation, whose output is the action; joined: one token, their sum; observation: one token that
-    knows neither return nor action, which makes the policy one of behaviour cloning."""
+    """Encoding of a step. interleaved: three tokens, the previous action, the return-to-go and the
+    observation, whose output is the action; joined: one token, their sum; observation: one token of the
+    observation alone, for behavior cloning."""
     window: int = 0
-    """Steps that an action is read from anew; 0: all since the episode began, in a carried state."""
+    """Window in steps that is read again for every action; 0: the whole episode, in a carried state."""
     max_steps: int = 0
-    """Steps of an episode that have a learned embedding of their time, and how long one may last; 0: none,
-    and no limit."""
+    """Steps with a learned time embedding, which is also the longest episode; 0: no embedding, no limit."""
     return_scale: float = 1.0
-    """What returns are divided by."""
+    """Divisor of returns."""
     target_return: float | None = None
-    """Return that the policy asks for where nothing else is said."""
+    """Default target return of the policy."""
     environment: str | None = None
-    """Name of the environment that it learnt to act in, if known."""
+    """Name of the environment that it was trained for, if known."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -110,26 +109,27 @@ class DecisionConfig:
 
     @property
     def conditioned(self) -> bool:
-        """Whether actions depend on a return to be reached."""
+        """Whether actions depend on a target return."""
         return self.tokens != "observation"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every field and its value, ready for JSON."""
+        """Return every field and its value, as JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Make a config from what `to_dict` returned; fields left out take their defaults.
+        """Make a config from the result of `to_dict`; missing fields take their defaults.
 
         Raises:
-            ValueError: a key is no field (the nearest is named), or one without a default is left out.
+            ValueError: a key is not a field (the message names the nearest), or a required field is missing.
         """
         return convert(values, cls)
 
 
 class DecisionModel(nn.Module):
-    """A causal model of episodes: embed -> norm -> blocks -> norm -> head, an action for every step.
+    """A causal model of episodes, which predicts an action at every step.
 
+        embed -> norm -> blocks -> norm -> head
         A, R, S = W_a a[t-1] / bound + b_a, W_r R[t] / scale + b_r, W_s (s[t] - mean) / std + b_s
         tokens  = norm(A + time[t]), norm(R + time[t]), norm(S + time[t])       interleaved
         token   = norm(A + R + S + time[t])                                     joined
@@ -137,20 +137,20 @@ class DecisionModel(nn.Module):
         action  = bound * tanh(W y[t] + b)                                      continuous
         logits  = W y[t] + b                                                    discrete
 
-    R[t] is the return still to come, a[t-1] the action before, y the trunk's output at the token of the
-    observation; time is there where `max_steps` is. The interleaved tokens have the order of Decision
-    Transformer, (R, s, a) again and again, begun one token earlier: so each step is three tokens wherever a
-    sequence starts, and a start is a reset of the step's first token. Means, deviations and bounds are
-    buffers, saved with the weights; a task takes them from its data.
+    R[t] is the return-to-go, a[t-1] the previous action, y the trunk's output at the token of the
+    observation; time[t] is present if `max_steps` is positive. The interleaved tokens have the order of
+    Decision Transformer, repeated (R, s, a), started one token earlier: each step is three tokens wherever a
+    sequence starts, and an episode's start is a reset of the step's first token. Means, deviations and bounds
+    are buffers, saved with the weights; a task computes them from its data.
 
-    A step is a call with T = 1, and however an episode is cut into calls, its actions are those of one call.
-    Nothing limits its length, unless `max_steps` does.
+    A step is a call with T = 1. However an episode is divided into calls, its actions equal those of one
+    call. Its length is not limited, unless by `max_steps`.
 
     Args:
-        config: what to build.
+        config: the configuration.
 
     Raises:
-        ValueError: the mixer refuses an option's value.
+        ValueError: an option's value is not valid for the mixer.
 
     Source: Chen et al., "Decision Transformer" (arXiv 2106.01345), section 3 and appendix A; the norm after
     the embedding and the head as in the code published with it.
@@ -174,7 +174,7 @@ class DecisionModel(nn.Module):
         self.norm = make_norm(config.trunk)
         self.head = nn.Linear(width, config.action_size)
         if self.embed_time is not None:
-            # Near zero: a time that no episode of the data reaches then says nothing rather than noise.
+            # Near zero, so that times that no episode of the data reaches add little noise.
             nn.init.normal_(self.embed_time.weight, std=EMBEDDING_STD)
         self.register_buffer("observation_mean", torch.zeros(config.observation_size))
         self.register_buffer("observation_std", torch.ones(config.observation_size))
@@ -183,13 +183,12 @@ class DecisionModel(nn.Module):
     def forward(
         self, steps: Steps, state: ModelState | None = None, *, reset: Tensor | None = None
     ) -> tuple[Tensor, ModelState]:
-        """Choose the action of each step from that step and those before it.
+        """Predict the action of each step from that step and those before it.
 
         Args:
             steps: T >= 1 steps of B episodes.
-            state: what an earlier call returned; None is the empty state.
-            reset: `(B, T)`, bool; where True, everything before the step is forgotten (an episode starts
-                there).
+            state: state returned by an earlier call; None is the empty state.
+            reset: `(B, T)`, bool; where True, the state is cleared before the step (an episode starts there).
 
         Returns:
             Actions `(B, T, A)`, or logits `(B, T, A)` of the A discrete ones, and the state after the last
@@ -198,7 +197,7 @@ class DecisionModel(nn.Module):
         Raises:
             TypeError: reset is not bool, or times or discrete actions are not integers.
             ValueError: a shape is not as above, the state is of another model, a time has no embedding, or
-                (on the CPU) a discrete action before is none.
+                (on the CPU) a previous discrete action is out of range.
         """
         self.check_steps(steps)
         check_state("DecisionModel", state, len(self.blocks), steps.times.shape[0])
@@ -210,15 +209,15 @@ class DecisionModel(nn.Module):
         return self.to_actions(self.head(self.norm(x[:, count - 1 :: count]))), state
 
     def set_statistics(self, mean: Tensor, std: Tensor, bound: Tensor | None = None) -> None:
-        """Take over the data's statistics.
+        """Set the statistics of the data.
 
         Args:
-            mean, std: `(S,)`, of observations; std positive.
+            mean, std: `(S,)`, mean and standard deviation of observations; std positive.
             bound: `(A,)`, positive: continuous actions lie between -bound and bound.
 
         Raises:
-            TypeError: one is not a tensor.
-            ValueError: a shape is another, or a number is not finite, or not positive; nothing is taken over.
+            TypeError: an argument is not a tensor.
+            ValueError: a shape differs, or a number is not finite or not positive; then nothing is changed.
         """
         given = (
             ("mean", mean, self.observation_mean),
@@ -249,7 +248,7 @@ class DecisionModel(nn.Module):
         return dict(zip(self.embeddings, found, strict=True))
 
     def to_actions(self, y: Tensor) -> Tensor:
-        """Turn the head's outputs into actions: bounded, unless they are logits of discrete ones."""
+        """Convert the head's outputs to actions: bounded if continuous, unchanged logits if discrete."""
         return y if self.config.discrete else self.action_bound * y.tanh()
 
     def _embed(self, inputs: dict[str, Tensor], times: Tensor) -> Tensor:
@@ -263,14 +262,14 @@ class DecisionModel(nn.Module):
         return token if time is None else token + time
 
     def _previous(self, previous: Tensor) -> Tensor:
-        """Return the actions before each step as numbers, `(B, T, A)`."""
+        """Return the previous actions as vectors `(B, T, A)`, one-hot if discrete."""
         if not self.config.discrete:
             return previous.to(self.action_bound.dtype) / self.action_bound
         chosen = functional.one_hot(previous.clamp(min=0), self.config.action_size)
         return (chosen * (previous != NOTHING_DONE).unsqueeze(-1)).to(self.action_bound.dtype)
 
     def check_steps(self, steps: Steps) -> None:
-        """Raise unless `steps` are those of a call; the errors are those of `forward`."""
+        """Raise unless `steps` are valid inputs; the errors are those of `forward`."""
         config = self.config
         if not isinstance(steps, Steps):
             raise TypeError(f"DecisionModel: steps must be Steps, got {type(steps).__name__}")
@@ -288,16 +287,16 @@ class DecisionModel(nn.Module):
         self._check_integers(steps)
 
     def _check_integers(self, steps: Steps) -> None:
-        """Raise where a number of those that a table is looked up by is not in it.
+        """Raise if an index into an embedding table is out of range.
 
-        Times are looked at on every device, and earlier actions where one need not wait for them.
+        Times are checked on every device, previous actions where reading them needs no synchronization.
         """
         config = self.config
         for name, used in (("times", config.max_steps), ("previous", config.discrete and config.conditioned)):
             found = getattr(steps, name)
             if used and (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool):
                 raise TypeError(f"DecisionModel: {name} must be int64, got {found.dtype}")
-        if steps.times.shape[0] == 0 or is_traced() or steps.times.is_meta:  # where there are no numbers
+        if steps.times.shape[0] == 0 or is_traced() or steps.times.is_meta:  # no values to check
             return
         if config.max_steps:
             first, last = _range(steps.times)
@@ -319,7 +318,7 @@ class DecisionModel(nn.Module):
 
 
 def _check_statistic(name: str, numbers: Tensor, buffer: Tensor) -> None:
-    """Raise unless the numbers can stand in the buffer: finite there too; deviations and bounds positive."""
+    """Raise unless the numbers fit into the buffer: finite in its dtype, deviations and bounds positive."""
     check_tensor("set_statistics", name, numbers)
     if numbers.shape != buffer.shape:
         raise ValueError(
@@ -333,15 +332,15 @@ def _check_statistic(name: str, numbers: Tensor, buffer: Tensor) -> None:
 
 
 def _range(x: Tensor) -> tuple[int, int]:
-    """The least and the largest of some integers."""
-    if x.numel() == 1:  # one step, of which this is a noticeable part
+    """Return the smallest and the largest of some integers."""
+    if x.numel() == 1:  # a single step, where aminmax takes a noticeable part of the time
         return (only := int(x)), only
     low, high = x.aminmax()
     return int(low), int(high)
 
 
 def _first_of(count: int, reset: Tensor | None) -> Tensor | None:
-    """Move the resets of steps `(B, T)` to the first of each step's tokens, `(B, count * T)`."""
+    """Move the resets of steps `(B, T)` to each step's first token, `(B, count * T)`."""
     if reset is None or count == 1:
         return reset
     return functional.pad(reset.unsqueeze(-1), (0, count - 1)).flatten(1)

@@ -1,4 +1,4 @@
-"""Decoding: a model's single steps from a carried state, for one batch or for rows of a large pool."""
+"""Decoding: single steps of a model from a carried state, for one batch or for rows of a large pool."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ from minrnn.ops.recurrence import check_tensor
 from minrnn.ops.transforms import is_observed
 
 PROMPT_CHUNK = 4096
-"""Tokens of a prompt read at once: only its last outputs are kept, so a long one need not hold them all."""
+"""Tokens of a prompt per call: only the last outputs are kept, which saves memory for long prompts."""
 
 
 class Decoder:
-    """Takes single steps of a model from a carried state, in one call of the compiled engine where it can.
+    """Takes single steps of a model from a carried state, in one call of the compiled engine if possible.
 
         outputs, state = decoder.prefill(prompt)           (B, T) -> (B, V), as model(prompt)
         outputs, state = decoder.step(tokens, state)       (B,) -> (B, V), as model(tokens[:, None], state)
 
     States are the model's own: nested tuples of tensors whose first axis is the batch, as `model(...)` takes
     and returns them. A server that holds many states keeps them in one *pool* of N rows, from `new_state`:
-    `prefill(prompt, pool, rows)` and `step(tokens, pool, rows)` advance B rows of it in place, and touch no
-    other; `reset(pool, rows)` makes rows empty again.
+    `prefill(prompt, pool, rows)` and `step(tokens, pool, rows)` advance B rows of it in place and do not
+    access the others; `reset(pool, rows)` clears rows.
 
-    A step is one call where the blocks' mixers are minGRU or minLSTM and the model is in float32 on the CPU:
-    `backend` is then "cpp". Otherwise it is "torch", `reason` says why, and a step calls the model. Either
-    way steps are in evaluation mode, without gradients. The results of the two differ in rounding only. With
-    "cpp", three kinds of step still call the model: of more than `most_rows` rows, where torch is faster; of
-    states that are not contiguous float32 tensors on the CPU; and those in which a number comes near overflow
-    or is not finite, so that they overflow as the model does.
+    A step is one call if the blocks' mixers are minGRU or minLSTM and the model is in float32 on the CPU:
+    then `backend` is "cpp". Otherwise it is "torch", `reason` tells why, and a step calls the model. Either
+    way, steps run in evaluation mode, without gradients. The results of the two backends differ in rounding
+    only. With "cpp", three kinds of steps still call the model: those of more than `most_rows` rows, where
+    torch is faster; those from states that are not contiguous float32 tensors on the CPU; and those in which
+    a number comes near overflow or is not finite, so that they overflow as the model does.
 
-    The model is read once, here, and has to stay as it is while the decoder lives. With "cpp":
+    The constructor reads the model, which should then stay unchanged. With "cpp":
 
-    - values that change in place, as by an optimizer or `load_state_dict`, are used from the next step on;
+    - values changed in place, as by an optimizer or `load_state_dict`, are used from the next step on;
     - tensors that move in memory, as by `model.to(...)`, `model.double()`, `share_memory()` or an assignment
       to `.data`, make the next step raise RuntimeError;
-    - everything else that is changed later is not seen: parameters and modules that are replaced, settings,
-      hooks, parametrizations, and dropouts put in training mode. Make a new decoder.
+    - all other changes are ignored: parameters and modules that are replaced, settings, hooks,
+      parametrizations, and dropouts put in training mode. Make a new decoder.
 
-    With "torch" all of it is seen, as each step calls the model; its mode is changed for that call alone. A
-    copy of a decoder is one of a copy of the model, and reads that anew.
+    With "torch", all changes take effect, as each step calls the model; the model's mode is changed for that
+    call only. A copy of a decoder holds a copy of the model.
 
     Args:
-        model: a SequenceModel or DecisionModel, in any mode. One that is wrapped, as by torch.compile, has
-            the backend "torch": its wrapper is called.
+        model: a SequenceModel or DecisionModel, in any mode. For a wrapped one, as by torch.compile, the
+            backend is "torch", and the wrapper is called.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: model is neither.
         RuntimeError: the memory of one of its tensors was freed.
 
     Example:
@@ -73,7 +73,7 @@ class Decoder:
     """
 
     def __init__(self, model: SequenceModel | DecisionModel) -> None:
-        config = getattr(model, "config", None)  # also where the model is wrapped, as by torch.compile
+        config = getattr(model, "config", None)  # works for wrapped models too, as by torch.compile
         if not isinstance(config, ModelConfig | DecisionConfig):
             kind = type(model).__name__
             raise TypeError(f"Decoder: model must be a SequenceModel or DecisionModel, got {kind}")
@@ -88,14 +88,14 @@ class Decoder:
 
     @property
     def backend(self) -> str:
-        """What takes the steps: "cpp", the compiled engine, or "torch", the model itself."""
+        """The backend of steps: "cpp", the compiled engine, or "torch", the model itself."""
         return "cpp" if self.reason is None else "torch"
 
     @property
     def reason(self) -> str | None:
-        """Why the backend is "torch", in one sentence; None where it is "cpp".
+        """Why the backend is "torch", in one sentence; None if it is "cpp".
 
-        It is "torch" as well while autocast, a transform, a tracer or a mode of torch is active.
+        The backend is also "torch" while autocast, a transform, a tracer or a mode of torch is active.
         """
         if self._reason is None and is_observed():
             return "autocast, a transform, a tracer or a mode of torch is active, which sees each operation"
@@ -103,7 +103,7 @@ class Decoder:
 
     @property
     def most_rows(self) -> int:
-        """Rows up to which the compiled engine is faster than torch; it takes no steps of more. 0: none."""
+        """Most rows for which the compiled engine is faster than torch; 0 if it takes no steps."""
         return 0 if self._fused is None else self._fused.most_rows
 
     def step(
@@ -112,20 +112,20 @@ class Decoder:
         """Take one step of B rows.
 
         Args:
-            inputs: tokens `(B,)`, int64, below vocab_size; of a DecisionModel, Steps of T = 1.
-            state: what the model or the decoder returned; None is the empty state. It is not changed, unless
+            inputs: tokens `(B,)`, int64, below vocab_size; for a DecisionModel, Steps of T = 1.
+            state: state returned by the model or the decoder; None is the empty state. It is changed only if
                 `rows` are given.
-            rows: `(B,)`, int64, all different: the rows of the state, a pool of N >= B, that are advanced, in
-                place. The others are neither read nor written.
+            rows: `(B,)`, int64, all different: the rows of the state, a pool of N >= B rows, to advance in
+                place. Other rows are neither read nor written.
 
         Returns:
-            Logits `(B, V)`, or a DecisionModel's outputs `(B, A)`, and the state after the step; with `rows`
-            it is the pool.
+            Logits `(B, V)`, or a DecisionModel's outputs `(B, A)`, and the state after the step; with `rows`,
+            the pool.
 
         Raises:
             TypeError: an argument has the wrong type or dtype.
-            ValueError: a shape is not as above, a row is not in the pool or is given twice, or (attention
-                without a window) the state grows by a step, so that it has no pool.
+            ValueError: a shape is not as above, a row is not in the pool or is given twice, or the state
+                grows with each step (attention without a window), so that it cannot be in a pool.
             IndexError: a token is not in the vocabulary.
             RuntimeError: the model's tensors have moved in memory.
         """
@@ -145,22 +145,22 @@ class Decoder:
         *,
         reset: Tensor | None = None,
     ) -> tuple[Tensor, ModelState]:
-        """Read T tokens of B rows at once, through the model's parallel forward; one token is a step.
+        """Read T tokens of B rows in parallel, by the model's forward; a single token is a step.
 
         Args:
-            inputs: tokens `(B, T)`, int64; of a DecisionModel, Steps.
+            inputs: tokens `(B, T)`, int64; for a DecisionModel, Steps.
             state: as in `step`.
             rows: as in `step`.
-            reset: `(B, T)`, bool; where True, everything before step t is forgotten.
+            reset: `(B, T)`, bool; where True, the state is cleared before step t.
 
         Returns:
-            The outputs after the last token, `(B, V)` or `(B, A)`, and the state after it; with `rows` it is
-            the pool.
+            The outputs after the last token, `(B, V)` or `(B, A)`, and the state after it; with `rows`, the
+            pool.
 
         Raises:
             TypeError: an argument has the wrong type or dtype.
             ValueError: a shape is not as above, or rows and pool are not as in `step`.
-            RuntimeError: one token is read, and the model's tensors have moved in memory.
+            RuntimeError: T = 1, and the model's tensors have moved in memory.
         """
         B, T = self._read_shape("Decoder.prefill", inputs)
         if T == 0:
@@ -180,12 +180,12 @@ class Decoder:
         return outputs, after
 
     def new_state(self, num_rows: int) -> ModelState:
-        """Make an empty state: a pool of rows, or what stands for None before a batch's first step.
+        """Return an empty state of `num_rows` rows: a pool, or the explicit form of None for a batch.
 
         Raises:
-            TypeError: num_rows is no integer.
-            ValueError: it is below 1.
-            AttributeError: a block, convolution or mixer was replaced by a module that has no empty state.
+            TypeError: num_rows is not an integer.
+            ValueError: num_rows is below 1.
+            AttributeError: a block, convolution or mixer was replaced by a module without `empty_state`.
         """
         num_rows = read_size("Decoder.new_state", "num_rows", num_rows)
         like, blocks = next(self.model.parameters()).detach(), cast("Iterable[Block]", self.model.blocks)
@@ -193,7 +193,7 @@ class Decoder:
 
     @torch.no_grad()
     def reset(self, state: ModelState, rows: Tensor) -> None:
-        """Make rows of a pool empty again, in place.
+        """Clear rows of a pool, in place.
 
         Args:
             state: the pool, from `new_state`.
@@ -201,7 +201,7 @@ class Decoder:
 
         Raises:
             TypeError: an argument has the wrong type or dtype.
-            ValueError: a row is not in the pool or is given twice, or the state is no pool of this model.
+            ValueError: a row is not in the pool or is given twice, or the state is not a pool of this model.
         """
         check_tensor("Decoder.reset", "rows", rows)
         _read_rows("Decoder.reset", rows, rows.numel(), state)
@@ -216,7 +216,7 @@ class Decoder:
     def _step_model(
         self, inputs: Tensor | Steps, state: ModelState | None, rows: Tensor | None
     ) -> tuple[Tensor, ModelState]:
-        """Take a step by a call of the model."""
+        """Take a step by calling the model."""
         before = state if rows is None else self._take("Decoder.step", state, rows)
         inputs = inputs.unsqueeze(1) if isinstance(inputs, Tensor) else inputs
         outputs, after = call_in_evaluation(self.model, inputs, before)
@@ -226,11 +226,11 @@ class Decoder:
     def _read(
         self, inputs: Tensor | Steps, state: ModelState | None, reset: Tensor | None
     ) -> tuple[Tensor, ModelState]:
-        """Read a piece of a prompt."""
+        """Read a part of a prompt by calling the model."""
         if reset is None and self._read_shape("Decoder.prefill", inputs)[1] == 1:
             return self.step(inputs[:, 0] if isinstance(inputs, Tensor) else inputs, state)
         outputs, state = call_in_evaluation(self.model, inputs, state, reset=reset)
-        return outputs[:, -1].clone(), state  # a view would keep the outputs of the whole prompt
+        return outputs[:, -1].clone(), state  # a view would keep all outputs alive
 
     def _take(self, function: str, pool: Any, rows: Tensor) -> ModelState:
         """Copy rows of a pool."""
@@ -241,7 +241,7 @@ class Decoder:
         check_state(function, pool, len(self.model.blocks), _num_rows(function, pool))
 
     def _read_batch(self, inputs: Any) -> int:
-        """Return the rows of a step's inputs."""
+        """Return the number of rows of a step's inputs."""
         if self._reads_steps:
             batch, T = self._read_shape("Decoder.step", inputs)
             if T != 1:
@@ -255,7 +255,7 @@ class Decoder:
         return len(inputs)
 
     def _read_shape(self, function: str, inputs: Any) -> tuple[int, int]:
-        """Return B and T; the model checks all else."""
+        """Return B and T; the model checks everything else."""
         name, leading = "tokens", inputs
         if self._reads_steps:
             if not isinstance(inputs, Steps):
@@ -285,7 +285,7 @@ def _read_rows(function: str, rows: Any, batch: int, state: Any) -> list[int]:
 
 
 def _num_rows(function: str, state: Any) -> int:
-    """Return the rows of a pool: of its last tensor, as of all."""
+    """Return the number of rows of a pool, read from its last tensor."""
     part = state
     while isinstance(part, tuple) and part:
         part = part[-1]
@@ -296,7 +296,7 @@ def _num_rows(function: str, state: Any) -> int:
 
 @torch.no_grad()
 def _write(function: str, pool: Any, rows: Tensor, values: Any) -> Any:
-    """Write values into rows of a pool, all or none, and return it."""
+    """Write values into rows of a pool, all or none of them, and return the pool."""
     parts, new = list(_tensors(pool)), list(_tensors(values))
     forms = [tuple(part.shape[1:]) for part in parts], [tuple(part.shape[1:]) for part in new]
     if forms[0] != forms[1]:

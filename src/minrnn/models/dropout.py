@@ -1,21 +1,21 @@
-"""Dropout whose masks cost little on a CPU, where torch spends a fifth of a training step on drawing them."""
+"""Dropout with fast masks on the CPU, where torch spends a fifth of a training step on drawing them."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 LEVELS = 1 << 16
-"""Values of the 16 random bits that decide on a channel."""
+"""Number of values of the 16 random bits of a mask element."""
 
 
 class Dropout(nn.Dropout):
-    """Zero each number with probability p, and divide the others by 1 - p; while training only.
+    """Zero each element with probability p and divide the others by 1 - p, during training only.
 
         y = x * mask / (1 - p),   mask = 0 with probability p, 1 otherwise
 
-    On a CPU torch draws one number of its generator for each mask bit, 9 ns apiece; here one 64-bit number
-    serves four, 1 ns apiece (one core of a Xeon, 2^20 numbers). The probability is p rounded to a multiple of
-    2^-16, and the division is by what it was rounded to. Elsewhere, and in compiled graphs, this is
+    On the CPU torch draws one random number for each mask element, which takes 9 ns; here one 64-bit number
+    is used for four, 1 ns per element (one core of a Xeon, 2^20 elements). p is rounded to a multiple of
+    2^-16, in the probability and in the divisor alike. On other devices and in compiled graphs this is
     torch.nn.Dropout.
 
     Args:

@@ -1,4 +1,4 @@
-"""Models in evaluation mode, for a while."""
+"""Temporary evaluation mode of a model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put `model` in eval mode, and each of its modules back in the mode that it was in."""
+    """Context manager that puts `model` in eval mode, and restores the mode of each of its modules."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -22,8 +22,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def call_in_evaluation(model: nn.Module, *arguments: Any, **options: Any) -> Any:
     """Call a model in evaluation mode.
 
-    One that is in it is called as it is: parts that were put in training mode stay in it, as dropouts do for
-    samples of a Bayesian posterior (Gal and Ghahramani, arXiv 1506.02142).
+    A model that is already in evaluation mode is called unchanged: modules that were put in training mode
+    stay in it, such as dropouts for samples of a Bayesian posterior (Gal and Ghahramani, arXiv 1506.02142).
     """
     if not model.training:
         return model(*arguments, **options)

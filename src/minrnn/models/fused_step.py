@@ -1,11 +1,11 @@
-"""A model's step as one call of the compiled engine (csrc/decode.h), and its translation from the modules.
+"""A model's step as one call of the compiled engine (csrc/decode.h), translated from the model's modules.
 
     x = embedding[token]     or     x = norm(sum_k W_k u_k + b_k)      input
     x = [x +] W_out f(W_in conv(norm(x)) + b_in) + b_out               residual branches
     y = W norm(x) + b                                                  output
 
-f is a gate, whose state the step advances, or an activation. In torch a step is some sixty small operations,
-which take longer to call than to compute.
+f is an activation, or a gate whose state the step advances. In torch a step is some sixty small operations,
+whose overhead exceeds their computation.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from minrnn.ops.registry import forced, load
 __all__ = ["FusedStep", "NotFusableError", "fuse"]
 
 MOST_NUMBERS = 1 << 14
-"""Numbers in x, rows times channels, up to which a fused step takes less time than torch's operations: x then
-stays in the nearest caches while the weights are read once. Beyond, torch's matrix products are faster, which
-block both operands.
+"""Largest size of x, rows times channels, for which a fused step is faster than torch's operations: x then
+stays in the nearest caches while the weights are read once. For larger ones torch's matrix products are
+faster, which block both operands.
 
-On one thread of a Xeon, of torch's time: one row takes 0.17 (width 128, 3 layers) to 0.78 (width 1024, 8
-layers, whose weights come from memory at 15 GB/s); at this bound 0.86 to 0.95."""
+Time on one thread of a Xeon relative to torch's: 0.17 (width 128, 3 layers) to 0.78 (width 1024, 8 layers,
+whose weights come from memory at 15 GB/s) for one row; 0.86 to 0.95 at this bound."""
 
 _ACTIVATIONS = {"gelu": 0, "relu": 1, "silu": 2, "swiglu": 3}  # as in decode.h
 _NORMS = {nn.Identity: 0, nn.LayerNorm: 1, nn.RMSNorm: 2}
@@ -54,32 +54,31 @@ Inputs = tuple[list[int], list[Tensor]]
 
 
 class NotFusableError(Exception):
-    """Why a model's step cannot be fused, in one sentence."""
+    """A model's step cannot be fused; the message gives the reason in one sentence."""
 
 
 class _StateForm(NamedTuple):
-    """What a block carries."""
+    """The sizes of a block's state."""
 
     past: int | None
-    """Steps before the present one in the convolution's window; None: no convolution."""
+    """Past steps in the convolution's window; None: no convolution."""
     D: int
     """Channels of the gate's state."""
     has_mlp: bool
-    """Whether the block has a second branch, which carries nothing."""
+    """Whether the block has a second branch, which has no state."""
 
 
 class FusedStep:
-    """The step of one model. It reads the model's tensors where they lie in memory.
+    """The fused step of one model, which reads the model's tensors in place.
 
     Args:
-        step: the compiled engine's.
+        step: the compiled engine's object.
         width: d_model.
         num_outputs: channels of y.
-        forms: the state of each block.
-        tensors: all that `step` reads.
-        read: turns the arguments of the model's step into the engine's; None where the engine cannot read
-            them.
-        finish: turns y into the model's outputs.
+        forms: the sizes of each block's state.
+        tensors: all tensors that `step` reads.
+        read: converts the inputs of a step to the engine's; returns None if the engine cannot read them.
+        finish: converts y to the model's outputs.
     """
 
     def __init__(
@@ -96,25 +95,25 @@ class FusedStep:
         self._step, self._width, self._num_outputs, self._forms = step, width, num_outputs, forms
         self._read, self._finish = read, finish
         self._like = torch.empty(0)
-        # The storages stay alive even where a tensor is given another one: the engine holds addresses.
+        # Keeps the storages alive even if a tensor is given another one: the engine holds addresses.
         self._tensors, self._storages = tensors, [x.untyped_storage() for x in tensors]
         self._addresses = list(map(Tensor.data_ptr, tensors))
 
     def run(
         self, inputs: Tensor | Steps, batch: int, state: ModelState | None, rows: list[int] | None
     ) -> tuple[Tensor, ModelState] | None:
-        """Take a step, or leave it to torch.
+        """Take a step, or return None if torch has to take it.
 
         Args:
             inputs: tokens `(B,)`, or steps of T = 1.
             batch: B.
-            state: as of `SequenceModel`; with `rows`, a pool, whose rows are advanced in place.
-            rows: B distinct rows of the pool, in its range.
+            state: as in `SequenceModel`; with `rows`, a pool, whose rows are advanced in place.
+            rows: B distinct row indices of the pool.
 
         Returns:
-            The outputs `(B, ...)` and the state after the step. None, and nothing has changed, for more rows
-            than `most_rows`, where a number came near overflow or was not finite (the result then depends on
-            the order of torch's sums), and for tensors that are not contiguous, in float32 and on the CPU.
+            The outputs `(B, ...)` and the state after the step. None, without any change, for more than
+            `most_rows` rows, if a number came near overflow or was not finite (the result then depends on the
+            order of torch's sums), and for tensors that are not contiguous, in float32 and on the CPU.
 
         Raises:
             RuntimeError: a tensor of the model has moved in memory.
@@ -122,7 +121,7 @@ class FusedStep:
         """
         if batch > self.most_rows:
             return None
-        # 60 ns for each tensor, a twentieth of a step: without it stale memory would be read.
+        # Without this check stale memory could be read. It takes 60 ns per tensor, a twentieth of a step.
         if list(map(Tensor.data_ptr, self._tensors)) != self._addresses:
             raise RuntimeError(
                 "Decoder: the model's tensors must stay where they were in memory when the decoder was made, "
@@ -141,7 +140,7 @@ class FusedStep:
         return self._finish(y), after
 
     def _new_state(self, batch: int) -> ModelState:
-        """Make room for a state."""
+        """Allocate a state."""
         empty = self._like.new_empty
         return tuple(
             (() if past is None else (empty(batch, past, self._width),), (empty(batch, D),))
@@ -149,7 +148,7 @@ class FusedStep:
         )
 
     def _branch_states(self, before: ModelState | None, after: ModelState) -> list[Any]:
-        """List each branch's window and h before and after the step, None for what is absent."""
+        """List each branch's window and h before and after the step, None for absent ones."""
         states: list[Any] = []
         for index, form in enumerate(self._forms):
             window, h = (None, None) if before is None else _window_and_h(before[index])
@@ -159,7 +158,7 @@ class FusedStep:
         return states
 
     def _is_state(self, state: Any, batch: int | None) -> bool:
-        """Whether these are tensors that the engine reads, all of one batch."""
+        """Whether the state consists of tensors that the engine can read, all of one batch."""
         if type(state) is not tuple or len(state) != len(self._forms):
             return False
         for block, (past, D, _) in zip(state, self._forms, strict=True):
@@ -182,14 +181,14 @@ def fuse(model: nn.Module) -> FusedStep:
     """Translate a model to its fused step.
 
     Raises:
-        NotFusableError: it has a part that the engine does not know or cannot read, or there is no engine.
+        NotFusableError: the engine does not support or cannot read a part of the model, or is unavailable.
         RuntimeError: the memory of one of its tensors was freed or shortened.
     """
     engine = load("cpp")
     if isinstance(engine, ImportError):
         raise NotFusableError(f"the compiled engine is missing: {engine}")
     if forced() not in (None, "cpp"):
-        raise NotFusableError(f"the compiled engine is set aside by MINRNN_ENGINE={forced()}")
+        raise NotFusableError(f"the compiled engine is disabled by MINRNN_ENGINE={forced()}")
     if type(model) is SequenceModel:
         return _fuse_sequence_model(model, _Translation(model, model.config.d_model, engine))
     if type(model) is DecisionModel:
@@ -239,7 +238,7 @@ def _fuse_decision_model(model: DecisionModel, parts: _Translation) -> FusedStep
 
 
 class _Translation:
-    """Reads a model, part by part, into the engine's step. Parts are named by their paths in the model."""
+    """Translates a model, module by module, to the engine's step. Modules are named by their paths."""
 
     def __init__(self, model: nn.Module, width: int, engine: ModuleType) -> None:
         self.width, self.step = width, engine.compiled.decode.FusedStep(width)
@@ -250,7 +249,7 @@ class _Translation:
     def finish(
         self, output: Weights, read: Callable[[Any], Inputs | None], finish: Callable[[Tensor], Tensor]
     ) -> FusedStep:
-        """Read the blocks and what follows them."""
+        """Read the blocks, the last norm and the head."""
         self._check_dropout("dropout")
         count = len(self.module("blocks", nn.ModuleList))
         if count == 0:
@@ -262,7 +261,7 @@ class _Translation:
         return FusedStep(self.step, self.width, num_outputs, forms, self._tensors, read, finish)
 
     def module(self, path: str, *kinds: type) -> Any:
-        """Find a part of one of these classes, of which a call computes what its class says."""
+        """Return a module of one of these classes whose call is the unmodified forward of its class."""
         module = self._find(path)
         if type(module) not in kinds:
             known = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
@@ -272,7 +271,7 @@ class _Translation:
         return module
 
     def norm(self, path: str) -> Norm:
-        """Find a norm over the channels."""
+        """Return a norm over the channels."""
         norm = self.module(path, *_NORMS)
         kind = _NORMS[type(norm)]
         if type(norm) is nn.Identity:
@@ -286,13 +285,13 @@ class _Translation:
         return kind, eps, (weight, None)
 
     def linear(self, path: str, outputs: int | None, inputs: int | None) -> Weights:
-        """Find a linear layer; sizes are checked, but for None."""
+        """Return a linear layer's weights; sizes other than None are checked."""
         self.module(path, nn.Linear)
         weight = self.tensor(f"{path}.weight", outputs, inputs)
         return weight, self._optional(f"{path}.bias", len(weight))
 
     def tensor(self, path: str, *shape: int | None) -> Tensor:
-        """Find a tensor that the engine can read; its sizes are checked, but for None."""
+        """Return a tensor that the engine can read; sizes other than None are checked."""
         x = self._find(path)
         if not _is_readable(x, shape):
             sizes = ", ".join("any" if size is None else str(size) for size in shape)
@@ -315,7 +314,7 @@ class _Translation:
             raise NotFusableError(f"{path} has hooks, is compiled, or has another forward than its class")
 
     def _check_dropout(self, path: str) -> None:
-        """Go on only if the dropout does nothing in a step, which is in evaluation mode."""
+        """Raise unless the dropout has no effect in a step, which runs in evaluation mode."""
         if self.module(path, Dropout).training and not self._model.training:
             raise NotFusableError(f"{path} is in training mode in a model that is not")
 
@@ -353,7 +352,7 @@ class _Translation:
         return (gate, candidate, rnn.signed), GATES[rnn.gate].num_pre
 
     def _convolution(self, path: str) -> tuple[int, Weights]:
-        """Return a convolution's width, 0 where there is none, and its weights."""
+        """Return a convolution's width, 0 if there is none, and its weights."""
         conv = self.module(path, CausalConv, NoneType)
         if conv is None:
             return 0, (None, None)
@@ -385,7 +384,7 @@ def _window_and_h(state: BlockState) -> tuple[Tensor | None, Tensor]:
 
 
 def _is_readable(x: Any, shape: Sequence[int | None]) -> bool:
-    """Whether an address and a shape say all about x; a size of None may be any."""
+    """Whether x is contiguous, float32 and on the CPU, of this shape; a size of None matches any."""
     return (
         type(x) in _PLAIN
         and x.dtype is torch.float32

@@ -1,4 +1,4 @@
-"""Sampling: one token after the other from a carried state, in constant memory."""
+"""Sampling: one token at a time from a carried state, in constant memory."""
 
 from collections.abc import Iterator
 
@@ -21,23 +21,23 @@ def generate(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """Continue prompts, yielding each step's tokens as soon as they are drawn.
+    """Continue prompts, and yield each step's tokens as soon as they are drawn.
 
-        p = softmax(logits / temperature), cut to the top_k likeliest tokens, then to the fewest that hold
-        top_p
+        p = softmax(logits / temperature), restricted to the top_k most likely tokens, then to the fewest
+        whose probabilities sum to top_p
 
-    The model is read once, by a `Decoder`, and runs in evaluation mode, whatever mode it is in; one that is
-    in it already runs as it is, with any dropouts that were put in training mode by themselves. With a
-    recurrent mixer, memory and time per token do not depend on how many tokens came before.
+    The model runs through a `Decoder`, in evaluation mode; if it is already in evaluation mode, modules that
+    were put in training mode, such as dropouts, stay in it. With a recurrent mixer, memory and time per token
+    do not depend on the number of earlier tokens.
 
     Args:
-        model: what predicts.
+        model: the language model.
         prompt_ids: `(B, T)`, int64, T >= 1, on the model's device.
-        num_tokens: steps to yield.
-        temperature: 0 takes the likeliest token; above 1 is more random than the model.
-        top_k: tokens to choose among; 0 is all.
-        top_p: least probability that the tokens chosen among hold together; 1 is all.
-        generator: source of randomness, on the model's device; None is torch's global one.
+        num_tokens: number of tokens to generate.
+        temperature: 0 chooses the most likely token; above 1 is more random than the model.
+        top_k: number of most likely tokens to sample from; 0 is all.
+        top_p: least total probability of the tokens to sample from; 1 is all.
+        generator: random number generator on the model's device; None is torch's global one.
 
     Yields:
         `(B,)`, int64: the next token of each row.
@@ -47,7 +47,7 @@ def generate(
         ValueError: an argument is out of range, or the prompt is empty or holds ids outside the vocabulary.
         RuntimeError: the model's logits are not finite.
     """
-    config = getattr(model, "config", None)  # also where the model is wrapped, as by torch.compile
+    config = getattr(model, "config", None)  # works for wrapped models too, as by torch.compile
     if not isinstance(config, ModelConfig):
         raise TypeError(f"generate: model must be a SequenceModel, got {type(model).__name__}")
     _check_prompt(prompt_ids, config.vocab_size)
@@ -63,7 +63,8 @@ def generate(
         raise TypeError(
             f"generate: generator must be a torch.Generator or None, got {type(generator).__name__}"
         )
-    # Checked here, not in the generator below, whose body would not run before the first token is asked for.
+    # Arguments are checked here, because the generator below does not run before its first token is
+    # requested.
     return _stream(Decoder(model), prompt_ids, num_tokens, temperature, top_k, top_p, generator)
 
 
@@ -75,14 +76,14 @@ def choose(
         raise RuntimeError("generate: the model's logits are not finite; its training has diverged")
     if temperature == 0:
         return logits.argmax(dim=-1)
-    # In float64 a temperature near 0 is a sharp softmax and not an overflow.
+    # In float64, so that a temperature near 0 gives a sharp softmax instead of an overflow.
     scaled = (logits.double() - logits.amax(dim=-1, keepdim=True)) / temperature
     ranked, order = scaled.sort(dim=-1, descending=True)  # (B, V)
     p = ranked.softmax(dim=-1)
     if top_k:
         p[:, top_k:] = 0
         p /= p.sum(dim=-1, keepdim=True)
-    p[p.cumsum(dim=-1) - p >= top_p] = 0  # goes by what the likelier tokens hold, so the first always stays
+    p[p.cumsum(dim=-1) - p >= top_p] = 0  # the sum excludes the token itself, so the first is always kept
     rank = torch.multinomial(p, 1, generator=generator)
     return order.gather(1, rank).squeeze(1)
 

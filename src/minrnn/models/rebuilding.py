@@ -1,4 +1,4 @@
-"""Whether a model can be built again from its config, and the tensors that it then needs."""
+"""Checks that a model can be rebuilt from its config, and the tensors to save for that."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 SHOWN = 4
-"""Names that an error lists of each fault."""
+"""Most names that an error lists for each fault."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Take off what has been put around a whole model: a module that holds nothing but it.
+    """Remove wrappers around a whole model: modules whose only content is the model.
 
-    torch.compile, DataParallel and DistributedDataParallel do so, and other libraries.
+    torch.compile, DataParallel, DistributedDataParallel and other libraries use such wrappers.
     """
     while list(model._modules) in (["_orig_mod"], ["module"]) and not model._parameters:
         (inner,) = model._modules.values()
@@ -25,18 +25,17 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def tensors_to_keep(model: nn.Module, rebuilt: nn.Module) -> dict[str, Tensor]:
-    """Find all tensors of a model, by the names that they have in one that is built anew from its config.
+    """Return all tensors of a model, by their names in a model that is rebuilt from its config.
 
     Args:
-        model: any.
-        rebuilt: what its config builds, on the meta device.
+        model: the model.
+        rebuilt: the model that its config builds, on the meta device.
 
     Returns:
         Parameters and buffers.
 
     Raises:
-        ValueError: the model has become another one than its config builds, or a tensor is none that a file
-            keeps.
+        ValueError: the model differs from what its config builds, or a tensor cannot be saved in a file.
     """
     ours, theirs = dict(_parts(model, "")), dict(_parts(rebuilt, ""))
     found, expected = _tensors(ours), _tensors(theirs)
@@ -65,8 +64,8 @@ def tensors_to_keep(model: nn.Module, rebuilt: nn.Module) -> dict[str, Tensor]:
     if text := describe(faults):
         raise ValueError(
             f"save_checkpoint: the model is not what its config builds, and could not be loaded; {text}; "
-            "undo what has changed it (merge adapters, remove parametrizations, pruning and patches, gather "
-            "what is sharded), or keep its state_dict with torch.save"
+            "undo the changes (merge adapters, remove parametrizations, pruning and patches, gather shards), "
+            "or save its state_dict with torch.save"
         )
     return found
 
@@ -85,7 +84,7 @@ def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict
 
 
 def describe(faults: Mapping[str, Collection[str]]) -> str:
-    """Join what is wrong to one line; empty where nothing is."""
+    """Describe the faults in one line; empty if there are none."""
     return "; ".join(f"{what}: {_some(list(names))}" for what, names in faults.items() if names)
 
 
@@ -95,7 +94,7 @@ def _some(names: list[str]) -> str:
 
 
 def _parts(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """Every module by its name, without those that torch has put around one."""
+    """Yield every module and its name, without torch's wrappers."""
     while "_orig_mod" in module._modules or isinstance(
         module, (nn.DataParallel, nn.parallel.DistributedDataParallel)
     ):
@@ -120,25 +119,25 @@ def _tensors(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 def _parts_alone(
     ours: Mapping[str, nn.Module], theirs: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
 ) -> list[str]:
-    """Names of our parts that they do not have, of those whose tensors do not tell so."""
+    """Return the names of modules that only `ours` has, except those whose tensors already show it."""
     names = sorted(ours.keys() - theirs.keys())
     return [name for name in names if not any(tensor.startswith(f"{name}.") for tensor in tensors)]
 
 
 def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The numbers, names and switches that say what a module computes; its mode is none of them."""
+    """Yield a module's settings: its attributes that are numbers, strings or bools, except its mode."""
     for name, value in vars(module).items():
         if not name.startswith("_") and name != "training" and isinstance(value, (bool, int, float, str)):
             yield name, value
 
 
 def _methods_replaced(module: nn.Module) -> list[str]:
-    """Names of its class's methods in whose place the module itself has something else."""
+    """Return the names of methods that are overridden on the instance."""
     return [name for name in vars(module) if callable(getattr(type(module), name, None))]
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether a file can keep it, and an assignment give it back."""
+    """Whether a tensor can be saved in a file and restored by an assignment."""
     return (
         type(x) in (Tensor, nn.Parameter)
         and x.layout is torch.strided
@@ -148,7 +147,7 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def _in_one_memory(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Pairs of names of one tensor, which would be two when they are loaded."""
+    """Return pairs of names that share one tensor, which loading would make two."""
     names: dict[tuple[Any, ...], str] = {}
     pairs = []
     for name, x in tensors.items():

@@ -1,4 +1,4 @@
-"""Mixers stacked into a model of token sequences: embed -> blocks -> norm -> head."""
+"""Models of token sequences: embed -> blocks -> norm -> head."""
 
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -26,7 +26,7 @@ ModelState = tuple[BlockState, ...]
 NORMS = ("layer", "rms", "none")
 
 MIXER_OPTIONS = ("candidate", "forget_bias", "normalize", "signed", "num_heads", "window", "d_state")
-"""Fields of ModelConfig that belong to some mixers only and are handed on when they are set."""
+"""Fields of ModelConfig that only some mixers have; they are passed on when they are set."""
 
 EMBEDDING_STD = 0.02
 
@@ -41,13 +41,13 @@ LARGEST = {
     "window": 1 << 30,
     "d_state": 1 << 16,
 }
-"""Most of each size of a model: far above what anybody trains. What is beyond is a slip, or a file's false
-claim, and would take memory or minutes before it failed."""
+"""Upper limits of a model's sizes, far above any real model. A larger value is a mistake or comes from a
+damaged file, and would take much memory and time before it failed."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a SequenceModel is built from.
+    """Configuration of a SequenceModel.
 
     Raises:
         TypeError: a value has the wrong type.
@@ -55,27 +55,27 @@ class ModelConfig:
     """
 
     vocab_size: int = 256
-    """Tokens in the vocabulary; a task sets it."""
+    """Size of the vocabulary; set by the task."""
     d_model: int = 192
     """Channels of the residual stream."""
     num_layers: int = 4
     """Blocks."""
     mixer: str = "mingru"
-    """What moves information along time: mingru, minlstm, rnn, gru, lstm, attention, aaren, s4d or mamba."""
+    """The module that mixes steps: mingru, minlstm, rnn, gru, lstm, attention, aaren, s4d or mamba."""
     expansion: float = 1.0
     """Channels of the mixer's state, as a multiple of d_model."""
     conv_width: int = 4
-    """Steps that the convolution before each mixer sees, the current one included; 0: no convolution."""
+    """Width of the convolution before each mixer in steps, the current one included; 0: no convolution."""
     mlp_ratio: float = 2.0
     """Inner channels of each block's MLP, as a multiple of d_model; 0: no MLP."""
     mlp_activation: str = "gelu"
-    """The MLP's activation: gelu, relu, silu, or swiglu, which has a gate and half as many weights again."""
+    """The MLP's activation: gelu, relu, silu, or swiglu, which has a gate and 1.5 times as many weights."""
     norm: str = "layer"
     """The norm before each branch and the head: layer, rms or none."""
     residual: bool = True
-    """Add each branch to its input; otherwise its output takes the input's place."""
+    """Add each branch to its input; otherwise its output replaces the input."""
     dropout: float = 0.0
-    """Probability of zeroing a channel of the embedding or of a branch's output, while training."""
+    """Probability of zeroing a channel of the embedding or of a branch's output during training."""
     tie_embeddings: bool = False
     """Use the embedding's matrix as the head's; fewer parameters, but worse where the vocabulary is small."""
     bias: bool = True
@@ -83,17 +83,17 @@ class ModelConfig:
     candidate: str | None = None
     """mingru, minlstm: the candidate's function: positive, linear or tanh; unset: positive."""
     forget_bias: float | None = None
-    """mingru, minlstm: how far towards keeping its state a cell starts, in logits; unset: 1."""
+    """mingru, minlstm: initial bias of the gate towards keeping the state, in logits; unset: 1."""
     normalize: bool | None = None
     """minlstm: make the forget and input gates sum to one; unset: yes."""
     signed: bool | None = None
-    """mingru, minlstm: let decays lie in (-1, 1) instead of (0, 1), to track states; unset: no."""
+    """mingru, minlstm: decays in (-1, 1) instead of (0, 1), for state tracking; unset: no."""
     num_heads: int | None = None
     """attention, aaren: heads; unset: 4."""
     window: int | None = None
-    """attention: tokens that each token sees, itself included; 0: all; unset: the task's window, or all."""
+    """attention: window in tokens, the current one included; 0: all; unset: the task's window, or all."""
     d_state: int | None = None
-    """s4d, mamba: numbers of state for each channel; unset: 64 and 16."""
+    """s4d, mamba: states per channel; unset: 64 and 16."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -129,43 +129,43 @@ class ModelConfig:
 
     @property
     def d_inner(self) -> int:
-        """Channels inside each MLP; 0: no MLP."""
+        """Inner channels of each MLP; 0: no MLP."""
         return round(self.mlp_ratio * self.d_model)
 
     @property
     def mixer_options(self) -> dict[str, Any]:
-        """The options of the mixer that are set."""
+        """The mixer's options that are set."""
         return {name: getattr(self, name) for name in MIXER_OPTIONS if getattr(self, name) is not None}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every field and its value, ready for JSON."""
+        """Return every field and its value, as JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Make a config from what `to_dict` returned; fields left out take their defaults.
+        """Make a config from the result of `to_dict`; missing fields take their defaults.
 
         Raises:
-            ValueError: a key is no field (the message names the nearest), or a value is not what it must be.
+            ValueError: a key is not a field (the message names the nearest), or a value is not valid.
         """
         return convert(values, cls)
 
 
 class SequenceModel(nn.Module):
-    """A language model over tokens whose state can be carried: embed -> blocks -> norm -> head.
+    """A language model whose state can be carried from call to call: embed -> blocks -> norm -> head.
 
-    A step is a call with T = 1. However a stream is cut into calls, its logits are those of one call.
+    A step is a call with T = 1. However a sequence is divided into calls, its logits equal those of one call.
 
-    Initial values are the parts' own, but for the embedding, from N(0, 0.02) as in GPT-2: a tied head then
-    starts with logits near 0. Measured on tiny Shakespeare (4 layers of 128, 500 steps, two seeds), torch's
-    values for the matrices that write to the residual stream end 0.02 to 0.04 nats lower than values scaled
-    down with depth, and an embedding from N(0, 1) ends 0.02 higher.
+    Modules keep their own initial values, except the embedding, which is drawn from N(0, 0.02) as in GPT-2,
+    so that a tied head starts with logits near 0. Measured on tiny Shakespeare (4 layers of width 128, 500
+    steps, two seeds), torch's initial values for the matrices that write to the residual stream end 0.02 to
+    0.04 nats lower than values scaled down with depth, and an embedding from N(0, 1) ends 0.02 higher.
 
     Args:
-        config: what to build.
+        config: the configuration.
 
     Raises:
-        ValueError: the mixer refuses an option's value.
+        ValueError: an option's value is not valid for the mixer.
 
     Example:
         >>> model = SequenceModel(ModelConfig(vocab_size=10, d_model=8))
@@ -182,7 +182,7 @@ class SequenceModel(nn.Module):
         self.dropout = Dropout(config.dropout)
         self.blocks = make_blocks(config)
         self.norm = make_norm(config)
-        # Tied: no second name for one matrix, so that a checkpoint holds it once.
+        # Without a second name for a tied matrix, a checkpoint holds it once.
         self.head = (
             None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         )
@@ -195,17 +195,16 @@ class SequenceModel(nn.Module):
 
         Args:
             tokens: `(B, T)`, int64, below vocab_size.
-            state: what an earlier call returned, nested tuples of tensors whose first axis is B; None is
-                empty.
-            reset: `(B, T)`, bool; where True, everything before step t is forgotten (a document starts
-                there).
+            state: state returned by an earlier call, nested tuples of tensors whose first axis is B; None is
+                the empty state.
+            reset: `(B, T)`, bool; where True, the state is cleared before step t (a document starts there).
 
         Returns:
-            logits `(B, T, vocab_size)`, at t those of token t + 1, and the state after the last token.
+            logits `(B, T, vocab_size)`, at step t those of token t + 1, and the state after the last token.
 
         Raises:
-            TypeError: the tokens are no tensor of integers, the state is none that a call returned, or
-                reset is not bool.
+            TypeError: the tokens are not a tensor of integers, the state was not returned by a call, or reset
+                is not bool.
             ValueError: a shape is not as above, or the state is of another model.
         """
         self._check(tokens, state, reset)
@@ -219,7 +218,7 @@ class SequenceModel(nn.Module):
             return head(y)
         if runs(embedding, nn.Embedding):
             return functional.linear(y, embedding.weight)
-        # What stands in its place need not have such a matrix; it is then what that makes of all tokens.
+        # A replacement of the embedding may have no weight; the matrix is then its output for all tokens.
         return functional.linear(y, embedding(torch.arange(self.config.vocab_size, device=y.device)))
 
     def _check(self, tokens: Tensor, state: ModelState | None, reset: Tensor | None) -> None:
@@ -233,7 +232,7 @@ class SequenceModel(nn.Module):
 
 
 def make_blocks(config: ModelConfig) -> nn.ModuleList:
-    """Make the blocks of a model, `num_layers` of them."""
+    """Make the `num_layers` blocks of a model."""
     return nn.ModuleList(_make_block(config) for _ in range(config.num_layers))
 
 
@@ -249,7 +248,7 @@ def make_norm(config: ModelConfig) -> nn.Module:
 def run_blocks(
     blocks: nn.ModuleList, x: Tensor, state: ModelState | None, *, reset: Tensor | None
 ) -> tuple[Tensor, ModelState]:
-    """Run x `(B, T, d_model)` through one block after the other; return that and the state of each."""
+    """Run x `(B, T, d_model)` through the blocks; return the output and each block's state."""
     states: list[BlockState] = []
     for index, block in enumerate(blocks):
         x, block_state = block(x, None if state is None else state[index], reset=reset)
@@ -258,11 +257,11 @@ def run_blocks(
 
 
 def check_state(name: str, state: ModelState | None, num_blocks: int, batch: int) -> None:
-    """Raise unless `state` is None or of so many blocks and rows; `name` starts the message.
+    """Raise unless `state` is None or has so many blocks and rows; the message starts with `name`.
 
     Raises:
-        TypeError: it is no tuple of such tuples of tensors as a call returns.
-        ValueError: it has another number of blocks or rows.
+        TypeError: it does not have the nested form that a call returns.
+        ValueError: its number of blocks or rows differs.
     """
     if state is None:
         return
@@ -283,7 +282,7 @@ def check_state(name: str, state: ModelState | None, num_blocks: int, batch: int
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: Any) -> Any:
-    """Apply a function to every tensor of a state, keeping its nesting: `map_state(torch.detach, state)`."""
+    """Apply a function to every tensor of a nested state, as in `map_state(torch.detach, state)`."""
     if isinstance(state, Tensor):
         return function(state)
     return tuple(map_state(function, part) for part in state)

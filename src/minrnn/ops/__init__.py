@@ -1,4 +1,4 @@
-"""The recurrence h[t] = a[t] h[t-1] + b[t], and Mamba's, which has many states a channel; nothing else."""
+"""The recurrence h[t] = a[t] h[t-1] + b[t], and Mamba's selective scan, which has N states per channel."""
 
 from minrnn.ops.gates import CANDIDATES as CANDIDATES
 from minrnn.ops.gates import GATES as GATES

@@ -1,4 +1,4 @@
-"""How the steps of a layer are cut into chunks whose pre-activations stay in cache: slices, no numbers."""
+"""Division of a layer's steps into chunks whose pre-activations fit into the CPU's cache."""
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -8,59 +8,59 @@ from typing import NamedTuple
 import torch
 
 CACHED_BYTES = 2 << 20
-"""Pre-activations of a chunk, for each thread. With their gradients, input and states a chunk then holds some
-7 MiB, which the last cache keeps. Larger results would be mapped anew at each call, at the price of a page
-fault for every 4 KiB; smaller chunks spend more of their time between calls."""
+"""Size of a chunk's pre-activations, per thread. Together with their gradients, the input and the states a
+chunk then takes about 7 MiB, which the last-level cache holds. Larger results would be mapped anew at each
+call, with a page fault per 4 KiB; smaller chunks have a larger overhead of calls."""
 
 MIN_STEPS = 512
-"""Steps of a chunk at least, so that a matrix product outweighs the packing of its weights, and a state that
-passes from chunk to chunk is rounded to float32 seldom."""
+"""Fewest steps of a chunk: enough that a matrix product outweighs the packing of its weights, and that the
+state between chunks is rarely rounded to float32."""
 
 MIN_RUN = 32
-"""Steps of each row in a chunk of time-major rows at least: again, not to round the states too often."""
+"""Fewest steps of each row in a chunk of time-major rows, again so that states are rarely rounded."""
 
 ALL = slice(None)
 
 
 class Chunk(NamedTuple):
-    """Some steps of some rows of a batch: what is projected and scanned at once."""
+    """Some steps of some rows of a batch, which are projected and scanned at once."""
 
     rows: slice
-    """Which rows of the batch."""
+    """The rows of the batch."""
     steps: slice
-    """Which steps of each."""
+    """The steps of each row."""
     entry: slice | None
-    """Which rows of h0 it starts from; None where it goes on from the chunk before it."""
+    """The rows of h0 that it starts from; None if it continues from the chunk before it."""
 
 
 WHOLE = Chunk(ALL, ALL, ALL)
 
 
 def steps_at_once(step_bytes: int) -> int:
-    """How many steps, of all rows together, a chunk has at least.
+    """Return the least number of steps of a chunk, over all its rows.
 
     Args:
-        step_bytes: size of one step's pre-activations.
+        step_bytes: size of one step's pre-activations in one row.
     """
     return torch.get_num_threads() * max(MIN_STEPS, CACHED_BYTES // step_bytes)
 
 
 @lru_cache
 def cut_batch(B: int, T: int, size: int, *, by_time: bool, reverse: bool) -> tuple[Chunk, ...]:
-    """Cut rows of one length, so that each chunk is a matrix in memory.
+    """Divide a batch of rows of equal length into chunks, each of which is a matrix in memory.
 
-    Rows that are long enough are cut by themselves, wherever they lie. Shorter ones go several to a chunk;
-    or, where a step's rows lie together in memory, some steps of all rows do.
+    Rows that are long enough are divided one by one. Otherwise a chunk holds several whole rows, or, in a
+    time-major batch, some steps of all rows.
 
     Args:
-        B: rows.
-        T: steps of each.
-        size: steps of a chunk, of all rows together: at least that many where there are so many.
-        by_time: whether a step's rows lie together in memory, and not a row's steps.
+        B: number of rows.
+        T: number of steps of each row.
+        size: least number of steps of a chunk, over all its rows, where there are so many.
+        by_time: whether memory is time-major, so that the rows of one step are adjacent.
         reverse: whether the recurrence runs from the last step to the first.
 
     Returns:
-        The chunks; those of the same rows follow each other in the order of the recurrence.
+        The chunks; those of the same rows are in the order of the recurrence.
     """
     if size >= B * T:
         return (WHOLE,)
@@ -78,12 +78,12 @@ def cut_batch(B: int, T: int, size: int, *, by_time: bool, reverse: bool) -> tup
 
 
 def cut_sequences(offsets: Sequence[int], size: int, *, reverse: bool) -> tuple[Chunk, ...]:
-    """Cut sequences that lie end to end in a batch of one row, each of which starts from a state of its own.
+    """Divide sequences that are concatenated in a batch of one row, each with an initial state of its own.
 
     Args:
-        offsets: where each of N sequences starts, and the total at the end.
-        size: as `cut_batch` takes it.
-        reverse: as `cut_batch` takes it.
+        offsets: the first step of each of N sequences, and the total at the end.
+        size: as in `cut_batch`.
+        reverse: as in `cut_batch`.
 
     Returns:
         The chunks; an empty sequence has none.
@@ -105,6 +105,6 @@ def _cut_time(rows: slice, start: int, stop: int, runs: int, entry: slice, rever
 
 
 def _divide(start: int, stop: int, parts: int) -> Iterator[slice]:
-    """Divide a range into parts of nearly one length."""
+    """Divide a range into parts of nearly equal length."""
     edges = [start + (stop - start) * part // parts for part in range(parts + 1)]
     return (slice(left, right) for left, right in pairwise(edges))

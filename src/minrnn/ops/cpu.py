@@ -1,8 +1,8 @@
 """The compiled engine for the CPU: a wrapper around csrc/, which reads tensors in place.
 
-This module ensures what the extension relies on: dtype, device, shape (checked by recurrence.py), contiguous
-channels, no lazily negated views, and outputs that live until it returns. That tensors have memory of their
-extent is checked in the extension (csrc/tensor.h).
+This module guarantees the extension's preconditions: dtype, device and shape (checked by recurrence.py),
+contiguous channels, no lazily negated views, and outputs that live until the call returns. The extension
+itself checks that each tensor's storage is large enough (csrc/tensor.h).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ try:
     import minrnn.ops._cpu as compiled
 except ModuleNotFoundError as error:
     raise ImportError(
-        "it was not compiled when minrnn was installed, for want of a working C++ compiler; install one and "
+        "it was not compiled when minrnn was installed, as no C++ compiler worked; install one and "
         "reinstall minrnn (pip install --verbose shows what fails)"
     ) from error
 
 __all__ = ["CANDIDATE_CODES", "GATE_CODES", "ISA", "backward", "compiled", "forward", "new_output"]
 
 ISA: str = compiled.isa
-"""The instruction set that was chosen for this processor: avx512_bf16, avx512, avx2 or baseline."""
+"""The instruction set chosen for this processor: avx512_bf16, avx512, avx2 or baseline."""
 
 _scan = compiled.scan
 GATE_CODES = {name: code for code, name in enumerate(_scan.gates)}
@@ -42,7 +42,7 @@ assert {*_scan.candidates} == CANDIDATES.keys(), (
 _Start = tuple[Tensor | None, Tensor | None]
 _Call = tuple[int, int, int, bool, bool, int, tuple[int, int, int], list[Tensor], _Start]
 
-_LARGE = 4 << 20  # bytes: below this the system's allocator keeps what is freed
+_LARGE = 4 << 20  # bytes; the system's allocator reuses smaller blocks itself
 
 
 def forward(
@@ -54,7 +54,7 @@ def forward(
     signed: bool,
     reverse: bool,
 ) -> Tensor:
-    """As `reference.forward`, fused: reads each pre-activation once and writes h once."""
+    """Compute `reference.forward` in one pass: read each pre-activation once, write h once."""
     pre = [contiguous_channels(x) for x in pre]
     D = _channels(pre, gate)
     h = new_output(pre[0], D)
@@ -75,7 +75,7 @@ def backward(
     signed: bool,
     reverse: bool,
 ) -> list[Tensor]:
-    """As `reference.backward`, fused: reads pre-activations, h and dh once, writes the gradients once."""
+    """Compute `reference.backward` in one pass: read pre-activations, h and dh once, write gradients once."""
     pre, dh, h = [contiguous_channels(x) for x in pre], contiguous_channels(dh), contiguous_channels(h)
     B, _, D = h.shape
     dpre = [new_output(x, x.shape[2]) for x in pre]
@@ -116,7 +116,7 @@ def _call(
 
 
 def new_output(like: Tensor, D: int) -> Tensor:
-    """As `reference.output_like`, from memory that is kept for the next output where it is large."""
+    """Allocate as `reference.output_like`; large outputs reuse the memory of former ones (memory.py)."""
     B, T = like.shape[:2]
     nbytes = B * T * D * like.element_size()
     storage = take(nbytes, compiled.prefer_huge_pages) if nbytes >= _LARGE else None

@@ -1,7 +1,7 @@
-"""The operator `minrnn::gated_scan`: what it computes, and its derivatives of every order.
+"""The operator `minrnn::gated_scan` and its derivatives of every order.
 
-Its tensors are (*pre, h0, reset), of which `pre` holds the gate's k tensors, or one packed tensor. Nothing is
-checked: recurrence.py has done that.
+Its tensors are (*pre, h0, reset), where `pre` is the gate's k tensors or one packed tensor. Arguments are not
+checked here: recurrence.py does that.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ __all__ = ["GATED_SCAN", "MODULES", "Mode", "linear_scan", "new_output"]
 
 
 MODULES = {name: module for name, (module, _, _) in ENGINES.items()}
-"""The modules that compute the gated scan, by the engine's name."""
+"""The modules that implement the gated scan, by engine name."""
 
 
 class Mode(NamedTuple):
-    """Which recurrence: the trailing arguments of the operators."""
+    """The kind of recurrence: the trailing arguments of the operators."""
 
     gate: str
     """A name in GATES."""
@@ -35,14 +35,14 @@ class Mode(NamedTuple):
     signed: bool
     """Whether decays lie in (-1, 1)."""
     reverse: bool
-    """From the last step to the first."""
+    """Whether to run from the last step to the first."""
 
 
 _MODE = "str gate, str candidate, bool signed, bool reverse"
 
 
 class GatedScan(Operator):
-    """h of the recurrence: see `minrnn.ops.gated_scan`."""
+    """The operator behind `minrnn.ops.gated_scan`."""
 
     name = "gated_scan"
     schema = f"(Tensor[] pre, Tensor? h0, Tensor? reset, {_MODE}) -> Tensor"
@@ -76,7 +76,7 @@ class GatedScan(Operator):
         dh0 = h.new_empty(h.shape[0], h.shape[2], dtype=state_dtype(h.dtype))
         return [*(output_like(x, x.shape[2]) for x in pre), dh0]
 
-    # A scan's backward and forward derivatives are scans, so that all orders close over this class.
+    # Both derivatives of a scan are scans, so that derivatives of all orders are made of this operator.
 
     def differentiable_gradients(
         self, gradients: Tensors, kept: Tensor, tensors: Tensors, mode: Mode
@@ -106,7 +106,7 @@ class GatedScan(Operator):
 
 
 def _linearize(tensors: Tensors, h: Tensor, mode: Mode) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Separate pre-activations, decays and previous states, resets applied, in float32 or wider."""
+    """Return separate pre-activations, decays and previous states, resets applied, in at least float32."""
     *pre, h0, reset = tensors
     dtype = torch.promote_types(h.dtype, torch.float32)
     parts = [x.to(dtype) for x in split(mode.gate, pre)]
@@ -123,12 +123,12 @@ GATED_SCAN = GatedScan()
 
 
 def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None, *, reverse: bool) -> Tensor:
-    """h[t] = a[t] h[t-1] + b[t], unchecked."""
+    """Compute h[t] = a[t] h[t-1] + b[t], without checks of the arguments."""
     return GATED_SCAN((a, b, h0, None), Mode("identity", "positive", False, reverse))
 
 
 def new_output(like: Tensor, D: int) -> Tensor:
-    """Return a (B, T, D) tensor, uninitialized, laid out as `like`, allocated as the CPU engine's outputs."""
+    """Allocate an uninitialized (B, T, D) tensor with the layout of `like`, as the CPU engine does."""
     return _new_output()(like, D)
 
 

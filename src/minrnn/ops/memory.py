@@ -1,15 +1,14 @@
-"""Memory for large outputs, kept for the next one.
+"""A caching allocator for large outputs on the CPU.
 
-A system allocator hands large blocks back to the operating system when they are freed, so that every training
-step gets fresh pages and waits while the kernel clears them: for an output of 64 MiB as long as for the scan
-itself. Here the storage of an output that is gone serves the next output of its size: exactly its size, for
-torch saves and shares a tensor's whole storage, and what is left over would hold former numbers.
+The system allocator returns large blocks to the operating system when they are freed, so that every training
+step gets fresh pages and waits until the kernel has cleared them: for an output of 64 MiB as long as the scan
+itself takes. Here the storage of a freed output is reused for the next output of the same size. The size must
+be equal, because torch saves and shares a tensor's whole storage: a larger one would expose old values.
 
-Storages are torch's own, so that outputs are as any tensor: they can be resized, shared and saved. One that
-is held by nobody but this file is free. What is kept is bounded: LIMIT bytes in all, outputs that are still
-in use among them, so that a process which computes nothing more holds no more than that. What stays free for
-IDLE seconds is given back when the next large output is made, and all that is free when there is no memory
-for it.
+Storages are torch's own, so that outputs can be resized, shared and saved like any tensor. A storage is free
+when only this file holds a reference to it. The cache holds at most LIMIT bytes, including outputs that are
+still in use. Storages that stay free for IDLE seconds are released when the next large output is made, and
+all free ones when there is no memory for it.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from minrnn.ops.torch_private import storage_use_count
 __all__ = ["IDLE", "LIMIT", "release_memory", "take"]
 
 IDLE = 10.0
-"""Seconds after which a storage that nobody asked for is given back."""
+"""Seconds after which an unused storage is released."""
 
 
 def _memory() -> int:
-    """Bytes of the machine's memory; 16 GiB where it does not say."""
+    """Return the machine's memory in bytes; 16 GiB where it is unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -39,11 +38,12 @@ def _memory() -> int:
 
 
 LIMIT = _memory() // 16
-"""Bytes that are kept at most. More outputs than that in a training step are served in part."""
+"""Capacity of the cache in bytes. Where a training step has more outputs than that, part of them are
+cached."""
 
 
 class _Kept:
-    """A storage, and since when it is known to be free."""
+    """A cached storage, and the time since which it is known to be free."""
 
     __slots__ = ("free_since", "storage")
 
@@ -52,7 +52,7 @@ class _Kept:
         self.free_since: float | None = None
 
     def held(self) -> tuple[int, int]:
-        """References to the storage: torch's, and Python's."""
+        """The numbers of references to the storage: torch's, and Python's."""
         return storage_use_count(self.storage), sys.getrefcount(self.storage)
 
 
@@ -60,15 +60,15 @@ _NOT_HELD = _Kept(torch.UntypedStorage(0, device="cpu")).held()
 
 
 class _Pool:
-    """All that is kept, the one that was handed out last at the end."""
+    """The cached storages, the most recently used one last."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.kept: list[_Kept] = []
-        self.looked = time.monotonic()  # for what is free
+        self.looked = time.monotonic()  # for free storages
 
     def find(self, nbytes: int) -> _Kept | None:
-        """A free storage of this size, taken out; the youngest, which may still be in a cache."""
+        """Remove and return a free storage of this size, the last one used, for the sake of caches."""
         for kept in reversed(self.kept):
             if kept.storage.nbytes() == nbytes and kept.held() == _NOT_HELD and _is_as_made(kept.storage):
                 self.kept.remove(kept)
@@ -76,12 +76,12 @@ class _Pool:
         return None
 
     def make_room(self, nbytes: int) -> None:
-        """Let the oldest go until so many bytes more are within LIMIT; those in use stay their users'."""
+        """Drop the oldest storages until `nbytes` more are within LIMIT; outputs in use stay valid."""
         while self.kept and sum(kept.storage.nbytes() for kept in self.kept) + nbytes > LIMIT:
             del self.kept[0]
 
     def give_back(self, idle: float) -> int:
-        """Let go what is known to be free for so many seconds; return how many bytes that was."""
+        """Release the storages that have been free for `idle` seconds; return their size in bytes."""
         self.looked = now = time.monotonic()
         for kept in self.kept:
             if kept.held() != _NOT_HELD:
@@ -94,29 +94,29 @@ class _Pool:
 
 
 def _is_as_made(storage: torch.UntypedStorage) -> bool:
-    """Whether it was neither moved into shared memory nor fixed for NumPy."""
+    """Whether the storage was neither moved into shared memory nor made fixed in size, as NumPy does."""
     return storage.resizable() and not storage.is_shared()
 
 
 _POOL = _Pool()
 if hasattr(
     os, "register_at_fork"
-):  # a child process has its parent's storages, and no thread that holds the lock
+):  # a forked child has its parent's storages, but not the thread that may hold the lock
     os.register_at_fork(
         before=_POOL.lock.acquire, after_in_parent=_POOL.lock.release, after_in_child=_POOL.lock.release
     )
 
 
 def take(nbytes: int, prepare: Callable[[int, int], None]) -> torch.UntypedStorage | None:
-    """Find or make a storage of `nbytes`, whose contents are arbitrary.
+    """Take a storage of `nbytes` with arbitrary contents from the cache, or allocate one.
 
     Args:
-        nbytes: its size.
-        prepare: called with the address and the size of a new one.
+        nbytes: size in bytes.
+        prepare: called with the address and the size of a newly allocated storage.
 
     Returns:
-        The storage. None if it would not be kept, or there was no memory for it: then all that was free has
-        been given back, and it is torch's turn.
+        The storage; None if it is too large to be cached, or its allocation failed. In the latter case all
+        free storages have been released, so that the caller can allocate through torch.
     """
     if nbytes > LIMIT:
         return None
@@ -138,12 +138,12 @@ def take(nbytes: int, prepare: Callable[[int, int], None]) -> torch.UntypedStora
 
 
 def release_memory() -> int:
-    """Give back the memory of former outputs that the CPU's engine keeps for the next ones.
+    """Release the memory that the CPU engine caches for its outputs, at most a sixteenth of the machine's.
 
-    That is at most a sixteenth of the machine's memory. As torch.cuda.empty_cache, it leaves tensors alone.
+    Like torch.cuda.empty_cache, it leaves tensors in use untouched.
 
     Returns:
-        How many bytes were given back.
+        The number of bytes released.
 
     >>> release_memory() >= 0
     True

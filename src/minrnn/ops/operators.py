@@ -1,12 +1,12 @@
-"""What an operator is made of, once for all of them.
+"""Base classes of the package's operators.
 
-`Operator` makes a pair of registered operators, forward and backward, of a declaration: schemas, engines,
-shapes, derivatives. They take part in autograd of any order, forward mode, torch.func's transforms, the older
+`Operator` makes a pair of registered operators, forward and backward, from one declaration: schemas, engines,
+shapes and derivatives. They support autograd of any order, forward mode, torch.func's transforms, the older
 vmap of torch.autograd, torch.compile and torch.export. `Composite` is a composition of torch's operations
-with a faster form for eager tensors.
+with a faster path for eager tensors.
 
-Eager calls of an operator go to an autograd.Function, whose overhead is a quarter of a registered operator's.
-Traced and transformed calls go to the registered operator, which compilers and transforms can see.
+Eager calls of an operator use an autograd.Function, whose overhead is a quarter of a registered operator's.
+Traced and transformed calls use the registered operator, which compilers and transforms can see.
 """
 
 from __future__ import annotations
@@ -49,26 +49,27 @@ __all__ = ["Composite", "Operator"]
 _LIBRARY = torch.library.Library("minrnn", "FRAGMENT")
 
 Tensors = Sequence[Any]
-"""Tensors, and None for absent ones."""
+"""Tensors, None for absent ones."""
 
 
 class Operator(ABC):
-    """The operators `minrnn::<name>` and `minrnn::<name>_backward`, defined by what a subclass declares.
+    """The operators `minrnn::<name>` and `minrnn::<name>_backward`, declared by a subclass.
 
-    A call, `operator(tensors, mode)`, is differentiable. `tensors` are all inputs in one sequence, of which
-    the last has no gradient; `mode` is the rest of the arguments. The last of several outputs has no gradient
-    either: it is what backward needs. Arguments are not checked.
+    A call, `operator(tensors, mode)`, is differentiable. `tensors` is the sequence of all input tensors, the
+    last of which has no gradient; `mode` holds the other arguments. If there are several outputs, the last
+    one is saved for backward and has no gradient. Arguments are not checked.
     """
 
     name: ClassVar[str]
     schema: ClassVar[str]
-    """Of forward, without the name."""
+    """The schema of forward, without the name."""
     backward_schema: ClassVar[str]
-    """Of backward, which returns the gradients of all tensors but the last, empty for absent ones."""
+    """The schema of backward, which returns the gradients of all tensors but the last, empty for absent
+    ones."""
     modules: ClassVar[Mapping[str, str]]
-    """The module that computes it, by the engine's name in ENGINES."""
+    """The modules that implement it, by engine name in ENGINES."""
     shared: ClassVar[frozenset[int]] = frozenset()
-    """Which tensors have no batch: backward sums their gradients over it."""
+    """The indices of tensors without a batch axis: backward sums their gradients over the batch."""
 
     def __init__(self) -> None:
         found = implementations(self.modules, self._engine_functions)
@@ -84,15 +85,15 @@ class Operator(ABC):
             f"{self.name}_backward", self.fake_backward, self._twice_differentiable, self._batched_backward
         )
 
-    # -- What a subclass declares
+    # -- Declared by subclasses
 
     @abstractmethod
     def pack(self, tensors: Tensors, mode: Any, record: bool) -> tuple[Any, ...]:
-        """Return the arguments of forward; `record`: whether backward will be called."""
+        """Return the arguments of forward; `record` tells whether backward will be called."""
 
     @abstractmethod
     def unpack(self, arguments: Sequence[Any]) -> tuple[tuple[Any, ...], Any]:
-        """Return (tensors, mode), given the arguments of forward."""
+        """Return (tensors, mode) from the arguments of forward: the inverse of `pack`."""
 
     @abstractmethod
     def pack_backward(self, gradients: Tensors, kept: Tensor, tensors: Tensors, mode: Any) -> tuple[Any, ...]:
@@ -100,32 +101,32 @@ class Operator(ABC):
 
     @abstractmethod
     def unpack_backward(self, arguments: Sequence[Any]) -> tuple[Tensors, Any, tuple[Any, ...], Any]:
-        """Return what `pack_backward` takes, given what it returns."""
+        """Return (gradients, kept, tensors, mode): the inverse of `pack_backward`."""
 
     @abstractmethod
     def fake(self, *arguments: Any) -> Any:
-        """Return forward's outputs, uninitialized."""
+        """Return uninitialized outputs of forward."""
 
     @abstractmethod
     def fake_backward(self, *arguments: Any) -> list[Tensor]:
-        """Return backward's outputs, uninitialized."""
+        """Return uninitialized outputs of backward."""
 
     @abstractmethod
     def differentiable_gradients(
         self, gradients: Tensors, kept: Tensor, tensors: Tensors, mode: Any
     ) -> list[Tensor]:
-        """Compute backward's outputs by differentiable operations."""
+        """Compute the outputs of backward by differentiable operations."""
 
     @abstractmethod
     def tangents(self, tangents: Tensors, kept: Tensor, tensors: Tensors, mode: Any) -> tuple[Tensor, ...]:
-        """Compute the tangents of the differentiable outputs; None stands for a tangent that is zero."""
+        """Compute the tangents of the differentiable outputs; an input tangent of None is zero."""
 
     def engine_functions(self, module: ModuleType) -> Functions:
-        """Return what an engine's module implements forward and backward by."""
+        """Return an engine's implementations of forward and backward."""
         return module.forward, module.backward
 
     def trim(self, outputs: Any, mode: Any) -> Any:
-        """Return the outputs of a recorded call as those of an unrecorded one."""
+        """Convert the outputs of a call with `record` to those of a call without."""
         return outputs
 
     # -- Calls
@@ -139,7 +140,7 @@ class Operator(ABC):
         return self.compute(self.pack(tensors, mode, False))
 
     def compute(self, arguments: tuple[Any, ...]) -> Any:
-        """Call forward without autograd, whose check for gradients would take a quarter of a single step."""
+        """Call forward without autograd, whose check for gradients takes a quarter of a step's time."""
         with below_autograd():
             return self.forward_op(*arguments)
 
@@ -151,14 +152,14 @@ class Operator(ABC):
     def gradients(self, gradients: Tensors, kept: Tensor, tensors: Tensors, mode: Any) -> list[Tensor | None]:
         """Compute the gradients of all tensors, None for absent ones and for the last.
 
-        They are the engine's fused pass, unless they will be differentiated themselves.
+        The engine's fused pass computes them, unless they will be differentiated themselves.
         """
         if torch.is_grad_enabled() or is_transformed():  # create_graph=True; a transform; forward mode
             found = self.backward_op(*self.pack_backward(gradients, kept, tensors, mode))
         else:
             found = self.differentiate(gradients, kept, tensors, mode)
         of_inputs: list[Tensor | None] = []
-        for x, d in zip(tensors, found, strict=False):  # converted by a call only where there is need
+        for x, d in zip(tensors, found, strict=False):  # Tensor.to costs time even where it does nothing
             of_inputs.append(None if x is None else d if d.dtype is x.dtype else d.to(x.dtype))
         return [*of_inputs, None]
 
@@ -177,7 +178,7 @@ class Operator(ABC):
         _LIBRARY.impl(operator, _for_old_vmap(batched), "Batched")
 
     def _engine_functions(self, module: ModuleType) -> Functions:
-        """Return the engine's functions, which are not called for a batch without rows."""
+        """Return the engine's functions, made to skip the engine for an empty batch."""
         compute, differentiate = self.engine_functions(module)
 
         def forward(*arguments: Any) -> Any:
@@ -195,8 +196,8 @@ class Operator(ABC):
     def _differentiable(self, *arguments: Any) -> Any:
         """Forward, for the dispatch key Autograd.
 
-        Nested transforms call it at each of their levels with that level's tensors, so that no tangent is
-        lost; torch.autograd.Function.jvp would lose all but the innermost.
+        Nested transforms call it at each level with that level's tensors, so that no tangent is lost;
+        torch.autograd.Function.jvp would keep the innermost level's only.
         """
         tensors, mode = self.unpack(arguments)
         if needs_gradients(*tensors):
@@ -230,7 +231,7 @@ class Operator(ABC):
 
     def _batched_backward(self, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         """Backward, for torch.func.vmap: many gradients at once."""
-        if self.shared:  # their gradients are sums over the batch, which must not add up what is mapped
+        if self.shared:  # the sums over the batch must not run over the mapped dimension
             return _one_by_one(self.backward_op, info, in_dims, arguments)
         gradients, kept, tensors, mode = self.unpack_backward(arguments)
         gradient_dims, kept_dim, dims, _ = self.unpack_backward(in_dims)
@@ -270,11 +271,12 @@ def _recorded(operator: Operator) -> type[Any]:
 
 
 def _at_level(function: type[Any]) -> Any:
-    """Make of an autograd.Function one for an operator's Autograd kernel, at any level of nested transforms.
+    """Extend an autograd.Function for an operator's Autograd kernel, at any level of nested transforms.
 
-    A Function's forward records nothing, at no level; here the levels below, whose turn comes within it, do.
-    Its jvp is for tensors that have gradients and tangents at one level, as torch.autograd.forward_ad has
-    them: what backward computes with then has tangents too. Elsewhere it would lose the levels below.
+    A Function's forward disables recording at all levels; this one enables it for the levels below, which run
+    inside it. Its jvp is for tensors with gradients and tangents at the same level, as in
+    torch.autograd.forward_ad, so that the tensors saved for backward have tangents too. In other cases it
+    would lose the levels below.
     """
 
     class AtLevel(function):
@@ -294,13 +296,13 @@ def _at_level(function: type[Any]) -> Any:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Compositions with a faster eager form
+# Compositions with a faster eager path
 
 
 class Composite(ABC):
-    """A composition of torch's operations, with a faster form where `is_plain` holds and nothing is traced.
+    """A composition of torch's operations with a faster path for eager, plain tensors (see `is_plain`).
 
-    The caller decides that it does, and calls `composite(settings, *tensors)` then, `compose` otherwise.
+    The caller decides: it calls `composite(settings, *tensors)` for these, and `compose` otherwise.
     """
 
     def __init__(self) -> None:
@@ -308,11 +310,11 @@ class Composite(ABC):
 
     @abstractmethod
     def compose(self, settings: Any, *tensors: Any) -> Tensor:
-        """Compute the output by torch's operations, which define what it is."""
+        """Compute the output by torch's operations; this defines the result."""
 
     @abstractmethod
     def compute(self, settings: Any, tensors: Sequence[Any], *, record: bool) -> tuple[Tensor, list[Tensor]]:
-        """Compute the output in the faster form, and what `gradients` needs of it where `record`."""
+        """Compute the output by the faster path, and, with `record`, the tensors that `gradients` needs."""
 
     @abstractmethod
     def gradients(
@@ -323,7 +325,7 @@ class Composite(ABC):
         tensors: Sequence[Any],
         kept: Sequence[Tensor],
     ) -> list[Tensor | None]:
-        """Compute the gradients that are needed, of all tensors, None for the others."""
+        """Compute the gradients of the tensors that need one, None for the others."""
 
     def __call__(self, settings: Any, *tensors: Tensor | None) -> Tensor:
         """Compute the output, differentiably."""
@@ -345,10 +347,10 @@ def _recorded_composite(composite: Composite) -> type[Any]:
 
         @staticmethod
         def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-            saved = ctx.saved_tensors  # read once: torch.utils.checkpoint hands it out once
+            saved = ctx.saved_tensors  # torch.utils.checkpoint allows one access
             tensors, kept = saved[: ctx.count], saved[ctx.count :]
             needs = ctx.needs_input_grad[1:]
-            # With create_graph=True, and for many gradients at once, nothing may be written in place.
+            # With create_graph=True, and for batched gradients, nothing may be written in place.
             if torch.is_grad_enabled() or not is_plain(gradient) or is_batched(gradient):
                 return None, *_differentiate(composite, ctx.settings, needs, gradient, tensors)
             return None, *composite.gradients(ctx.settings, needs, gradient, tensors, kept)
@@ -359,10 +361,10 @@ def _recorded_composite(composite: Composite) -> type[Any]:
 def _differentiate(
     composite: Composite, settings: Any, needs: Sequence[bool], gradient: Tensor, tensors: Sequence[Any]
 ) -> list[Tensor | None]:
-    """Differentiate the composition, computed anew, as torch does."""
+    """Recompute the composition and differentiate it by torch's autograd."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Aliases: where one argument is computed from another, no gradient must flow on to that other here.
+        # Aliases, so that no gradient flows from one argument to another that it was computed from.
         aliases = [x if x is None else x.view_as(x) for x in tensors]
         output = composite.compose(settings, *aliases)
         wanted: list[Any] = [x for x, needed in zip(aliases, needs, strict=True) if needed]
@@ -371,12 +373,12 @@ def _differentiate(
 
 
 # ----------------------------------------------------------------------------------------------------------
-# vmap: torch.func's, and the older one of torch.autograd, behind is_grads_batched=True, vectorize=True and
-# gradcheck's check_batched_grad, which cannot map over operators that take lists of tensors by itself.
+# vmap: torch.func's, and the older one of torch.autograd, used by is_grads_batched=True, vectorize=True and
+# gradcheck's check_batched_grad, which does not support operators with lists of tensors by itself.
 
 
 class _Mapped(NamedTuple):
-    """What a rule of torch.func.vmap needs to know."""
+    """The `info` argument of a rule for torch.func.vmap."""
 
     batch_size: int
 
@@ -397,7 +399,7 @@ def _fold(
 
 
 def _unfold(info: Any, outputs: Any) -> tuple[Any, Any]:
-    """Take the mapped dimension of outputs, in front, apart from the batch; and say where it is."""
+    """Split the mapped dimension from the batch, at the front of each output; return it with the outputs."""
     return (
         tree_map(lambda x: x.unflatten(0, (info.batch_size, -1)), outputs),
         tree_map(lambda _: 0, outputs),
@@ -421,7 +423,7 @@ def _one_by_one(
 
 
 def _for_any_size(rule: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
-    """Make of a rule for mapped dimensions of at least 1 a rule for those of size 0 too."""
+    """Extend a vmap rule to mapped dimensions of size 0."""
 
     def rule_for_any_size(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         if info.batch_size:
@@ -437,13 +439,13 @@ def _for_any_size(rule: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[A
 
 
 def _for_old_vmap(rule: Callable[..., tuple[Any, Any]]) -> Callable[..., Any]:
-    """Make of a rule for torch.func.vmap a kernel for the dispatch key Batched."""
+    """Convert a rule for torch.func.vmap to a kernel for the dispatch key Batched."""
 
     def kernel(*arguments: Any) -> Any:
         level = old_vmap_level()
         leaves, structure = tree_flatten(arguments)
         mapped = [isinstance(x, Tensor) for x in leaves]
-        # A tensor that is not mapped gets a dimension of 1.
+        # Tensors that are not mapped get a dimension of size 1.
         found = [
             remove_batch_dim(x, level, 1, 0) if is_tensor else x
             for x, is_tensor in zip(leaves, mapped, strict=True)

@@ -1,8 +1,8 @@
-"""A linear projection and a gated scan as one function, computed in chunks that stay in the cache.
+"""A linear projection fused with a gated scan, computed in chunks that fit into the cache.
 
-One after the other, they write k (B, T, D) pre-activations to memory and read them back, and their gradients
-likewise. Here a chunk of pre-activations is computed, used and dropped: in forward where no gradients are
-recorded, in backward always.
+Computed one after the other, the two write k (B, T, D) pre-activations to memory and read them back, and
+their gradients likewise. Here a chunk of pre-activations is computed, used and dropped: always in backward,
+and in forward when no gradients are recorded.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from minrnn.ops.transforms import is_plain, is_traced, is_transformed, needs_gra
 __all__ = ["projected_scan"]
 
 LARGE_BYTES = 32 << 20
-"""Pre-activations from which on they are cut, to save memory. Fewer are computed at once, which is faster: a
-chunk costs some calls, and the C library keeps the memory of a few MiB for the next call in any case."""
+"""Size of pre-activations from which on they are computed in chunks, to save memory. Smaller ones are
+computed at once, which is faster: a chunk costs some calls, and the C library reuses blocks of a few MiB in
+any case."""
 
 MIN_ELEMENTS = 1 << 14
-"""States of a sequence, on average, from which on calls of its own cost less than gates outside the scan."""
+"""Average number of states per sequence from which on a call for each sequence takes less time than computing
+the gates outside the scan."""
 
 
 def projected_scan(
@@ -48,7 +50,7 @@ def projected_scan(
     joined: Joined | None = None,
     recompute: bool = False,
 ) -> Tensor:
-    """A recurrence with the projection that feeds it: h = gated_scan(gate, linear(x, weight, bias), ...).
+    """Compute a linear projection and a gated scan: h = gated_scan(gate, linear(x, weight, bias), ...).
 
     Arguments are not checked.
 
@@ -58,13 +60,13 @@ def projected_scan(
         weight: (num_pre * D, C), its rows in the order of the gate's pre-activations.
         bias: (num_pre * D,); none when None.
         h0: (B, D), the state before the first step; zeros when None. With `joined`, (N, D).
-        reset: (B, T) bool; where True the state is forgotten before that step.
+        reset: (B, T) bool; where True the state is set to zero before that step.
         reverse: run from the last step to the first.
         candidate: a name in CANDIDATES.
-        signed: let decays lie in (-1, 1).
-        time_major: how the axes of x are ordered.
-        joined: N sequences that lie end to end in x (1, total, C); without `reset`.
-        recompute: recompute pre-activations and states in backward, so that they need not be kept for it.
+        signed: decays lie in (-1, 1).
+        time_major: whether x is (T, B, C).
+        joined: the boundaries of N sequences that are concatenated in x (1, total, C); without `reset`.
+        recompute: recompute pre-activations and states in backward instead of saving them.
 
     Returns:
         h, (B, T, D).
@@ -75,18 +77,18 @@ def projected_scan(
 
 
 class _Settings(NamedTuple):
-    """The arguments of one call that are no tensors."""
+    """The arguments of one call other than tensors."""
 
     mode: Mode
     time_major: bool
     recompute: bool
     sequences: tuple[Chunk, ...] = (WHOLE,)
-    """The parts that each start from a state of h0."""
+    """The parts that each start from a row of h0."""
     chunks: tuple[Chunk, ...] = (WHOLE,)
-    """The same parts, cut smaller."""
+    """The same parts, divided into chunks."""
 
     def batch_first(self, x: Tensor) -> Tensor:
-        """Return x, or pre-activations or gradients in its form, as (B, T, ...)."""
+        """Return x, or a tensor with its order of axes, as (B, T, ...)."""
         return x.transpose(0, 1) if self.time_major else x
 
     def scan(self, chunk: Chunk, pre: Tensor, start: Tensor | None, reset: Tensor | None) -> Tensor:
@@ -99,7 +101,7 @@ class _Settings(NamedTuple):
 
 
 class _Tensors(NamedTuple):
-    """The arguments of one call that are tensors."""
+    """The tensor arguments of one call."""
 
     x: Tensor
     weight: Tensor
@@ -109,7 +111,7 @@ class _Tensors(NamedTuple):
 
     @property
     def row_bytes(self) -> int:
-        """Size of one step's pre-activations."""
+        """Size of one step's pre-activations in one row."""
         return self.weight.shape[0] * self.weight.element_size()
 
 
@@ -124,7 +126,7 @@ def _scan_rows(settings: _Settings, tensors: _Tensors) -> Tensor:
 
 def _scan_joined(settings: _Settings, tensors: _Tensors, joined: Joined) -> Tensor:
     x, h0, reverse = tensors.x, tensors.h0, settings.mode.reverse
-    if joined.total == 0:  # there is nothing to scan
+    if joined.total == 0:  # no step to scan
         D = tensors.weight.shape[0] // GATES[settings.mode.gate].num_pre
         return _project(x, tensors.weight, tensors.bias)[..., :D]
     if h0 is None:
@@ -140,10 +142,10 @@ def _scan_joined(settings: _Settings, tensors: _Tensors, joined: Joined) -> Tens
 
 
 def _can_fuse(tensors: _Tensors) -> bool:
-    """Whether the fused form applies: eager CPU tensors in float32 or float64, no autocast, no transform.
+    """Whether the fused path applies: eager CPU, float32 or float64, no autocast, no torch.func transform.
 
-    In 16 bits the sums of gradients over chunks would be rounded after each. On a GPU, chunks that its cache
-    holds would not occupy it.
+    In 16 bits, sums of gradients over chunks would be rounded after every chunk. On a GPU, chunks that fit
+    into its cache are too small to use all of its multiprocessors.
     """
     x, weight, bias, h0, _ = tensors
     return (
@@ -161,15 +163,15 @@ def _is_large(tensors: _Tensors) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# By torch's operations and the scan: differentiable to any order, under any transform
+# Composition of torch's operations and the scan: differentiable to any order, under any transform
 
 
 def _composed(
     settings: _Settings, tensors: _Tensors, compose: Callable[[_Settings, _Tensors], Tensor]
 ) -> Tensor:
-    """Compose; where recompute asks for it, torch recomputes all of it in backward."""
+    """Call `compose`; with `recompute`, torch recomputes it in backward."""
     if not settings.recompute or is_transformed() or not needs_gradients(*tensors):
-        return compose(settings, tensors)  # transforms take no hooks on what is saved
+        return compose(settings, tensors)  # transforms do not support hooks on saved tensors
 
     def again(*tensors: Any) -> Tensor:
         return compose(settings, _Tensors(*tensors))
@@ -187,12 +189,12 @@ def _compose(settings: _Settings, tensors: _Tensors) -> Tensor:
 
 
 def _compose_joined(joined: Joined, settings: _Settings, tensors: _Tensors) -> Tensor:
-    """Start every sequence from a state of its own: its first step's input term b becomes a * h0 + b.
+    """Start every sequence from its own initial state: the input term b of its first step becomes a * h0 + b.
 
-    So the gates are computed here and not inside the scan. On one core that makes a layer's forward and
-    backward 1.5 to 2 times as slow as without h0 (with 32 channels, up to 4), about what padding to the
-    longest costs, and takes more memory. It is for short sequences, whose single calls would cost more, and
-    for compiled graphs, which serve any lengths.
+    The gates are therefore computed here and not inside the scan. On one core, forward and backward of a
+    layer take 1.5 to 2 times as long as without h0 (with 32 channels, up to 4 times), about as long as with
+    padding to the longest sequence, and more memory. It is used for short sequences, where a call for each
+    takes longer still, and in compiled graphs, which must not depend on the lengths.
     """
     (x, weight, bias, h0, _), mode = tensors, settings.mode
     assert h0 is not None
@@ -210,7 +212,7 @@ def _compose_joined(joined: Joined, settings: _Settings, tensors: _Tensors) -> T
 
 
 class _Fused(Composite):
-    """h (B, T, D) of (settings, *tensors)."""
+    """The operator behind `projected_scan`: (settings, *tensors) -> h (B, T, D)."""
 
     def compose(self, settings: _Settings, *tensors: Any) -> Tensor:
         return _compose(settings, _Tensors(*tensors))
@@ -231,7 +233,7 @@ class _Fused(Composite):
         tensors: Sequence[Any],
         kept: Sequence[Tensor],
     ) -> list[Tensor | None]:
-        """Go through the chunks from the last to the first; use pre-activations' gradients as they come."""
+        """Process the chunks from the last to the first, and use each one's gradients at once."""
         inputs = _Tensors(*tensors)
         pieces = (_recompute_pieces if settings.recompute else _kept_pieces)(settings, inputs, kept)
         sums = _Sums(settings, needs, inputs)
@@ -252,13 +254,13 @@ _FUSED = _Fused()
 
 
 def _scan_whole(settings: _Settings, tensors: _Tensors) -> tuple[Tensor, Tensor, Tensor]:
-    """h, and what is kept for backward: pre-activations and h.
+    """Return h, and the tensors saved for backward: pre-activations and h.
 
-    Not in chunks: pre-activations that are kept have to be written anyway.
+    The projection is not divided into chunks: all pre-activations have to be written to memory anyway.
     """
     x, weight, bias, h0, reset = tensors
     x = settings.batch_first(x)
-    # Not by linear, which would have fresh memory mapped for as many.
+    # Not functional.linear, which would allocate fresh memory.
     pre, by_time = new_output(x, len(weight)), _lies_by_time(x)
     _project_into(_matrix(pre, by_time), _matrix(x, by_time), weight, bias)
     pieces = ((sequence, _of(pre, sequence)) for sequence in settings.sequences)
@@ -267,7 +269,7 @@ def _scan_whole(settings: _Settings, tensors: _Tensors) -> tuple[Tensor, Tensor,
 
 
 def _scan_chunks(settings: _Settings, tensors: _Tensors) -> tuple[Tensor, list[Tensor]]:
-    """h, and the states from which those chunks go on that do not start from h0."""
+    """Return h, and the initial states of the chunks that do not start from h0."""
     x, weight, bias, h0, reset = tensors
     x = settings.batch_first(x)
     return _scan_pieces(settings, _project_chunks(settings.chunks, x, weight, bias), x, h0, reset)
@@ -276,7 +278,7 @@ def _scan_chunks(settings: _Settings, tensors: _Tensors) -> tuple[Tensor, list[T
 def _project_chunks(
     chunks: Iterable[Chunk], x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Iterator[tuple[Chunk, Tensor]]:
-    """Each chunk with its pre-activations, which lie where those of the next will."""
+    """Yield each chunk with its pre-activations, in a buffer that the next chunk overwrites."""
     by_time = _lies_by_time(x)
     room = x.new_empty(0, len(weight))
     for chunk in chunks:
@@ -304,7 +306,7 @@ def _scan_pieces(
     h0: Tensor | None,
     reset: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Scan one piece after the other into states that lie in memory as `like`."""
+    """Scan one piece after the other; return all states, in the memory layout of `like`, and `borders`."""
     h: Tensor | None = None
     last: Tensor | None = None
     borders: list[Tensor] = []
@@ -318,12 +320,12 @@ def _scan_pieces(
         h = new_output(like, piece.shape[2]) if h is None else h
         _of(h, chunk).copy_(piece)
         last = settings.last(piece)
-    assert h is not None, "there is no sequence without a step"
+    assert h is not None, "no piece to scan"
     return h, borders
 
 
 Piece = tuple[Chunk, Tensor, Tensor, Tensor | None]
-"""A chunk, its pre-activations, its states, and the state that it starts from."""
+"""A chunk, its pre-activations, its states, and its initial state."""
 
 
 def _kept_pieces(settings: _Settings, tensors: _Tensors, kept: Sequence[Tensor]) -> Iterator[Piece]:
@@ -346,7 +348,7 @@ def _recompute_pieces(settings: _Settings, tensors: _Tensors, borders: Sequence[
 
 
 class _Sums:
-    """The gradients of x, weight, bias and h0, as far as chunks have contributed to them."""
+    """The gradients of x, weight, bias and h0, accumulated over chunks."""
 
     def __init__(self, settings: _Settings, needs: Sequence[bool], tensors: _Tensors) -> None:
         self.settings, self.weight, self.x = settings, tensors.weight, settings.batch_first(tensors.x)
@@ -355,11 +357,11 @@ class _Sums:
         self.dx = new_output(self.x, self.x.shape[2]) if needs_x else None
         self.dweight: Tensor | None = None
         self.dbias: Tensor | None = None
-        # Zeros: a sequence without steps has no chunk.
+        # Zeros, because a sequence without steps has no chunk.
         self.dh0 = torch.zeros_like(tensors.h0) if tensors.h0 is not None and needs_h0 else None
 
     def add(self, chunk: Chunk, dpre: Tensor, dstart: Tensor) -> None:
-        """Add what a chunk contributes, given the gradients of its pre-activations and of its first state."""
+        """Add a chunk's part, given the gradients of its pre-activations and of its initial state."""
         rows = _matrix(dpre, self.by_time)
         if self.dx is not None:
             torch.mm(rows, self.weight, out=_matrix(_of(self.dx, chunk), self.by_time))
@@ -373,7 +375,7 @@ class _Sums:
             self.dh0[chunk.entry] = dstart
 
     def gradients(self) -> list[Tensor | None]:
-        """Return those of (x, weight, bias, h0, reset), None where they are not needed."""
+        """Return the gradients of (x, weight, bias, h0, reset), None where they are not needed."""
         dx = None if self.dx is None else self.settings.batch_first(self.dx)
         return [dx, self.dweight, self.dbias, self.dh0, None]
 
@@ -390,12 +392,12 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _lies_by_time(x: Tensor) -> bool:
-    """Whether the rows of a step lie together in memory, and not the steps of a row."""
+    """Whether x (B, T, ...) is time-major in memory."""
     return x.stride(0) < x.stride(1)
 
 
 def _of(x: Tensor, chunk: Chunk) -> Tensor:
-    """A chunk of x (B, T, ...), a view."""
+    """Return a chunk of x (B, T, ...) as a view."""
     return x if chunk is WHOLE else x[chunk.rows, chunk.steps]
 
 
@@ -404,8 +406,8 @@ def _entering(chunk: Chunk, h0: Tensor | None) -> Tensor | None:
 
 
 def _matrix(x: Tensor, by_time: bool) -> Tensor:
-    """(B, T, C) as B * T rows in the order in which they lie in memory: a view.
+    """Return x (B, T, C) as a matrix of B * T rows, in memory order.
 
-    Where they lie in no order it is a copy, which memory from `new_output` never needs.
+    It is a view where memory is contiguous in that order, as it is for tensors from `new_output`.
     """
     return (x.transpose(0, 1) if by_time else x).flatten(0, 1)

@@ -15,26 +15,28 @@ from minrnn.ops.gates import CANDIDATES, GATES
 __all__ = ["FLOATS", "STARTS", "check_like", "check_tensor", "gated_scan", "scan"]
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-"""The dtypes of inputs."""
+"""The supported dtypes of inputs."""
 
 STARTS = {
     dtype: [x for x in FLOATS if torch.promote_types(x, wide) == wide]
     for dtype in FLOATS
     for wide in [torch.promote_types(dtype, torch.float32)]
 }
-"""The dtypes of initial states that go with inputs of each: those of which nothing is lost."""
+"""The dtypes of h0 that are allowed for inputs of each dtype: those that convert to the state's without
+loss."""
 
 
 def scan(a: Tensor, b: Tensor, h0: Tensor | None = None, *, reverse: bool = False) -> Tensor:
-    """The first-order linear recurrence, in parallel over batch, channels and (where it pays) time.
+    """Compute a first-order linear recurrence, in parallel over batch, channels and (if it is faster) time.
 
         h[t] = a[t] * h[t-1] + b[t],    h[-1] = h0
 
-    The state is carried in float64, whatever the inputs' dtype, so the error does not grow with T.
+    The state is carried in a wider format than h (float64 in the reference; pairs of floats in the compiled
+    engines), so that the error does not grow with T.
 
     Args:
         a: decay, (B, T, D), B may be 0, float32, float64, bfloat16 or float16. Any batch and time strides.
-        b: drive, as `a`.
+        b: input term, as `a`.
         h0: initial state, (B, D), of the same dtype, float32 or narrower; zeros when None.
         reverse: run from the last step to the first: h[t] = a[t] * h[t+1] + b[t], h[T] = h0.
 
@@ -68,7 +70,7 @@ def gated_scan(
     candidate: str = "positive",
     signed: bool = False,
 ) -> Tensor:
-    """A gated recurrence in one pass: pre-activations -> gates -> (a, b) -> scan -> h.
+    """Compute a gated recurrence in one pass: pre-activations -> gates -> (a, b) -> scan -> h.
 
         "mingru":                a = 1 - z,        b = z * g(c)
         "minlstm":               a = f / (f + i),  b = i / (f + i) * g(c)
@@ -76,22 +78,23 @@ def gated_scan(
         "identity":              a, b as given: `scan`, with resets
 
     where z, f and i are the sigmoids of their pre-activations, c is the candidate's pre-activation, and g is
-    "positive" (x + 0.5 for x >= 0, sigmoid(x) below), "linear" (x) or "tanh". With signed, 2 a - 1 takes the
-    place of a: minGRU's decay is 1 - 2 z, minLSTM's (f - i) / (f + i).
+    "positive" (x + 0.5 for x >= 0, sigmoid(x) below), "linear" (x) or "tanh". With signed, a is replaced by
+    2 a - 1: minGRU's decay is 1 - 2 z, minLSTM's (f - i) / (f + i).
 
-    Gates are computed in float32 at least and the state is carried in float64; only h is rounded to the
-    inputs' dtype. Backward saves the inputs and h, and recomputes the gates.
+    Gates are computed in at least float32. The state is carried in a wider format than h (float64 in the
+    reference; pairs of floats in the compiled engines), so that the error does not grow with T; only h is
+    rounded to the inputs' dtype. Backward saves the inputs and h, and recomputes the gates.
 
     Args:
         gate: a name in GATES.
-        *pre: the gate's k pre-activations, each (B, T, D); or one packed tensor (B, T, k * D) that holds
-            them side by side, as a linear layer emits them (no copy is made, and its gradient comes back
-            packed). float32, float64, bfloat16 or float16; any batch and time strides.
+        *pre: the gate's k pre-activations, each (B, T, D); or one packed tensor (B, T, k * D), their
+            concatenation along the channels, as a linear layer returns it (it is not copied, and its gradient
+            is packed too). float32, float64, bfloat16 or float16; any batch and time strides.
         h0: initial state, (B, D), of the inputs' dtype, float32 or narrower; zeros when None.
-        reset: (B, T) bool; where True the state is forgotten before that step (document or episode start).
+        reset: (B, T) bool; where True the state is set to zero before that step (document or episode start).
         reverse: run from the last step to the first.
         candidate: the name of g in CANDIDATES.
-        signed: let decays lie in (-1, 1); for "mingru" and "minlstm".
+        signed: decays lie in (-1, 1); for "mingru" and "minlstm".
 
     Returns:
         h, (B, T, D), in the inputs' dtype. The final state is h[:, -1] (h[:, 0] when reversed).
@@ -132,7 +135,7 @@ def gated_scan(
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Checks: once, at this border. A step (T = 1) takes 20 microseconds, of which they are a noticeable part.
+# Argument checks, made here only. They are fast, as a single step (T = 1) takes 20 microseconds in all.
 
 
 def _unknown(what: str, name: str, table: dict[str, Any]) -> ValueError:
@@ -177,7 +180,7 @@ def _check(
 
 
 def _read_flag(function: str, name: str, value: Any) -> bool:
-    """Return a flag, Python's or numpy's, as a bool."""
+    """Return a flag, a Python or NumPy bool, as a Python bool."""
     if isinstance(value, bool):
         return value
     if str(getattr(value, "dtype", None)) == "bool" and value.shape == ():
@@ -186,7 +189,7 @@ def _read_flag(function: str, name: str, value: Any) -> bool:
 
 
 def check_tensor(function: str, name: str, x: Any) -> None:
-    """Raise unless x is a tensor; `function` and `name`, its argument, start the message."""
+    """Raise unless x is a tensor; the message starts with `function` and `name`, the argument."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{function}: {name} must be a tensor, got {type(x).__name__}")
 
@@ -200,7 +203,7 @@ def check_like(
     device: torch.device,
     first: str,
 ) -> None:
-    """Raise unless x is a tensor of this shape, dtype and device, to go with the argument called `first`."""
+    """Raise unless x is a tensor of this shape, dtype and device, which match the argument `first`."""
     check_tensor(function, name, x)
     if x.shape != shape:
         raise ValueError(

@@ -1,7 +1,6 @@
-"""The specification: a plain loop over time, for any device and dtype. Every other engine must equal it.
+"""The reference engine: a plain loop over time, for any device and dtype. Other engines must agree with it.
 
-All arithmetic is done in the widest floating type the device has, so that its error is that of rounding
-the result.
+All arithmetic is done in the device's widest floating type, so that the error is that of rounding the result.
 """
 
 from __future__ import annotations
@@ -27,56 +26,56 @@ __all__ = [
 
 
 def carry_dtype(device: torch.device) -> torch.dtype:
-    """The dtype in which gates and state are computed: float64, or float32 on devices that lack it."""
+    """Return the dtype in which gates and state are computed: float64, or float32 on devices that lack it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which dh0 leaves an engine: float32 at least, so that 16-bit states can be kept wider."""
+    """Return the dtype of an engine's dh0: at least float32, so that 16-bit states can be kept wider."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def split(gate: str, pre: list[Tensor]) -> list[Tensor]:
-    """The gate's pre-activations as separate (B, T, D) views, whether they came packed or not."""
+    """Return the gate's pre-activations, packed or not, as separate (B, T, D) views."""
     num_pre = GATES[gate].num_pre
     return list(pre[0].chunk(num_pre, -1)) if len(pre) == 1 else pre
 
 
 def output_strides(pre: Tensor, D: int) -> tuple[int, int, int]:
-    """Strides of a (B, T, D) output: batch-major or time-major, as `pre` is."""
+    """Return the strides of a (B, T, D) output: batch-major or time-major, as `pre` is."""
     B, T = pre.shape[:2]
     return (D, B * D, 1) if pre.stride(0) < pre.stride(1) else (T * D, D, 1)
 
 
 def output_like(pre: Tensor, D: int) -> Tensor:
-    """An uninitialised (B, T, D) tensor, laid out as `pre` is, and no view of another."""
+    """Return an uninitialized (B, T, D) tensor with the memory layout of `pre`; it is not a view."""
     B, T = pre.shape[:2]
     return pre.new_empty_strided((B, T, D), output_strides(pre, D))
 
 
 def contiguous_channels(x: Tensor) -> Tensor:
-    """x itself where its channels are contiguous and its values are stored as they read; else a copy."""
+    """Return x if its channels are contiguous and it has no lazy negation, else a copy."""
     if x.is_neg():
         x = measured(x).resolve_neg()
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else measured(x).contiguous()
 
 
 def contiguous(x: Tensor) -> Tensor:
-    """x itself where it is contiguous and its values are stored as they read; else a copy."""
+    """Return x if it is contiguous and has no lazy negation, else a copy."""
     return x if x.is_contiguous() and not x.is_neg() else measured(x).resolve_neg().contiguous()
 
 
 def measured(x: Tensor) -> Tensor:
-    """x, to be copied. torch reads it without looking how long its storage is, which may have been freed.
+    """Return a view of x whose bounds are checked, to be copied: torch copies a tensor without checking them.
 
     Raises:
-        RuntimeError: its storage is shorter than it is.
+        RuntimeError: the storage was freed, or is smaller than x.
     """
     return x.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def initial_state(h0: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """h0 as an engine for inputs of `dtype` reads it: see `state_dtype` and `contiguous_channels`."""
+    """Convert h0 for an engine whose inputs are of `dtype`: see `state_dtype` and `contiguous_channels`."""
     if h0 is None:
         return None
     wide = state_dtype(dtype)
@@ -92,7 +91,7 @@ def forward(
     signed: bool,
     reverse: bool,
 ) -> Tensor:
-    """h[t] = a[t] h[t-1] + b[t], h[-1] = h0, one step after another."""
+    """Compute h[t] = a[t] h[t-1] + b[t], h[-1] = h0, step by step."""
     parts = [_in_order(x.to(carry_dtype(x.device)), reverse) for x in split(gate, pre)]
     a, b = GATES[gate].equations(CANDIDATES[candidate], *parts, signed=signed)
     forget = _forget(reset, reverse)
@@ -115,9 +114,9 @@ def backward(
     signed: bool,
     reverse: bool,
 ) -> list[Tensor]:
-    """Gradients of every tensor in `pre`, then of h0. The adjoint of a scan is a scan run backwards.
+    """Compute the gradients of every tensor in `pre` and of h0; the adjoint of a scan is a reverse scan.
 
-    g[t] = dh[t] + a[t+1] g[t+1];  da[t] = g[t] h[t-1];  db[t] = g[t];  dh0 = a[0] g[0].
+    g[t] = dh[t] + a[t+1] g[t+1];  da[t] = g[t] h[t-1];  db[t] = g[t];  dh0 = a[0] g[0]
     """
     dtype = carry_dtype(h.device)
     parts = [_in_order(x.to(dtype), reverse) for x in split(gate, pre)]
@@ -140,12 +139,12 @@ def backward(
 
 
 def _in_order(x: Tensor, reverse: bool) -> Tensor:
-    """The steps in the order in which the recurrence visits them."""
+    """Return the steps in the order of the recurrence."""
     return x.flip(1) if reverse else x
 
 
 def _forget(reset: Tensor | None, reverse: bool) -> Tensor | None:
-    """(B, T, 1) bool in the order of the recurrence."""
+    """Return the resets as (B, T, 1), bool, in the order of the recurrence."""
     return None if reset is None else _in_order(reset, reverse).unsqueeze(-1)
 
 

@@ -1,8 +1,8 @@
-"""Who serves which device, or why it is missing.
+"""Engine registry: which engine implements each device, and why one is unavailable.
 
-An engine is a module with two functions, `forward` and `backward`, of one signature (see reference.py). It is
-registered with torch's dispatcher for its device, so nothing here chooses at call time. Setting MINRNN_ENGINE
-to a name in ENGINES before minrnn is imported forces that engine; a name that cannot load raises.
+An engine is a module with the functions `forward` and `backward`, with the signatures of reference.py. It is
+registered with torch's dispatcher for its device, which selects it at call time. Setting MINRNN_ENGINE to a
+name in ENGINES before minrnn is imported forces that engine; an engine that cannot load then raises.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Engine:
-    """One line of `minrnn engines`: an engine, the device it serves, and its condition."""
+    """The status of an engine, one line of `minrnn engines`."""
 
     name: str
     """Key in ENGINES."""
     device: str
-    """The device type it serves; "any" for the reference."""
+    """The device type that it implements; "any" for the reference."""
     serves: bool
-    """Whether calls on that device reach it."""
+    """Whether calls on that device are dispatched to it."""
     detail: str
-    """What it runs on, or why it is missing."""
+    """Its version or instruction set, or why it is unavailable."""
 
 
 # name: (module, device type, key of torch's dispatcher)
@@ -55,7 +55,7 @@ ENGINES: dict[str, tuple[str, str, str]] = {
 
 
 def forced() -> str | None:
-    """The engine named by MINRNN_ENGINE, checked; None when the variable is unset or empty.
+    """Return the engine named by MINRNN_ENGINE; None when the variable is unset or empty.
 
     Raises:
         ValueError: the name is not in ENGINES.
@@ -69,7 +69,7 @@ def forced() -> str | None:
 
 
 def load(name: str) -> ModuleType | ImportError:
-    """The engine's module, or the error that says why it cannot load or has nothing to run on."""
+    """Return the engine's module, or the error that says why it cannot load or lacks its device."""
     module, device, _ = ENGINES[name]
     if device == "cuda" and not torch.cuda.is_available():
         return ImportError("torch finds no CUDA device")
@@ -80,19 +80,19 @@ def load(name: str) -> ModuleType | ImportError:
 
 
 Functions = tuple[Callable[..., Any], Callable[..., Any]]
-"""An engine's forward and backward, with the arguments of the operators that they implement."""
+"""An engine's implementations of an operator and of its backward, with the operators' arguments."""
 
 
 def implementations(
     modules: Mapping[str, str], functions: Callable[[ModuleType], Functions]
 ) -> dict[str, Functions]:
-    """Find what implements an operator and its backward, by the key of torch's dispatcher.
+    """Find the implementations of an operator and its backward, by dispatch key.
 
-    It may raise, so it comes before anything is defined: a second import then says the same as the first.
+    Call it before the operator is defined: if it raises, a second import then raises the same error.
 
     Args:
-        modules: the module of each engine that knows the operator, by the engine's name.
-        functions: finds the two operators' implementations in such a module.
+        modules: the modules that implement the operator, by engine name.
+        functions: returns the two implementations in such a module.
 
     Raises:
         ValueError: MINRNN_ENGINE names no engine.
@@ -112,14 +112,14 @@ def implementations(
 
 
 def register(library: torch.library.Library, operator: str, found: Mapping[str, Functions]) -> None:
-    """Register `implementations` of an operator and its backward, which are defined in `library`."""
+    """Register the result of `implementations` for an operator and its backward, defined in `library`."""
     for key, (forward, backward) in found.items():
         library.impl(operator, forward, key)
         library.impl(f"{operator}_backward", backward, key)
 
 
 def serving(name: str, modules: Mapping[str, str]) -> ModuleType:
-    """The engine's module among `modules`; the reference's, where the engine cannot load."""
+    """Return the engine's module among `modules`, or the reference's if the engine cannot load."""
     module = _find(name, modules)
     return module if isinstance(module, ModuleType) else importlib.import_module(modules["reference"])
 
@@ -137,10 +137,10 @@ def _find(name: str, modules: Mapping[str, str]) -> ModuleType | ImportError:
 def _when_used(
     name: str, modules: Mapping[str, str], functions: Callable[[ModuleType], Functions]
 ) -> Functions:
-    """The engine's functions, found by the first call of one.
+    """Return functions that load the engine on their first call.
 
-    Looking for a GPU at import would start its driver, which processes forked later could not use, and
-    Triton takes as long to import as all the rest.
+    A search for a GPU at import would initialize CUDA, which breaks in processes that are forked later, and
+    importing Triton takes as long as importing everything else.
     """
 
     @cache
@@ -151,7 +151,7 @@ def _when_used(
 
 
 def engines() -> list[Engine]:
-    """Every engine, whether it serves its device, and why not.
+    """List every engine: whether its device's calls reach it, and if not, why.
 
     >>> [engine.name for engine in engines()]
     ['cpp', 'triton', 'reference']
@@ -166,13 +166,13 @@ def _describe(name: str) -> Engine:
     if isinstance(module, ImportError):
         return Engine(name, device, False, f"not available: {module}")
     if chosen not in (None, name) and name != "reference":
-        return Engine(name, device, False, f"set aside: MINRNN_ENGINE={chosen}")
+        return Engine(name, device, False, f"disabled by MINRNN_ENGINE={chosen}")
     return Engine(name, device, True, _detail(name, module))
 
 
 def _detail(name: str, module: ModuleType) -> str:
     if name == "reference":
-        return "plain loop in float64: the specification; serves every device that has no engine of its own"
+        return "plain loop in float64; used on every device without an engine of its own"
     if name == "triton":
         return f"Triton {module.VERSION}, compiled when first used"
     return f"compiled C++, {module.ISA} instructions"

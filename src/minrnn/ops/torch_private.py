@@ -1,6 +1,6 @@
-"""The parts of torch that it does not document and may change: this file alone names them.
+"""The undocumented parts of torch that the package uses, which may change. No other file names them.
 
-tests/test_torch_private.py checks that each is there, so that a new torch that lacks one fails by its name.
+tests/test_torch_private.py checks that each exists, so that a torch version without one fails with its name.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ set_forward_mode = forward_ad._set_fwd_grad_enabled
 """Context manager that switches forward mode on or off."""
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
-"""Context manager: operators are dispatched past autograd."""
+"""Context manager in which operators are dispatched past autograd."""
 
 functorch_is_active = torch._C._are_functorch_transforms_active
 """Whether one of torch.func's transforms is active."""
 
 jit_tracing_state = torch._C._get_tracing_state
-"""The state of torch.jit.trace; None where it is not active."""
+"""The state of torch.jit.trace; None when it is not active."""
 
 remove_batch_dim = torch._remove_batch_dim
 add_batch_dim = torch._add_batch_dim
@@ -71,12 +71,12 @@ def has_dispatch_modes() -> bool:
 
 
 def is_batched(x: Tensor) -> bool:
-    """Whether the vmap of torch.autograd (not torch.func's) maps over a dimension of x, which hides it."""
+    """Whether torch.autograd's vmap (not torch.func's) maps over a dimension of x and hides it."""
     return torch._C._dispatch_keys(x).has("Batched")
 
 
 def old_vmap_level() -> int:
-    """Return the level of torch.autograd's vmap that is active."""
+    """Return the active level of torch.autograd's vmap."""
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     return level
@@ -88,5 +88,5 @@ def storage_use_count(storage: torch.UntypedStorage) -> int:
 
 
 def associative_scan() -> Any:
-    """Import torch's prototype of an associative scan, which takes a second."""
+    """Import torch's prototype of an associative scan; the import takes a second."""
     return import_module("torch._higher_order_ops").associative_scan

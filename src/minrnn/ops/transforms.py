@@ -1,4 +1,4 @@
-"""Which of torch's modes and transforms are active, and what they do to tensors."""
+"""Queries for torch's active modes and transforms, and operations on dual tensors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
 
 
 def needs_gradients(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is computed from these tensors."""
+    """Whether autograd records operations on these tensors."""
     if torch.is_grad_enabled():
         for x in tensors:  # any() takes five times as long, a noticeable part of a single step
             if x is not None and x.requires_grad:
@@ -43,7 +43,7 @@ def needs_gradients(*tensors: Tensor | None) -> bool:
 
 
 def in_autocast(x: Tensor) -> bool:
-    """Whether autocast is on for the device of x; some, as meta, have none, and torch raises if asked."""
+    """Whether autocast is on for the device of x; False on devices without autocast, such as meta."""
     return is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
@@ -66,35 +66,35 @@ def is_transformed() -> bool:
 def is_observed() -> bool:
     """Whether a compiler, a tracer, a transform, autocast or a dispatch mode is active.
 
-    Each of them acts on torch's operations, which a call of the compiled engine would hide from it.
+    Each of them intercepts torch's operations, and would not see inside a call of the compiled engine.
     """
     return is_traced() or is_transformed() or has_dispatch_modes() or torch.is_autocast_enabled("cpu")
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether no transform is active and these are no subclasses of Tensor.
+    """Whether no transform is active and all are plain tensors, not of a subclass.
 
-    What is computed from them may then be written in place.
+    Results computed from them may then be written in place.
     """
     return not is_transformed() and all(x is None or type(x) in (Tensor, Parameter) for x in tensors)
 
 
 LEVEL = 0
-"""Forward mode's level in torch, which has no other; torch.autograd.forward_ad does not see compiled graphs
-enter it."""
+"""The level of forward mode, of which torch has one. torch.autograd.forward_ad's own counter misses compiled
+graphs."""
 
 
 def have_tangents(*tensors: Tensor | None) -> bool:
-    """Whether a tensor has a forward-mode tangent; unlike backward mode, no_grad leaves it on."""
+    """Whether a tensor has a forward-mode tangent; forward mode stays on under no_grad."""
     return any(x is not None and forward_ad.unpack_dual(x, level=LEVEL).tangent is not None for x in tensors)
 
 
 def separate(tensors: Sequence[Tensor | None]) -> tuple[list[Any], list[Tensor | None]]:
-    """Take dual tensors apart: their primals, and their tangents, None where there is none."""
+    """Split dual tensors into their primals and their tangents, None where there is none."""
     pairs = [(None, None) if x is None else forward_ad.unpack_dual(x, level=LEVEL) for x in tensors]
     return [primal for primal, _ in pairs], [tangent for _, tangent in pairs]
 
 
 def join(primal: Tensor, tangent: Tensor) -> Tensor:
-    """Make a dual tensor."""
+    """Make a dual tensor of a primal and its tangent."""
     return forward_ad.make_dual(primal, tangent, level=LEVEL)

@@ -1,3 +1,3 @@
-"""Mamba's selective scan: a recurrence with N numbers a channel, which are never stored for all steps."""
+"""Mamba's selective scan: a recurrence with N states per channel, which are never stored for all steps."""
 
 from minrnn.ops.selective.recurrence import selective_scan as selective_scan

@@ -18,7 +18,7 @@ _selective = compiled.selective
 
 
 def forward(given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.forward`, fused: reads each sequence once, writes y and the borders once."""
+    """Compute `reference.forward` in one pass: read each sequence once, write y and the borders once."""
     x = _readable(given)
     y = new_output(x.u, x.u.shape[2])
     last = x.u.new_empty(len(x.u), *x.A.shape)
@@ -28,10 +28,10 @@ def forward(given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[Tensor]:
-    """As `reference.backward`, fused: computes a chunk's states and adjoints while they are in the cache.
+    """Compute `reference.backward` in one pass, with a chunk's states and adjoints in the cache.
 
-    Sums over channels and rows come in parts, one for each group of channels and each row of the batch,
-    which are added up here in their order.
+    The engine returns partial sums for each group of channels and each row of the batch, which are added up
+    here in a fixed order.
     """
     x = _readable(given)
     (batch, T, channels), N = x.u.shape, x.A.shape[1]
@@ -63,7 +63,7 @@ def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[
 
 
 def _readable(x: Inputs) -> Inputs:
-    """The inputs as the extension reads them."""
+    """Convert the inputs to the dtypes and layouts that the extension reads."""
     wide = state_dtype(x.u.dtype)
     if x.u.dtype != wide:
         x = Inputs(*(None if s is None else _as(s, wide) for s in x[:-1]), x.reset)  # type: ignore
@@ -74,7 +74,7 @@ def _readable(x: Inputs) -> Inputs:
 
 
 def _sum_of_steps(x: Tensor) -> Tensor:
-    """The sum over batch and time, in float64, as the engine's own sums: it may be small beside its terms."""
+    """Sum over batch and time in float64, as the engine does: the sum may be small beside its terms."""
     return x.sum((0, 1), dtype=torch.float64).to(x.dtype)
 
 

@@ -1,7 +1,7 @@
-"""The operator `minrnn::selective_scan`: what it computes, and its derivatives of every order.
+"""The operator `minrnn::selective_scan` and its derivatives of every order.
 
-Its tensors are the fields of `Inputs`; its mode says whether it returns the states at the borders of chunks,
-which backward needs. Nothing is checked: recurrence.py has done that.
+Its tensors are the fields of `Inputs`; its mode tells whether it returns the states before each chunk, which
+backward needs. Arguments are not checked here: recurrence.py does that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from minrnn.ops.gated import linear_scan
 from minrnn.ops.operators import Operator, Tensors
 from minrnn.ops.reference import output_like, state_dtype
 from minrnn.ops.registry import Functions
-from minrnn.ops.selective.reference import Inputs, discretise, empty_borders
+from minrnn.ops.selective.reference import Inputs, discretize, empty_borders
 
 __all__ = ["MODULES", "SELECTIVE_SCAN"]
 
@@ -27,14 +27,14 @@ MODULES = {
     "triton": "minrnn.ops.selective.triton.engine",
     "reference": "minrnn.ops.selective.reference",
 }
-"""The modules that compute the selective scan, by the engine's name in minrnn.ops.registry.ENGINES."""
+"""The modules that implement the selective scan, by engine name in minrnn.ops.registry.ENGINES."""
 
 _OPTIONAL = ("D", "z", "delta_bias", "h0", "reset")
 _INPUTS = ", ".join(f"Tensor{'?' * (name in _OPTIONAL)} {name}" for name in Inputs._fields)
 
 
 class SelectiveScan(Operator):
-    """y, the final state, and the states at the borders: see `minrnn.ops.selective_scan`."""
+    """The operator behind `minrnn.ops.selective_scan`; it also returns the states before each chunk."""
 
     name = "selective_scan"
     schema = f"({_INPUTS}, bool save) -> (Tensor, Tensor, Tensor)"
@@ -97,7 +97,7 @@ class SelectiveScan(Operator):
     def differentiable_gradients(
         self, gradients: Tensors, kept: Tensor, tensors: Tensors, mode: bool
     ) -> list[Tensor]:
-        """As `reference.backward`, for all steps at once."""
+        """Compute `reference.backward` for all steps at once."""
         x, (dy, dlast) = Inputs(*tensors), gradients
         has_bias = x.delta_bias is not None
         x = x.biased(torch.promote_types(x.u.dtype, torch.float32))
@@ -131,7 +131,7 @@ class SelectiveScan(Operator):
     def tangents(
         self, tangents: Tensors, kept: Tensor, tensors: Tensors, mode: bool
     ) -> tuple[Tensor, Tensor]:
-        """Tangents of y and of the final state, given those of the inputs."""
+        """Compute the tangents of y and of the final state from those of the inputs."""
         x = Inputs(*tensors)
         narrow, wide = x.u.dtype, torch.promote_types(x.u.dtype, torch.float32)
         pairs = zip(tangents, x[:-1], strict=False)
@@ -157,8 +157,8 @@ SELECTIVE_SCAN = SelectiveScan()
 
 
 def _linearize(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Decays, states and states before each step, (B, T, D, N), resets applied."""
-    a, b = discretise(x)
+    """Return decays, states, and states before each step, (B, T, D, N), resets applied."""
+    a, b = discretize(x)
     h = _linear(a, b, x.h0, reverse=False)
     first = torch.zeros_like(h[:, 0]) if x.h0 is None else x.h0
     h_prev = torch.cat([first.unsqueeze(1), h[:, :-1]], 1)

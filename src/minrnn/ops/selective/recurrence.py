@@ -25,35 +25,35 @@ def selective_scan(
     h0: Tensor | None = None,
     reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mamba's recurrence, whose decay, drive and read-out all depend on the input.
+    """Compute Mamba's recurrence, in which decay, input term and output projection depend on the input.
 
         delta[t] = softplus(delta_pre[t] + delta_bias)
         h[t, d, n] = exp(delta[t, d] A[d, n]) h[t-1, d, n] + delta[t, d] B[t, n] u[t, d],    h[-1] = h0
         y[t, d] = (sum_n C[t, n] h[t, d, n] + D[d] u[t, d]) silu(z[t, d])
 
-    The state is never stored for all steps: engines keep it at the border of every chunk, and backward
-    computes the steps in between again. It is carried in float32 at least, and so that its error does not
-    grow with T. First derivatives take the engine's fused pass; where higher ones or forward mode are asked
-    for, (batch, T, channels, N) tensors are made.
+    The state is never stored for all steps: engines save it before every chunk, and backward recomputes the
+    steps in between. It is carried in a wider format than y (float64 in the reference; pairs of floats in the
+    compiled engines), so that its error does not grow with T. First derivatives use the engine's fused pass;
+    higher derivatives and forward mode allocate (batch, T, channels, N) tensors.
 
-    The letters are the paper's, so that B and D are tensors here, and the axes go by their names.
+    The symbols are the paper's: B and D are tensors here, and axes are written out.
 
     Args:
         u: input, (batch, T, channels), float32, float64, bfloat16 or float16. Any batch and time strides,
             as for all sequences here.
         delta_pre: step size before its bias and the softplus, as u.
         A: rates, (channels, N), zero or negative, in u's dtype or float32.
-        B: how the input enters the state, (batch, T, N), in u's dtype.
-        C: how the output is read from the state, (batch, T, N), in u's dtype.
+        B: input projection, (batch, T, N), in u's dtype.
+        C: output projection, (batch, T, N), in u's dtype.
         D: skip connection, (channels,), in A's possible dtypes; none when None.
         z: gate of the output before its silu, as u; none when None.
         delta_bias: bias of the step size, (channels,), in A's possible dtypes; zeros when None. In 16 bits
             delta_pre could not hold it: between -8 and -4, where small steps are, they are 1/32 apart.
         h0: initial state, (batch, channels, N), in A's possible dtypes; zeros when None.
-        reset: (batch, T) bool; where True the state is forgotten before that step.
+        reset: (batch, T) bool; where True the state is set to zero before that step.
 
     Returns:
-        y (batch, T, channels) in u's dtype, and the final state (batch, channels, N) in float32 at least.
+        y (batch, T, channels) in u's dtype, and the final state (batch, channels, N) in at least float32.
 
     Raises:
         TypeError: an argument is not a tensor, or its dtype does not fit.
@@ -67,7 +67,7 @@ def selective_scan(
     [1.0, 1.3679, 1.5032]
 
     Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (arXiv 2312.00752),
-    section 3. A is discretised exactly, B by its first-order (Euler) form, as in the authors' code.
+    section 3. A is discretized exactly, B by its first-order (Euler) form, as in the authors' code.
     """
     inputs = Inputs(u, delta_pre, A, B, C, D, z, delta_bias, h0, reset)
     _check(inputs)

@@ -1,7 +1,7 @@
-"""The specification of the selective scan: a plain loop over time, for any device and dtype.
+"""The reference engine of the selective scan: a plain loop over time, for any device and dtype.
 
-All arithmetic is done in the widest floating type that the device has, vectorised over (B, D, N). It also
-says what every engine of the selective scan takes and returns.
+All arithmetic is done in the device's widest floating type, vectorized over (B, D, N). The arguments and
+results of `forward` and `backward` are those of every engine of the selective scan.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch.nn.functional import softplus
 
 from minrnn.ops.reference import carry_dtype, state_dtype
 
-__all__ = ["CHUNK", "Inputs", "backward", "discretise", "empty_borders", "forward", "num_chunks"]
+__all__ = ["CHUNK", "Inputs", "backward", "discretize", "empty_borders", "forward", "num_chunks"]
 
 CHUNK = 32
-"""Steps between the states that forward keeps for backward, which computes those in between again."""
+"""Steps between the states that forward saves; backward recomputes the states in between."""
 
 
 class Inputs(NamedTuple):
-    """What the scan depends on, in the order in which every function here takes it."""
+    """The inputs of the scan, in the order of every function here."""
 
     u: Tensor
     """(B, T, D)."""
@@ -45,12 +45,12 @@ class Inputs(NamedTuple):
     """(B, T), bool."""
 
     def widened(self, dtype: torch.dtype) -> Inputs:
-        """All floating tensors in this dtype."""
+        """Return the inputs with all floating tensors in this dtype."""
         *tensors, reset = self
         return Inputs(*[None if x is None else x.to(dtype) for x in tensors], reset)  # type: ignore
 
     def biased(self, dtype: torch.dtype) -> Inputs:
-        """`widened`, with delta_bias added to delta_pre."""
+        """Return the `widened` inputs, with delta_bias added to delta_pre."""
         x = self.widened(dtype)
         return (
             x if x.delta_bias is None else x._replace(delta_pre=x.delta_pre + x.delta_bias, delta_bias=None)
@@ -58,23 +58,23 @@ class Inputs(NamedTuple):
 
 
 def num_chunks(T: int) -> int:
-    """How many spans of CHUNK steps, the last of them perhaps shorter, T steps make."""
+    """Return the number of chunks of CHUNK steps in T steps; the last one may be shorter."""
     return (T + CHUNK - 1) // CHUNK
 
 
 def empty_borders(x: Inputs, save: bool) -> Tensor:
-    """Room for the states before every chunk, (B, num_chunks * N, D), or for none.
+    """Allocate the states before every chunk, (B, num_chunks * N, D), or an empty tensor if not `save`.
 
-    They are transposed, because engines compute neighbouring channels together. Chunks and N share an axis
-    because torch's tracing would make a case of its own of an axis whose length can be 1.
+    Channels come last, because engines compute neighboring channels together. Chunks and N share an axis,
+    because torch's tracing specializes axes whose length can be 1.
     """
     batch, T, channels = x.u.shape
     chunks = num_chunks(T) if save else 0
     return x.u.new_empty(batch, chunks * x.A.shape[1], channels, dtype=state_dtype(x.u.dtype))
 
 
-def discretise(x: Inputs) -> tuple[Tensor, Tensor]:
-    """Decay exp(delta A), 0 where a reset forgets, and drive delta B u of each step of `biased` inputs."""
+def discretize(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Compute the decay exp(delta A), 0 at resets, and the input term delta B u of `biased` inputs."""
     delta = softplus(x.delta_pre).unsqueeze(-1)
     a = (delta * x.A).exp()
     if x.reset is not None:
@@ -83,14 +83,14 @@ def discretise(x: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def forward(given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """y (B, T, D), the final state (B, D, N), and the states at the borders of the chunks.
+    """Compute y (B, T, D), the final state (B, D, N), and the states before each chunk.
 
     Args:
         given: the inputs.
-        save: whether the states before each chunk are wanted; if not, the third tensor has no elements.
+        save: whether to return the states before each chunk; otherwise the third tensor has no elements.
 
     Returns:
-        y in u's dtype; the final state and the borders (see `empty_borders`) in float32 at least.
+        y in u's dtype; the final state and the borders (see `empty_borders`) in at least float32.
     """
     x = given.biased(carry_dtype(given.u.device))
     h = _initial(x)
@@ -105,22 +105,23 @@ def forward(given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[Tensor]:
-    """Gradients of u, delta_pre, A, B, C, D, z, delta_bias and h0, the absent ones without elements.
+    """Compute the gradients of u, delta_pre, A, B, C, D, z, delta_bias and h0, empty for absent inputs.
 
         g[t] = dy[t] C[t] + a[t+1] g[t+1];  dC[t] = sum_d dy h;  dB[t] = sum_d g delta u
         d(delta u)[t] = sum_n g B;  d(delta A)[t] = g a h[t-1];  dh0 = a[0] g[0]
         d(delta_bias) = sum_t d(delta_pre)[t]
 
-    where dy has passed the gate. Each chunk's states are computed again from its border.
+    where dy is the gradient of the output before the gate z. Each chunk's states are recomputed from its
+    border.
 
     Args:
         dy: gradient of y.
         dlast: gradient of the final state.
-        borders: what forward saved.
+        borders: the states that forward saved.
         given: the inputs.
 
     Returns:
-        The gradients: of sequences in u's dtype, of A, D, delta_bias and h0 in float32 at least.
+        The gradients: of sequences in u's dtype, of A, D, delta_bias and h0 in at least float32.
     """
     x = given.biased(carry_dtype(given.u.device))
     d = _Gradients(x)
@@ -140,7 +141,7 @@ def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[
 
 
 class _Gradients:
-    """Sums of gradients, filled from the last step to the first."""
+    """The gradients, accumulated from the last step to the first."""
 
     def __init__(self, x: Inputs) -> None:
         self.u, self.delta_pre = torch.empty_like(x.u), torch.empty_like(x.u)
@@ -164,14 +165,14 @@ class _Gradients:
         if forget is not None:
             h_prev = h_prev.masked_fill(forget, 0)
         to_exponent = g * a * h_prev
-        to_drive = torch.einsum("bdn,bn->bd", g, x.B[:, t])
+        to_term = torch.einsum("bdn,bn->bd", g, x.B[:, t])
         self.C[:, t] = torch.einsum("bd,bdn->bn", dy, h)
         self.B[:, t] = torch.einsum("bdn,bd->bn", g, delta * u)
         self.A += torch.einsum("bdn,bd->dn", to_exponent, delta)
-        self.u[:, t] = to_drive * delta if x.D is None else to_drive * delta + dy * x.D
+        self.u[:, t] = to_term * delta if x.D is None else to_term * delta + dy * x.D
         if x.D is not None:
             self.D += (dy * u).sum(0)
-        to_delta = torch.einsum("bdn,dn->bd", to_exponent, x.A) + to_drive * u
+        to_delta = torch.einsum("bdn,dn->bd", to_exponent, x.A) + to_term * u
         self.delta_pre[:, t] = to_delta * torch.sigmoid(delta_pre)
         return a * g if forget is None else (a * g).masked_fill(forget, 0)
 

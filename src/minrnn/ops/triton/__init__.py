@@ -1,3 +1,4 @@
-"""The GPU engine, in Triton: engine.py launches the kernels of kernels.py, which the other files make up."""
+"""The GPU engine, in Triton: engine.py launches the kernels in kernels.py; the other files hold their
+parts."""
 
 from minrnn.ops.triton.installed import VERSION as VERSION

@@ -1,18 +1,18 @@
-"""Carries: how programs hand the state on to one another.
+"""Carries: how programs pass the state to one another.
 
 *Order.* Programs take chunks from a counter, in the order of time, so a program waits only for programs that
-have started. Programs that have started make progress while others wait (CUDA guarantees this from sm_70), so
-the first unfinished chunk is always finished, and with it all of them, in whatever order and however few at a
-time the device starts programs. Where B and D fill the device, a chunk waits for the one before it, which has
-mostly finished long before. Elsewhere that would be a chain of as many messages as chunks; there, GROUP
-chunks publish their spans as soon as they have read their input, each joins those of its group before it, and
-one carry goes from group to group. What is joined with what depends only on shape and device: equal calls
+have started. Started programs make progress while others wait (CUDA guarantees this from sm_70), so the first
+unfinished chunk always finishes, and by induction all of them, in whatever order and however few at a time
+the device starts programs. Where B and D fill the device, a chunk waits for the one before it, which has
+usually finished long before. Otherwise that would be a sequence of as many messages as chunks; so GROUP
+chunks publish their spans as soon as they have read their input, each joins the earlier ones of its group,
+and one carry is passed from group to group. The order of joins depends only on shape and device: equal calls
 give equal bits.
 
 *Messages.* Each group has a word of bits. Data is written, a barrier orders the program's writes, then one
-lane sets the bit, with a release at device scope. A reader's lane polls the word, with acquires, until it
-holds the bits; a barrier lets the program's other lanes read the data. Only that lane's value decides how
-often the program polls, so all of its warps agree.
+lane sets the bit with a release at device scope. One lane of a reader polls the word with acquires until it
+holds the bits; a barrier then lets the program's other lanes read the data. Only that lane's value decides
+how often the program polls, so all of its warps agree.
 
 *Workspace.* None where one program holds all of time, else a tuple: words (the counter of programs, then one
 word for each group and unit), the chunks' spans, and the groups' carries. A unit is a tile of channels of one
@@ -33,11 +33,11 @@ __all__ = ["Place", "locate", "publish", "starts"]
 
 
 class Place(NamedTuple):
-    """The part of the work that a program does."""
+    """The part of the work assigned to a program."""
 
     unit: tl.tensor
     units: tl.tensor
-    """How many there are."""
+    """The number of units."""
     chunk: tl.tensor
     b: tl.tensor
     """The batch row."""
@@ -46,12 +46,12 @@ class Place(NamedTuple):
     begin: tl.tensor
     """The chunk's first step."""
     left: tl.tensor
-    """Steps from there to the end of time; 0 where channels are missing."""
+    """Steps from there to the last step; 0 for channels that do not exist."""
 
 
 @triton.jit
 def locate(workspace, B, T, D, BLOCK_D: tl.constexpr, WARPS: tl.constexpr, STEPS: tl.constexpr):
-    """Take the next chunk. It is the slowest index, so that concurrent programs read neighbouring rows."""
+    """Take the next chunk. It is the slowest index, so that concurrent programs read neighboring rows."""
     if workspace is None:  # noqa: SIM108
         ticket = tl.program_id(0)
     else:
@@ -60,8 +60,8 @@ def locate(workspace, B, T, D, BLOCK_D: tl.constexpr, WARPS: tl.constexpr, STEPS
     units = tiles * B
     unit = ticket % units
     chunk = ticket // units
-    # Plus a zero that the compiler cannot see: if it knew how rows are aligned, it would give a lane several
-    # channels and a warp steps of several spans, to be exchanged through shared memory.
+    # Adds a zero that the compiler cannot see: if it knew the alignment of rows, it would assign several
+    # channels to a lane and steps of several spans to a warp, to be exchanged through shared memory.
     d = (unit % tiles) * BLOCK_D + tl.arange(0, BLOCK_D) + tl.minimum(B - 1, 0)
     begin = chunk.to(tl.int64) * (WARPS * STEPS)
     left = tl.where((unit % tiles + 1) * BLOCK_D <= D, T - begin, 0)
@@ -70,7 +70,7 @@ def locate(workspace, B, T, D, BLOCK_D: tl.constexpr, WARPS: tl.constexpr, STEPS
 
 @triton.jit
 def publish(ptr, x, mask):
-    """Store x at a pointer that it is broadcast to."""
+    """Store x at a pointer, broadcast to its shape."""
     tl.store(tl.broadcast_to(ptr, x.shape), x, mask=mask)
 
 
@@ -86,7 +86,7 @@ def _carry(
     workspace, span, start, place, last, at, inside, size, WARPS: tl.constexpr, GROUP: tl.constexpr,
     RESETS: tl.constexpr, SIGNED: tl.constexpr,
 ):  # fmt: skip
-    # The pair with which the chunk begins; publishes what later chunks need.
+    # Return the pair at the start of the chunk; publish what later chunks need.
     ends = (tl.arange(0, WARPS)[:, None] == WARPS - 1) & inside
     group = place.chunk // GROUP
     member = place.chunk % GROUP
@@ -134,9 +134,10 @@ def starts(
     workspace, span, start, place, last, at, inside, size, WARPS: tl.constexpr, GROUP: tl.constexpr,
     RESETS: tl.constexpr, SIGNED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """The pairs with which the spans begin, given the state with which the first chunk begins.
+    """Return the pairs at the start of the spans, given the state at the start of the first chunk.
 
-    `at` says where channels are in a (batch, channels) array of `size` numbers, `inside` which are there.
+    `at` holds the offsets of the channels in a (batch, channels) array of `size` numbers, `inside` which
+    exist.
     """
     if WARPS > 1:
         span = prefixes(span, RESETS, SIGNED)

@@ -1,4 +1,4 @@
-"""Elementary functions for float32 and float64. NaN passes through all of them."""
+"""Elementary functions for float32 and float64. All of them propagate NaN."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import triton.language as tl
 
 __all__ = ["exp_minus", "flip", "is_negative", "reciprocal", "sigmoid", "total"]
 
-# The hardware's instructions, accurate to two units in the last place. Triton's own functions handle ranges
-# that do not occur here, at the cost of a sixth of all instructions of minGRU's forward.
+# The hardware's instructions, accurate to two units in the last place. Triton's own functions also handle
+# ranges that do not occur here, which takes a sixth of all instructions of minGRU's forward.
 _PTX = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None)
 
 
@@ -25,7 +25,7 @@ def _exp2(x):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x."""
+    """Compute 1 / x."""
     if x.dtype == tl.float32 and _PTX:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -36,7 +36,7 @@ def reciprocal(x):
 
 @triton.jit
 def exp_minus(x, EXACT: tl.constexpr):
-    """exp(-x) for x >= 0; without EXACT, with a relative error that grows with x."""
+    """Compute exp(-x) for x >= 0; without EXACT, with a relative error that grows with x."""
     if x.dtype == tl.float64:
         return tl.exp(-x)
     elif EXACT:
@@ -53,9 +53,9 @@ def exp_minus(x, EXACT: tl.constexpr):
 
 @triton.jit
 def sigmoid(x, EXACT: tl.constexpr):
-    """The numerators of sigmoid(x) and of sigmoid(-x), and their denominator.
+    """Return the numerators of sigmoid(x) and of sigmoid(-x), and their denominator.
 
-    1 - sigmoid(x) would cancel where it is small.
+    Computing 1 - sigmoid(x) instead would cancel where it is small.
     """
     e = exp_minus(tl.abs(x), EXACT)
     return tl.where(x >= 0, 1.0, e), tl.where(x >= 0, e, 1.0), 1.0 + e
@@ -72,7 +72,7 @@ def is_negative(x):
 
 @triton.jit
 def flip(x, sign):
-    """x, negated where the sign bit of `sign` is set."""
+    """Return x, negated where the sign bit of `sign` is set."""
     if x.dtype == tl.float64:
         bits = sign.to(tl.int64, bitcast=True) & -9223372036854775808
         return (x.to(tl.int64, bitcast=True) ^ bits).to(tl.float64, bitcast=True)
@@ -88,5 +88,5 @@ def _add(x, y):
 
 @triton.jit
 def total(x, axis: tl.constexpr):
-    """The sum over an axis. tl.sum could be interpreted only if all of Triton were."""
+    """Sum over an axis. Unlike tl.sum, it can be interpreted while the rest of Triton is compiled."""
     return tl.reduce(x, axis, _add)

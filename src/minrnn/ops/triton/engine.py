@@ -1,22 +1,23 @@
 """The GPU engine of the gated scan: the same equations as csrc/gates.h, in one pass over memory.
 
 *Memory traffic.* A program holds a chunk in registers: WARPS spans of STEPS steps of 32 channels of one batch
-row, with a lane for each channel. It loads all of it at once, joins the steps to spans and the spans to one
-function of the state before them, gets that state, and walks through the steps to write each output. Forward
-reads every pre-activation and writes h once; backward reads the pre-activations, h and dh and writes the
-gradients once. Gates are computed once in each direction; resets and direction are part of the same kernel.
+row, with a lane for each channel. It loads the whole chunk at once, joins the steps to spans and the spans to
+one function of the state before them, gets that state, and computes and writes the output of each step.
+Forward reads every pre-activation and writes h once; backward reads the pre-activations, h and dh and writes
+the gradients once. Gates are computed once in each direction; resets and direction are part of the same
+kernel.
 
 *Numerics.* Gates are computed in float32. A span is (1 - a, a, b), with 1 - a as exact as a. From a zero
-state, steps make at most a share 1 - a of the largest state; so is the error of joining spans in a tree, and
-it is forgotten at the rate 1 - a: it does not grow with T. Signed decays have 1 + a in its place where a is
-negative; near -1 their b is no small share, and rounding it costs as much as rounding a step's b. Carries
-between programs are pairs of floats, and where h is float32, so is the state between steps: only a step's
-change is rounded, and what is lost where the change is added to the state goes into the next change (Kahan's
+state, the steps of a span produce at most 1 - a times the largest state. The error of joining spans in a tree
+is proportional to that, and decays at the rate 1 - a: it does not grow with T. Signed decays use 1 + a
+instead where a is negative; near -1 their b is not small, and rounding it costs as much as rounding a step's
+b. Carries between programs are pairs of floats, and where h is float32, so is the state between steps: only a
+step's change is rounded, and the rounding error of adding it to the state goes into the next change (Kahan's
 compensation). Doubles are not used: they run at half of float32's rate at best, and at a 64th on most
-devices. Pairs cannot hold infinities: a state that overflows becomes NaN. Outputs of 16 bits need neither the
+devices. Pairs cannot hold infinities: a state that overflows becomes NaN. 16-bit outputs need neither the
 pairs between steps nor fully accurate exponentials.
 
-How the state goes from program to program: carries.py. Offsets are 64-bit, and T is not limited.
+carries.py describes how programs pass the state to each other. Offsets are 64-bit, and T is not limited.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ from minrnn.ops.triton.launch import processors as _processors
 __all__ = ["VERSION", "backward", "forward"]
 
 _LANES = 32  # channels of a program: rows of 128 bytes, or of 64
-_KEPT = 64  # registers of a thread for the values that a program keeps of its steps, ...
-_REGISTERS = 128  # of this many, with which a multiprocessor holds 16 warps
-_FEW_UNITS = 2  # units per multiprocessor below which programs that run at the same time wait for each other
+_KEPT = 64  # registers of a thread for the values that a program keeps of its steps
+_REGISTERS = 128  # registers of a thread in all; a multiprocessor then holds 16 warps
+_FEW_UNITS = 2  # units per multiprocessor below which concurrent programs wait for each other
 _WARPS, _WARPS_OF_FEW = 4, 8  # warps of a program; more of them make fewer chunks
 _GROUP = 16  # chunks of few units that share one carry
 
 
 class _Cut(NamedTuple):
-    """How B x T x D is cut: programs of WARPS spans of STEPS steps and BLOCK_D channels."""
+    """The division of B x T x D into programs of WARPS spans of STEPS steps and BLOCK_D channels."""
 
     tiles: int
     chunks: int
@@ -57,7 +58,7 @@ class _Cut(NamedTuple):
 
 
 def _cut(shape: torch.Size | tuple[int, int, int], rows: int, itemsize: int, processors: int) -> _Cut:
-    """Cut so that programs keep `rows` values of each step."""
+    """Choose the division for programs that keep `rows` values of each step."""
     B, T, D = shape
     tiles = -(-D // _LANES)
     few = B * tiles < _FEW_UNITS * processors
@@ -69,7 +70,7 @@ def _cut(shape: torch.Size | tuple[int, int, int], rows: int, itemsize: int, pro
 
 
 def _floor_power(n: int) -> int:
-    """The largest power of two that is not above n."""
+    """Return the largest power of two that is not above n."""
     return 1 << (n.bit_length() - 1)
 
 
@@ -82,7 +83,7 @@ def forward(
     signed: bool,
     reverse: bool,
 ) -> Tensor:
-    """As `reference.forward`, fused: reads each pre-activation once and writes h once."""
+    """Compute `reference.forward` in one pass: read each pre-activation once, write h once."""
     parts = _parts(gate, [contiguous_channels(x) for x in pre])
     B, T, D = parts[0][0].shape
     h = output_like(pre[0], D)
@@ -106,7 +107,7 @@ def backward(
     signed: bool,
     reverse: bool,
 ) -> list[Tensor]:
-    """As `reference.backward`, fused: reads pre-activations, h and dh once, writes the gradients once."""
+    """Compute `reference.backward` in one pass: read pre-activations, h and dh once, write gradients once."""
     parts = _parts(gate, [contiguous_channels(x) for x in pre])
     dh, h = contiguous_channels(dh), contiguous_channels(h)
     B, T, D = h.shape
@@ -123,7 +124,7 @@ def backward(
 
 
 def _settings(dtype: torch.dtype, cut: _Cut, gate: str, candidate: str, signed: bool) -> dict[str, Any]:
-    """The constants of a kernel; an unknown gate or candidate is a KeyError here, before it is compiled."""
+    """Return the constants of a kernel; an unknown gate or candidate raises KeyError here."""
     record = GATES[gate]
     if signed and not record.can_be_signed:
         raise ValueError(f"signed: expected a gate with a signed form, got {gate!r}")
@@ -145,7 +146,7 @@ def _settings(dtype: torch.dtype, cut: _Cut, gate: str, candidate: str, signed: 
 
 
 def _workspace(h: Tensor, cut: _Cut) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Where programs leave what later ones need; None where one program holds all of time."""
+    """Allocate the memory that programs share; None where one program holds all of time."""
     if cut.chunks == 1:
         return None
     B, _, D = h.shape
@@ -157,7 +158,7 @@ def _workspace(h: Tensor, cut: _Cut) -> tuple[Tensor, Tensor, Tensor] | None:
 
 
 def _parts(gate: str, pre: list[Tensor]) -> tuple[Sequence, ...]:
-    """The gate's pre-activations, packed or not, as views of the same memory."""
+    """Return the gate's pre-activations, packed or not, as views of the same memory."""
     return tuple(strided(x) for x in split(gate, pre))
 
 

@@ -1,4 +1,4 @@
-"""Triton's version, or the error that says how to install it. Both engines' packages import it first."""
+"""Import Triton, or raise an error that says how to install it. Both GPU engines import this module first."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ _SIZES = ["B", "T", "D", "last"]
 
 @triton.jit
 def _tile(place, T, D, AHEAD: tl.constexpr, WARPS: tl.constexpr, STEPS: tl.constexpr):
-    # The program's tile; it is full where the AHEAD steps after it are there too.
+    # The program's tile; it is full if the AHEAD steps after it exist too.
     row = tl.arange(0, STEPS * WARPS)[:, None]
     r = row // WARPS
     inside = place.d < D
@@ -33,7 +33,7 @@ def forward_kernel(
     DESCENDING: tl.constexpr, REAL: tl.constexpr, EXACT: tl.constexpr, BLOCK_D: tl.constexpr,
     WARPS: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """h[t] = a[t] h[t-1] + b[t]; chunk `last` is the last one."""
+    """Compute h[t] = a[t] h[t-1] + b[t]; `last` is the index of the last chunk."""
     RESETS: tl.constexpr = reset is not None
     SIGNED: tl.constexpr = DECAY == "signed"
     place = locate(workspace, B, T, D, BLOCK_D, WARPS, STEPS)
@@ -42,7 +42,7 @@ def forward_kernel(
     start = load_start(h0, tile.b, tile.d, tile.inside, REAL)
     if RESETS:
         resets = load_resets(reset, tile.b, place.begin, T, DESCENDING, WARPS, STEPS)
-    tl.debug_barrier()  # or the compiler would move loads down to their uses, and each would be waited for
+    tl.debug_barrier()  # else the compiler moves each load down to its use, and the program waits for each
     a, complement, b, _ = GATE(to(x, REAL), 0.0, CANDIDATE, SIGNED, EXACT)
     decays = unstack(encode(a, complement, DECAY, EXACT), WARPS)
     terms = unstack(b, WARPS)
@@ -71,7 +71,7 @@ def backward_kernel(
     DESCENDING: tl.constexpr, REAL: tl.constexpr, EXACT: tl.constexpr, BLOCK_D: tl.constexpr,
     WARPS: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """g[t] = dh[t] + a[t+1] g[t+1], and the gradients that it gives; a[t+1] g[t+1] is carried."""
+    """Compute g[t] = dh[t] + a[t+1] g[t+1] and the gradients; the carry is a[t+1] g[t+1]."""
     RESETS: tl.constexpr = reset is not None
     SIGNED: tl.constexpr = DECAY == "signed"
     place = locate(workspace, B, T, D, BLOCK_D, WARPS, STEPS)

@@ -1,4 +1,4 @@
-"""What the launches of both GPU engines share: the device, and tensors as kernels take them."""
+"""Launch helpers of both GPU engines: the number of multiprocessors, and tensors as kernel arguments."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Sequence = tuple[Tensor, int, int]
 
 
 def processors(device: torch.device) -> int:
-    """How many multiprocessors the device has; 1 where kernels are interpreted on a CPU."""
+    """Return the number of the device's multiprocessors; 1 where kernels are interpreted on a CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def strided(x: Tensor) -> Sequence:
-    """The tensor with its batch and time strides."""
+    """Return the tensor with its batch and time strides."""
     return x, x.stride(0), x.stride(1)
 
 
 def flags(reset: Tensor | None) -> Sequence | None:
-    """The resets as bytes, with their strides."""
+    """Return the resets as bytes, with their strides."""
     return None if reset is None else strided(reset.view(torch.uint8))

@@ -1,8 +1,8 @@
 """Loads and stores of sequences by tiles.
 
-Steps count in the order of the recurrence in forward passes and in the opposite one in backward passes: step
-i is at time i, or where DESCENDING at T - 1 - i. A sequence is a tuple (pointer, batch stride, time stride),
-an absent one None.
+Steps are numbered in the order of the recurrence in forward passes and in the opposite order in backward
+passes: step i is at time i, or with DESCENDING at T - 1 - i. A sequence is a tuple (pointer, batch stride,
+time stride), an absent one None.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Tile", "bit", "load", "load_pre", "load_resets", "load_start", "of_r
 
 
 class Tile(NamedTuple):
-    """The steps and channels of a program. Row i is step r of the span that begins at step `first`."""
+    """The steps and channels of a program. Row i is step r[i] of the span that begins at step first[i]."""
 
     T: tl.tensor
     b: tl.tensor
@@ -26,18 +26,18 @@ class Tile(NamedTuple):
     first: tl.tensor
     r: tl.tensor
     rows: tl.tensor
-    """Rows are there where r < rows."""
+    """The number of steps that exist in each span: row i exists if r < rows."""
     d: tl.tensor
     """The channels."""
     inside: tl.tensor
-    """Which channels are there."""
+    """Which channels exist."""
     full: tl.tensor
-    """Whether all rows and channels are there, so that no mask is needed."""
+    """Whether all rows and channels exist, so that no mask is needed."""
 
 
 @triton.jit
 def load(sequence, tile, ahead, other, DESCENDING: tl.constexpr):
-    """The tile's rows, or those `ahead` steps later."""
+    """Load the tile's rows, or those `ahead` steps later."""
     ptr = _at(sequence, tile, tile.first + ahead, DESCENDING)
     if tile.full:  # a conditional expression would evaluate both sides
         x = tl.load(ptr)
@@ -68,7 +68,7 @@ def _at(sequence, tile, first, DESCENDING: tl.constexpr):
 
 @triton.jit
 def load_pre(pre, tile, NEUTRAL: tl.constexpr, DESCENDING: tl.constexpr):
-    """The pre-activations; neutral ones where time has ended."""
+    """Load the pre-activations; neutral ones after the last step."""
     loaded = ()
     for j in tl.static_range(len(pre)):
         loaded = loaded + (load(pre[j], tile, 0, NEUTRAL[j], DESCENDING),)
@@ -77,7 +77,7 @@ def load_pre(pre, tile, NEUTRAL: tl.constexpr, DESCENDING: tl.constexpr):
 
 @triton.jit
 def load_resets(reset, b, begin, T, DESCENDING: tl.constexpr, WARPS: tl.constexpr, STEPS: tl.constexpr):
-    """(WARPS, 1): a bit for each step of a span."""
+    """Load the resets as (WARPS, 1) words with a bit for each step of a span."""
     r = tl.arange(0, STEPS)[None, :]
     step = begin + tl.arange(0, WARPS)[:, None] * STEPS + r
     t = T - 1 - step if DESCENDING else step
@@ -87,7 +87,7 @@ def load_resets(reset, b, begin, T, DESCENDING: tl.constexpr, WARPS: tl.constexp
 
 @triton.jit
 def of_rows(bits, r, WARPS: tl.constexpr):
-    """The spans' bits for each row."""
+    """Return the spans' bits for each row."""
     STEPS: tl.constexpr = r.shape[0] // WARPS
     rows = tl.reshape(tl.broadcast_to(bits[None, :, :], [STEPS, WARPS, 1]), [STEPS * WARPS, 1])
     return bit(rows, r)
@@ -101,7 +101,7 @@ def bit(bits, r):
 
 @triton.jit
 def load_start(h0, b, d, inside, REAL: tl.constexpr):
-    """The initial state, or zeros."""
+    """Load the initial state, or zeros."""
     if h0 is None:
         return tl.full(d.shape, 0.0, REAL)
     else:
@@ -110,7 +110,7 @@ def load_start(h0, b, d, inside, REAL: tl.constexpr):
 
 @triton.jit
 def to(tensors, REAL: tl.constexpr):
-    """All of them, converted."""
+    """Convert every tensor of a tuple."""
     converted = ()
     for j in tl.static_range(len(tensors)):
         converted = converted + (tensors[j].to(REAL),)

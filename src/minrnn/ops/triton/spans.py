@@ -1,8 +1,8 @@
-"""Spans: (1 - a, a, b) of some steps together, which turn the state before them into a * state + b.
+"""Spans: (1 - a, a, b) of some steps together, which map the state before them to a * state + b.
 
-Where a reset forgets the state before, infinities and NaN included, 1 - a is written as infinity. The spans
-of signed decays (SIGNED) hold the rest in its place, so that they are as exact near -1 as near 1, and their a
-is not used.
+A reset, which discards the state before it, infinities and NaN included, is encoded as 1 - a = infinity. For
+signed decays (SIGNED), spans hold the rest instead of 1 - a, so that they are as exact near -1 as near 1, and
+their a is not used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _join(complement, a, b, next_complement, next_a, next_b):
 
 @triton.jit
 def _unless_reset(joined, complement, next_complement, next_b):
-    # Two spans joined, where either may hold a reset.
+    # Join two spans, either of which may hold a reset.
     forgets = next_complement == float("inf")
     either = forgets | (complement == float("inf"))
     return (
@@ -48,7 +48,8 @@ def _join_with_resets(complement, a, b, next_complement, next_a, next_b):
 def _join_signed(rest, a, b, next_rest, next_a, next_b):
     forgets = tl.fma(tl.abs(next_rest), 1.0 - tl.abs(rest), tl.abs(rest))  # 1 - |a|
     joined = flip(flip(forgets * -1.0, rest), next_rest)
-    # Near -1, b is no small share of the state, and two of them may cancel: so keep first, then the rest.
+    # Near -1, b is not small compared with the state, and two of them may cancel: so keep first, then the
+    # rest.
     return joined, joined, tl.fma(next_rest, b, next_b - flip(b, next_rest))
 
 
@@ -60,7 +61,7 @@ def _join_signed_with_resets(rest, a, b, next_rest, next_a, next_b):
 
 @triton.jit
 def whole(span, WARPS: tl.constexpr, RESETS: tl.constexpr, SIGNED: tl.constexpr):
-    """The steps of each span as one: neighbours are joined, then neighbouring pairs, and so on."""
+    """Join the steps of each span in a tree: neighbors, then neighboring pairs, and so on."""
     complement, a, b = span
     for _ in tl.static_range(_log2(a.shape[0] // WARPS)):
         complement, next_complement = _halves(complement, WARPS)
@@ -79,7 +80,7 @@ def whole(span, WARPS: tl.constexpr, RESETS: tl.constexpr, SIGNED: tl.constexpr)
 
 @triton.jit
 def prefixes(span, RESETS: tl.constexpr, SIGNED: tl.constexpr):
-    """Row i: the spans up to and including i, as one."""
+    """Return in row i the spans up to and including i, joined."""
     if SIGNED and RESETS:
         return tl.associative_scan(span, 0, _join_signed_with_resets)
     elif SIGNED:
@@ -92,13 +93,13 @@ def prefixes(span, RESETS: tl.constexpr, SIGNED: tl.constexpr):
 
 @triton.jit
 def forgetting(span, forgets):
-    """A step's span, where a reset may forget the state before it."""
+    """Return a step's span with its reset applied."""
     return tl.where(forgets, float("inf"), span[0]), tl.where(forgets, 0.0, span[1]), span[2]
 
 
 @triton.jit
 def apply(span, carry, RESETS: tl.constexpr, SIGNED: tl.constexpr):
-    """The pair after a span, given the pair before it: as `states.advance`."""
+    """Compute the pair after a span from the pair before it, as `states.advance`."""
     if SIGNED:
         keep = kept(span[0])
         rest = span[0]
@@ -114,7 +115,7 @@ def apply(span, carry, RESETS: tl.constexpr, SIGNED: tl.constexpr):
 
 # ----------------------------------------------------------------------------------------------------------
 # Rows: of STEPS * WARPS rows, row i is step i // WARPS of span i % WARPS. Which register holds which row is
-# known at compile time, so taking rows apart and together moves nothing.
+# known at compile time, so splitting and joining rows moves no data.
 
 
 @triton.constexpr_function
@@ -133,7 +134,7 @@ def _halves(x, WARPS: tl.constexpr):
 
 @triton.jit
 def unstack(x, WARPS: tl.constexpr):
-    """The steps of all spans as a tuple, by halves of halves."""
+    """Split the steps of all spans into a tuple, by repeated halving."""
     D: tl.constexpr = x.shape[1]
     N: tl.constexpr = x.shape[0]
     parts = (x,)
@@ -147,7 +148,7 @@ def unstack(x, WARPS: tl.constexpr):
 
 @triton.jit
 def stack(parts):
-    """The inverse of `unstack`."""
+    """Join a tuple of steps: the inverse of `unstack`."""
     S: tl.constexpr = parts[0].shape[0]
     D: tl.constexpr = parts[0].shape[1]
     N: tl.constexpr = len(parts)
@@ -167,12 +168,12 @@ def _last_two(x, before, known, next_x, next_before, next_known):
 
 @triton.jit
 def shifted(x):
-    """Row i: row i - 1 of x; of row 0, anything. A scan, because that crosses warps cheaply."""
+    """Return row i - 1 of x in row i; row 0 is arbitrary. A scan, because that crosses warps cheaply."""
     return tl.associative_scan((x, x, tl.full(x.shape, 0, tl.int32)), 0, _last_two)[1]
 
 
 @triton.jit
 def last_row(x):
-    """The last row, alone."""
+    """Return the last row."""
     row = tl.arange(0, x.shape[0])[:, None]
     return total(tl.where(row == x.shape[0] - 1, x, 0.0), 0)[None, :]

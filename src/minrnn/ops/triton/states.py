@@ -1,9 +1,9 @@
 """The state of a step: decays as one number each, and states as pairs of floats (high, low).
 
-DECAY says what decays are: "any" number (the gate "identity"), a "share" in [0, 1], or "signed", which is
-twice a share less one. Signed decays have in the place of 1 - a, here and in spans.py, the rest a - keep with
-keep = 1 or -1, of full relative accuracy. The rest's sign gives keep, so it is never zero: Triton has no
-literal of minus zero, and a sum with zeros would lose its sign.
+DECAY is the kind of decay: "any" number (the gate "identity"), a "share" in [0, 1], or "signed", which is
+2 * share - 1. For signed decays, here and in spans.py, 1 - a is replaced by the rest a - keep with keep = 1
+or -1, of full relative accuracy. The rest's sign encodes keep, so the rest is never zero: Triton has no
+literal for minus zero, and a sum with zeros would lose its sign.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LEAST = tl.constexpr(1e-37)
 
 @triton.jit
 def decay(a, complement, SIGNED: tl.constexpr):
-    """(a, 1 - a) of a gate as they are, or of the signed mode: 2 a - 1 and its rest, which is never zero."""
+    """Return a gate's (a, 1 - a) unchanged, or with SIGNED 2 a - 1 and its rest, which is never zero."""
     if SIGNED:
         change = tl.fma(tl.minimum(a, complement, propagate_nan=tl.PropagateNan.ALL), 2.0, LEAST)
         rest = tl.where(a < complement, change, change * -1.0)
@@ -31,15 +31,15 @@ def decay(a, complement, SIGNED: tl.constexpr):
 
 @triton.jit
 def kept(rest):
-    """keep of a signed decay."""
+    """Return keep of a signed decay."""
     return tl.where(is_negative(rest), 1.0, -1.0).to(rest.dtype)
 
 
 @triton.jit
 def encode(a, complement, DECAY: tl.constexpr, EXACT: tl.constexpr):
-    """The decay as one number, for `advance`.
+    """Encode the decay as one number, for `advance`.
 
-    A share is a itself, or where 1 - a is the smaller, that, negated, minus zero included. A signed decay is
+    A share is encoded as a, or where 1 - a is smaller, as -(1 - a), minus zero included; a signed decay as
     its rest.
     """
     if EXACT and DECAY == "signed":
@@ -52,7 +52,7 @@ def encode(a, complement, DECAY: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def two_sum(a, b):
-    """a + b, and what its rounding loses."""
+    """Return a + b and its rounding error."""
     total = a + b
     part = total - a
     return total, (a - (total - part)) + (b - part)
@@ -60,10 +60,11 @@ def two_sum(a, b):
 
 @triton.jit
 def advance(state, code, b, DECAY: tl.constexpr, EXACT: tl.constexpr):
-    """a * state + b, given the decay as `encode` has it."""
+    """Compute a * state + b from the encoded decay."""
     if EXACT:
-        # a = keep + rest with keep in {-1, 0, 1}, so that only the change is rounded, and what the sum rounds
-        # away goes into the state's low part. Without rest * low the change is off by less than its rounding.
+        # a = keep + rest with keep in {-1, 0, 1}, so that only the change is rounded, and the sum's rounding
+        # error goes into the state's low part. Omitting rest * low changes the result by less than its
+        # rounding.
         if DECAY == "signed":
             keep = kept(code)
             rest = code

@@ -1,16 +1,16 @@
 """The GPU engine of the selective scan: one lane for each number of the state.
 
-A program holds BLOCK_D channels of one batch row, all N numbers of each, in registers, and walks through
-time. It loads STEPS steps at once, so that it waits once for all of them, and computes their decays before
-the state arrives. Time is not cut: the N numbers of each channel make enough lanes. Forward writes the state
-before every chunk of CHUNK steps. Backward goes through the chunks from the last to the first. In a chunk it
-first walks forward to find the state before every STEPS steps, and then, from the last of these to the first,
-computes their states again, keeps them in registers and walks back. So the states of all steps are never in
-memory.
+A program holds BLOCK_D channels of one batch row, all N numbers of each, in registers, and computes all steps
+in sequence. It loads STEPS steps at once, so that it waits once for all of them, and computes their decays
+before the state is needed. Time is not divided: the N numbers of each channel give enough lanes. Forward
+writes the state before every chunk of CHUNK steps. Backward processes the chunks from the last to the first.
+In a chunk it first recomputes the state before every STEPS steps, and then, from the last of these to the
+first, recomputes their states in registers and propagates the gradients through them. So the states of all
+steps are never in memory.
 
-Sums over channels, for the gradients of B and C, are added up by a program for the tiles of channels that it
-computes one after another, and then over programs in a fixed order: equal calls give equal bits. Offsets are
-64-bit.
+Sums over channels, for the gradients of B and C, are accumulated by each program over the tiles of channels
+that it computes one after another, and then over programs in a fixed order: equal calls give equal bits.
+Offsets are 64-bit.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from minrnn.ops.triton.launch import processors as _processors
 
 __all__ = ["backward", "forward"]
 
-_LANES = 128  # of a program: numbers of states, each with a lane of its own
-_FORWARD_STEPS, _BACKWARD_STEPS = 8, 4  # loaded at once; more would not fit into registers
-_PROGRAMS = 4  # of backward per multiprocessor; more of them make more partial sums of dB and dC
+_LANES = 128  # lanes of a program, one for each number of the state
+_FORWARD_STEPS, _BACKWARD_STEPS = 8, 4  # steps loaded at once; more would not fit into registers
+_PROGRAMS = 4  # backward programs per multiprocessor; more would mean more partial sums of dB and dC
 
 
 def forward(given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.forward`, fused: reads each sequence once, writes y and the borders once."""
+    """Compute `reference.forward` in one pass: read each sequence once, write y and the borders once."""
     x = _readable(given)
     (batch, T, channels), N = x.u.shape, x.A.shape[1]
     y = output_like(x.u, channels)
@@ -51,7 +51,7 @@ def forward(given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[Tensor]:
-    """As `reference.backward`, fused: computes a chunk's states and adjoints in registers."""
+    """Compute `reference.backward` in one pass, with a chunk's states and adjoints in registers."""
     x = _readable(given)
     (batch, T, channels), N = x.u.shape, x.A.shape[1]
     settings, tiles = _settings(x, _BACKWARD_STEPS)
@@ -88,7 +88,7 @@ def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[
 
 
 def _readable(x: Inputs) -> Inputs:
-    """The inputs as the kernels read them."""
+    """Convert the inputs to the dtypes and layouts that the kernels read."""
     rows = [None if s is None else contiguous_channels(s) for s in (x.u, x.delta_pre, x.B, x.C, x.z)]
     whole = [None if s is None else contiguous(s) for s in (x.A, x.D, x.delta_bias, x.h0)]
     (u, delta_pre, B, C, z), (A, D, delta_bias, h0) = rows, whole
@@ -97,7 +97,7 @@ def _readable(x: Inputs) -> Inputs:
 
 
 def _pointers(x: Inputs) -> Inputs:
-    """The inputs as the kernels take them: sequences with their strides, without the resets."""
+    """Return the inputs as kernel arguments: sequences with their strides, without the resets."""
     arguments: list[Any] = [
         strided(x.u), strided(x.delta_pre), x.A, strided(x.B), strided(x.C), x.D,
         None if x.z is None else strided(x.z), x.delta_bias, x.h0, None,
@@ -106,7 +106,7 @@ def _pointers(x: Inputs) -> Inputs:
 
 
 def _settings(x: Inputs, STEPS: int) -> tuple[dict[str, Any], int]:
-    """A kernel's constants, and how many tiles the channels make."""
+    """Return a kernel's constants, and the number of tiles of channels."""
     N = x.A.shape[1]
     BLOCK_N = triton.next_power_of_2(N)
     BLOCK_D = max(1, _LANES // BLOCK_N)

@@ -18,7 +18,7 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _border(b, chunk, T, D, N, tile, CHUNK: tl.constexpr):
-    # Where the states before a chunk are.
+    # Offsets of the states before a chunk.
     chunks = (T + CHUNK - 1) // CHUNK
     return (b * chunks + chunk) * N * D + tile.n.to(tl.int64)[None, :] * D + tile.d[:, None]
 
@@ -37,7 +37,7 @@ def forward_kernel(
     y, last_ptr, borders_ptr, x, reset, T, D, N, tiles, REAL: tl.constexpr, SAVE: tl.constexpr,
     CHUNK: tl.constexpr, STEPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """y and the final state."""
+    """Compute y and the final state."""
     program = tl.program_id(0)
     b = (program // tiles).to(tl.int64)
     tile = load_tile(x, b, program % tiles, T, D, N, REAL, BLOCK_D, BLOCK_N)
@@ -66,8 +66,8 @@ def forward_kernel(
 def _rewalk(
     scratch_ptr, slot, h, x, reset, begin, tile, REAL: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr
 ):
-    # Walk forward through the chunk that begins with the state h, and store the state before every STEPS
-    # steps. A lane later reads what it wrote itself, so this needs no barrier.
+    # Recompute the chunk that begins with the state h, and store the state before every STEPS steps. A lane
+    # later reads only what it wrote itself, so this needs no barrier.
     SIZE: tl.constexpr = h.shape[0] * h.shape[1]
     low = tl.full(h.shape, 0.0, REAL)
     for block in range(CHUNK // STEPS - 1):
@@ -83,8 +83,8 @@ def _walk_back(
     g, g_low, drate, dskip, dbias, dx, dy, h, x, reset, first, tile, row, N, known,
     REAL: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    # Compute the states of STEPS steps again, from the state h before them, and then, from the last step to
-    # the first, all gradients. Return the pair g before these steps, and the sums over time so far.
+    # Recompute the states of STEPS steps from the state h before them, and compute all gradients from the
+    # last step to the first. Return the pair g before these steps, and the sums over time so far.
     rows = load_steps(x, reset, dy, tile, first, True, REAL, STEPS)
     walked = walk((h, tl.full(h.shape, 0.0, REAL)), x, rows, tile, first, STEPS)
     g = (g, g_low)
@@ -121,7 +121,7 @@ def _walk_back(
 
 @triton.jit
 def _add_rows(ptrs, sums, mask, known):
-    # Store sums over the tile's channels, added to those of earlier tiles where there were any.
+    # Store sums over the tile's channels, added to those of earlier tiles.
     first, second = sums
     if known:
         first += tl.load(ptrs[0], mask=mask, other=0.0)
@@ -141,10 +141,11 @@ def backward_kernel(
     dx, carry_ptr, scratch_ptr, dy, borders_ptr, x, reset, T, D, N, tiles, tiles_each, REAL: tl.constexpr,
     CHUNK: tl.constexpr, STEPS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """g[t] = dy[t] C[t] + a[t+1] g[t+1], and the gradients that it gives; a[t+1] g[t+1] is carried.
+    """Compute g[t] = dy[t] C[t] + a[t+1] g[t+1] and the gradients; the carry is a[t+1] g[t+1].
 
-    A program computes `tiles_each` tiles, one after another in every chunk. carry: two numbers for each of a
-    state, the first of which begins as the gradient of the final state. scratch: states within a chunk.
+    A program computes `tiles_each` tiles, one after another in every chunk. `carry` holds a pair for each
+    number of the state; its first part is initialized to the gradient of the final state. `scratch` holds the
+    states within a chunk.
     """
     program = tl.program_id(0)
     groups = (tiles + tiles_each - 1) // tiles_each
@@ -186,4 +187,4 @@ def backward_kernel(
                 _accumulate(dx.D + b * D + tile.d, dskip, tile.in_d)
             if x.delta_bias is not None:
                 _accumulate(dx.delta_bias + b * D + tile.d, dbias, tile.in_d)
-            tl.debug_barrier()  # the next tile's lanes add to sums that other lanes have written
+            tl.debug_barrier()  # the next tile adds to sums that other lanes have written

@@ -1,8 +1,8 @@
 """Loads and stores of the selective scan's kernels.
 
-The inputs come as `reference.Inputs` whose sequences are tuples (pointer, batch stride, time stride), whose
-other fields are pointers, and in which None stands for what is absent. What is loaded of it is then an empty
-tuple or 0, because before Triton 3.7 functions of kernels could not return None.
+The inputs are `reference.Inputs` whose sequences are tuples (pointer, batch stride, time stride) and whose
+other fields are pointers; absent ones are None. They are loaded as an empty tuple or 0, because before Triton
+3.7 device functions could not return None.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Tile(NamedTuple):
-    """The channels of one batch row that a program works on, and what does not depend on time."""
+    """The channels of one batch row that a program computes, and their values that do not depend on time."""
 
     b: tl.tensor
     """The batch row."""
@@ -26,24 +26,24 @@ class Tile(NamedTuple):
     d: tl.tensor
     """The channels."""
     n: tl.tensor
-    """Which of a channel's N numbers."""
+    """The indices of a channel's N numbers."""
     in_d: tl.tensor
-    """Which channels are there."""
+    """Which channels exist."""
     in_n: tl.tensor
     inside: tl.tensor
-    """Which of the BLOCK_D x BLOCK_N numbers are there."""
+    """Which of the BLOCK_D x BLOCK_N numbers exist."""
     number: tl.tensor
-    """Their places in a (D, N) array."""
+    """Their offsets in a (D, N) array."""
     rate: tl.tensor
     """A in powers of two: the decay is 2^(delta rate)."""
     skip: tl.tensor
     """D, or 0."""
     bias: tl.tensor
-    """Of delta_pre, or 0."""
+    """The bias of delta_pre, or 0."""
 
 
 class Rows(NamedTuple):
-    """What STEPS steps read: of each sequence a tuple of as many rows, or an empty one."""
+    """The inputs of STEPS steps: of each sequence a tuple of as many rows, or an empty one."""
 
     u: tl.tensor
     delta_pre: tl.tensor
@@ -56,7 +56,7 @@ class Rows(NamedTuple):
 
 @triton.jit
 def load_tile(x, b, index, T, D, N, REAL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The tile of channels with this index."""
+    """Load the tile of channels with this index."""
     d = index * BLOCK_D + tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
     in_d = d < D
@@ -79,14 +79,14 @@ def _load_vector(ptr, d, in_d, REAL: tl.constexpr):
 
 @triton.jit
 def put(sequence, tile, t, x):
-    """Write the tile's channels of one step, if there is such a step."""
+    """Write the tile's channels of one step, if the step exists."""
     ptr = sequence[0] + tile.b * sequence[1] + t * sequence[2] + tile.d
     tl.store(ptr, x.to(sequence[0].dtype.element_ty), mask=tile.in_d & (t < tile.T))
 
 
 @triton.jit
 def _load_rows(sequence, tile, first, column, inside, REAL: tl.constexpr, STEPS: tl.constexpr):
-    # Zeros after the end of time.
+    # Zeros after the last step.
     if sequence is None:
         return ()
     else:
@@ -99,7 +99,7 @@ def _load_rows(sequence, tile, first, column, inside, REAL: tl.constexpr, STEPS:
 
 @triton.jit
 def _load_resets(reset, tile, first, STEPS: tl.constexpr):
-    # Whether each step forgets. Not a field of x: Triton 3.6 loses a stride of 1 in there.
+    # Whether each step is a reset. Not a field of x: Triton 3.6 loses a stride of 1 there.
     if reset is None:
         return ()
     else:
@@ -113,7 +113,7 @@ def _load_resets(reset, tile, first, STEPS: tl.constexpr):
 
 @triton.jit
 def load_steps(x, reset, dy, tile, first, OUTPUTS: tl.constexpr, REAL: tl.constexpr, STEPS: tl.constexpr):
-    """What STEPS steps read: to advance the state, and where OUTPUTS are wanted, for those too."""
+    """Load the inputs of STEPS steps: those that advance the state, and with OUTPUTS those of the outputs."""
     d, in_d, n, in_n = tile.d, tile.in_d, tile.n, tile.in_n
     u = _load_rows(x.u, tile, first, d, in_d, REAL, STEPS)
     delta_pre = _load_rows(x.delta_pre, tile, first, d, in_d, REAL, STEPS)

@@ -1,6 +1,6 @@
 """Steps of the selective scan, forward and backward.
 
-The recurrence is that of csrc/selective_rows.cpp: decays are 2^n (1 + e) with e of full relative accuracy,
+The arithmetic is that of csrc/selective_rows.cpp: decays are 2^n (1 + e) with e of full relative accuracy,
 states and adjoints are pairs of floats (high, low), and the error does not grow with T.
 """
 
@@ -52,7 +52,7 @@ def _softplus(x):
 
 @triton.jit
 def silu(x):
-    """x sigmoid(x), and its slope."""
+    """Return x sigmoid(x), and its slope."""
     e = tl.exp(-tl.abs(x))
     share = tl.where(x >= 0, 1.0, e) / (1.0 + e)
     complement = tl.where(x >= 0, e, 1.0) / (1.0 + e)
@@ -65,8 +65,8 @@ def silu(x):
 
 @triton.jit
 def _discretize(x, rows, tile, first, STEPS: tl.constexpr):
-    # Step sizes, their slopes, and input terms without B. They are zero after the end of time, which keeps
-    # the state.
+    # Step sizes, their slopes, and input terms without B. They are zero after the last step, which keeps the
+    # state.
     deltas, slopes, terms = (), (), ()
     for i in tl.static_range(STEPS):
         pre = rows.delta_pre[i]
@@ -85,13 +85,13 @@ def _advance(state, e, scale, term):
     kept = scale * state[0]
     change = (e * kept + term) + scale * state[1]
     h = kept + change
-    finite = tl.abs(h) < float("inf")  # of an infinite state, these terms may cancel
+    finite = tl.abs(h) < float("inf")  # for an infinite state, these terms may cancel
     plain = (e * scale + scale) * state[0] + term
     return tl.where(finite, h, plain), tl.where(finite, change - (h - kept), 0.0)
 
 
 class Walk(NamedTuple):
-    """What STEPS steps make: the last state, and tuples of what each step has made."""
+    """The results of STEPS steps: the last state, and tuples of each step's results."""
 
     state: tl.tensor
     before: tl.tensor
@@ -132,9 +132,9 @@ def walk(state, x, rows, tile, first, STEPS: tl.constexpr):
 
 @triton.jit
 def adjoin(g, incoming, e, scale):
-    """One step back: the adjoint of the state after the step, a times it, and the latter as a pair.
+    """Go one step back: return the adjoint of the state after the step, a times it, and the latter as a pair.
 
-    `g` is the pair that the later steps give, `incoming` what the step's own output adds.
+    `g` is the pair from the later steps, `incoming` the gradient from the step's own output.
     """
     change = incoming + g[1]
     adjoint = g[0] + change
