@@ -3,9 +3,12 @@
 import copy
 import itertools
 import pickle
+import sys
 import warnings
 from collections.abc import Callable
 from inspect import signature
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import laws
@@ -411,3 +414,30 @@ def test_call_errors(name: str) -> None:
         layer(x, (make_input(1, B, H), make_input(1, B, H)))
     with pytest.raises(ValueError, match=r"reset must be \(7, 3\).*got \(3, 7\)"):
         layer(x, reset=torch.zeros(B, T, dtype=torch.bool))
+
+
+@every_layer
+def test_an_input_passes_through_few_files(name: str) -> None:
+    """From a layer's call to the compiled kernel, with its tensors: so many files are there to read."""
+    layer, x = LAYERS[name](I, H), torch.randn(T, B, I)
+    files = set()
+
+    def holds_tensor(value: Any) -> bool:
+        return isinstance(value, Tensor) or (
+            isinstance(value, tuple | list) and any(map(holds_tensor, value))
+        )
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and "minrnn" in path.parts and any(map(holds_tensor, frame.f_locals.values())):
+            files.add(f"{path.parent.name}/{path.name}")
+
+    layer(x)
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        layer(x)
+    finally:
+        sys.setprofile(before)
+    assert {"mixers/layer.py", "ops/operators.py"} <= files
+    assert len(files) <= 7, sorted(files)

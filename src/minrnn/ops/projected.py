@@ -20,8 +20,8 @@ from minrnn.ops.chunks import WHOLE, Chunk, cut_batch, cut_sequences, steps_at_o
 from minrnn.ops.gated import GATED_SCAN, Mode, new_output
 from minrnn.ops.gates import CANDIDATES, GATES
 from minrnn.ops.joined import Joined
-from minrnn.ops.operators import Composite
-from minrnn.ops.transforms import is_plain, is_traced, is_transformed, needs_gradients
+from minrnn.ops.operators import Composite, needs_gradients
+from minrnn.ops.transforms import is_plain, is_traced, is_transformed
 
 __all__ = ["projected_scan"]
 

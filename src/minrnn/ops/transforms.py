@@ -27,19 +27,9 @@ __all__ = [
     "is_traced",
     "is_transformed",
     "join",
-    "needs_gradients",
     "separate",
     "without_autocast",
 ]
-
-
-def needs_gradients(*tensors: Tensor | None) -> bool:
-    """Whether autograd records operations on these tensors."""
-    if torch.is_grad_enabled():
-        for x in tensors:  # any() takes five times as long, a noticeable part of a single step
-            if x is not None and x.requires_grad:
-                return True
-    return False
 
 
 def in_autocast(x: Tensor) -> bool:
