@@ -298,6 +298,9 @@ VALUES = {"window": 4, "dropout": 0.25, "dt_min": 0.01, "dt_max": 0.5, "num_laye
 def options_of(name: str) -> list[str]:
     kind = MIXERS.get(name) or CELLS.get(name) or LAYER_CLASSES[name.split(",")[0]]
     known = SIZES | FLAGS | NUMBERS | {"dropout"}
+    gate = getattr(getattr(kind, "layer", kind), "gate", None)
+    if gate is not None and not minrnn.GATES[gate].can_be_signed:
+        known = known - {"signed"}
     return [option for option in signature(kind.__init__).parameters if option in known]
 
 
@@ -532,5 +535,5 @@ def test_an_engine_that_cannot_load_is_said_and_leaves_torch_whole() -> None:
     environment = {**os.environ, "MINRNN_ENGINE": "bogus"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "operators are not registered: MINRNN_ENGINE must be one of" in done.stderr
+    assert "operators could not be registered: MINRNN_ENGINE must be one of" in done.stderr
     assert done.stdout.count("MINRNN_ENGINE must be one of cpp, triton, reference, got 'bogus'") == 2

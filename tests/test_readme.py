@@ -141,7 +141,7 @@ def test_its_policy_hops(
         if "--record" in arguments and (undrawn := cannot_draw()):
             arguments = arguments[: arguments.index("--record")]
         assert main([*arguments, *shlex.split(TINY_POLICY[arguments[0]])]) == 0
-    assert "over 1 episode, asked for" in capsys.readouterr().out
+    assert "over 1 episode, target" in capsys.readouterr().out
     if undrawn:
         pytest.skip(undrawn)
     assert (tmp_path / "hop.png").read_bytes().startswith(b"\x89PNG")

@@ -89,7 +89,7 @@ BENCH = Bench(LayerBench, bench_layer, render)
 
 
 def build_ours(case: Case, input_size: int) -> MinRNN:
-    """Return our layer with biases of zero, so that layers without biases are the same function."""
+    """Return our layer with zero biases, so that layers without biases compute the same function."""
     kind = GATED_RNNS[case.gate].layer
     layer = kind(input_size, case.shape["D"], batch_first=True, device=case.device, dtype=case.torch_dtype)
     nn.init.zeros_(layer.get_parameter("bias_ih_l0"))
@@ -97,14 +97,14 @@ def build_ours(case: Case, input_size: int) -> MinRNN:
 
 
 def _recomputing(layer: MinRNN) -> MinRNN:
-    """Return a copy that keeps less for backward."""
+    """Return a copy with recompute=True."""
     again = deepcopy(layer)
     again.recompute = True
     return again
 
 
 def our_weight(layer: MinRNN) -> Tensor:
-    """Return the rows of all pre-activations, (k * hidden_size, input_size)."""
+    """Return the weight of all pre-activations, (k * hidden_size, input_size)."""
     return layer.all_weights[0][0]
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BC = "bc"
-"""Behavior cloning: the same trunk, minGRU's, that reads one observation and nothing else."""
+"""Behavior cloning: minGRU's trunk with one observation as its only input."""
 
 ENVIRONMENTS = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5"}
 """Environments by D4RL's names, with the version of local data."""
@@ -83,7 +83,7 @@ def draw(records: Sequence[Record]) -> Figure:
 
 
 def score(environment: str, mean_return: float) -> float:
-    """Return D4RL's normalised score, or the return itself where D4RL has none."""
+    """Return D4RL's normalized score, or the return itself if D4RL has none."""
     found = normalized_score(environment, mean_return)
     return mean_return if found is None else found
 

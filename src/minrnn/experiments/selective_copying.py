@@ -26,9 +26,9 @@ LONGER = (1, 2, 4)
 BY_DEPTH = ("mingru", "minlstm")
 """The mixers whose depth table 1 varies; `minlstm` is normalized, `minlstm-unnormalised` is not."""
 
-UNNORMALISED = "minlstm-unnormalised"
+UNNORMALIZED = "minlstm-unnormalised"
 
-THREE_SEEDS = (*BY_DEPTH, UNNORMALISED, "gru")
+THREE_SEEDS = (*BY_DEPTH, UNNORMALIZED, "gru")
 """Ours, and the strongest baseline according to an independent replication."""
 
 TABLE_1: dict[tuple[str, int], Published] = {
@@ -100,12 +100,12 @@ class SelectiveCopying(TrainedExperiment[CopyingSize]):
     }
 
     def mixers(self) -> Sequence[str]:
-        return every_mixer(UNNORMALISED)
+        return every_mixer(UNNORMALIZED)
 
     def grid(self, size: CopyingSize, mixer: str) -> Iterator[GridPoint]:
         config = self.config(size, mixer)
         depths = size.depths if mixer in BY_DEPTH else size.other_depths
-        if mixer == UNNORMALISED:
+        if mixer == UNNORMALIZED:
             config = config.override(model={"forget_bias": 3.0})
             depths = size.depths[-1:]
         seeds = size.seeds if mixer in THREE_SEEDS else size.other_seeds

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from minrnn.benchmarks.plots import band, finish, new_figure
 from minrnn.experiments.experiment import Record, Table
 from minrnn.experiments.records import bests, by_kind, points, spread
-from minrnn.experiments.selective_copying import UNNORMALISED, SelectiveCopying
+from minrnn.experiments.selective_copying import UNNORMALIZED, SelectiveCopying
 from minrnn.experiments.trained import GridPoint, Size, TrainedExperiment, training
 from minrnn.experiments.variants import ROUNDED
 from minrnn.models import SequenceModel
@@ -20,7 +20,7 @@ from minrnn.training import RunConfig
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MIXERS = ("mingru", "minlstm", UNNORMALISED)
+MIXERS = ("mingru", "minlstm", UNNORMALIZED)
 BIASES = (0.0, 1.0, 3.0)
 LAYERS = 2
 

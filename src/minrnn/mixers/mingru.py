@@ -50,6 +50,7 @@ class MinGRU(MinRNN):
     State-Tracking in Linear RNNs Through Negative Eigenvalues" (arXiv 2411.12537).
 
     Example:
+        >>> import torch
         >>> rnn = MinGRU(10, 20, num_layers=2)
         >>> output, h_n = rnn(torch.randn(5, 3, 10))
         >>> output.shape, h_n.shape
@@ -86,6 +87,7 @@ class MinGRUCell(MinRNNCell):
     State-Tracking in Linear RNNs Through Negative Eigenvalues" (arXiv 2411.12537).
 
     Example:
+        >>> import torch
         >>> cell, h = MinGRUCell(10, 20), torch.zeros(3, 20)
         >>> for x in torch.randn(5, 3, 10):
         ...     h = cell(x, h)

@@ -56,6 +56,7 @@ class MinLSTM(MinRNN):
     State-Tracking in Linear RNNs Through Negative Eigenvalues" (arXiv 2411.12537).
 
     Example:
+        >>> import torch
         >>> rnn = MinLSTM(10, 20, bidirectional=True)
         >>> output, h_n = rnn(torch.randn(5, 3, 10))
         >>> output.shape, h_n.shape
@@ -97,6 +98,7 @@ class MinLSTMCell(MinRNNCell):
     State-Tracking in Linear RNNs Through Negative Eigenvalues" (arXiv 2411.12537).
 
     Example:
+        >>> import torch
         >>> cell, h = MinLSTMCell(10, 20), torch.zeros(3, 20)
         >>> for x in torch.randn(5, 3, 10):
         ...     h = cell(x, h)

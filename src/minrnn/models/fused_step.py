@@ -344,7 +344,7 @@ class _Translation:
         return taps - 1 if taps else None, D
 
     def _mode(self, path: str, rnn: MinRNN) -> tuple[tuple[int, int, bool], int]:
-        """Return the engine's codes of the gate and its candidate, signed, and the gate's pre-activations."""
+        """Return the engine's (gate, candidate, signed) codes, and the gate's number of pre-activations."""
         gate = self._engine.GATE_CODES.get(rnn.gate)
         candidate = self._engine.CANDIDATE_CODES.get(rnn.candidate)
         if gate is None or candidate is None or rnn.signed not in (False, GATES[rnn.gate].can_be_signed):

@@ -75,10 +75,11 @@ def gated_scan(
         "mingru":                a = 1 - z,        b = z * g(c)
         "minlstm":               a = f / (f + i),  b = i / (f + i) * g(c)
         "minlstm_unnormalized":  a = f,            b = i * g(c)
+        "minema":                a = 1 - alpha * delta,  b = alpha * g(c)
         "identity":              a, b as given: `scan`, with resets
 
-    where z, f and i are the sigmoids of their pre-activations, c is the candidate's pre-activation, and g is
-    "positive" (x + 0.5 for x >= 0, sigmoid(x) below), "linear" (x) or "tanh". With signed, a is replaced by
+    where z, f, i, alpha and delta are sigmoids of their pre-activations, c is the candidate's pre-activation,
+    and g is "positive" (x + 0.5 for x >= 0, sigmoid(x) below), "linear" (x) or "tanh". With signed, a is replaced by
     2 a - 1: minGRU's decay is 1 - 2 z, minLSTM's (f - i) / (f + i).
 
     Gates are computed in at least float32. The state is carried in a wider format than h (float64 in the
