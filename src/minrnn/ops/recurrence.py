@@ -79,8 +79,8 @@ def gated_scan(
         "identity":              a, b as given: `scan`, with resets
 
     where z, f, i, alpha and delta are sigmoids of their pre-activations, c is the candidate's pre-activation,
-    and g is "positive" (x + 0.5 for x >= 0, sigmoid(x) below), "linear" (x) or "tanh". With signed, a is replaced by
-    2 a - 1: minGRU's decay is 1 - 2 z, minLSTM's (f - i) / (f + i).
+    and g is "positive" (x + 0.5 for x >= 0, sigmoid(x) below), "linear" (x) or "tanh". With signed, a is
+    replaced by 2 a - 1: minGRU's decay is 1 - 2 z, minLSTM's (f - i) / (f + i).
 
     Gates are computed in at least float32. The state is carried in a wider format than h (float64 in the
     reference; pairs of floats in the compiled engines), so that the error does not grow with T; only h is
