@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import ModuleType
 
 import torch
+from laws import TOLERANCE, poisoned, relative_error
 from torch import Tensor
 
 from minrnn.ops.selective import reference
 from minrnn.ops.selective.reference import Inputs
 
-__all__ = ["NAMES", "TOLERANCE", "cast", "compare", "draw", "gradients_like", "relative_error"]
+__all__ = ["NAMES", "cast", "compare", "draw", "gradients_like"]
 
-# Largest error relative to the largest value, of values; of gradients 2.5 times as much.
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 NAMES = ("u", "delta_pre", "A", "B", "C", "D", "z", "delta_bias", "h0")
 
 
@@ -57,16 +54,6 @@ def gradients_like(x: Inputs, seed: int = 1) -> tuple[Tensor, Tensor]:
     return dy.to(x.u.dtype), dlast.to(torch.promote_types(x.u.dtype, torch.float32))
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    actual, expected = actual.detach(), expected.detach()
-    assert actual.shape == expected.shape
-    assert actual.isfinite().all(), "the engine left or produced a value that is not finite"
-    if not actual.numel():
-        return 0.0
-    largest = expected.double().abs().max().clamp(min=1e-30)
-    return float((actual.double() - expected.double()).abs().max() / largest)
-
-
 def compare(module: ModuleType, x: Inputs) -> None:
     """Hold an engine to the reference in float64, with poisoned output buffers."""
     dtype = x.u.dtype
@@ -83,13 +70,3 @@ def compare(module: ModuleType, x: Inputs) -> None:
     assert relative_error(found_last, last) < min(TOLERANCE[dtype], TOLERANCE[torch.float32])
     for name, ours, theirs in zip(NAMES, actual, expected, strict=True):
         assert relative_error(ours, theirs) < 2.5 * TOLERANCE[dtype], name
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """Within it, torch fills uninitialised memory with NaN, so that an unwritten output shows."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)

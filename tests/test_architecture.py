@@ -198,6 +198,26 @@ def test_packages_hold_names_and_tables_only(module: Module) -> None:
         )
 
 
+BELOW_THE_BORDER = (
+    "minrnn.ops.gated",
+    "minrnn.ops.selective.operator",
+    "minrnn.ops.cpu",
+    "minrnn.ops.memory",
+    "minrnn.ops.chunks",
+)
+"""Registered operators, their backward passes, engines and their allocators: for ops alone."""
+
+
+@each_module
+def test_no_room_above_ops_reaches_past_its_functions(module: Module) -> None:
+    if module.room in ("ops", "files"):
+        return
+    assert not set(ours(module)) & set(BELOW_THE_BORDER)
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Attribute):
+            assert ast.unparse(node) != "torch.ops.minrnn", f"{module.place}:{node.lineno}"
+
+
 # --- third parties ---------------------------------------------------------------------------------------
 
 

@@ -259,7 +259,11 @@ def test_dropout_acts_in_training_only() -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_activation_and_norm_builds(activation: str, norm: str) -> None:
-    build(mlp_activation=activation, norm=norm)(make_tokens())
+    model, tokens = build(mlp_activation=activation, norm=norm), make_tokens()
+    logits, _ = model(tokens)
+    assert logits.shape == (*tokens.shape, model.config.vocab_size)
+    assert logits.isfinite().all()
+    assert model.config == ModelConfig.from_dict(model.config.to_dict())
 
 
 def test_swiglu_gates_one_half_of_its_channels_by_the_other() -> None:

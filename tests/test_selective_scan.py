@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from selective_laws import NAMES, TOLERANCE, cast, compare, draw, gradients_like, relative_error
+from laws import TOLERANCE, relative_error
+from selective_laws import NAMES, cast, compare, draw, gradients_like
 from torch import Tensor
 
 from minrnn.ops import selective_scan

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from interpreting import interpreted_copy
-from laws import same
-from selective_laws import NAMES, TOLERANCE, cast, compare, draw, gradients_like
+from laws import TOLERANCE, same
+from selective_laws import NAMES, cast, compare, draw, gradients_like
 from torch import Tensor
 
 from minrnn.ops.registry import serving

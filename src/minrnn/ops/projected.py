@@ -73,7 +73,7 @@ def projected_scan(
     """
     settings = _Settings(Mode(gate, candidate, signed, reverse), time_major, recompute)
     tensors = _Tensors(x, weight, bias, h0, reset)
-    return _scan_rows(settings, tensors) if joined is None else _scan_joined(settings, tensors, joined)
+    return _run_rows(settings, tensors) if joined is None else _run_joined(settings, tensors, joined)
 
 
 class _Settings(NamedTuple):
@@ -91,7 +91,7 @@ class _Settings(NamedTuple):
         """Return x, or a tensor with its order of axes, as (B, T, ...)."""
         return x.transpose(0, 1) if self.time_major else x
 
-    def scan(self, chunk: Chunk, pre: Tensor, start: Tensor | None, reset: Tensor | None) -> Tensor:
+    def run(self, chunk: Chunk, pre: Tensor, start: Tensor | None, reset: Tensor | None) -> Tensor:
         """Scan a chunk, given its pre-activations."""
         return GATED_SCAN((pre, start, None if reset is None else _of(reset, chunk)), self.mode)
 
@@ -115,7 +115,7 @@ class _Tensors(NamedTuple):
         return self.weight.shape[0] * self.weight.element_size()
 
 
-def _scan_rows(settings: _Settings, tensors: _Tensors) -> Tensor:
+def _run_rows(settings: _Settings, tensors: _Tensors) -> Tensor:
     if is_traced() or not (settings.recompute or _is_large(tensors)) or not _can_fuse(tensors):
         return _composed(settings, tensors, _compose)
     x = settings.batch_first(tensors.x)
@@ -124,13 +124,13 @@ def _scan_rows(settings: _Settings, tensors: _Tensors) -> Tensor:
     return _FUSED(settings._replace(chunks=chunks), *tensors)
 
 
-def _scan_joined(settings: _Settings, tensors: _Tensors, joined: Joined) -> Tensor:
+def _run_joined(settings: _Settings, tensors: _Tensors, joined: Joined) -> Tensor:
     x, h0, reverse = tensors.x, tensors.h0, settings.mode.reverse
     if joined.total == 0:  # no step to scan
         D = tensors.weight.shape[0] // GATES[settings.mode.gate].num_pre
         return _project(x, tensors.weight, tensors.bias)[..., :D]
     if h0 is None:
-        return _scan_rows(settings, tensors._replace(reset=joined.ends if reverse else joined.starts))
+        return _run_rows(settings, tensors._replace(reset=joined.ends if reverse else joined.starts))
     long = not is_traced() and x.shape[1] * h0.shape[1] >= MIN_ELEMENTS * h0.shape[0]
     if not long or not _can_fuse(tensors):
         return _composed(settings, tensors, partial(_compose_joined, joined))
@@ -183,8 +183,8 @@ def _compose(settings: _Settings, tensors: _Tensors) -> Tensor:
     x, weight, bias, h0, reset = tensors
     pre = settings.batch_first(_project(x, weight, bias))
     if settings.sequences == (WHOLE,):
-        return settings.scan(WHOLE, pre, h0, reset)
-    parts = [settings.scan(part, _of(pre, part), _entering(part, h0), None) for part in settings.sequences]
+        return settings.run(WHOLE, pre, h0, reset)
+    parts = [settings.run(part, _of(pre, part), _entering(part, h0), None) for part in settings.sequences]
     return torch.cat(parts, 1)
 
 
@@ -221,8 +221,8 @@ class _Fused(Composite):
         self, settings: _Settings, tensors: Sequence[Any], *, record: bool
     ) -> tuple[Tensor, list[Tensor]]:
         if not record or settings.recompute:
-            return _scan_chunks(settings, _Tensors(*tensors))
-        h, *kept = _scan_whole(settings, _Tensors(*tensors))
+            return _compute_chunks(settings, _Tensors(*tensors))
+        h, *kept = _compute_whole(settings, _Tensors(*tensors))
         return h, kept
 
     def gradients(
@@ -253,7 +253,7 @@ class _Fused(Composite):
 _FUSED = _Fused()
 
 
-def _scan_whole(settings: _Settings, tensors: _Tensors) -> tuple[Tensor, Tensor, Tensor]:
+def _compute_whole(settings: _Settings, tensors: _Tensors) -> tuple[Tensor, Tensor, Tensor]:
     """Return h, and the tensors saved for backward: pre-activations and h.
 
     The projection is not divided into chunks: all pre-activations have to be written to memory anyway.
@@ -264,15 +264,15 @@ def _scan_whole(settings: _Settings, tensors: _Tensors) -> tuple[Tensor, Tensor,
     pre, by_time = new_output(x, len(weight)), _lies_by_time(x)
     _project_into(_matrix(pre, by_time), _matrix(x, by_time), weight, bias)
     pieces = ((sequence, _of(pre, sequence)) for sequence in settings.sequences)
-    h, _ = _scan_pieces(settings, pieces, pre, h0, reset)
+    h, _ = _compute_pieces(settings, pieces, pre, h0, reset)
     return h, pre, h
 
 
-def _scan_chunks(settings: _Settings, tensors: _Tensors) -> tuple[Tensor, list[Tensor]]:
+def _compute_chunks(settings: _Settings, tensors: _Tensors) -> tuple[Tensor, list[Tensor]]:
     """Return h, and the initial states of the chunks that do not start from h0."""
     x, weight, bias, h0, reset = tensors
     x = settings.batch_first(x)
-    return _scan_pieces(settings, _project_chunks(settings.chunks, x, weight, bias), x, h0, reset)
+    return _compute_pieces(settings, _project_chunks(settings.chunks, x, weight, bias), x, h0, reset)
 
 
 def _project_chunks(
@@ -299,7 +299,7 @@ def _project_into(pre: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None
         torch.addmm(bias, rows, weight.t(), out=pre)
 
 
-def _scan_pieces(
+def _compute_pieces(
     settings: _Settings,
     pieces: Iterable[tuple[Chunk, Tensor]],
     like: Tensor,
@@ -314,7 +314,7 @@ def _scan_pieces(
         start = _entering(chunk, h0) if last is None or chunk.entry is not None else last.clone()
         if chunk.entry is None and start is not None:
             borders.append(start)
-        piece = settings.scan(chunk, pre, start, reset)
+        piece = settings.run(chunk, pre, start, reset)
         if chunk is WHOLE:
             return piece, borders
         h = new_output(like, piece.shape[2]) if h is None else h
@@ -344,7 +344,7 @@ def _recompute_pieces(settings: _Settings, tensors: _Tensors, borders: Sequence[
     from_last = reversed(borders)
     for chunk, pre in _project_chunks(reversed(settings.chunks), settings.batch_first(x), weight, bias):
         start = next(from_last) if chunk.entry is None else _entering(chunk, h0)
-        yield chunk, pre, settings.scan(chunk, pre, start, reset), start
+        yield chunk, pre, settings.run(chunk, pre, start, reset), start
 
 
 class _Sums:
