@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from minrnn.mixers import MIXERS as MIXERS
+    from minrnn.mixers import MinEMA as MinEMA
+    from minrnn.mixers import MinEMACell as MinEMACell
     from minrnn.mixers import MinGRU as MinGRU
     from minrnn.mixers import MinGRUCell as MinGRUCell
     from minrnn.mixers import MinLSTM as MinLSTM
@@ -56,6 +58,8 @@ else:
     _ROOMS = {
         "mixers": (
             "MIXERS",
+            "MinEMA",
+            "MinEMACell",
             "MinGRU",
             "MinGRUCell",
             "MinLSTM",

@@ -1,6 +1,8 @@
 """What moves information along time: layers and cells of gated recurrences, and the mixers of a model."""
 
 from minrnn.mixers.convert import convert_rnns as convert_rnns
+from minrnn.mixers.minema import MinEMA as MinEMA
+from minrnn.mixers.minema import MinEMACell as MinEMACell
 from minrnn.mixers.mingru import MinGRU as MinGRU
 from minrnn.mixers.mingru import MinGRUCell as MinGRUCell
 from minrnn.mixers.mingru_pytorch import from_mingru_pytorch as from_mingru_pytorch

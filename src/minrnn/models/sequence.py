@@ -61,7 +61,7 @@ class ModelConfig:
     num_layers: int = 4
     """Blocks."""
     mixer: str = "mingru"
-    """The module that mixes steps: mingru, minlstm, rnn, gru, lstm, attention, aaren, s4d or mamba."""
+    """The module that mixes steps: mingru, minlstm, minema, rnn, gru, lstm, attention, aaren, s4d or mamba."""
     expansion: float = 1.0
     """Channels of the mixer's state, as a multiple of d_model."""
     conv_width: int = 4
@@ -81,9 +81,9 @@ class ModelConfig:
     bias: bool = True
     """Biases in the blocks' own linear layers, convolutions and layer norms; a mixer always keeps its own."""
     candidate: str | None = None
-    """mingru, minlstm: the candidate's function: positive, linear or tanh; unset: positive."""
+    """mingru, minlstm, minema: the candidate's function: positive, linear or tanh; unset: positive."""
     forget_bias: float | None = None
-    """mingru, minlstm: initial bias of the gate towards keeping the state, in logits; unset: 1."""
+    """mingru, minlstm, minema: initial bias of the gate towards keeping the state, in logits; unset: 1."""
     normalize: bool | None = None
     """minlstm: make the forget and input gates sum to one; unset: yes."""
     signed: bool | None = None
