@@ -61,7 +61,7 @@ class ModelConfig:
     num_layers: int = 4
     """Blocks."""
     mixer: str = "mingru"
-    """The module that mixes steps: mingru, minlstm, minema, rnn, gru, lstm, attention, aaren, s4d or mamba."""
+    """The module that mixes steps: mingru, minlstm, minema, rnn, gru, lstm, attention, aaren, s4d, mamba."""
     expansion: float = 1.0
     """Channels of the mixer's state, as a multiple of d_model."""
     conv_width: int = 4
