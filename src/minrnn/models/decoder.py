@@ -33,7 +33,7 @@ class Decoder:
     `prefill(prompt, pool, rows)` and `step(tokens, pool, rows)` advance B rows of it in place and do not
     access the others; `reset(pool, rows)` clears rows.
 
-    A step is one call if the blocks' mixers are minGRU or minLSTM and the model is in float32 on the CPU:
+    A step is one call if the mixers are those of a gate (mingru, minlstm, minema), in float32 on the CPU:
     then `backend` is "cpp". Otherwise it is "torch", `reason` tells why, and a step calls the model. Either
     way, steps run in evaluation mode, without gradients. The results of the two backends differ in rounding
     only. With "cpp", three kinds of steps still call the model: those of more than `most_rows` rows, where
