@@ -323,7 +323,7 @@ def test_errors() -> None:
         layer(packed, torch.zeros(1, H))
     with pytest.raises(ValueError, match=r"hx must be \(1, 5, 4\), got \(1, 3, 4\)"):
         layer(nested, torch.zeros(1, 3, H))
-    with pytest.raises(ValueError, match="reset goes with sequences of one length"):
+    with pytest.raises(ValueError, match="reset must be None with packed, jagged or joined sequences"):
         layer(packed, reset=torch.zeros(len(rows), dtype=torch.bool))
     with pytest.raises(ValueError, match="cu_seqlens goes with a plain tensor, got PackedSequence"):
         layer(packed, cu_seqlens=offsets)

@@ -574,7 +574,7 @@ BAD_SCANS = {
 BAD_GATES = {
     "unknown gate": (("mingrew", X, X), {}, ValueError, "did you mean 'mingru'"),
     "unknown candidate": (("mingru", X, X), {"candidate": "positiv"}, ValueError, "did you mean 'positive'"),
-    "unknown form": (("mingru_signed", X, X), {}, ValueError, "did you mean 'mingru'"),
+    "unknown form": (("mingru_signed", X, X), {}, ValueError, "did you mean 'mingru' with signed=True"),
     "no signed form": (("identity", X, X), {"signed": True}, ValueError, "'identity' has no signed form"),
     "signed is no flag": (("mingru", X, X), {"signed": 1}, TypeError, "signed must be a bool, got int"),
     "candidate of identity": (("identity", X, X), {"candidate": "tanh"}, ValueError, "no candidate"),

@@ -81,6 +81,8 @@ def run(args: Sequence[str]) -> int:
         return _list(rest)
     if name == REPORT:
         return _report(rest)
+    if name.startswith("-"):
+        raise ValueError(f"reproduce: the name of an experiment must come first, got {name}")
     if name not in EXPERIMENTS:
         raise ValueError(
             f"reproduce: unknown experiment {name!r}{nearest(name, [*EXPERIMENTS, REPORT])} "

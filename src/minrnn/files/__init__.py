@@ -7,6 +7,7 @@ from minrnn.files.claims import fresh_file as fresh_file
 from minrnn.files.claims import lock as lock
 from minrnn.files.fields import as_python as as_python
 from minrnn.files.fields import check_bounds as check_bounds
+from minrnn.files.fields import check_choice as check_choice
 from minrnn.files.fields import check_types as check_types
 from minrnn.files.fields import require as require
 from minrnn.files.reading import naming as naming

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numbers
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from minrnn.files.schema import shown
+from minrnn.files.schema import nearest, shown
 
 
 def require(config: object, name: str, holds: bool, expected: str) -> None:
@@ -22,6 +22,16 @@ def require(config: object, name: str, holds: bool, expected: str) -> None:
     if not holds:
         raise ValueError(
             f"{type(config).__name__}: {name} must be {expected}, got {shown(getattr(config, name))}"
+        )
+
+
+def check_choice(config: object, name: str, known: Collection[str]) -> None:
+    """Raise ValueError unless the field is one of the known names; the message names the nearest."""
+    value = getattr(config, name)
+    if value not in known:
+        raise ValueError(
+            f"{type(config).__name__}: {name} must be one of {', '.join(known)}, got {shown(value)}"
+            f"{nearest(str(value), known)}"
         )
 
 

@@ -51,7 +51,7 @@ class AttentionMixer(Mixer):
         self.window = read_size("AttentionMixer", "window", window, least=0)
         if d_hidden % (2 * num_heads):
             raise ValueError(
-                f"AttentionMixer: num_heads must split d_hidden={d_hidden} into even widths, got {num_heads}"
+                f"AttentionMixer: num_heads must divide d_hidden={d_hidden} into even widths, got {num_heads}"
             )
         self.qkv = nn.Linear(d_model, 3 * d_hidden, bias=read_flag("AttentionMixer", "bias", bias))
 

@@ -103,9 +103,10 @@ class GatedModule(nn.Module):
         weight: Tensor = getattr(self, "weight_ih" + suffix)
         bias: Tensor | None = getattr(self, "bias_ih" + suffix) if self.bias else None
         if x.dtype != weight.dtype and not in_autocast(x):
+            convertible = f" or the module with .to({x.dtype})" if x.dtype in FLOATS else ""
             raise ValueError(
                 f"{type(self).__name__}: input must have the weights' dtype, {weight.dtype}, got {x.dtype}; "
-                f"convert the input with .to({weight.dtype}) or the module with .to({x.dtype})"
+                f"convert the input with .to({weight.dtype}){convertible}"
             )
         return projected_scan(
             self.gate,
@@ -153,7 +154,7 @@ class GatedModule(nn.Module):
         if not isinstance(hx, Tensor):
             raise TypeError(
                 f"{name}: hx must be one tensor (there is no cell state), got {type(hx).__name__}; "
-                "convert_rnns makes modules that take torch.nn.LSTM's pair"
+                "PairedMinLSTM takes torch.nn.LSTM's pair"
             )
         if hx.shape != shape:
             raise ValueError(f"{name}: hx must be {shape}, got {tuple(hx.shape)}")

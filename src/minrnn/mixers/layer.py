@@ -113,7 +113,10 @@ class MinRNNBase(GatedModule):
                 f"{name}: the sequences must have {self.input_size} channels, got {tuple(rows.shape)}"
             )
         if reset is not None:
-            raise ValueError(f"{name}: reset goes with sequences of one length; mark starts by their lengths")
+            raise ValueError(
+                f"{name}: reset must be None with packed, jagged or joined sequences, each of which starts "
+                "from its own state"
+            )
         self._check_hx(hx, self._state_shape((ragged.offsets.shape[0] - 1,)), rows.dtype)
         joined = Joined(ragged.offsets, rows.shape[0])
         output, h_n = self._run_layers(rows.unsqueeze(0), hx, joined=joined)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minrnn.files import check_types, convert, require
+from minrnn.files import check_choice, check_types, convert, require
 from minrnn.mixers.mixer import check_reset
 from minrnn.models.dropout import Dropout
 from minrnn.models.sequence import (
@@ -98,7 +98,7 @@ class DecisionConfig:
             require(self, name, getattr(self, name) >= 0, "0 or more")
         for name, most in LARGEST.items():
             require(self, name, getattr(self, name) <= most, f"at most {most}")
-        require(self, "tokens", self.tokens in TOKENS, f"one of {', '.join(TOKENS)}")
+        check_choice(self, "tokens", TOKENS)
         require(self, "return_scale", 0 < self.return_scale < math.inf, "positive and finite")
         finite = self.target_return is None or math.isfinite(self.target_return)
         require(self, "target_return", finite, "finite")

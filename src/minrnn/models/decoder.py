@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from typing import Any, cast
 
 import torch
@@ -44,12 +45,14 @@ class Decoder:
 
     - values changed in place, as by an optimizer or `load_state_dict`, are used from the next step on;
     - tensors that move in memory, as by `model.to(...)`, `model.double()`, `share_memory()` or an assignment
-      to `.data`, make the next step raise RuntimeError;
-    - all other changes are ignored: parameters and modules that are replaced, settings, hooks,
+      to `.data`, make the next step raise RuntimeError; so does the next `prefill` after parameters or
+      buffers were replaced, as by `load_state_dict(..., assign=True)`;
+    - all other changes are ignored by steps: replaced parameters and modules, settings, hooks,
       parametrizations, and dropouts put in training mode. Make a new decoder.
 
-    With "torch", all changes take effect, as each step calls the model; the model's mode is changed for that
-    call only. A copy of a decoder holds a copy of the model.
+    With "torch", all changes take effect, as each step calls the model. A model in training mode is in
+    evaluation mode while it is called: do not train it in another thread at that time. Several threads may
+    use one decoder with states of their own. A copy of a decoder holds a copy of the model.
 
     Args:
         model: a SequenceModel or DecisionModel, in any mode. For a wrapped one, as by torch.compile, the
@@ -81,6 +84,7 @@ class Decoder:
         self._reads_steps = isinstance(config, DecisionConfig)
         self._reason: str | None = None
         self._fused = None
+        self._tensors = tuple(_model_tensors(model))
         try:
             self._fused = fuse(model)
         except NotFusableError as error:
@@ -131,7 +135,7 @@ class Decoder:
         """
         batch = self._read_batch(inputs)
         indices = None if rows is None else _read_rows("Decoder.step", rows, batch, state)
-        if self._fused is not None and not is_observed():
+        if self._fused is not None and batch and not is_observed():
             stepped = self._fused.run(inputs, batch, state, indices)
             if stepped is not None:
                 return stepped
@@ -160,11 +164,17 @@ class Decoder:
         Raises:
             TypeError: an argument has the wrong type or dtype.
             ValueError: a shape is not as above, or rows and pool are not as in `step`.
-            RuntimeError: T = 1, and the model's tensors have moved in memory.
+            IndexError: a token is not in the vocabulary.
+            RuntimeError: the backend is "cpp", and the model's tensors have been replaced; or T = 1, and they
+                have moved in memory.
         """
         B, T = self._read_shape("Decoder.prefill", inputs)
         if T == 0:
             raise ValueError("Decoder.prefill: the prompt must hold a token or a step, got none")
+        if self._fused is not None and not _are_same(self._tensors, _model_tensors(self.model)):
+            raise RuntimeError("Decoder.prefill: the model's tensors were replaced; make a new decoder")
+        if isinstance(inputs, Tensor):
+            self._check_tokens(inputs)
         check_reset("Decoder.prefill", reset, (B, T))
         after = state
         if rows is not None:
@@ -188,8 +198,10 @@ class Decoder:
             AttributeError: a block, convolution or mixer was replaced by a module without `empty_state`.
         """
         num_rows = read_size("Decoder.new_state", "num_rows", num_rows)
-        like, blocks = next(self.model.parameters()).detach(), cast("Iterable[Block]", self.model.blocks)
-        return tuple(block.empty_state(num_rows, like) for block in blocks)
+        blocks = cast("Iterable[Block]", self.model.blocks)
+        with torch.inference_mode(False):  # a pool is written in any mode
+            like = next(self.model.parameters()).detach()
+            return tuple(block.empty_state(num_rows, like) for block in blocks)
 
     @torch.no_grad()
     def reset(self, state: ModelState, rows: Tensor) -> None:
@@ -250,9 +262,17 @@ class Decoder:
         check_tensor("Decoder.step", "tokens", inputs)
         if inputs.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"Decoder.step: tokens must be int64, got {inputs.dtype}")
-        if inputs.dim() != 1 or len(inputs) == 0:
-            raise ValueError(f"Decoder.step: tokens must be (B,) with B >= 1, got {tuple(inputs.shape)}")
+        if inputs.dim() != 1:
+            raise ValueError(f"Decoder.step: tokens must be (B,), got {tuple(inputs.shape)}")
         return len(inputs)
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        if tokens.is_floating_point() or not tokens.numel():  # the model refuses floats
+            return
+        low, high = int(tokens.min()), int(tokens.max())
+        size = cast("ModelConfig", self.model.config).vocab_size
+        if low < 0 or high >= size:
+            raise IndexError(f"Decoder.prefill: tokens must lie in 0 .. {size - 1}, got {low} .. {high}")
 
     def _read_shape(self, function: str, inputs: Any) -> tuple[int, int]:
         """Return B and T; the model checks everything else."""
@@ -265,6 +285,16 @@ class Decoder:
         if leading.dim() != 2:
             raise ValueError(f"{function}: {name} must be (B, T), got {tuple(leading.shape)}")
         return leading.shape[0], leading.shape[1]
+
+
+def _model_tensors(model: torch.nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _are_same(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
+    """Whether the same tensor objects come in the same order."""
+    return all(x is y for x, y in zip_longest(tensors, others))
 
 
 def _read_rows(function: str, rows: Any, batch: int, state: Any) -> list[int]:

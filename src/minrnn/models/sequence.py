@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minrnn.files import check_types, convert, require
+from minrnn.files import check_choice, check_types, convert, require
 from minrnn.mixers import MIXERS
 from minrnn.mixers.calls import runs
 from minrnn.mixers.convolution import CausalConv
@@ -110,7 +110,7 @@ class ModelConfig:
             "norm": NORMS,
         }
         for name, known in names.items():
-            require(self, name, getattr(self, name) in known, f"one of {', '.join(known)}")
+            check_choice(self, name, known)
         self._check_mixer_options()
 
     def _check_mixer_options(self) -> None:

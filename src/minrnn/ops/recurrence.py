@@ -140,9 +140,11 @@ def gated_scan(
 
 
 def _unknown(what: str, name: str, table: dict[str, Any]) -> ValueError:
-    return ValueError(
-        f"gated_scan: {what} must be one of {', '.join(table)}, got {name!r}{nearest(str(name), table)}"
-    )
+    hint = nearest(str(name), table)
+    plain = str(name).removesuffix("_signed")
+    if plain != name and plain in table:
+        hint = f"; did you mean {plain!r} with signed=True?"
+    return ValueError(f"gated_scan: {what} must be one of {', '.join(table)}, got {name!r}{hint}")
 
 
 def _check(
