@@ -40,6 +40,7 @@ COMMANDS: dict[str, Command] = {
 
 ENVIRONMENT = {
     "MINRNN_ENGINE": "reference: use the reference loop instead of the compiled engines",
+    "MINRNN_ISA": "baseline, avx2 or avx512: use a narrower instruction set than the processor has",
     "MINRNN_DATA": "folder to search for data sets before downloading",
     "MINRNN_CACHE": "folder for downloads and tokenized corpora (default: the user's cache)",
     "MINRNN_DEBUG": "1: show the traceback of an error",
