@@ -193,7 +193,7 @@ def test_stability_reports_its_curves_alone() -> None:
 
 @pytest.mark.parametrize("conditioned", [True, False])
 def test_policies_are_reported_by_what_they_play(conditioned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On episodes that start from seed 1000, with targets of the data; the highest is of training episodes."""
+    """On episodes from seed 1000, with targets of the data; the highest is of training episodes."""
     played: list[tuple[Any, int, int, int]] = []
     closed: list[str] = []
 
