@@ -175,7 +175,9 @@ def test_texts_are_reported_on_the_last_tenth(
     name: str, changed: dict[str, Any], window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of shakespeare that is what is left when the tenth before has chosen."""
-    config, spy = config_of(name), Spy(monkeypatch, shakespeare, "TextTask")
+    length = {} if name == "shakespeare" else {"window": 1024}  # longer than what is published beside it
+    config = config_of(name).override(task=length)
+    spy = Spy(monkeypatch, shakespeare, "TextTask")
     experiment = EXPERIMENTS[name].load()
     assert isinstance(experiment, TrainedExperiment)
     found = experiment.examine(MODEL, config, experiment.sizes["cpu"])

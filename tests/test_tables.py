@@ -599,11 +599,15 @@ def test_tokens_and_states_of_inference() -> None:
         run(2, 40, mingru=(0.008, {}), attention="out of memory"),
         run(2, 10, mingru=(0.002, {}), attention=(0.001, {})),
         run(2, 20, mingru=(0.004, {}), attention=(0.004, {})),
-        run(1, 10, mingru=(0.5, {})),
+        run(1, 10, mingru=(0.5, {}), attention=(0.25, {})),
+        run(1, 20, mingru=(0.5, {}), attention=(0.25, {})),
     ]
     single, double, published = tables_of("inference", records)
     assert (single.title, double.title) == ("Batch 1", "Batch 2")
-    assert rows_of(single) == [["mingru", "500", "", "100", "4 to 4"]]
+    assert rows_of(single) == [
+        ["mingru", "500", "500", "", "200", "4 to 4"],
+        ["attention", "250", "250", "", "200", "1 to 2"],
+    ]
     assert list(double.head) == [
         *("mixer", "token after 10, ms", "token after 20, ms", "token after 40, ms", "growth"),
         *("reading 40, ms", "state, kB"),
@@ -852,6 +856,7 @@ def test_the_page_gives_hours_machines_commits_and_what_diverged(tmp_path: Path)
     ]
     write_records(tmp_path / "results", "stability", records)
     text = page_of(tmp_path)
+    assert text.startswith("## Parameters\n")
     assert (
         "3 trials, 1.5 hours of computing in all, on Abacus (2 threads), torch 2; "
         "commit 0123456789ab, fedcba987654 with changes, of an installed package. Diverged: 2-rnn-0.0-0.\n"
