@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from torch import nn
 
 from minrnn.mixers import MIXERS
 from minrnn.models import DecisionConfig, DecisionModel, ModelConfig, SequenceModel, load_checkpoint
-from minrnn.tasks import TASKS, TextTask
-from minrnn.training import Precision, RunConfig, RunLog, TrainConfig, read_config, read_metrics
+from minrnn.tasks import TASKS, TaskConfig, TextTask
+from minrnn.training import Precision, RunConfig, RunLog, TrainConfig, read_config, read_metrics, train
 from minrnn.training.config import OPTIMIZERS, OptimizerName
 from minrnn.training.loop import Run
 from minrnn.training.optim import decayed_parameters, learning_rate_at, make_optimizers
@@ -32,7 +32,7 @@ def make_run(corpus: Path, folder: Path, *, dropout: float = 0.1, **settings: An
     return Run(config, folder, RunLog())
 
 
-def watch_steps(run: Run, seen: Any) -> list[Any]:
+def watch_steps(run: Run, seen: Callable[[], Any]) -> list[Any]:
     """Append the value of `seen()` to the list that is returned, just before each step of the optimizer."""
     found: list[Any] = []
     run.optimizers[0].register_step_pre_hook(lambda *_: found.append(seen()))
@@ -364,8 +364,8 @@ def test_the_seed_of_generated_data_and_that_of_training_are_apart(tmp_path: Pat
 
     def made(data_seed: int, seed: int) -> tuple[str, torch.Tensor, torch.Tensor]:
         task = TASKS["listops"].config_type(**sizes, data_seed=data_seed)
-        train = TrainConfig(seed=seed, batch_size=8, device="cpu")
-        config = RunConfig(model=ModelConfig(d_model=8, num_layers=1), task=task, train=train)
+        training = TrainConfig(seed=seed, batch_size=8, device="cpu")
+        config = RunConfig(model=ModelConfig(d_model=8, num_layers=1), task=task, train=training)
         run = Run(config, tmp_path, RunLog())
         return run.task.sha256, first_inputs(run), initial_weights(run)
 
@@ -404,8 +404,6 @@ def watched(
     config: RunConfig, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Calls, list[int], list[Any]]:
     """Train; return the log, the steps of the saves, and the tokens that each evaluation was limited to."""
-    from minrnn.training import train
-
     log, saved, limits = Calls(), [], []
     save, evaluate = Run.save, TextTask.evaluate
 
@@ -581,3 +579,18 @@ def test_no_setting_of_model_or_task_may_change(task: str) -> None:
                 continue
             with pytest.raises(ValueError, match=rf"resume: {table}\.{name} is .* got 'another value'"):
                 check_unchanged(config, other)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed(TaskConfig):
+    """Settings of a task, one of which has the name of a training setting that may change."""
+
+    steps: int = 1
+
+    task = "timed"
+
+
+def test_the_name_of_a_setting_that_may_change_is_one_of_training_alone() -> None:
+    check_unchanged(RunConfig(task=Timed(1)), RunConfig(task=Timed(1), recipe="another"))
+    with pytest.raises(ValueError, match=r"resume: task\.steps is 1 in this run, got 2"):
+        check_unchanged(RunConfig(task=Timed(1)), RunConfig(task=Timed(2)))
