@@ -594,3 +594,13 @@ def test_the_name_of_a_setting_that_may_change_is_one_of_training_alone() -> Non
     check_unchanged(RunConfig(task=Timed(1)), RunConfig(task=Timed(1), recipe="another"))
     with pytest.raises(ValueError, match=r"resume: task\.steps is 1 in this run, got 2"):
         check_unchanged(RunConfig(task=Timed(1)), RunConfig(task=Timed(2)))
+
+
+def test_a_run_without_a_checkpoint_keeps_its_settings(corpus: Path, tmp_path: Path) -> None:
+    """Its config.json is all that says which they are."""
+    config = run_config(corpus)
+    make_run(corpus, tmp_path / "run").begin(resume=False)
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"resume: train\.seed is 0 in this run, got 1"):
+        trained(config.override(train={"seed": 1}), tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
