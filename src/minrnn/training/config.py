@@ -69,7 +69,7 @@ class TrainConfig:
     learning_rate: float = 1e-3
     """Peak learning rate, at the end of the warm-up."""
     min_learning_rate_ratio: float = 0.1
-    """Learning rate at the last step, as a fraction of the peak (1: constant after the warm-up)."""
+    """Learning rate at the end of the schedule, as a fraction of the peak (1: constant after the warm-up)."""
     warmup_steps: int = 100
     """Steps of linear warm-up of the learning rate from zero."""
     weight_decay: float = 0.1
