@@ -18,7 +18,7 @@ _calling: Callable[[type[nn.Module]], tuple[Any, ...]] = operator.attrgetter("__
 
 
 @lru_cache  # of a class, which mypy does not take for hashable
-def passed(kind: Any) -> tuple[str, ...]:
+def _passed(kind: Any) -> tuple[str, ...]:
     """Return the names of the methods that a call of an instance runs; a mixer's forward calls its `mix`.
 
     An instance may override all but `__call__`.
@@ -27,14 +27,9 @@ def passed(kind: Any) -> tuple[str, ...]:
 
 
 @lru_cache
-def callers(kind: Any) -> Callable[[type[nn.Module]], tuple[Any, ...]]:
-    """Return a getter of the methods named by `passed`."""
-    return operator.attrgetter(*passed(kind))
-
-
-def is_own(kind: Any) -> bool:
-    """Whether the methods named by `passed` are those of the class's own module, so that none is patched."""
-    return _is_own(kind, *callers(kind)(kind))
+def _callers(kind: Any) -> Callable[[type[nn.Module]], tuple[Any, ...]]:
+    """Return a getter of the methods named by `_passed`."""
+    return operator.attrgetter(*_passed(kind))
 
 
 def runs(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -46,7 +41,7 @@ def runs(module: nn.Module, kind: type[nn.Module]) -> bool:
         return False
     if torch.compiler.is_compiling():  # dynamo cannot trace more than this
         return type(module).forward is kind.forward
-    return _calling(type(module)) == _calling(kind) and is_own(kind)
+    return _calling(type(module)) == _calling(kind) and _is_own(kind)
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -64,10 +59,15 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return not hooked
 
 
+def _is_own(kind: Any) -> bool:
+    """Whether a call of the class's instances runs the methods that the class was defined with."""
+    return _are_own(kind, *_callers(kind)(kind))
+
+
 @lru_cache
-def _is_own(kind: Any, *functions: Any) -> bool:
-    """Whether these methods, named by `passed`, come from the modules that define their classes."""
-    for name, function in zip(passed(kind), functions, strict=True):
+def _are_own(kind: Any, *functions: Any) -> bool:
+    """Whether these methods, named by `_passed`, come from their classes' own modules: none is patched."""
+    for name, function in zip(_passed(kind), functions, strict=True):
         owner = next(base for base in kind.__mro__ if name in vars(base))
         if getattr(function, "__globals__", None) is not vars(sys.modules[owner.__module__]):
             return False

@@ -84,9 +84,10 @@ class Decoder:
         self._reads_steps = isinstance(config, DecisionConfig)
         self._reason: str | None = None
         self._fused = None
-        self._tensors = tuple(_model_tensors(model))
+        self._tensors: tuple[Tensor, ...] = ()
         try:
             self._fused = fuse(model)
+            self._tensors = tuple(_model_tensors(model))
         except NotFusableError as error:
             self._reason = str(error)
 
