@@ -14,25 +14,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from minrnn.ops.batching import fold_batch, for_any_size, for_old_vmap, one_by_one, unfold_batch
 from minrnn.ops.registry import Functions, implementations, register
 from minrnn.ops.torch_private import (
     SingleLevelFunction,
-    add_batch_dim,
     below_autograd,
     enable_single_level_autograd_function,
     is_batched,
-    old_vmap_level,
-    remove_batch_dim,
     set_forward_mode,
-    tree_flatten,
-    tree_map,
-    tree_map_only,
-    tree_unflatten,
 )
 from minrnn.ops.transforms import (
     have_tangents,
@@ -182,8 +176,8 @@ class Operator(ABC):
     ) -> None:
         torch.library.register_fake(f"minrnn::{operator}", fake, lib=_LIBRARY)
         _LIBRARY.impl(operator, differentiable, "Autograd")
-        torch.library.register_vmap(f"minrnn::{operator}", _for_any_size(batched), lib=_LIBRARY)
-        _LIBRARY.impl(operator, _for_old_vmap(batched), "Batched")
+        torch.library.register_vmap(f"minrnn::{operator}", for_any_size(batched), lib=_LIBRARY)
+        _LIBRARY.impl(operator, for_old_vmap(batched), "Batched")
 
     def _engine_functions(self, module: ModuleType) -> Functions:
         """Return the engine's functions, made to skip the engine for an empty batch."""
@@ -233,20 +227,20 @@ class Operator(ABC):
         tensors, mode = self.unpack(arguments)
         dims, _ = self.unpack(in_dims)
         if any(dims[index] is not None for index in self.shared):
-            return _one_by_one(self.forward_op, info, in_dims, arguments)
-        folded = _fold(info, tensors, dims, self.shared)
-        return _unfold(info, self.forward_op(*self.pack(folded, mode, False)))
+            return one_by_one(self.forward_op, info, in_dims, arguments)
+        folded = fold_batch(info, tensors, dims, self.shared)
+        return unfold_batch(info, self.forward_op(*self.pack(folded, mode, False)))
 
     def _batched_backward(self, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         """Backward, for torch.func.vmap: many gradients at once."""
         if self.shared:  # the sums over the batch must not run over the mapped dimension
-            return _one_by_one(self.backward_op, info, in_dims, arguments)
+            return one_by_one(self.backward_op, info, in_dims, arguments)
         gradients, kept, tensors, mode = self.unpack_backward(arguments)
         gradient_dims, kept_dim, dims, _ = self.unpack_backward(in_dims)
         count = len(gradients)
-        *found, kept = _fold(info, (*gradients, *tensors, kept), (*gradient_dims, *dims, kept_dim))
+        *found, kept = fold_batch(info, (*gradients, *tensors, kept), (*gradient_dims, *dims, kept_dim))
         folded = self.pack_backward(found[:count], kept, found[count:], mode)
-        return _unfold(info, self.backward_op(*folded))
+        return unfold_batch(info, self.backward_op(*folded))
 
 
 def _recorded(operator: Operator) -> type[Any]:
@@ -378,90 +372,3 @@ def _differentiate(
         wanted: list[Any] = [x for x, needed in zip(aliases, needs, strict=True) if needed]
         found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=create_graph))
     return [next(found) if needed else None for needed in needs]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# vmap: torch.func's, and the older one of torch.autograd, used by is_grads_batched=True, vectorize=True and
-# gradcheck's check_batched_grad, which does not support operators with lists of tensors by itself.
-
-
-class _Mapped(NamedTuple):
-    """The `info` argument of a rule for torch.func.vmap."""
-
-    batch_size: int
-
-
-def _fold(
-    info: Any, tensors: Sequence[Any], dims: Sequence[int | None], shared: frozenset[int] = frozenset()
-) -> list[Any]:
-    """Move the mapped dimension of every tensor to the front and merge it with the batch."""
-
-    def fold(x: Tensor | None, dim: int | None) -> Tensor | None:
-        if x is None:
-            return None
-        size = info.batch_size
-        return (x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
-
-    pairs = zip(tensors, dims, strict=True)
-    return [x if index in shared else fold(x, dim) for index, (x, dim) in enumerate(pairs)]
-
-
-def _unfold(info: Any, outputs: Any) -> tuple[Any, Any]:
-    """Split the mapped dimension from the batch, at the front of each output; return it with the outputs."""
-    return (
-        tree_map(lambda x: x.unflatten(0, (info.batch_size, -1)), outputs),
-        tree_map(lambda _: 0, outputs),
-    )
-
-
-def _one_by_one(
-    function: Callable[..., Any], info: Any, in_dims: Sequence[Any], arguments: Sequence[Any]
-) -> tuple[Any, Any]:
-    """Call the function for each index of the mapped dimension, and stack its outputs."""
-
-    def at(index: int) -> Any:
-        return tree_map(
-            lambda x, dim: x if dim is None else x.select(dim, index), tuple(arguments), tuple(in_dims)
-        )
-
-    results = [function(*at(index)) for index in range(info.batch_size)]
-    stacked = [torch.stack(parts) for parts in zip(*results, strict=True)]
-    outputs = stacked if isinstance(results[0], list) else tuple(stacked)
-    return outputs, tree_map(lambda _: 0, outputs)
-
-
-def _for_any_size(rule: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
-    """Extend a vmap rule to mapped dimensions of size 0."""
-
-    def rule_for_any_size(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        if info.batch_size:
-            return rule(info, in_dims, *arguments)
-
-        def widen(x: Any, dim: int | None) -> Any:
-            return x if dim is None else x.new_zeros(*x.shape[:dim], 1, *x.shape[dim + 1 :])
-
-        results, out_dims = rule(_Mapped(1), in_dims, *tree_map(widen, arguments, in_dims))
-        return tree_map(lambda x: x[:0], results), out_dims
-
-    return rule_for_any_size
-
-
-def _for_old_vmap(rule: Callable[..., tuple[Any, Any]]) -> Callable[..., Any]:
-    """Convert a rule for torch.func.vmap to a kernel for the dispatch key Batched."""
-
-    def kernel(*arguments: Any) -> Any:
-        level = old_vmap_level()
-        leaves, structure = tree_flatten(arguments)
-        mapped = [isinstance(x, Tensor) for x in leaves]
-        # Tensors that are not mapped get a dimension of size 1.
-        found = [
-            remove_batch_dim(x, level, 1, 0) if is_tensor else x
-            for x, is_tensor in zip(leaves, mapped, strict=True)
-        ]
-        size = max(x.shape[0] for x in found if isinstance(x, Tensor))
-        whole = [x.expand(size, *x.shape[1:]) if isinstance(x, Tensor) else x for x in found]
-        dims = tree_unflatten([0 if is_tensor else None for is_tensor in mapped], structure)
-        results, _ = rule(_Mapped(size), dims, *tree_unflatten(whole, structure))
-        return tree_map_only(Tensor, lambda x: add_batch_dim(x, 0, level), results)
-
-    return kernel
