@@ -19,9 +19,6 @@ Where the rest of a pre-activation is 0, minGRU's decay is then sigmoid(1) = 0.7
 instead of 0.
 """
 
-UNNORMALIZED = {"minlstm": "minlstm_unnormalized"}
-"""Gates with a form whose gates do not sum to one, and the name of that form."""
-
 
 class GatedModule(nn.Module):
     """The parameters of gated recurrences: a projection `weight_ih*`, `bias_ih*` of the input for each.
@@ -45,7 +42,7 @@ class GatedModule(nn.Module):
     signed: bool
 
     normalize = True
-    """Whether the gates sum to one; an option where UNNORMALIZED has the gate."""
+    """Whether the gates sum to one; an option where the gate has an unnormalized form."""
 
     recompute = False
     """Whether backward recomputes what it can; see `MinGRU`."""
@@ -60,14 +57,15 @@ class GatedModule(nn.Module):
         self.forget_bias = self._read_forget_bias()
         self.normalize = read_flag(name, "normalize", self.normalize)
         self.signed = read_flag(name, "signed", self.signed)
-        self.gate = self.gate if self.normalize else UNNORMALIZED[self.gate]
+        self.gate = self.gate if self.normalize else GATES[self.gate].unnormalized or self.gate
         if self.signed and not GATES[self.gate].can_be_signed:
             where = "" if self.normalize else " with normalize=False"
             raise ValueError(f"{name}: signed must be False{where}, got True: this gate has no signed form")
         dtype = read_dtype(name, "dtype", dtype)
-        self._suffixes = list(self._columns())
+        columns_of = self._columns()
+        self._suffixes = list(columns_of)
         rows = GATES[self.gate].num_pre * self.hidden_size
-        for suffix, columns in self._columns().items():
+        for suffix, columns in columns_of.items():
             weight = torch.empty((rows, columns), device=device, dtype=dtype)
             self.register_parameter(f"weight_ih{suffix}", nn.Parameter(weight))
             if self.bias:

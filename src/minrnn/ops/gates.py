@@ -66,6 +66,8 @@ class Gate:
     """The pre-activation whose bias sets how long a state is kept, and the sign of its effect on a."""
     can_be_signed: bool = False
     """Whether there is a signed form, with decays in (-1, 1)."""
+    unnormalized: str | None = None
+    """The name of the gate that differs in that its gates need not sum to one, if there is one."""
     gives_decay: bool = False
     """Whether u is a itself, and not its log-odds."""
 
@@ -198,6 +200,7 @@ GATES: dict[str, Gate] = {
         neutral=(inf, -inf, 0.0),
         keeps=("f", +1),
         can_be_signed=True,
+        unnormalized="minlstm_unnormalized",
     ),
     # a = f, b = i candidate.
     "minlstm_unnormalized": Gate(
