@@ -82,9 +82,10 @@ class _Settings(NamedTuple):
     mode: Mode
     time_major: bool
     recompute: bool
-    sequences: tuple[Chunk, ...] = (WHOLE,)
-    """The parts that each start from a row of h0."""
-    chunks: tuple[Chunk, ...] = (WHOLE,)
+    sequences: tuple[Chunk, ...] = ()
+    """For the fused path, the parts that each start from a row of h0. Elsewhere none: torch.compile of torch
+    2.11 cannot trace the slices in them."""
+    chunks: tuple[Chunk, ...] = ()
     """The same parts, divided into chunks."""
 
     def batch_first(self, x: Tensor) -> Tensor:
@@ -121,7 +122,7 @@ def _run_rows(settings: _Settings, tensors: _Tensors) -> Tensor:
     x = settings.batch_first(tensors.x)
     size, reverse = steps_at_once(tensors.row_bytes), settings.mode.reverse
     chunks = cut_batch(*x.shape[:2], size, by_time=_lies_by_time(x), reverse=reverse)
-    return _FUSED(settings._replace(chunks=chunks), *tensors)
+    return _FUSED(settings._replace(sequences=(WHOLE,), chunks=chunks), *tensors)
 
 
 def _run_joined(settings: _Settings, tensors: _Tensors, joined: Joined) -> Tensor:
@@ -182,10 +183,10 @@ def _composed(
 def _compose(settings: _Settings, tensors: _Tensors) -> Tensor:
     x, weight, bias, h0, reset = tensors
     pre = settings.batch_first(_project(x, weight, bias))
-    if settings.sequences == (WHOLE,):
-        return settings.run(WHOLE, pre, h0, reset)
-    parts = [settings.run(part, _of(pre, part), _entering(part, h0), None) for part in settings.sequences]
-    return torch.cat(parts, 1)
+    if not settings.sequences:
+        return GATED_SCAN((pre, h0, reset), settings.mode)
+    parts = [settings.run(part, _of(pre, part), _entering(part, h0), reset) for part in settings.sequences]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _compose_joined(joined: Joined, settings: _Settings, tensors: _Tensors) -> Tensor:
