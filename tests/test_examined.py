@@ -110,16 +110,24 @@ def test_a_trial_examines_the_weights_of_its_own_run(monkeypatch: pytest.MonkeyP
 # --- the part of the data --------------------------------------------------------------------------------
 
 
+HELD_OUT = {
+    "shakespeare": (0.1, "validation"),  # of the nine tenths, and the last tenth is the test
+    "shakespeare-best": (pytest.approx(1 / 9), "test"),  # the last tenth chooses, and the ninth is the test
+    "shakespeare-cpu": (0.0, "validation"),
+}
+
+
 @pytest.mark.parametrize("scale", ["cpu", "paper", "tiny"])
 @pytest.mark.parametrize("name", TRAINED)
 def test_weights_are_chosen_on_validation_data(name: str, scale: Any) -> None:
-    """A run never sees the part that is reported; shakespeare-best and -cpu say that they choose on it."""
+    """A run never sees the part that is reported; only shakespeare-cpu, which chooses no weights, does."""
     if name == "locomotion":
         return  # its episodes that are held out choose, and those that are played are reported
     for trial in EXPERIMENTS[name].load().trials(Choice(scale)):
         task = trial.config["task"]
         if task["name"] == "text":
-            assert task["held_out"] == (0.1 if name == "shakespeare" else 0.0)
+            assert (task["held_out"], task["held_out_for"]) == HELD_OUT[name]
+            assert task["part"] == "validation"
             assert task["best_in_windows"] == (trial.setting["mixer"] == "aaren" and name == "shakespeare")
         else:
             assert task["part"] == "validation"
@@ -166,23 +174,22 @@ def test_listops_is_reported_on_test_expressions(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("name", "changed", "window"),
     [
-        ("shakespeare", {"held_out": 0.0}, 256),
-        ("shakespeare-best", {"window": 256}, 256),
+        ("shakespeare", {"part": "test"}, 256),
+        ("shakespeare-best", {"part": "test"}, 256),
         ("shakespeare-cpu", {"window": 64}, 64),
     ],
 )
-def test_texts_are_reported_on_the_last_tenth(
+def test_texts_are_reported_on_their_part(
     name: str, changed: dict[str, Any], window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of shakespeare that is what is left when the tenth before has chosen."""
-    length = {} if name == "shakespeare" else {"window": 1024}  # longer than what is published beside it
+    length = {"window": 1024} if name == "shakespeare-cpu" else {}  # longer than what is published beside it
     config = config_of(name).override(task=length)
     spy = Spy(monkeypatch, shakespeare, "TextTask")
     experiment = EXPERIMENTS[name].load()
     assert isinstance(experiment, TrainedExperiment)
     found = experiment.examine(MODEL, config, experiment.sizes["cpu"])
     assert spy.configs == [dataclasses.replace(config.task, **changed)]
-    assert (spy.configs[0].held_out, spy.configs[0].window) == (0.0, window)
+    assert spy.configs[0].window == window
     assert found == {"test": {"accuracy": 0}}
     assert spy.models == [MODEL]
 

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,12 @@ from test_training import run_config, trained
 from minrnn.cli import engines
 from minrnn.cli import main as main_module
 from minrnn.cli.main import COMMANDS, main
-from minrnn.training import TrainConfig, extras, provenance
+from minrnn.training import TrainConfig, extras, is_changed, provenance
 from minrnn.training.config import BOUNDS
+
+provenance_module = importlib.import_module(
+    "minrnn.training.provenance"
+)  # its package has a function of that name
 
 
 @pytest.fixture(autouse=True)
@@ -240,13 +244,24 @@ def test_options_beyond_any_use_are_refused(args: str, capsys: pytest.CaptureFix
 # --- extras ----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def code_unread() -> Iterator[None]:
+    """Let this test read the commit, which a process reads once."""
+    provenance_module._code.cache_clear()
+    yield
+    provenance_module._code.cache_clear()
+
+
+@pytest.mark.usefixtures("code_unread")
 @pytest.mark.parametrize(
     ("script", "expected"),
     [
         (
-            "echo 0123456789012345678901234567890123456789-dirty",
-            "0123456789012345678901234567890123456789-dirty",
+            'case "$*" in *rev-parse*HEAD) echo 0123456789012345678901234567890123456789 ;; esac',
+            "0123456789012345678901234567890123456789",
         ),
+        ("echo 0123456789-dirty", None),
+        ('case "$*" in *diff*) exit 129 ;; *) echo 0123456789012345678901234567890123456789 ;; esac', None),
         ("printf '\\377\\376 garbage'", None),
         ("echo fatal; exit 128", None),
         ("kill -9 $$", None),
@@ -260,8 +275,10 @@ def test_a_broken_git_costs_the_commit_alone(
     git.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert provenance(torch.device("cpu"))["commit"] == expected
+    assert provenance(torch.device("cpu"))["changes"] is None
 
 
+@pytest.mark.usefixtures("code_unread")
 @pytest.mark.parametrize(
     "error",
     [
@@ -279,6 +296,81 @@ def test_a_git_that_does_not_start_costs_the_commit_alone(
 
     monkeypatch.setattr(subprocess, "run", fail)
     assert provenance(torch.device("cpu"))["commit"] is None
+
+
+def committed(folder: Path, *names: str) -> None:
+    """Make a repository with these files, all committed."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("first\n")
+    (folder / ".gitignore").write_text("*.so\n")
+    author = ("-c", "user.name=x", "-c", "user.email=x@x.invalid", "-c", "commit.gpgsign=false")
+    for arguments in (["init", "-q"], ["add", "."], [*author, "commit", "-q", "-m", "first"]):
+        subprocess.run(["git", "-C", folder, *arguments], check=True, stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.usefixtures("code_unread")
+def test_a_result_carries_the_digest_of_what_differs_from_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, page, kernel = "src/minrnn/training/provenance.py", "results/tables.md", "csrc/scan.h"
+    committed(tmp_path, module, page, kernel)
+    monkeypatch.setattr(provenance_module, "__file__", str(tmp_path / module))
+
+    def changes(**files: str) -> object:
+        provenance_module._code.cache_clear()
+        about = provenance(torch.device("cpu"))
+        assert re.fullmatch("[0-9a-f]{40,64}", str(about["commit"]))
+        assert is_changed(about) == (about["changes"] is not None)
+        return about["changes"]
+
+    assert changes() is None
+    (tmp_path / page).write_text("second\n")  # what a run writes does not make it another run
+    (tmp_path / "src/minrnn/_cpu.so").write_text("ignored by git\n")
+    assert changes() is None
+    found = set()
+    for name, text in (
+        (module, "second\n"),
+        (module, "third\n"),
+        (kernel, "second\n"),
+        ("src/minrnn/new.py", "second\n"),
+        ("src/minrnn/new.py", "third\n"),
+        ("csrc/new.h", "third\n"),
+    ):
+        (tmp_path / name).write_text(text)
+        found.add(changes())
+    assert None not in found
+    assert len(found) == 6
+    subprocess.run(["git", "-C", tmp_path, "add", "."], check=True)  # staged is not committed
+    assert changes() is not None
+
+
+@pytest.mark.usefixtures("code_unread")
+def test_a_process_reads_its_code_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is edited while a run lasts is not what it ran."""
+    module = "src/minrnn/training/provenance.py"
+    committed(tmp_path, module)
+    monkeypatch.setattr(provenance_module, "__file__", str(tmp_path / module))
+    before = provenance(torch.device("cpu"))
+    (tmp_path / module).write_text("second\n")
+    assert provenance(torch.device("cpu")) == before
+
+
+@pytest.mark.parametrize(
+    ("commit", "others", "expected"),
+    [
+        ("0123456789", {"changes": None}, False),
+        ("0123456789", {"changes": "fedcba"}, True),
+        ("0123456789", {}, False),
+        ("0123456789-dirty", {}, True),
+        (None, {"changes": None}, False),
+    ],
+)
+def test_results_of_changed_code_are_known(
+    commit: str | None, others: dict[str, Any], expected: bool
+) -> None:
+    assert is_changed({"commit": commit, **others}) is expected
+    assert is_changed(others)  # without a commit nobody knows
 
 
 @pytest.mark.parametrize("name", ["$x^", "a_b^{", "$\\frac$", "100%", "né"])

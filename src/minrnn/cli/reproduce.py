@@ -66,6 +66,8 @@ class ReportCommand:
     """Template of the page, with names of tables as placeholders."""
     write: Path = Path("RESULTS.md")
     """File to write."""
+    changed: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Also show results of code that differed from its commit, marked as "with changes"."""
 
 
 REPORT = "report"
@@ -135,7 +137,8 @@ def _report(args: Sequence[str]) -> int:
     command = parse(ReportCommand, f"reproduce {REPORT}", args)
     from minrnn.experiments.page import write_page
 
-    write_page(command.page, command.benchmarks, command.results, command.write)
+    paths = command.page, command.benchmarks, command.results, command.write
+    write_page(*paths, changed=command.changed)
     print(f"written: {command.write}")
     return 0
 

@@ -18,6 +18,7 @@ from minrnn.experiments.results import ResultsFolder
 from minrnn.experiments.runner import command_of
 from minrnn.experiments.shakespeare import earlier_runs
 from minrnn.files import read_json, replace_text
+from minrnn.training import is_changed
 
 __all__ = ["write_page"]
 
@@ -31,7 +32,7 @@ READING = "reading.md"
 """File in an experiment's folder: a written interpretation of its tables, if there is one."""
 
 
-def write_page(page: Path, benchmarks: Path, results: Path, target: Path) -> None:
+def write_page(page: Path, benchmarks: Path, results: Path, target: Path, *, changed: bool = False) -> None:
     """Write the page of results.
 
     Args:
@@ -39,11 +40,15 @@ def write_page(page: Path, benchmarks: Path, results: Path, target: Path) -> Non
         benchmarks: folder of the results of `minrnn bench`.
         results: folder of the results of `minrnn reproduce`.
         target: the file to write; links to pictures are relative to it.
+        changed: also show what was made by code that differs from its commit, marked as such.
 
     Raises:
         FileNotFoundError: the template or a file that it needs does not exist.
-        ValueError: the template names a table that does not exist, or a file is damaged.
+        ValueError: the template names a table that does not exist, a file is damaged, or a result was made by
+            changed code, and `changed` is false.
     """
+    if not changed:
+        _check_unchanged(benchmarks, results)
     text = page.read_text(encoding="utf-8")
     given: dict[str, Any] = {}
     with _of_this_version(benchmarks):
@@ -53,6 +58,25 @@ def write_page(page: Path, benchmarks: Path, results: Path, target: Path) -> Non
     with _of_this_version(benchmarks):
         written = text.format_map(_Figures(page, benchmarks, given))
     replace_text(target, written)
+
+
+def _check_unchanged(benchmarks: Path, results: Path) -> None:
+    """Raise ValueError if a reported result was made by code that differs from its commit."""
+    found: dict[str, list[str]] = {}
+    for name in EXPERIMENTS:
+        for folder in (ResultsFolder(results, name, scale) for scale in REPORTED):
+            cells = [record["cell"] for record in folder.records() if is_changed(record)]
+            found |= {str(folder.path): cells} if cells else {}
+    documents = [
+        path for path in sorted(benchmarks.glob("*.json")) if is_changed(read_json(path, dict[str, Any]))
+    ]
+    found |= {str(benchmarks): [path.name for path in documents]} if documents else {}
+    if found:
+        counts = ", ".join(f"{len(names)} in {folder} ({names[0]}, ...)" for folder, names in found.items())
+        raise ValueError(
+            f"report: results must be made by the code of a commit, got results of changed code: {counts}; "
+            "make them again, or show them too with --changed"
+        )
 
 
 @contextmanager
@@ -126,7 +150,7 @@ def _scale(
 
 def _provenance(records: Sequence[Record]) -> str:
     """Describe the machines, commits and computing time of trials."""
-    commits = sorted({_commit(record["commit"]) for record in records})
+    commits = sorted({_commit(record) for record in records})
     failed = [record["cell"] for record in records if record["failed"] is not None]
     hours = sum(record["seconds"] for record in records) / 3600
     text = (
@@ -147,10 +171,10 @@ def _machines(records: Sequence[Record]) -> str:
     return f"several machines, whose times do not compare ({found})"
 
 
-def _commit(commit: str | None) -> str:
-    if commit is None:
+def _commit(record: Record) -> str:
+    if record["commit"] is None:
         return "of an installed package"
-    return commit[:12] + (" with changes" if commit.endswith("-dirty") else "")
+    return f"{record['commit'][:12]}{' with changes' if is_changed(record) else ''}"
 
 
 def _machine(record: Record) -> str:

@@ -24,10 +24,10 @@ class ResultsFolder:
     """The results of an experiment at one scale.
 
     `cells/NAME.json` is the record of a finished trial: experiment, scale, cell (the trial's name), setting
-    and config as in `Trial`, `result` (null if `failed` gives a reason), seconds, command, device, machine,
-    versions and commit. `config.json` holds the configuration of every requested trial under the key `cells`;
-    `tables.md`, `plot.png` and `plot.svg` show the finished trials; an interrupted trial resumes from
-    `unfinished/NAME/`.
+    and config as in `Trial`, `result` (null if `failed` gives a reason), seconds, command, and what
+    `provenance` returns. `config.json` holds the configuration of every requested trial under the key
+    `cells`; `tables.md`, `plot.png` and `plot.svg` show the finished trials; an interrupted trial resumes
+    from `unfinished/NAME/`.
 
     Args:
         root: the folder of all experiments' results.

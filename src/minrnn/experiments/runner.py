@@ -256,6 +256,7 @@ def _run(
     tell = _Clock(trial, later, folder.records(), watch)
     tell(0.0, "")
     place = folder.unfinished(trial)
+    about = provenance(choose_device(choice.device))  # before the trial: the code that runs
     began = time.perf_counter()
     result, failed = None, None
     try:
@@ -263,7 +264,6 @@ def _run(
     except NonFiniteLossError as error:
         failed = str(error)
         watch.note(f"{trial.name} failed: {failed}")
-    about = provenance(choose_device(choice.device))
     record = {
         "result": result,
         "failed": failed,

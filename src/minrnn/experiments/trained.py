@@ -246,7 +246,7 @@ class _TrialLog(RunLog):
         self.tell(step / self.steps, f"{self._said}  {found}")
 
 
-PROVENANCE = ("recipe", "mixer", "device", "machine", "versions", "commit")
+PROVENANCE = ("recipe", "mixer", "device", "machine", "versions", "commit", "changes")
 """Keys of a run's results that a trial's record holds elsewhere."""
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minrnn.files import check_bounds, require
 from minrnn.models import ModelConfig
-from minrnn.tasks.draws import Draws
+from minrnn.tasks.draws import Draws, Part
 from minrnn.tasks.sources import find_corpus
 from minrnn.tasks.task import (
     Batch,
@@ -46,8 +46,12 @@ class TextConfig(TaskConfig):
     eval_chunk: int = 4096
     """Tokens per call of the model during evaluation; affects memory and speed, not the result."""
     held_out: float = 0.0
-    """Fraction of the training text, at its end, that is used for validation instead of training; the
-    validation part is then left for a final test (0: train on the whole training text)."""
+    """Fraction of the training text, at its end, that is not trained on (0: train on all of it)."""
+    held_out_for: Literal["validation", "test"] = "validation"
+    """What the held-out text is used for: validation, which leaves the usual validation part for a final
+    test; or that test."""
+    part: Part = "validation"
+    """Part for evaluation: validation, which selects the best weights, or test."""
     best_in_windows: bool = False
     """Select a run's best weights by val_loss_windowed instead of val_loss; for mixers whose state is not
     useful beyond the lengths they were trained on."""
@@ -59,6 +63,10 @@ class TextConfig(TaskConfig):
         require(self, "vocabulary", self.vocabulary in VOCABULARIES, f"one of {', '.join(VOCABULARIES)}")
         check_bounds(self, {"window": (1, 1 << 24), "eval_chunk": (1, 1 << 30)}, " token")
         require(self, "held_out", 0 <= self.held_out < 1, "a fraction in [0, 1)")
+        choices = ("validation", "test") if self.held_out else ("validation",)
+        without = "" if self.held_out else " where nothing is held out"
+        require(self, "held_out_for", self.held_out_for in choices, " or ".join(choices) + without)
+        require(self, "part", self.part in choices, " or ".join(choices) + without)
 
 
 class TextTask(TokenTask):
@@ -114,7 +122,19 @@ class TextTask(TokenTask):
     @property
     def val_tokens(self) -> NDArray[np.unsignedinteger]:
         """Validation ids, (M,), read-only."""
-        return self._corpus.train[self._num_train :] if self.config.held_out else self._corpus.val
+        part = self._held_out if self.config.held_out_for == "validation" else self._corpus.val
+        return part if self.config.held_out else self._corpus.val
+
+    @property
+    def test_tokens(self) -> NDArray[np.unsignedinteger]:
+        """Ids that are neither trained on nor validated on, (M,), read-only; none if nothing is held out."""
+        if not self.config.held_out:
+            return self._corpus.val[:0]
+        return self._corpus.val if self.config.held_out_for == "validation" else self._held_out
+
+    @property
+    def _held_out(self) -> NDArray[np.unsignedinteger]:
+        return self._corpus.train[self._num_train :]
 
     @property
     def _num_train(self) -> int:
@@ -193,7 +213,7 @@ class TextTask(TokenTask):
     def evaluate(
         self, model: nn.Module, *, max_tokens: int = 0, tell: Tell | None = None
     ) -> dict[str, float]:
-        """Evaluate `model` on the validation part by two protocols; both predict every token but the first.
+        """Evaluate `model` on the configured part by two protocols; both predict every token but the first.
 
         Runs in eval mode without gradients, draws no random numbers, and restores the modules' modes.
 
@@ -213,7 +233,8 @@ class TextTask(TokenTask):
             ValueError: `max_tokens` is negative.
         """
         check_max_tokens(max_tokens)
-        tokens = self.val_tokens[: max_tokens + 1] if max_tokens else self.val_tokens
+        tokens = self.test_tokens if self.config.part == "test" else self.val_tokens
+        tokens = tokens[: max_tokens + 1] if max_tokens else tokens
         num_predicted = tokens.size - 1
         with evaluation_mode(model), torch.inference_mode():
             stream_nats = self._stream_nats(model, tokens, lambda done: tell and tell(done / 2))

@@ -14,7 +14,7 @@ from minrnn.training.config import (
 from minrnn.training.extras import attempt
 from minrnn.training.log import Output, Progress, RunLog, read_metrics
 from minrnn.training.loop import NonFiniteLossError, choose_device, train
-from minrnn.training.provenance import provenance
+from minrnn.training.provenance import is_changed, provenance
 from minrnn.training.resume import Trained, load_trained
 from minrnn.training.stopping import BROKEN_PIPE, Interrupted, Interruption, interruptible
 from minrnn.training.threads import MOST_THREADS
@@ -37,6 +37,7 @@ __all__ = [
     "attempt",
     "choose_device",
     "interruptible",
+    "is_changed",
     "load_recipe",
     "load_trained",
     "provenance",

@@ -147,6 +147,7 @@ class Run:
         torch.set_num_threads(self.settings.threads or torch.get_num_threads())
         torch.manual_seed(self.settings.seed)
         self.device = choose_device(self.settings.device)
+        self._made_by = provenance(self.device)  # at the start: the code that runs
         config = config.resolved()
         self.task = make_task(config.task)
         self.config = dataclasses.replace(config, model=self.task.model_config(config.model))
@@ -272,7 +273,7 @@ class Run:
             "best": self.state.best,
             "tokens": self.state.tokens,
             "seconds": self._seconds(),
-            **provenance(self.device),
+            **self._made_by,
         }
         write_json(self.run_dir / "results.json", results)
         problem = plot_losses(self.run_dir, self.task.unit)
