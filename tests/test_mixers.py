@@ -25,6 +25,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mingru-linear": ("mingru", {"candidate": "linear"}),
     "mingru-tanh-no-bias": ("mingru", {"candidate": "tanh", "bias": False}),
     "minlstm-unnormalized-forget-bias": ("minlstm", {"normalize": False, "forget_bias": 3.0}),
+    "gru-forget-bias": ("gru", {"forget_bias": 2.0}),
+    "lstm-forget-bias": ("lstm", {"forget_bias": 1.0}),
     "minlstm-signed-tanh": ("minlstm", {"signed": True, "candidate": "tanh"}),
     "attention-window-1": ("attention", {"window": 1}),
     "attention-window-4": ("attention", {"window": 4, "num_heads": 2}),
@@ -322,6 +324,26 @@ def test_misuse_is_reported(name: str) -> None:
         mixer(x, (state[0],) * 5)
     with pytest.raises(ValueError, match="must have the batch, 3, as its first axis"):
         mixer(x, tuple(part[:2] for part in state))
+
+
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_a_forget_bias_keeps_the_state_of_torchs_gated_cells(name: str) -> None:
+    """At a large one, GRU's h and LSTM's c stay, but for what LSTM adds, at most 1 a step."""
+    x = make_input()
+    (plain, moved), kept = (
+        [MIXERS[name](D_MODEL, D_HIDDEN, forget_bias=bias).double() for bias in (0.0, 50.0)],
+        5 * torch.ones(B, D_HIDDEN, dtype=torch.float64),
+    )
+    state = (kept,) if name == "gru" else (torch.zeros_like(kept), kept)
+    assert (plain(x, state)[1][-1] - kept).abs().min() > 0.5
+    if name == "gru":
+        torch.testing.assert_close(moved(x, state)[1][0], kept)
+    else:
+        with torch.no_grad():
+            moved.rnn.get_parameter("bias_ih_l0")[:D_HIDDEN] -= 50  # the input gate
+        torch.testing.assert_close(moved(x, state)[1][1], kept)
+    with pytest.raises(ValueError, match=r"forget_bias=1\.0 needs a bias"):
+        MIXERS[name](D_MODEL, D_HIDDEN, bias=False, forget_bias=1)
 
 
 def test_attention_misuse_is_reported() -> None:

@@ -302,7 +302,7 @@ def test_config_round_trip() -> None:
         ({"bias": 1}, TypeError, "bias must be bool, got 1"),
         ({"window": 1.5}, TypeError, r"window must be int \| None"),
         ({"window": 8}, ValueError, "mixer 'mingru' has no option 'window'; .*attention"),
-        ({"mixer": "gru", "forget_bias": 1.0}, ValueError, "'gru' has no option 'forget_bias'"),
+        ({"mixer": "rnn", "forget_bias": 1.0}, ValueError, "'rnn' has no option 'forget_bias'"),
         ({"mixer": "gru", "signed": False}, ValueError, "'gru' has no option 'signed'; .*mingru, minlstm"),
         ({"mixer": "mingru", "normalize": True}, ValueError, r"use a mixer that has it \(minlstm\)"),
     ],

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from minrnn.mixers.arguments import read_flag
+from minrnn.mixers.arguments import read_flag, read_number
 from minrnn.mixers.graphs import may_vary, refuse_export
 from minrnn.mixers.mixer import Mixer, PartForm, State
 
@@ -74,14 +74,40 @@ class RNNMixer(ClassicMixer):
     layer = nn.RNN
 
 
-class GRUMixer(ClassicMixer):
+class GatedClassicMixer(ClassicMixer):
+    """A torch.nn network whose second block of rows is the gate that keeps the state: GRU's z, LSTM's f.
+
+    Args:
+        d_model: channels of the input.
+        d_hidden: channels of the output and of the state.
+        bias: whether the layer has biases.
+        forget_bias: added to that gate's bias at initialization, so that the layer forgets slowly at first
+            (Jozefowicz et al., 2015); 0 is torch's initialization.
+
+    Raises:
+        ValueError: a forget_bias is given without bias.
+    """
+
+    def __init__(self, d_model: int, d_hidden: int, *, bias: bool = True, forget_bias: float = 0.0) -> None:
+        super().__init__(d_model, d_hidden, bias=bias)
+        added = read_number(type(self).__name__, "forget_bias", forget_bias)
+        if added and not bias:
+            raise ValueError(
+                f"{type(self).__name__}: forget_bias={added} needs a bias; drop it or set bias=True"
+            )
+        if added:
+            with torch.no_grad():
+                self.rnn.get_parameter("bias_ih_l0")[self.d_hidden : 2 * self.d_hidden] += added
+
+
+class GRUMixer(GatedClassicMixer):
     """torch.nn.GRU as a mixer; the state is h `(B, d_hidden)`."""
 
     state_names = ("h",)
     layer = nn.GRU
 
 
-class LSTMMixer(ClassicMixer):
+class LSTMMixer(GatedClassicMixer):
     """torch.nn.LSTM as a mixer; the state is h and c, each `(B, d_hidden)`."""
 
     state_names = ("h", "c")

@@ -83,7 +83,8 @@ class ModelConfig:
     candidate: str | None = None
     """mingru, minlstm, minema: the candidate's function: positive, linear or tanh; unset: positive."""
     forget_bias: float | None = None
-    """mingru, minlstm, minema: initial bias of the gate towards keeping the state, in logits; unset: 1."""
+    """mingru, minlstm, minema, gru, lstm: initial bias of the gate towards keeping the state, in logits, of
+    gru and lstm beside torch's own; unset: 1, and 0 for gru and lstm."""
     normalize: bool | None = None
     """minlstm: make the forget and input gates sum to one; unset: yes."""
     signed: bool | None = None
