@@ -205,8 +205,8 @@ class _Figures(dict[str, Any]):
         return {**document, "table": BENCHES[document["benchmark"]].load().render(document)}
 
 
-def _shakespeare(folder: Path) -> dict[str, str]:
-    """Return the table of the earlier runs of shakespeare-cpu, and the slowdown of RNN, GRU and LSTM."""
+def _shakespeare(folder: Path) -> dict[str, Any]:
+    """Return the table of the earlier runs of shakespeare-cpu, the slowdown of RNN, GRU and LSTM, the machine."""
     records = earlier_runs(folder)
     (table,) = EXPERIMENTS["shakespeare-cpu"].load().tables(records)
     runs = by_kind(records, "mixer")
@@ -215,4 +215,5 @@ def _shakespeare(folder: Path) -> dict[str, str]:
     return {
         "table": Table("", table.head, table.rows).markdown(),
         "slowdown": f"{min(ratios):.1f} to {max(ratios):.1f}",
+        **{about: records[0]["result"][about] for about in ("machine", "versions")},
     }
