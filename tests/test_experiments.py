@@ -26,7 +26,7 @@ from rich.console import Console
 from minrnn.benchmarks.loops import LOOPS
 from minrnn.benchmarks.plots import save_figure
 from minrnn.cli.main import main
-from minrnn.cli.reproduce import _Bar, _duration
+from minrnn.cli.reproduce import _Bar
 from minrnn.experiments import (
     EXPERIMENTS,
     formal_languages,
@@ -42,10 +42,10 @@ from minrnn.experiments.experiment import SCALES, Choice, Experiment, Record, Ta
 from minrnn.experiments.page import experiments, write_page
 from minrnn.experiments.parameters import FORMULAS, count_weights, parameter_table
 from minrnn.experiments.published import LABELS, Published, shown
-from minrnn.experiments.records import spread
+from minrnn.experiments.records import duration, spread
 from minrnn.experiments.results import ResultsFolder
 from minrnn.experiments.runner import command_of, estimate, forecast, interleaved, pick, reproduce
-from minrnn.experiments.timed import exponent
+from minrnn.experiments.timed import TimedExperiment, exponent, growth
 from minrnn.experiments.trained import (
     LONGEST_PROBE,
     PROBE_SEQUENCES,
@@ -57,6 +57,7 @@ from minrnn.experiments.variants import VARIANTS, every_mixer
 from minrnn.mixers import MIXERS
 from minrnn.ops import GATES
 from minrnn.training import Interrupted, NonFiniteLossError, RunConfig, load_recipe, read_config
+from minrnn.training.threads import cpu_threads
 
 REPOSITORY = Path(__file__).parents[1]
 BENCHMARKS = REPOSITORY / "benchmarks" / "results"
@@ -593,6 +594,32 @@ def test_estimates_are_made_with_the_threads_that_trials_have(
     assert set(seen) == {threads}
 
 
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_record_says_the_threads_that_its_trial_had(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spy(*_: object) -> dict[str, Any]:
+        return {"threads": torch.get_num_threads()}
+
+    for kind in (TimedExperiment, TrainedExperiment):
+        monkeypatch.setattr(kind, "measure", spy)
+    monkeypatch.setattr("minrnn.experiments.runner.write_summary", lambda *_: None)
+    experiment = EXPERIMENTS[name].load()
+    choice = Choice("tiny", device="cpu")
+    with cpu_threads(3):
+        reproduce(experiment, choice, tmp_path, Silence(), only=[experiment.trials(choice)[0].name])
+        assert torch.get_num_threads() == 3
+    (record,) = ResultsFolder(tmp_path, name, "tiny").records()
+    assert record["machine"]["threads"] == record["result"]["threads"] == (1 if name == "acting" else 3)
+
+
+def test_threads_that_an_experiment_does_not_have_are_refused(tmp_path: Path) -> None:
+    acting = EXPERIMENTS["acting"].load()
+    with pytest.raises(ValueError, match=r"acting is measured with --threads 1, got 2"):
+        reproduce(acting, Choice("tiny", threads=2), tmp_path, Silence())
+    acting.check(Choice("tiny", threads=1))
+
+
 @pytest.mark.parametrize("name", LOOPS)
 def test_loops_are_the_recurrences_that_torch_compiles(name: str) -> None:
     torch.manual_seed(0)
@@ -618,6 +645,13 @@ def test_growth_is_the_exponent(power: float, factor: float, count: int) -> None
 
 def test_growth_looks_at_the_upper_half() -> None:
     assert exponent([(1, 5), (2, 5), (4, 5), (8, 8), (16, 16), (32, 32)]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"), [((1, 1, 0.999), "0.00"), ((1, 2, 4), "1.00"), ((4, 2, 1), "-1.00"), ((1, 2), "")]
+)
+def test_growth_is_never_a_negative_zero(values: tuple[float, ...], text: str) -> None:
+    assert growth([(2**n, value) for n, value in enumerate(values)]) == text
 
 
 @pytest.mark.parametrize("mixer", FORMULAS)
@@ -719,7 +753,7 @@ def test_the_page_holds_tables_plots_commands_and_machines(tmp_path: Path) -> No
     assert "](results/as-cpu/selective-copying-cpu/plot.png)" in text
     assert "99.5 ± 0.2 (as published)" in text
     assert "minrnn reproduce selective-copying --scale paper" in text
-    assert re.search(r"2 trials, .* hours of computing in all, on .*, torch ", text)
+    assert re.search(r"2 trials, \d+ seconds of computing in all, on .*, torch ", text)
     assert "## Parameters" in text
     assert "`runtime` (figure 1)" in text.partition("## Not measured yet")[2]
     assert "{" not in text
@@ -876,4 +910,4 @@ def test_a_terminal_shows_a_bar_with_the_time_left() -> None:
     ("seconds", "text"), [(3, "3 seconds"), (300, "5.0 minutes"), (4000, "1.1 hours"), (1e6, "11.6 days")]
 )
 def test_durations_have_units(seconds: float, text: str) -> None:
-    assert _duration(seconds) == text
+    assert duration(seconds) == text

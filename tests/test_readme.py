@@ -17,7 +17,6 @@ from minrnn.experiments import EXPERIMENTS
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-RESULTS = (REPOSITORY / "RESULTS.md").read_text(encoding="utf-8")
 TRAINING = (REPOSITORY / "docs" / "tasks-and-training.md").read_text(encoding="utf-8")
 ARCHITECTURE = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
 
@@ -63,32 +62,6 @@ def test_its_python_runs() -> None:
     (block,) = blocks("python")
     assert len([line for line in block.splitlines() if line]) <= 8
     exec(compile(block, "README.md", "exec"), {})
-
-
-def rows(text: str, head: str) -> list[list[str]]:
-    """Return the rows of the table with this beginning, without emphasis."""
-    (table,) = re.findall(rf"^{re.escape(head)}.*\n\|[-| ]+\n((?:\|.*\n)+)", text, re.MULTILINE)
-    return [[cell.strip(" *`") for cell in line.strip("|").split("|")] for line in table.splitlines()]
-
-
-def test_its_quality_is_that_of_the_results() -> None:
-    measured = {
-        row[0]: [f"{int(row[1].replace(',', '')) / 1e6:.2f} M", row[3], row[6], row[7]]
-        for row in rows(RESULTS, "| mixer | parameters | seeds | state carried |")
-    }
-    quoted = {row[0]: row[1:] for row in rows(README, "| mixer | parameters | state carried |")}
-    assert quoted == measured
-
-
-def test_its_speed_is_that_of_the_results() -> None:
-    names = ("linear", "minrnn", "mingru-pytorch", "gru")
-    (_, layers) = RESULTS.split("A layer's training step, (B, T, D) in and out", 1)
-    block = layers[: layers.index("    minrnn bench layer")]
-    found = {(row[0], row[1]): row for row in rows(block, "| B, T, D | system |")}
-    shapes = ("16, 512, 256", "8, 1024, 512")
-    for name, quoted in zip(names, rows(README, "| (B, T, D) |"), strict=True):
-        measured = [found[shape, name] for shape in shapes]
-        assert quoted[1:] == [f"{float(row[4]):.0f} ms, {row[6]} MB" for row in measured]
 
 
 def test_its_make_commands_are_targets_that_do_what_it_says() -> None:

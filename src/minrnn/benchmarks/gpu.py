@@ -63,8 +63,7 @@ class GpuBench:
     If a test fails, nothing is timed. The stages are: the scan's throughput relative to the copy bandwidth,
     which is measured in turns with it; time and memory of training steps of MinGRU and MinLSTM, compared with
     loops in plain PyTorch (the paper's baseline) and cuDNN's GRU and LSTM; and other implementations of the
-    scan, from pre-activations to states in (B, T, D). Writes JSON, Markdown and a plot; takes about ten
-    minutes.
+    scan, from pre-activations to states in (B, T, D). Writes JSON, Markdown and a plot.
     """
 
     minutes: float = 15.0

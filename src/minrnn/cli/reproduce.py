@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from minrnn.cli.arguments import parse
 from minrnn.experiments import EXPERIMENTS
+from minrnn.experiments.records import counted, duration
 from minrnn.files import nearest
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class ReproduceCommand:
     """
 
     scale: Literal["cpu", "paper", "tiny"] = "cpu"
-    """cpu: two cores, about two hours; paper: the paper's setting; tiny: seconds, for a test."""
+    """cpu: minutes to hours on two cores; paper: the paper's setting; tiny: seconds, for a test."""
     seeds: int | None = None
     """Number of seeds per mixer (None: three for the main ones, one for the others)."""
     mixers: tuple[str, ...] = ()
@@ -208,20 +209,9 @@ def _estimate(experiment: Experiment, choice: Choice, command: ReproduceCommand)
     if load and load[0] > (os.cpu_count() or 1):
         print(f"the machine is busy (load {load[0]}): threads wait for each other; --threads 1 may be faster")
     print(
-        f"about {_duration(total)} on this machine ({device}): {len(trials)} trials, {experiment.uncounted}"
+        f"about {duration(total)} on this machine ({device}): {counted(len(trials), 'trial')}, "
+        f"{experiment.uncounted}"
     )
-
-
-def _duration(seconds: float) -> str:
-    """Format a time with its unit.
-
-    >>> _duration(50), _duration(4000), _duration(200_000)
-    ('50 seconds', '1.1 hours', '2.3 days')
-    """
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 1.5 * size or (unit == "hours" and seconds >= size):
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
 
 
 class _Bar:
@@ -246,7 +236,7 @@ class _Bar:
         self._progress.update(self._task, description=f"{number}/{total} {name}", completed=0.0, said="")
 
     def progress(self, fraction: float, text: str, left: float | None) -> None:
-        said = text if left is None else f"{text}  {_duration(left)} left"
+        said = text if left is None else f"{text}  {duration(left)} left"
         self._progress.update(self._task, completed=fraction, said=said)
 
 
@@ -271,7 +261,7 @@ class _Lines:
 
     def progress(self, fraction: float, text: str, left: float | None) -> None:
         if self._begun is not None:
-            self.note(self._begun + ("" if left is None else f", about {_duration(left)} left"))
+            self.note(self._begun + ("" if left is None else f", about {duration(left)} left"))
             self._begun = None
 
 

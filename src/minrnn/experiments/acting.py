@@ -13,12 +13,11 @@ from torch import Tensor
 from minrnn.benchmarks.measure import System
 from minrnn.benchmarks.plots import draw_lines, finish, new_figure
 from minrnn.benchmarks.timing import Phases, clock
-from minrnn.experiments.experiment import Record, Table, Tell, Trial, Workplace
+from minrnn.experiments.experiment import Record, Table
 from minrnn.experiments.inference import state_bytes
 from minrnn.experiments.timed import TimedExperiment, TimedSize, scaled, series
 from minrnn.experiments.variants import every_mixer
 from minrnn.models import TOKENS, DecisionConfig, DecisionModel, ModelConfig, Policy
-from minrnn.training.threads import cpu_threads
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,6 +61,7 @@ class Acting(TimedExperiment):
         "keys of 20 steps and `attention-whole` those of the whole episode."
     )
     changes = "The paper has no such figure. cpu and paper differ in how long is measured."
+    threads = 1  # too little work for several
     sizes: ClassVar = {
         "cpu": ActingSize(2.0, 200, 128, (1, 100, 1000)),
         "paper": ActingSize(20.0, 1000, 128, (1, 10, 100, 1000, 4000)),
@@ -77,10 +77,6 @@ class Acting(TimedExperiment):
 
     def inputs(self, setting: Mapping[str, Any], device: torch.device) -> Tensor:
         return torch.randn(setting["steps"], OBSERVATION, device=device)
-
-    def measure(self, trial: Trial, place: Workplace, tell: Tell) -> dict[str, Any]:
-        with cpu_threads(1):  # too little work for several threads
-            return super().measure(trial, place, tell)
 
     def build(self, system: str, setting: Mapping[str, Any], inputs: Tensor) -> System:
         model = policy_model(system, setting["D"]).to(inputs.device).eval()

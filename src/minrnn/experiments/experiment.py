@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Scale = Literal["cpu", "paper", "tiny"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
-"""cpu: two cores, about two hours; paper: the paper's own setting; tiny: seconds, a smoke test."""
+"""cpu: minutes to hours on two cores; paper: the paper's own setting; tiny: seconds, a smoke test."""
 
 MOST_REPEATS = 10_000
 """Most seeds of each kind of trial."""
@@ -125,11 +125,17 @@ class Experiment(ABC):
     """How the cpu scale differs from the paper, and what the paper does not state."""
     uncounted: ClassVar[str]
     """What time estimates do not include."""
+    threads: ClassVar[int] = 0
+    """CPU threads of its trials; 0: those of the choice."""
 
     def check(self, choice: Choice) -> None:
         """Raise ValueError for a choice that this experiment does not offer."""
         if choice.envs or choice.data:
             raise ValueError(f"reproduce: {self.name} has one set of data; leave --envs and --data out")
+        if self.threads and choice.threads not in (0, self.threads):
+            raise ValueError(
+                f"reproduce: {self.name} is measured with --threads {self.threads}, got {choice.threads}"
+            )
 
     @abstractmethod
     def trials(self, choice: Choice) -> list[Trial]:

@@ -14,7 +14,7 @@ from minrnn.benchmarks.plots import draw_lines, finish, new_figure
 from minrnn.benchmarks.timing import Phases, clock
 from minrnn.experiments.experiment import Record, Table
 from minrnn.experiments.published import published
-from minrnn.experiments.timed import TimedExperiment, TimedSize, exponent, scaled, series
+from minrnn.experiments.timed import TimedExperiment, TimedSize, growth, scaled, series
 from minrnn.experiments.variants import every_mixer, model_of
 from minrnn.models import Decoder, SequenceModel
 
@@ -132,12 +132,11 @@ def _table(records: Sequence[Record], batch: int) -> Table:
     rows = []
     for name, line in tokens.items():
         at, read, state = dict(line), dict(reading[name]), dict(states[name])
-        growth = exponent(line)
         rows.append(
             [
                 name,
                 *(f"{1e3 * at[context]:.3g}" if context in at else "failed" for context in contexts),
-                "" if growth is None else f"{growth:.2f}",
+                growth(line),
                 f"{1e3 * read[contexts[-1]]:.3g}" if contexts[-1] in read else "failed",
                 f"{state[contexts[0]] / 1e3:.3g} to {state[contexts[-1]] / 1e3:.3g}"
                 if {contexts[0], contexts[-1]} <= state.keys()

@@ -13,7 +13,7 @@ from minrnn.benchmarks import BENCHES
 from minrnn.experiments import EXPERIMENTS
 from minrnn.experiments.experiment import Choice, Experiment, Record, Table
 from minrnn.experiments.parameters import parameter_table
-from minrnn.experiments.records import bests, by_kind
+from minrnn.experiments.records import bests, by_kind, counted, duration
 from minrnn.experiments.results import ResultsFolder
 from minrnn.experiments.runner import command_of
 from minrnn.experiments.shakespeare import earlier_runs
@@ -152,9 +152,9 @@ def _provenance(records: Sequence[Record]) -> str:
     """Describe the machines, commits and computing time of trials."""
     commits = sorted({_commit(record) for record in records})
     failed = [record["cell"] for record in records if record["failed"] is not None]
-    hours = sum(record["seconds"] for record in records) / 3600
+    spent = duration(sum(record["seconds"] for record in records))
     text = (
-        f"{len(records)} trials, {hours:.1f} hours of computing in all, on {_machines(records)}; "
+        f"{counted(len(records), 'trial')}, {spent} of computing in all, on {_machines(records)}; "
         f"commit {', '.join(commits)}."
     )
     return text + (f" Diverged: {', '.join(failed)}." if failed else "")
@@ -205,8 +205,8 @@ class _Figures(dict[str, Any]):
         return {**document, "table": BENCHES[document["benchmark"]].load().render(document)}
 
 
-def _shakespeare(folder: Path) -> dict[str, str]:
-    """Return the table of the earlier runs of shakespeare-cpu, and the slowdown of RNN, GRU and LSTM."""
+def _shakespeare(folder: Path) -> dict[str, Any]:
+    """Return the table of the earlier runs of shakespeare-cpu, the slowdown of RNN, GRU and LSTM, the machine."""
     records = earlier_runs(folder)
     (table,) = EXPERIMENTS["shakespeare-cpu"].load().tables(records)
     runs = by_kind(records, "mixer")
@@ -215,4 +215,5 @@ def _shakespeare(folder: Path) -> dict[str, str]:
     return {
         "table": Table("", table.head, table.rows).markdown(),
         "slowdown": f"{min(ratios):.1f} to {max(ratios):.1f}",
+        **{about: records[0]["result"][about] for about in ("machine", "versions")},
     }

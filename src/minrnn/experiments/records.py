@@ -8,7 +8,7 @@ from typing import Any
 
 from minrnn.experiments.experiment import Record
 
-__all__ = ["bests", "by_kind", "points", "spread"]
+__all__ = ["bests", "by_kind", "counted", "duration", "points", "spread"]
 
 
 def by_kind(records: Sequence[Record], *names: str) -> dict[tuple[Any, ...], list[Record]]:
@@ -49,3 +49,24 @@ def bests(records: Sequence[Record], *path: str) -> list[float]:
 def points(record: Record, y: str, x: str = "step") -> list[tuple[float, float]]:
     """Return a metric at each evaluation of a run."""
     return [(entry[x], entry[y]) for entry in record["result"]["evaluations"] if y in entry]
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number of things as text.
+
+    >>> counted(1, "trial"), counted(1200, "trial")
+    ('1 trial', '1,200 trials')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time with its unit as text.
+
+    >>> duration(50), duration(600), duration(4000), duration(200_000)
+    ('50 seconds', '10.0 minutes', '1.1 hours', '2.3 days')
+    """
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * size or (unit == "hours" and seconds >= size):
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"

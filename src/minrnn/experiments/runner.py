@@ -145,7 +145,7 @@ def estimate(
         tell: receives the name of the trial that is timed.
         now: returns the time in seconds.
     """
-    with cpu_threads(choice.threads):
+    with cpu_threads(experiment.threads or choice.threads):
         here = provenance(choose_device(choice.device))
         ours = [record for record in records if _computed_on(record) == _computed_on(here)]
         kinds: dict[object, list[Trial]] = {}
@@ -256,14 +256,15 @@ def _run(
     tell = _Clock(trial, later, folder.records(), watch)
     tell(0.0, "")
     place = folder.unfinished(trial)
-    about = provenance(choose_device(choice.device))  # before the trial: the code that runs
-    began = time.perf_counter()
-    result, failed = None, None
-    try:
-        result = experiment.measure(trial, Workplace(place, choice), tell)
-    except NonFiniteLossError as error:
-        failed = str(error)
-        watch.note(f"{trial.name} failed: {failed}")
+    with cpu_threads(experiment.threads):
+        about = provenance(choose_device(choice.device))  # before the trial: the code that runs
+        began = time.perf_counter()
+        result, failed = None, None
+        try:
+            result = experiment.measure(trial, Workplace(place, choice), tell)
+        except NonFiniteLossError as error:
+            failed = str(error)
+            watch.note(f"{trial.name} failed: {failed}")
     record = {
         "result": result,
         "failed": failed,

@@ -15,7 +15,7 @@ from minrnn.benchmarks.plots import Line, draw_lines, finish, new_figure
 from minrnn.benchmarks.workloads import training_step
 from minrnn.experiments.experiment import Record, Table
 from minrnn.experiments.published import Published, derived, published
-from minrnn.experiments.timed import TimedExperiment, TimedSize, exponent, scaled, series
+from minrnn.experiments.timed import TimedExperiment, TimedSize, growth, scaled, series
 from minrnn.experiments.variants import every_mixer, settings_of
 from minrnn.mixers import MIXERS
 
@@ -166,9 +166,9 @@ def _tables(records: Sequence[Record], width: int) -> Iterator[Table]:
     columns = [f"T = {T:,}" for T in lengths]
     rows = []
     for name, line in steps.items():
-        at, growth = dict(line), exponent(line)
+        at = dict(line)
         times = [f"{1e3 * at[T]:.3g}" if T in at else "failed" for T in lengths]
-        rows.append([name, *times, "" if growth is None else f"{growth:.2f}"])
+        rows.append([name, *times, growth(line)])
     yield Table(f"Training step in milliseconds, width {width}", ["system", *columns, "growth"], rows)
     rows = [[name, *_at(line, lengths, 1e-6)] for name, line in peaks.items()]
     yield Table(f"Memory of a step at its peak in MB, width {width}", ["system", *columns], rows)

@@ -17,7 +17,7 @@ from minrnn.experiments.experiment import Choice, Experiment, Record, Scale, Tel
 from minrnn.experiments.variants import choose
 from minrnn.training import choose_device
 
-__all__ = ["TimedExperiment", "TimedSize", "exponent", "scaled", "series"]
+__all__ = ["TimedExperiment", "TimedSize", "exponent", "growth", "scaled", "series"]
 
 
 @dataclass(frozen=True)
@@ -159,3 +159,13 @@ def exponent(line: Sequence[tuple[float, float]]) -> float | None:
     mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
     covariance = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True))
     return covariance / sum((x - mean_x) ** 2 for x in xs)
+
+
+def growth(line: Sequence[tuple[float, float]]) -> str:
+    """Return the exponent of a line as text, empty if there is none, and never as a negative zero.
+
+    >>> growth([(1, 1.0), (2, 1.0), (4, 0.999)]), growth([(1, 1.0)])
+    ('0.00', '')
+    """
+    found = exponent(line)
+    return "" if found is None else f"{round(found, 2) + 0.0:.2f}"

@@ -1,0 +1,297 @@
+"""Queries of the committed records, for the figures of the prose: see `statements.py`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cache
+from math import exp
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import torch
+
+from minrnn.experiments.records import bests, by_kind, points
+from minrnn.experiments.results import ResultsFolder
+from minrnn.experiments.scores import BEST_TENTH
+from minrnn.experiments.stability import LEARNED, steps_to
+from minrnn.experiments.timed import exponent, series
+from minrnn.tasks import FormalLanguageConfig, FormalLanguageTask
+
+REPOSITORY = Path(__file__).parents[1]
+BENCHMARKS = REPOSITORY / "benchmarks" / "results"
+
+RECURRENCES = ("rnn", "gru", "lstm", "aaren", "s4d", "mamba")
+"""Mixers beside ours whose state does not grow."""
+
+
+class Below(NamedTuple):
+    """A value that the printed figure must be above: "less than half"."""
+
+    value: float
+
+
+class Above(NamedTuple):
+    """A value that the printed figure must not exceed, at its precision: "at least 99.5 %"."""
+
+    value: float
+
+
+Values = Any
+"""A figure, several of them in order, or whether a claim holds."""
+
+
+@cache
+def records(experiment: str) -> list[dict[str, Any]]:
+    """Return the records of an experiment at the scale cpu."""
+    return ResultsFolder(REPOSITORY / "results", experiment, "cpu").records()
+
+
+@cache
+def bench(name: str) -> dict[str, Any]:
+    """Return the document of a benchmark."""
+    return json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@cache
+def short_recipe(mixer: str) -> list[dict[str, Any]]:
+    """Return the earlier runs of the recipe shakespeare-cpu."""
+    found = sorted((BENCHMARKS / "shakespeare-cpu").glob(f"{mixer}-?.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in found]
+
+
+def runs(experiment: str, **setting: Any) -> list[dict[str, Any]]:
+    """Return the records with these entries of their settings."""
+    ((_, found),) = by_kind(
+        [run for run in records(experiment) if setting.items() <= run["setting"].items()]
+    ).items()
+    return found
+
+
+def results(experiment: str, *path: str, **setting: Any) -> list[float]:
+    """Return an entry of the result of each of these records."""
+    return bests(runs(experiment, **setting), *path)
+
+
+def average(experiment: str, *path: str, **setting: Any) -> float:
+    return mean(results(experiment, *path, **setting))
+
+
+def timed(experiment: str, system: str, figure: str, **setting: Any) -> list[float]:
+    """Return the median seconds of a phase, or another figure of a system, by the records' sizes."""
+    every = sorted(runs(experiment, **setting), key=lambda run: list(run["setting"].values()))
+    found = [run["result"]["systems"][system] for run in every]
+    return [one["seconds"][figure]["median"] if figure in one["seconds"] else one[figure] for one in found]
+
+
+def ratios(experiment: str, one: str, other: str, figure: str, **setting: Any) -> list[float]:
+    """Return the ratio of a system's figure to another's, in each of these records."""
+    values = (timed(experiment, system, figure, **setting) for system in (one, other))
+    return [above / below for above, below in zip(*values, strict=True)]
+
+
+def ends(values: Iterable[float]) -> tuple[float, float]:
+    """Return the lowest and the highest value."""
+    found = sorted(values)
+    return found[0], found[-1]
+
+
+def case(name: str, system: str, **setting: Any) -> dict[str, Any]:
+    """Return a system's entry in the only case of a benchmark with this gate, shape, ..."""
+    (found,) = (
+        one for one in bench(name)["results"] if setting.items() <= {**one, **one.get("shape", {})}.items()
+    )
+    return found["systems"][system]
+
+
+def step_ms(name: str, system: str, **setting: Any) -> float:
+    return 1e3 * case(name, system, **setting)["seconds"]["step"]["median"]
+
+
+def minutes(found: Sequence[dict[str, Any]]) -> float:
+    return mean(run["seconds"] for run in found) / 60
+
+
+def action(system: str, steps: int = 1000) -> float:
+    """Return the milliseconds of an action."""
+    (found,) = timed("acting", system, "action", steps=steps)
+    return 1e3 * found
+
+
+def token(system: str, batch: int) -> list[float]:
+    """Return the milliseconds of a token after each context."""
+    return [1e3 * seconds for seconds in timed("inference", system, "token", B=batch)]
+
+
+def growths(*systems: str) -> list[float]:
+    """Return the exponents of time in the length, for both widths."""
+    found = [series(records("runtime"), "T", "step", D=width) for width in (64, 128)]
+    return [exponent(lines[system]) or 0.0 for lines in found for system in systems]
+
+
+def learned(mixers: Sequence[str], language: str, *path: str) -> list[float]:
+    """Return the mean over the seeds of each mixer's accuracy on a language."""
+    return [average("formal-languages", *path, mixer=mixer, language=language) for mixer in mixers]
+
+
+def languages() -> list[str]:
+    return list(dict.fromkeys(run["setting"]["mixer"] for run in records("formal-languages")))
+
+
+def constant(language: str) -> float:
+    return average("formal-languages", "constant", language=language)
+
+
+@cache
+def commonest_count(shortest: int, longest: int) -> int:
+    """Return the most frequent answer to a majority's count."""
+    config = FormalLanguageConfig("majority-count", eval_min_length=shortest, eval_max_length=longest)
+    (batch, *_) = FormalLanguageTask(replace(config, part="test", eval_sequences=1024)).evaluation_batches()
+    return int(torch.bincount(batch.targets[batch.targets >= 0]).argmax())
+
+
+def listops(mixer: str, block: str = "conv + mlp") -> float:
+    return average("listops", "test", "accuracy", mixer=mixer, block=block)
+
+
+def copied(mixers: Sequence[str], layers: Sequence[int], length: str = "x1") -> list[float]:
+    """Return the percentage of copied tokens of each run."""
+    every = ((mixer, depth) for mixer in mixers for depth in layers)
+    path = ("test", length, "accuracy")
+    return [
+        100 * one
+        for mixer, depth in every
+        for one in results("selective-copying", *path, mixer=mixer, layers=depth)
+    ]
+
+
+def unlearned(*mixers: str, bias: float) -> int:
+    """Return the number of runs of the experiment on stability that did not learn the task."""
+    every = [run for mixer in mixers for run in runs("stability", mixer=mixer, forget_bias=bias)]
+    return sum(steps_to(run, LEARNED) is None for run in every)
+
+
+def learning_spread(mixer: str, bias: float) -> float:
+    found = [steps_to(run, LEARNED) for run in runs("stability", mixer=mixer, forget_bias=bias)]
+    return stdev(step for step in found if step is not None)
+
+
+def scores(mixer: str, target: str = BEST_TENTH) -> list[float]:
+    """Return each seed's score, averaged over all local data."""
+    by_seed = by_kind(runs("locomotion", mixer=mixer), "seed")
+    return [mean(bests(found, "asked", target, "score")) for found in by_seed.values()]
+
+
+def mean_and_ends(values: Sequence[float]) -> tuple[float, float, float, float]:
+    return (mean(values), stdev(values), *ends(values))
+
+
+def halfcheetah(mixer: str) -> list[float]:
+    return results("locomotion", "score", mixer=mixer, env="halfcheetah", quality="medium-replay")
+
+
+def data_score(entry: str, **setting: Any) -> float:
+    """Return a score of recorded data, averaged over the data."""
+    return average("locomotion", "data", entry, mixer="bc", seed=0, **setting)
+
+
+def players() -> list[str]:
+    """Return the policies that are asked for a return."""
+    return [mixer for (mixer,) in by_kind(records("locomotion"), "mixer") if mixer != "bc"]
+
+
+def hopper(*path: str) -> list[float]:
+    return results("locomotion", *path, mixer="mingru", env="hopper", quality="medium")
+
+
+OURS = ("mingru", "minlstm")
+SIGNED = ("mingru-signed", "minlstm-signed")
+LAYERS = (*OURS, *RECURRENCES, "attention", "gru-loop", "lstm-loop")
+SPEED = ("scan", "layer", "layer-sensors", "layer-lengths", "shares")
+"""Benchmarks that share a machine and a section of RESULTS.md."""
+
+QUALITY = ("lstm", "gru", "mingru", "minlstm", "rnn", "attention")
+"""Rows of README's table of quality."""
+
+
+def machine(name: str, *entries: str) -> tuple[Any, ...]:
+    """Return entries of the machine of a benchmark."""
+    return tuple(bench(name)["machine"][entry] for entry in entries)
+
+
+def placed(run: dict[str, Any]) -> tuple[int, str]:
+    return run["machine"]["threads"], run["machine"]["processor"]
+
+
+def short_loss(mixer: str) -> float:
+    return mean(run["val_loss"] for run in short_recipe(mixer))
+
+
+def slowdowns(*mixers: str) -> tuple[float, float]:
+    """Return the lowest and the highest ratio of mixers' time to minGRU's, in the recipe shakespeare-cpu."""
+    return ends(minutes(short_recipe(mixer)) / minutes(short_recipe("mingru")) for mixer in mixers)
+
+
+def megabytes(system: str) -> float:
+    """Return the peak memory of a layer's step at T = 4,096."""
+    return case("layer-lengths", system, T=4096)["peak_bytes"] / 1e6
+
+
+def counts(*entries: str) -> list[float]:
+    """Return counts of minGRU's forward in bfloat16, where batch and channels fill an H100."""
+    wanted = {"capability": 90, "gate": "mingru", "dtype": "bfloat16", "direction": "forward", "group": 1}
+    (found,) = (one for one in bench("kernels")["results"] if wanted.items() <= one.items())
+    return [found[entry] for entry in entries]
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + exp(-x))
+
+
+def model_steps(*widths: int) -> list[float]:
+    """Return the time of a fused step over that of torch's operations, at all numbers of rows."""
+    cases = [one for one in bench("model-step")["results"] if one["shape"]["D"] in widths]
+    return [1 / one["systems"]["torch"]["times_ours"] for one in cases]
+
+
+def token_shares(batch: int) -> list[float]:
+    """Return the time of minGRU's token over that of GRU's and Mamba's, each a mean over the contexts."""
+    others = ("gru", "mamba")
+    return [mean(ratios("inference", "mingru", other, "token", B=batch)) for other in others]
+
+
+def carried_mb(system: str) -> float:
+    (found,) = timed("inference", system, "state_bytes", B=64, context=2048)
+    return found / 1e6
+
+
+def reading(one: str, other: str) -> list[float]:
+    """Return the ratio of two mixers' times to read 2,048 tokens, at each batch size."""
+    return ratios("inference", one, other, "context", context=2048)
+
+
+def signed_runs() -> list[dict[str, Any]]:
+    return [run for m in SIGNED for run in runs("formal-languages", mixer=m, language="parity")]
+
+
+def first_right(run: dict[str, Any]) -> float:
+    """Return the first evaluation at which a run is right on 99 % of strings."""
+    return next(step for step, accuracy in points(run, "accuracy") if accuracy >= 0.99)
+
+
+def listeners() -> list[str]:
+    return list(dict.fromkeys(run["setting"]["mixer"] for run in records("listops")))
+
+
+def guess() -> float:
+    return average("listops", "constant", mixer="mingru")
+
+
+def playing_time(other: str) -> list[float]:
+    """Return the time of minGRU's and minLSTM's runs over that of another policy's."""
+    return [
+        average("locomotion", "seconds", mixer=m) / average("locomotion", "seconds", mixer=other)
+        for m in OURS
+    ]
