@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -221,6 +222,75 @@ def test_what_reaches_the_border_through_the_operator_is_measured_too() -> None:
         gated_scan("mingru", *pre, h0=freed(h0))
     with pytest.raises(RuntimeError, match=r"h0 .* requires a storage"):  # shapes are not checked there
         torch.ops.minrnn.gated_scan(pre, h0[:1].clone(), None, *laws.mode("mingru"))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Views
+
+
+def inside(x: Tensor) -> Tensor:
+    """In the middle of other numbers."""
+    return torch.cat([torch.ones_like(x.flatten()), x.flatten()])[x.numel() :].view(x.shape)
+
+
+def apart(x: Tensor) -> Tensor:
+    """Every other number of a memory, from its second on."""
+    return torch.stack([torch.ones_like(x), x], -1)[..., 1]
+
+
+def minus(x: Tensor, lay: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    """What memory holds is -x, which a view negates; torch cannot negate flags."""
+    return torch._neg_view(lay(-x)) if x.is_floating_point() else lay(x)
+
+
+VIEWS = {
+    "inside": inside,
+    "apart": apart,
+    "minus": minus,
+    "minus inside": partial(minus, lay=inside),
+    "minus apart": partial(minus, lay=apart),
+}
+views = pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+
+
+def all_equal(actual: Any, expected: Any) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+
+
+@views
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_tensor_of_the_gated_scan_may_be_a_view(
+    dtype: torch.dtype, view: Callable[[Tensor], Tensor]
+) -> None:
+    """Each alone, whatever its view makes of memory, is read as the numbers that it shows."""
+    pre, h0, reset, dh = inputs("minlstm", 2, 5, 4, dtype)
+    mode = laws.mode("minlstm")
+    h = engine().forward(pre, h0, reset, *mode)
+    tensors = [dh, *pre, h, h0, reset]
+    gradients = engine().backward(dh, pre, h, h0, reset, *mode)
+    for j, x in enumerate(tensors):
+        dh, *pre, h_, h0, reset = [view(x) if i == j else x for i, x in enumerate(tensors)]
+        assert torch.equal(engine().forward(pre, h0, reset, *mode), h)
+        assert all_equal(engine().backward(dh, pre, h_, h0, reset, *mode), gradients)
+
+
+@views
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_tensor_of_the_selective_scan_may_be_a_view(
+    dtype: torch.dtype, view: Callable[[Tensor], Tensor]
+) -> None:
+    selective = importlib.import_module("minrnn.ops.selective.cpu")
+    plain = draw(2, 5, 4, 3, dtype)
+    gradients = gradients_like(plain)
+    outputs = selective.forward(plain, True)
+    expected = selective.backward(*gradients, outputs[2], plain)
+    for name in (*NAMES, "reset"):
+        x = plain._replace(**{name: view(getattr(plain, name))})
+        assert all_equal(selective.forward(x, True), outputs), name
+        assert all_equal(selective.backward(*gradients, outputs[2], x), expected), name
+    for j in range(2):
+        viewed = [view(d) if i == j else d for i, d in enumerate(gradients)]
+        assert all_equal(selective.backward(*viewed, outputs[2], plain), expected)
 
 
 # ----------------------------------------------------------------------------------------------------------

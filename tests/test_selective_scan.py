@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from types import ModuleType
 
+import laws
 import pytest
 import torch
 from hypothesis import given, settings
@@ -403,12 +404,14 @@ def function(x: Inputs) -> Callable[..., tuple[Tensor, Tensor]]:
 def test_gradcheck() -> None:
     """First derivatives, backward and forward mode, against finite differences."""
     x = leaves(draw(2, 5, 2, 2))
+    x.reset[1, 3] = True
     assert torch.autograd.gradcheck(function(x), x[:-1], check_forward_ad=True)
 
 
 def test_gradgradcheck() -> None:
     """Second derivatives, reverse over reverse and forward over reverse."""
     x = leaves(draw(1, 4, 2, 2))
+    x.reset[0, 2] = True
     assert torch.autograd.gradgradcheck(function(x), x[:-1], check_fwd_over_rev=True)
 
 
@@ -510,11 +513,28 @@ def test_export() -> None:
     torch.testing.assert_close(program.module()(*longer), selective_scan(*longer)[0])
 
 
-def test_meta() -> None:
-    """Shapes without data."""
-    x = Inputs(*(t.to("meta") for t in draw(2, 5, 3, 2)))
-    y, last = scan(x)
-    assert (y.shape, last.shape) == ((2, 5, 3), (2, 3, 2))
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("save", [False, True])
+def test_meta(dtype: torch.dtype, save: bool) -> None:
+    """Shapes, dtypes and layouts of outputs and gradients are known without data."""
+    x = draw(2, CHUNK + 3, 4, 3, dtype)
+    late = x._replace(u=x.u.transpose(0, 1).contiguous().transpose(0, 1))
+    some = x._replace(D=None, z=None, delta_bias=None, h0=None, reset=None)
+    for tensors in (x, late, some):
+        known = []
+        for device in ("cpu", "meta"):
+            given = [None if t is None else t.to(device) for t in tensors]
+            outputs = torch.ops.minrnn.selective_scan(*given, save)
+            gradients = [d.to(device) for d in gradients_like(x)]
+            if save:
+                outputs += (*torch.ops.minrnn.selective_scan_backward(*gradients, outputs[2], *given),)
+            known.append([(t.shape, t.dtype, t.stride()) for t in outputs])
+        assert known[0] == known[1]
+        wide = torch.promote_types(dtype, torch.float32)
+        assert known[1][:2] == [
+            ((2, CHUNK + 3, 4), dtype, known[1][0][2]),
+            ((2, 4, 3), wide, known[1][1][2]),
+        ]
 
 
 def test_every_engine_that_knows_the_scan_is_an_engine() -> None:
@@ -530,6 +550,11 @@ BAD = {
     "integers": ({"u": torch.ones(2, 5, 3).long()}, TypeError, "u must be float32"),
     "two axes": ({"u": torch.ones(5, 3)}, ValueError, r"\(batch, T, channels\)"),
     "no steps": ({"u": torch.ones(2, 0, 3)}, ValueError, "at least 1"),
+    "no states": (
+        {"A": torch.ones(3, 0), "B": torch.ones(2, 5, 0), "C": torch.ones(2, 5, 0), "h0": None},
+        ValueError,
+        r"A must be of shape \(channels, N\), N at least 1, got \(3, 0\)",
+    ),
     "A is a vector": ({"A": torch.ones(3)}, ValueError, r"A must be of shape \(channels, N\)"),
     "A has other channels": ({"A": torch.ones(4, 2)}, ValueError, r"A must be of shape \(3, 2\)"),
     "B has channels": ({"B": torch.ones(2, 5, 3, 2)}, ValueError, r"B must be of shape \(2, 5, 2\)"),
@@ -551,3 +576,19 @@ def test_refuses(case: str) -> None:
     changes, error, message = BAD[case]
     with pytest.raises(error, match=message):
         scan(draw(2, 5, 3, 2, torch.float32)._replace(**changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_every_argument_goes_with_u(dtype: torch.dtype) -> None:
+    laws.refuses_wrong_tensors(selective_scan, "selective_scan", draw(2, 5, 3, 2, dtype)._asdict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_is_no_sequence_may_be_float32_beside_16_bits(dtype: torch.dtype) -> None:
+    x = draw(2, 5, 3, 2, dtype)
+    wide = {name: getattr(x, name).float() for name in ("A", "D", "delta_bias", "h0")}
+    y, last = scan(x._replace(**wide))
+    expected = scan(cast(x, torch.float32))
+    assert (y.dtype, last.dtype) == (dtype, torch.float32)
+    assert relative_error(y, expected[0]) < TOLERANCE[dtype]
+    assert relative_error(last, expected[1]) < TOLERANCE[torch.float32]

@@ -69,6 +69,16 @@ def test_every_dtype(interpreted: ModuleType, gate: str, dtype: torch.dtype) -> 
     compare(interpreted, pre, None, None, dh, *laws.mode(gate))
 
 
+@pytest.mark.parametrize("candidate", minrnn.ops.CANDIDATES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_candidates_are_exact(
+    interpreted: ModuleType, candidate: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Near zero too, where an error looks small beside the largest number."""
+    monkeypatch.setattr(interpreted, "_LANES", 128)
+    laws.compare_candidate(interpreted, candidate, dtype)
+
+
 @pytest.mark.parametrize("gate", GATES)
 @directions
 def test_chunks(in_chunks: ModuleType, gate: str, reverse: bool) -> None:
