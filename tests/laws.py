@@ -25,6 +25,7 @@ __all__ = [
     "TOLERANCE",
     "compare",
     "compare_candidate",
+    "compare_decays",
     "gated_scan",
     "inputs",
     "mode",
@@ -194,6 +195,23 @@ def compare_candidate(engine: ModuleType, candidate: str, dtype: torch.dtype) ->
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(h[0, 0], value, rtol=4 * eps, atol=1e-37)
     torch.testing.assert_close(slope[0, 0], derivative, rtol=4 * eps, atol=4 * eps)
+
+
+def compare_decays(engine: ModuleType, gate: str, dtype: torch.dtype) -> None:
+    """Hold the decay and its derivatives to the reference's, number by number: from a state of 1, h is a."""
+    form, values = GATES[gate], torch.tensor([-30.0, -9.0, -0.7, -1e-4, 0.0, 0.02, 1.3, 8.0, 30.0])
+    gates = torch.cartesian_prod(*[values] * (form.num_pre - 1)).view(-1, form.num_pre - 1).unbind(-1)
+    pre = [x[None, None].to(dtype) for x in (*gates, torch.zeros_like(gates[0]))]
+    one, options = torch.ones_like(pre[0]), mode(gate, "linear")
+    exact = [x.double() for x in pre]
+    a = reference.forward(exact, one[0].double(), None, *options)
+    expected = [a, *reference.backward(one.double(), exact, a, one[0].double(), None, *options)]
+    h = engine.forward(pre, one[0], None, *options)
+    eps = torch.finfo(dtype).eps
+    # A signed decay is as exact as a number near one.
+    least = 8 * eps if form.signed else 1e-37
+    for x, y in zip((h, *engine.backward(one, pre, h, one[0], None, *options)), expected, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=32 * eps, atol=least)
 
 
 def refuses_wrong_tensors(call: Callable[..., Any], function: str, given: dict[str, Tensor]) -> None:

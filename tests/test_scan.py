@@ -104,6 +104,8 @@ def test_engine(gate: str, candidate: str, reverse: bool, dtype: torch.dtype, T:
         with poisoned():
             assert relative_error(module.forward(pre, *arguments), exact) < TOLERANCE[dtype], name
             actual = module.backward(dh, pre, h, *arguments)
+        wide = torch.promote_types(dtype, torch.float32)
+        assert [x.dtype for x in actual] == [*(x.dtype for x in pre), wide], name
         for x, y in zip(actual, gradients, strict=True):
             assert relative_error(x, y) < 2.5 * TOLERANCE[dtype], name
 
@@ -114,6 +116,14 @@ def test_engine(gate: str, candidate: str, reverse: bool, dtype: torch.dtype, T:
 def test_candidates_are_exact(name: str, candidate: str, dtype: torch.dtype) -> None:
     """Near zero too, where an error looks small beside the largest number."""
     laws.compare_candidate(MODULES[name], candidate, dtype)
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("gate", [gate for gate in GATES if gate != "identity"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_decays_are_exact(name: str, gate: str, dtype: torch.dtype) -> None:
+    """Near zero and near one, and so are their derivatives."""
+    laws.compare_decays(MODULES[name], gate, dtype)
 
 
 KEEPS = {"mingru": ("z", -1), "minlstm": ("f", 1), "minlstm_unnormalized": ("f", 1), "minema": ("delta", -1)}

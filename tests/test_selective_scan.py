@@ -18,7 +18,7 @@ from torch import Tensor
 from minrnn.ops import selective_scan
 from minrnn.ops.registry import ENGINES, load
 from minrnn.ops.selective import reference
-from minrnn.ops.selective.operator import MODULES
+from minrnn.ops.selective.operator import MODULES, SELECTIVE_SCAN
 from minrnn.ops.selective.reference import CHUNK, Inputs
 
 LOADED = load("cpp")
@@ -413,6 +413,53 @@ def test_gradgradcheck() -> None:
     x = leaves(draw(1, 4, 2, 2))
     x.reset[0, 2] = True
     assert torch.autograd.gradgradcheck(function(x), x[:-1], check_fwd_over_rev=True)
+
+
+def test_what_the_operator_returns_does_not_depend_on_gradients() -> None:
+    """The states before the chunks are for backward alone, unless they are asked for."""
+    x = draw(2, CHUNK + 4, 5, 3)
+    for save in (False, True):
+        plain = torch.ops.minrnn.selective_scan(*x, save)
+        recorded = torch.ops.minrnn.selective_scan(*leaves(x), save)
+        for ours, theirs in zip(recorded, plain, strict=True):
+            torch.testing.assert_close(ours.detach(), theirs, rtol=1e-12, atol=1e-12)
+        assert (plain[2].numel() > 0) == save
+    assert SELECTIVE_SCAN(x, False)[2].numel() == 0
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_a_reset_forgets_what_is_not_finite_for_differentiated_gradients_too(where: str) -> None:
+    x = draw(1, 7, 3, 2)._replace(D=None, z=None)
+    x.reset[:] = False
+    x.reset[0, 3] = True
+    dy, dlast = gradients_like(x)
+    if where == "before":
+        x.h0[0, 1] = torch.inf
+    else:
+        dlast[0, 1] = torch.inf
+    x = leaves(x)
+    given = [t for t in x[:-1] if t is not None]
+    outputs = scan(x)
+    expected = torch.autograd.grad(outputs, given, (dy, dlast), retain_graph=True)
+    actual = torch.autograd.grad(outputs, given, (dy, dlast), create_graph=True)
+    assert not expected[1].isfinite().all()
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(ours.isfinite(), theirs.isfinite())
+
+
+@compiled
+def test_the_gradient_of_the_bias_is_summed_in_more_than_float32() -> None:
+    """Its terms are of both signs, and their sum may be small beside that of the first half."""
+    T = 4096
+    u = torch.rand(1, T, 1, generator=torch.Generator().manual_seed(0)) + 1
+    one = torch.ones(1, T, 1)
+    x = Inputs(u, one, -torch.ones(1, 1), one, one, None, None, torch.zeros(1), None, None)
+    dy = torch.where(torch.arange(T) < T // 2, 1.0, -1.0)[None, :, None]
+    gradients = engine().backward(dy, torch.zeros(1, 1, 1), engine().forward(x, True)[2], x)
+    terms = gradients[NAMES.index("delta_pre")].double()
+    torch.testing.assert_close(
+        gradients[NAMES.index("delta_bias")].double(), terms.sum((0, 1)), rtol=2.0**-23, atol=0
+    )
 
 
 def test_gradients_that_are_differentiated_are_the_engines() -> None:

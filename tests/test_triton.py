@@ -79,6 +79,57 @@ def test_candidates_are_exact(
     laws.compare_candidate(interpreted, candidate, dtype)
 
 
+@pytest.mark.parametrize("gate", [gate for gate in GATES if gate != "identity"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_decays_are_exact(
+    interpreted: ModuleType, gate: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Near zero and near one, and so are their derivatives."""
+    monkeypatch.setattr(interpreted, "_LANES", 128)
+    laws.compare_decays(interpreted, gate, dtype)
+
+
+MARGIN = 64
+
+
+def guarded(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers, with others before and after them that spoil whatever they enter."""
+    bad = torch.full((MARGIN,), True if x.dtype == torch.bool else torch.nan, dtype=x.dtype)
+    return torch.cat([bad, x.flatten(), bad])[MARGIN:-MARGIN].view(x.shape)
+
+
+def is_untouched(x: torch.Tensor) -> bool:
+    memory = x.as_strided((2 * MARGIN + x.numel(),), (1,), 0)
+    return bool(memory[:MARGIN].isnan().all() and memory[-MARGIN:].isnan().all())
+
+
+@pytest.mark.parametrize(("T", "D"), [(8, 2), (9, 3)], ids=["full", "ragged"])
+@pytest.mark.parametrize("optional", [False, True])
+def test_nothing_beyond_the_tensors_is_read_or_written(
+    in_chunks: ModuleType, T: int, D: int, optional: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[torch.Tensor] = []
+
+    def output(*like: Any) -> torch.Tensor:
+        made.append(guarded(reference.output_like(*like)))
+        return made[-1]
+
+    monkeypatch.setattr(in_chunks, "output_like", output)
+    mode = laws.mode("mingru")
+    pre, h0, reset, dh = inputs("mingru", 2, T, D, torch.float32)
+    start, resets = (h0, reset) if optional else (None, None)
+    h = in_chunks.forward(pre, start, resets, *mode)
+    expected = in_chunks.backward(dh, pre, h.clone(), start, resets, *mode)
+    pre, dh = [guarded(x) for x in pre], guarded(dh)
+    start, resets = (guarded(h0), guarded(reset)) if optional else (None, None)
+    assert torch.equal(in_chunks.forward(pre, start, resets, *mode), h)
+    actual = in_chunks.backward(dh, pre, guarded(h), start, resets, *mode)
+    for x, y in zip(actual, expected, strict=True):
+        assert torch.equal(x, y)
+    assert len(made) == 6
+    assert all(map(is_untouched, made))
+
+
 @pytest.mark.parametrize("gate", GATES)
 @directions
 def test_chunks(in_chunks: ModuleType, gate: str, reverse: bool) -> None:
@@ -174,6 +225,21 @@ def test_errors_do_not_add_up(in_chunks: ModuleType, gate: str, bias: float, con
     assert relative_error(h, exact) < 4 * 2.0**-24
 
 
+@pytest.mark.parametrize("gate", ["mingru", "mingru_signed"])
+def test_errors_of_gradients_do_not_add_up(in_chunks: ModuleType, gate: str) -> None:
+    """The adjoint, too, is as good as one carried in float64."""
+    T, D = 70, 2
+    generator = torch.Generator().manual_seed(0)
+    pre = [torch.randn(1, T, D, generator=generator) for _ in range(2)]
+    pre[0] = pre[0] - 12
+    h, dh = torch.zeros(1, T, D), torch.rand(1, T, D, generator=generator)
+    mode = (None, *laws.mode(gate))
+    exact = reference.backward(dh.double(), [x.double() for x in pre], h.double(), None, *mode)
+    actual = in_chunks.backward(dh, pre, h, None, *mode)
+    for x, y in zip(actual, exact, strict=True):
+        assert relative_error(x, y) < 6 * 2.0**-24
+
+
 def test_a_state_in_one_float_would_drift(interpreted: ModuleType) -> None:
     """Where forgetting is slow, pairs of floats carry what one float rounds away."""
     T, D = 200, 4
@@ -243,6 +309,24 @@ def test_programs_that_run_at_once_wait_for_each_other(
     assert torch.equal(in_chunks.forward(pre, *mode), h)
     again = in_chunks.backward(dh, pre, h, *mode)
     assert all(torch.equal(x, y) for x, y in zip(again, gradients, strict=True))
+
+
+def test_only_the_last_program_writes_the_gradient_of_h0(
+    in_chunks: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another's would be overwritten or not, as it happens."""
+    pre, h0, _, dh = inputs("mingru", 1, 14, 2, torch.float32)
+    h, whole = torch.zeros_like(dh), in_chunks.backward_kernel
+
+    class AllButTheLast:
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            return whole[(grid[0] - 1,)]
+
+    mode = (h0, None, *laws.mode("mingru"))
+    with laws.poisoned():
+        assert not in_chunks.backward(dh, pre, h, *mode)[-1].isnan().any()
+        monkeypatch.setattr(in_chunks, "backward_kernel", AllButTheLast())
+        assert in_chunks.backward(dh, pre, h, *mode)[-1].isnan().all()
 
 
 # ----------------------------------------------------------------------------------------------------------
