@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -22,10 +24,13 @@ __all__ = [
     "INFINITIES",
     "TOLERANCE",
     "compare",
+    "compare_candidate",
+    "compare_decays",
     "gated_scan",
     "inputs",
     "mode",
     "poisoned",
+    "refuses_wrong_tensors",
     "relative_error",
     "same",
     "spoiled",
@@ -163,6 +168,68 @@ def compare(
     assert [x.dtype for x in actual] == [*(x.dtype for x in pre), reference.state_dtype(dtype)]
     for x, y in zip(actual, gradients, strict=True):
         assert relative_error(x, y) < 2.5 * TOLERANCE[dtype]
+
+
+CURVES = {
+    "positive": (
+        lambda x: torch.where(x >= 0, x + 0.5, x.sigmoid()),
+        lambda x: torch.where(x >= 0, 1.0, x.sigmoid() * (-x).sigmoid()),
+    ),
+    "linear": (lambda x: x, torch.ones_like),
+    "tanh": (torch.tanh, lambda x: x.cosh() ** -2),
+}
+"""Candidates and their slopes, as in the paper."""
+
+
+def compare_candidate(engine: ModuleType, candidate: str, dtype: torch.dtype) -> None:
+    """Hold a candidate to its curve, number by number, and its slope; the gate lets it pass as it is."""
+    x = torch.logspace(-6, 1.3, 60, dtype=torch.float64)
+    x = torch.cat([-x, torch.tensor([0, 0.12, 0.124, 0.126, 0.13], dtype=torch.float64), x]).to(dtype)
+    pre, one = (
+        [torch.full((1, 1, len(x)), 200, dtype=dtype), x[None, None]],
+        torch.ones(1, 1, len(x)).to(dtype),
+    )
+    h = engine.forward(pre, None, None, "mingru", candidate, False, False)
+    slope = engine.backward(one, pre, h, None, None, "mingru", candidate, False, False)[1]
+    value, derivative = (curve(x.double()).to(dtype) for curve in CURVES[candidate])
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(h[0, 0], value, rtol=4 * eps, atol=1e-37)
+    torch.testing.assert_close(slope[0, 0], derivative, rtol=4 * eps, atol=4 * eps)
+
+
+def compare_decays(engine: ModuleType, gate: str, dtype: torch.dtype) -> None:
+    """Hold the decay and its derivatives to the reference's, number by number: from a state of 1, h is a."""
+    form, values = GATES[gate], torch.tensor([-30.0, -9.0, -0.7, -1e-4, 0.0, 0.02, 1.3, 8.0, 30.0])
+    gates = torch.cartesian_prod(*[values] * (form.num_pre - 1)).view(-1, form.num_pre - 1).unbind(-1)
+    pre = [x[None, None].to(dtype) for x in (*gates, torch.zeros_like(gates[0]))]
+    one, options = torch.ones_like(pre[0]), mode(gate, "linear")
+    exact = [x.double() for x in pre]
+    a = reference.forward(exact, one[0].double(), None, *options)
+    expected = [a, *reference.backward(one.double(), exact, a, one[0].double(), None, *options)]
+    h = engine.forward(pre, one[0], None, *options)
+    eps = torch.finfo(dtype).eps
+    # A signed decay is as exact as a number near one.
+    least = 8 * eps if form.signed else 1e-37
+    for x, y in zip((h, *engine.backward(one, pre, h, one[0], None, *options)), expected, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=32 * eps, atol=least)
+
+
+def refuses_wrong_tensors(call: Callable[..., Any], function: str, given: dict[str, Tensor]) -> None:
+    """Hold a function to say of each argument but the first what it must be and what came instead."""
+    first, *others = given
+    for name in others:
+        x = given[name]
+        other = torch.float32 if x.dtype == torch.float64 else torch.float64
+        like = f"to go with {first}, got "
+        for bad, error, message in (
+            (x.tolist(), TypeError, "a tensor, got list"),
+            (x.to(other), TypeError, f"{x.dtype} {like}{other}"),
+            (torch.cat([x, x]), ValueError, f"of shape {tuple(x.shape)} {like}{(2 * len(x), *x.shape[1:])}"),
+            (x[None], ValueError, "of shape "),
+            (x.to("meta"), ValueError, f"on cpu like {first}, got meta"),
+        ):
+            with pytest.raises(error, match=f"^{re.escape(f'{function}: {name} must be {message}')}"):
+                call(**{**given, name: bad})
 
 
 def kinds(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -224,27 +225,100 @@ def test_what_reaches_the_border_through_the_operator_is_measured_too() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Views
+
+
+def inside(x: Tensor) -> Tensor:
+    """In the middle of other numbers."""
+    return torch.cat([torch.ones_like(x.flatten()), x.flatten()])[x.numel() :].view(x.shape)
+
+
+def apart(x: Tensor) -> Tensor:
+    """Every other number of a memory, from its second on."""
+    return torch.stack([torch.ones_like(x), x], -1)[..., 1]
+
+
+def minus(x: Tensor, lay: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    """What memory holds is -x, which a view negates; torch cannot negate flags."""
+    return torch._neg_view(lay(-x)) if x.is_floating_point() else lay(x)
+
+
+VIEWS = {
+    "inside": inside,
+    "apart": apart,
+    "minus": minus,
+    "minus inside": partial(minus, lay=inside),
+    "minus apart": partial(minus, lay=apart),
+}
+views = pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+
+
+def all_equal(actual: Any, expected: Any) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+
+
+@views
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_tensor_of_the_gated_scan_may_be_a_view(
+    dtype: torch.dtype, view: Callable[[Tensor], Tensor]
+) -> None:
+    """Each alone, whatever its view makes of memory, is read as the numbers that it shows."""
+    pre, h0, reset, dh = inputs("minlstm", 2, 5, 4, dtype)
+    mode = laws.mode("minlstm")
+    h = engine().forward(pre, h0, reset, *mode)
+    tensors = [dh, *pre, h, h0, reset]
+    gradients = engine().backward(dh, pre, h, h0, reset, *mode)
+    for j, x in enumerate(tensors):
+        dh, *pre, h_, h0, reset = [view(x) if i == j else x for i, x in enumerate(tensors)]
+        assert torch.equal(engine().forward(pre, h0, reset, *mode), h)
+        assert all_equal(engine().backward(dh, pre, h_, h0, reset, *mode), gradients)
+
+
+@views
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_tensor_of_the_selective_scan_may_be_a_view(
+    dtype: torch.dtype, view: Callable[[Tensor], Tensor]
+) -> None:
+    selective = importlib.import_module("minrnn.ops.selective.cpu")
+    plain = draw(2, 5, 4, 3, dtype)
+    gradients = gradients_like(plain)
+    outputs = selective.forward(plain, True)
+    expected = selective.backward(*gradients, outputs[2], plain)
+    for name in (*NAMES, "reset"):
+        x = plain._replace(**{name: view(getattr(plain, name))})
+        assert all_equal(selective.forward(x, True), outputs), name
+        assert all_equal(selective.backward(*gradients, outputs[2], x), expected), name
+    for j in range(2):
+        viewed = [view(d) if i == j else d for i, d in enumerate(gradients)]
+        assert all_equal(selective.backward(*viewed, outputs[2], plain), expected)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Outputs
 
 LARGE = (4, 512, 1024)
 """float32: 8 MiB, so that the memory of outputs is kept."""
 
 
-def large(shape: tuple[int, int, int] = LARGE) -> Tensor:
-    return engine().new_output(torch.empty(shape), shape[2]).zero_()
+def large(shape: tuple[int, int, int] = LARGE, dtype: torch.dtype = torch.float32) -> Tensor:
+    return engine().new_output(torch.empty(shape, dtype=dtype), shape[2]).zero_()
 
 
-def test_the_memory_of_an_output_serves_the_next_one() -> None:
+every_dtype = pytest.mark.parametrize("dtype", laws.TOLERANCE, ids=str)
+
+
+@every_dtype
+def test_the_memory_of_an_output_serves_the_next_one(dtype: torch.dtype) -> None:
     release_memory()
-    first = large()
+    first = large(dtype=dtype)
     address = first.data_ptr()
     view = first[1:]
     del first
-    second = large()
+    second = large(dtype=dtype)
     assert second.data_ptr() != address, "a view still holds it"
     del view
-    assert large().data_ptr() == address
-    assert release_memory() >= 8 << 20
+    assert large(dtype=dtype).data_ptr() == address
+    assert release_memory() == second.nbytes
     assert second.sum() == 0
 
 
@@ -275,14 +349,15 @@ def test_what_is_held_is_never_given_away(hold: Callable[[Tensor], Any]) -> None
 
 
 @pytest.mark.parametrize("T", [480, 500, 511])
-def test_an_output_has_its_own_memory_and_no_more(T: int) -> None:
+@every_dtype
+def test_an_output_has_its_own_memory_and_no_more(T: int, dtype: torch.dtype) -> None:
     """torch saves the whole storage: of one that is a little larger, former numbers would be written too."""
     release_memory()
-    large().fill_(7)
-    h = large((4, T, 1024))
+    large(dtype=dtype).fill_(7)
+    h = large((4, T, 1024), dtype)
     assert h.untyped_storage().nbytes() == h.numel() * h.element_size()
     torch.save(h, file := io.BytesIO())
-    assert torch.full((64,), 7.0).numpy().tobytes() not in file.getvalue()
+    assert bytes(torch.full((64,), 7, dtype=dtype).untyped_storage()) not in file.getvalue()
 
 
 def test_outputs_are_as_any_tensor() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import laws
 import pytest
 import torch
-from laws import CELLS, GATES, INFINITIES, TOLERANCE, inputs, same, spoiled
+from laws import CELLS, GATES, INFINITIES, TOLERANCE, gated_scan, inputs, same, spoiled
 from selective_laws import NAMES, draw, gradients_like
 
 from minrnn.models import Decoder, ModelConfig, SequenceModel
@@ -68,6 +68,33 @@ def test_backward(gate: str, dtype: torch.dtype, reverse: bool) -> None:
             same(ours, theirs, 5 * TOLERANCE[dtype])
         for ours, theirs in zip(actual, expected, strict=True):
             assert torch.equal(ours.isfinite(), theirs.isfinite())
+
+
+@pytest.mark.parametrize("gate", GATES)
+@directions
+def test_a_reset_forgets_them_for_derivatives_of_every_order(gate: str, reverse: bool) -> None:
+    """Those of the state before it, of the gradient after it, and of a tangent."""
+    pre, h0, reset, dh = inputs(gate, 1, 7, 4, torch.float64)
+    reset[:] = False
+    reset[0, 3] = True
+    h0[0, 0] = torch.inf
+    dh[0, 0 if reverse else -1, 1] = torch.inf
+    leaves = [x.requires_grad_() for x in (h0, *pre)]
+
+    def f(h0: torch.Tensor, *pre: torch.Tensor) -> torch.Tensor:
+        return gated_scan(gate, *pre, h0=h0, reset=reset, reverse=reverse)
+
+    h = f(*leaves)
+    expected = torch.autograd.grad(h, leaves, dh, retain_graph=True)
+    for ours, theirs in zip(torch.autograd.grad(h, leaves, dh, create_graph=True), expected, strict=True):
+        assert torch.equal(ours.isfinite(), theirs.isfinite())
+    assert not all(x.isfinite().all() for x in expected)
+    primals = tuple(x.detach() for x in leaves)
+    start = torch.full_like(h0, torch.inf)
+    _, tangent = torch.func.jvp(lambda h0: f(h0, *primals[1:]), (torch.zeros_like(start),), (start,))
+    known = torch.arange(7) < 4 if reverse else torch.arange(7) >= 3
+    assert tangent[:, known].isfinite().all()
+    assert not tangent[:, ~known].isfinite().any()
 
 
 @compiled

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import laws
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -103,8 +104,64 @@ def test_engine(gate: str, candidate: str, reverse: bool, dtype: torch.dtype, T:
         with poisoned():
             assert relative_error(module.forward(pre, *arguments), exact) < TOLERANCE[dtype], name
             actual = module.backward(dh, pre, h, *arguments)
+        wide = torch.promote_types(dtype, torch.float32)
+        assert [x.dtype for x in actual] == [*(x.dtype for x in pre), wide], name
         for x, y in zip(actual, gradients, strict=True):
             assert relative_error(x, y) < 2.5 * TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("candidate", CANDIDATES)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_candidates_are_exact(name: str, candidate: str, dtype: torch.dtype) -> None:
+    """Near zero too, where an error looks small beside the largest number."""
+    laws.compare_candidate(MODULES[name], candidate, dtype)
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("gate", [gate for gate in GATES if gate != "identity"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_decays_are_exact(name: str, gate: str, dtype: torch.dtype) -> None:
+    """Near zero and near one, and so are their derivatives."""
+    laws.compare_decays(MODULES[name], gate, dtype)
+
+
+KEEPS = {"mingru": ("z", -1), "minlstm": ("f", 1), "minlstm_unnormalized": ("f", 1), "minema": ("delta", -1)}
+
+
+@pytest.mark.parametrize("gate", minrnn.ops.GATES)
+def test_a_gates_record_is_true_of_its_equations(gate: str) -> None:
+    record, curves = minrnn.ops.GATES[gate], CANDIDATES.values()
+    neutral = [torch.tensor(x) for x in record.neutral]
+    for candidate in curves:
+        assert [float(x) for x in record.equations(candidate, *neutral)] == [1, 0]
+    pre = {name: torch.tensor(0.3 + 0.1 * j) for j, name in enumerate(record.pre)}
+    a, _ = record.equations(CANDIDATES["tanh"], *pre.values())
+    terms = {float(record.equations(candidate, *pre.values())[1]) for candidate in curves}
+    assert record.has_candidate == (len(terms) > 1) == (gate != "identity")
+    assert record.keeps == KEEPS.get(gate)
+    if record.keeps is not None:
+        name, sign = record.keeps
+        assert record.equations(CANDIDATES["tanh"], *{**pre, name: pre[name] + sign}.values())[0] > a
+    one = [torch.tensor(1.0) if name == "candidate" else x for name, x in pre.items()]
+    if record.unnormalized is not None:
+        other = minrnn.ops.GATES[record.unnormalized]
+        assert other.pre == record.pre
+        assert sum(record.equations(CANDIDATES["linear"], *one)) == pytest.approx(1)
+        assert sum(other.equations(CANDIDATES["linear"], *one)) != pytest.approx(1)
+    assert record.unnormalized == {"minlstm": "minlstm_unnormalized"}.get(gate)
+
+
+@pytest.mark.parametrize("gate", [gate for gate in GATES if gate != "identity"])
+def test_decays_are_as_exact_as_their_log_odds(gate: str) -> None:
+    """a = sigmoid(u), or tanh(u / 2), each number with as many digits as its dtype has."""
+    values = torch.tensor([-9.0, -2.5, -0.4, -1e-4, 1e-7, 0.01, 0.7, 3.0, 8.0])
+    pre = torch.cartesian_prod(*[values] * GATES[gate].num_pre).unbind(-1)
+    candidate, record = CANDIDATES["linear"], minrnn.ops.GATES[GATES[gate].gate]
+    u = record.terms(candidate, *pre)[0].double()
+    expected = torch.tanh(u / 2) if GATES[gate].signed else torch.sigmoid(u)
+    a, _ = GATES[gate].equations(candidate, *pre)
+    torch.testing.assert_close(a.double(), expected, rtol=4 * 2.0**-23, atol=0)
 
 
 @compiled
@@ -528,10 +585,20 @@ def test_export(gate: str) -> None:
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_meta(gate: str) -> None:
-    """Shapes without data."""
-    pre = [torch.empty(2, 5, 3, device="meta") for _ in GATES[gate].pre]
-    assert gated_scan(gate, *pre).shape == (2, 5, 3)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_meta(gate: str, dtype: torch.dtype) -> None:
+    """Shapes, dtypes and layouts of states and gradients are known without data."""
+    pre, h0, reset = inputs(gate, 2, 5, 3, dtype)
+    packed = torch.cat(pre, -1)
+    for tensors in (pre, [packed], [packed.transpose(0, 1).contiguous().transpose(0, 1)]):
+        known = []
+        for device in ("cpu", "meta"):
+            some, start, resets = [x.to(device) for x in tensors], h0.to(device), reset.to(device)
+            h = torch.ops.minrnn.gated_scan(some, start, resets, *mode(gate))
+            gradients = torch.ops.minrnn.gated_scan_backward(h, some, h, start, resets, *mode(gate))
+            known.append([(x.shape, x.dtype, x.stride()) for x in (h, *gradients)])
+        assert known[0] == known[1]
+        assert known[1][0][:2] == ((2, 5, 3), dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -602,3 +669,47 @@ def test_gated_scan_refuses(case: str) -> None:
     arguments, keywords, error, message = BAD_GATES[case]
     with pytest.raises(error, match=message):
         minrnn.ops.gated_scan(*arguments, **keywords)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_argument_of_scan_goes_with_the_first(dtype: torch.dtype) -> None:
+    (a, b), h0, _ = inputs("identity", 2, 5, 3, dtype)
+    laws.refuses_wrong_tensors(scan, "scan", {"a": a, "b": b, "h0": h0})
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_h0_may_be_of_any_dtype_that_the_state_holds(dtype: torch.dtype) -> None:
+    """That is float64 beside float64, and float32 beside all others."""
+    (a, b), h0, _ = inputs("identity", 2, 5, 3, dtype)
+    for start in TOLERANCE:
+        if start == torch.float64 and dtype != torch.float64:
+            continue
+        leaf = h0.to(start).requires_grad_()
+        h = scan(a, b, leaf)
+        assert h.dtype == dtype
+        assert torch.autograd.grad(h.sum(), leaf)[0].dtype == start
+        assert relative_error(h, scan(a.double(), b.double(), leaf.double())) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("gate", minrnn.ops.GATES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_argument_of_gated_scan_goes_with_the_first(gate: str, packed: bool) -> None:
+    pre, h0, reset = inputs(gate, 2, 5, 3, torch.float32)
+    given = {"pre": torch.cat(pre, -1)} if packed else dict(zip(GATES[gate].pre, pre, strict=True))
+
+    def call(h0: Tensor, reset: Tensor, **tensors: Tensor) -> Tensor:
+        return minrnn.ops.gated_scan(gate, *tensors.values(), h0=h0, reset=reset)
+
+    laws.refuses_wrong_tensors(call, "gated_scan", {**given, "h0": h0, "reset": reset})
+
+
+@pytest.mark.parametrize("gate", minrnn.ops.GATES)
+@pytest.mark.parametrize("flag", ["signed", "reverse"])
+def test_flags_are_bools(gate: str, flag: str) -> None:
+    """Python's or NumPy's, and no number, whatever it counts as."""
+    pre, _, _ = inputs(gate, 1, 3, 2)
+    expected = minrnn.ops.gated_scan(gate, *pre)
+    assert torch.equal(minrnn.ops.gated_scan(gate, *pre, **{flag: np.False_}), expected)
+    for bad in (0, 0.0, None, "no", np.zeros(1, bool)):
+        with pytest.raises(TypeError, match=f"gated_scan: {flag} must be a bool, got {type(bad).__name__}"):
+            minrnn.ops.gated_scan(gate, *pre, **{flag: bad})

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from types import ModuleType
 
+import laws
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +18,7 @@ from torch import Tensor
 from minrnn.ops import selective_scan
 from minrnn.ops.registry import ENGINES, load
 from minrnn.ops.selective import reference
-from minrnn.ops.selective.operator import MODULES
+from minrnn.ops.selective.operator import MODULES, SELECTIVE_SCAN
 from minrnn.ops.selective.reference import CHUNK, Inputs
 
 LOADED = load("cpp")
@@ -403,13 +404,62 @@ def function(x: Inputs) -> Callable[..., tuple[Tensor, Tensor]]:
 def test_gradcheck() -> None:
     """First derivatives, backward and forward mode, against finite differences."""
     x = leaves(draw(2, 5, 2, 2))
+    x.reset[1, 3] = True
     assert torch.autograd.gradcheck(function(x), x[:-1], check_forward_ad=True)
 
 
 def test_gradgradcheck() -> None:
     """Second derivatives, reverse over reverse and forward over reverse."""
     x = leaves(draw(1, 4, 2, 2))
+    x.reset[0, 2] = True
     assert torch.autograd.gradgradcheck(function(x), x[:-1], check_fwd_over_rev=True)
+
+
+def test_what_the_operator_returns_does_not_depend_on_gradients() -> None:
+    """The states before the chunks are for backward alone, unless they are asked for."""
+    x = draw(2, CHUNK + 4, 5, 3)
+    for save in (False, True):
+        plain = torch.ops.minrnn.selective_scan(*x, save)
+        recorded = torch.ops.minrnn.selective_scan(*leaves(x), save)
+        for ours, theirs in zip(recorded, plain, strict=True):
+            torch.testing.assert_close(ours.detach(), theirs, rtol=1e-12, atol=1e-12)
+        assert (plain[2].numel() > 0) == save
+    assert SELECTIVE_SCAN(x, False)[2].numel() == 0
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_a_reset_forgets_what_is_not_finite_for_differentiated_gradients_too(where: str) -> None:
+    x = draw(1, 7, 3, 2)._replace(D=None, z=None)
+    x.reset[:] = False
+    x.reset[0, 3] = True
+    dy, dlast = gradients_like(x)
+    if where == "before":
+        x.h0[0, 1] = torch.inf
+    else:
+        dlast[0, 1] = torch.inf
+    x = leaves(x)
+    given = [t for t in x[:-1] if t is not None]
+    outputs = scan(x)
+    expected = torch.autograd.grad(outputs, given, (dy, dlast), retain_graph=True)
+    actual = torch.autograd.grad(outputs, given, (dy, dlast), create_graph=True)
+    assert not expected[1].isfinite().all()
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(ours.isfinite(), theirs.isfinite())
+
+
+@compiled
+def test_the_gradient_of_the_bias_is_summed_in_more_than_float32() -> None:
+    """Its terms are of both signs, and their sum may be small beside that of the first half."""
+    T = 4096
+    u = torch.rand(1, T, 1, generator=torch.Generator().manual_seed(0)) + 1
+    one = torch.ones(1, T, 1)
+    x = Inputs(u, one, -torch.ones(1, 1), one, one, None, None, torch.zeros(1), None, None)
+    dy = torch.where(torch.arange(T) < T // 2, 1.0, -1.0)[None, :, None]
+    gradients = engine().backward(dy, torch.zeros(1, 1, 1), engine().forward(x, True)[2], x)
+    terms = gradients[NAMES.index("delta_pre")].double()
+    torch.testing.assert_close(
+        gradients[NAMES.index("delta_bias")].double(), terms.sum((0, 1)), rtol=2.0**-23, atol=0
+    )
 
 
 def test_gradients_that_are_differentiated_are_the_engines() -> None:
@@ -510,11 +560,28 @@ def test_export() -> None:
     torch.testing.assert_close(program.module()(*longer), selective_scan(*longer)[0])
 
 
-def test_meta() -> None:
-    """Shapes without data."""
-    x = Inputs(*(t.to("meta") for t in draw(2, 5, 3, 2)))
-    y, last = scan(x)
-    assert (y.shape, last.shape) == ((2, 5, 3), (2, 3, 2))
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("save", [False, True])
+def test_meta(dtype: torch.dtype, save: bool) -> None:
+    """Shapes, dtypes and layouts of outputs and gradients are known without data."""
+    x = draw(2, CHUNK + 3, 4, 3, dtype)
+    late = x._replace(u=x.u.transpose(0, 1).contiguous().transpose(0, 1))
+    some = x._replace(D=None, z=None, delta_bias=None, h0=None, reset=None)
+    for tensors in (x, late, some):
+        known = []
+        for device in ("cpu", "meta"):
+            given = [None if t is None else t.to(device) for t in tensors]
+            outputs = torch.ops.minrnn.selective_scan(*given, save)
+            gradients = [d.to(device) for d in gradients_like(x)]
+            if save:
+                outputs += (*torch.ops.minrnn.selective_scan_backward(*gradients, outputs[2], *given),)
+            known.append([(t.shape, t.dtype, t.stride()) for t in outputs])
+        assert known[0] == known[1]
+        wide = torch.promote_types(dtype, torch.float32)
+        assert known[1][:2] == [
+            ((2, CHUNK + 3, 4), dtype, known[1][0][2]),
+            ((2, 4, 3), wide, known[1][1][2]),
+        ]
 
 
 def test_every_engine_that_knows_the_scan_is_an_engine() -> None:
@@ -530,6 +597,11 @@ BAD = {
     "integers": ({"u": torch.ones(2, 5, 3).long()}, TypeError, "u must be float32"),
     "two axes": ({"u": torch.ones(5, 3)}, ValueError, r"\(batch, T, channels\)"),
     "no steps": ({"u": torch.ones(2, 0, 3)}, ValueError, "at least 1"),
+    "no states": (
+        {"A": torch.ones(3, 0), "B": torch.ones(2, 5, 0), "C": torch.ones(2, 5, 0), "h0": None},
+        ValueError,
+        r"A must be of shape \(channels, N\), N at least 1, got \(3, 0\)",
+    ),
     "A is a vector": ({"A": torch.ones(3)}, ValueError, r"A must be of shape \(channels, N\)"),
     "A has other channels": ({"A": torch.ones(4, 2)}, ValueError, r"A must be of shape \(3, 2\)"),
     "B has channels": ({"B": torch.ones(2, 5, 3, 2)}, ValueError, r"B must be of shape \(2, 5, 2\)"),
@@ -551,3 +623,19 @@ def test_refuses(case: str) -> None:
     changes, error, message = BAD[case]
     with pytest.raises(error, match=message):
         scan(draw(2, 5, 3, 2, torch.float32)._replace(**changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_every_argument_goes_with_u(dtype: torch.dtype) -> None:
+    laws.refuses_wrong_tensors(selective_scan, "selective_scan", draw(2, 5, 3, 2, dtype)._asdict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_is_no_sequence_may_be_float32_beside_16_bits(dtype: torch.dtype) -> None:
+    x = draw(2, 5, 3, 2, dtype)
+    wide = {name: getattr(x, name).float() for name in ("A", "D", "delta_bias", "h0")}
+    y, last = scan(x._replace(**wide))
+    expected = scan(cast(x, torch.float32))
+    assert (y.dtype, last.dtype) == (dtype, torch.float32)
+    assert relative_error(y, expected[0]) < TOLERANCE[dtype]
+    assert relative_error(last, expected[1]) < TOLERANCE[torch.float32]

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from interpreting import interpreted_copy
-from laws import TOLERANCE, same
+from interpreting import checked_addresses, interpreted_copy
+from laws import TOLERANCE, relative_error, same
 from selective_laws import NAMES, cast, compare, draw, gradients_like
 from torch import Tensor
 
@@ -43,11 +43,18 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 # Interpreted: small, because it takes milliseconds a step
 
 
-@pytest.mark.parametrize("processors", [1, 100], ids=["tiles share programs", "a program for each tile"])
-def test_interpreted(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch, processors: int) -> None:
-    """The engine equals the reference, with a last chunk that is short and tiles that are not full."""
+@pytest.mark.parametrize(
+    ("processors", "T"), [(1, 11), (100, 8)], ids=["tiles share programs", "a program for each tile"]
+)
+def test_interpreted(
+    interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch, processors: int, T: int
+) -> None:
+    """The engine equals the reference, with a short or a whole last chunk and tiles that are not full."""
     monkeypatch.setattr(interpreted, "_processors", lambda _: processors)
-    compare(interpreted, draw(2, 11, 5, 3, torch.float32))
+    x = draw(2, T, 5, 3, torch.float32)
+    x.reset[0, -1] = True
+    with checked_addresses():
+        compare(interpreted, x)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -63,6 +70,20 @@ def test_interpreted_layouts(interpreted: ModuleType) -> None:
     x = draw(2, 5, 3, 2, torch.float32)
     late = x._replace(u=x.u.transpose(0, 1).contiguous().transpose(0, 1), B=x.B.mT.contiguous().mT)
     compare(interpreted, late._replace(reset=x.reset.t().contiguous().t()))
+
+
+def test_errors_do_not_add_up(interpreted: ModuleType) -> None:
+    """States and adjoints are as good as those carried in float64, however slow forgetting is."""
+    T = 200
+    x = draw(1, T, 2, 1, torch.float32)._replace(D=None, z=None, delta_bias=None, reset=None)
+    x = x._replace(A=x.A * 1e-4, B=x.B.abs(), C=x.C.abs(), u=x.u.abs())
+    dy, dlast = torch.rand_like(x.u), torch.rand_like(x.h0)
+    exact = cast(x, torch.float64)
+    _, last, borders = reference.forward(exact, True)
+    expected = reference.backward(dy.double(), dlast.double(), borders, exact)[-1]
+    _, found, saved = interpreted.forward(x, True)
+    assert relative_error(found, last) < 2 * 2.0**-24
+    assert relative_error(interpreted.backward(dy, dlast, saved, x)[-1], expected) < 2 * 2.0**-24
 
 
 def test_interpreted_nan(interpreted: ModuleType) -> None:

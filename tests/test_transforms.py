@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from laws import GATES, gated_scan, mode
+from laws import GATES, TOLERANCE, gated_scan, inputs, mode, relative_error
+from selective_laws import draw
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -257,3 +258,74 @@ def test_many_gradients_at_once_of_a_mixer(name: str) -> None:
         expected = torch.autograd.grad(y, leaves, direction, retain_graph=True)
         for ours, theirs in zip(batched, expected, strict=True):
             torch.testing.assert_close(ours[n], theirs, rtol=1e-9, atol=1e-10)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The operators' own rules, whichever tensor, dimension and dtype
+
+
+def selective_scan_of(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+    u, delta_pre, A, B, C, D, z, delta_bias, h0, reset = tensors
+    return selective_scan(u, delta_pre, A, B, C, D, z=z, delta_bias=delta_bias, h0=h0, reset=reset)
+
+
+def gated_scan_of(*tensors: Tensor) -> tuple[Tensor]:
+    f, i, c, h0, reset = tensors
+    return (gated_scan("minlstm", f, i, c, h0=h0, reset=reset),)
+
+
+def tensors_of(operator: Callable[..., Any], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    if operator is selective_scan_of:
+        return list(draw(2, 5, 3, 4, dtype))
+    pre, h0, reset, _ = inputs("minlstm", 2, 5, 3, dtype)
+    return [*pre, h0, reset]
+
+
+operators = pytest.mark.parametrize("operator", [gated_scan_of, selective_scan_of])
+
+
+@operators
+@pytest.mark.parametrize("size", [2, 0])
+def test_any_dimension_of_any_tensor_may_be_mapped(operator: Callable[..., Any], size: int) -> None:
+    tensors = tensors_of(operator)
+    for index, x in enumerate(tensors):
+        two = [x, x.logical_not() if x.dtype == torch.bool else x / 3]
+        expected = [operator(*tensors[:index], y, *tensors[index + 1 :]) for y in two]
+        for dim in range(x.dim() + 1):
+            many = torch.stack(two, dim).narrow(dim, 0, size)
+            in_dims = [dim if j == index else None for j in range(len(tensors))]
+            mapped = vmap(operator, tuple(in_dims))(*tensors[:index], many, *tensors[index + 1 :])
+            for j, y in enumerate(mapped):
+                assert y.shape == (size, *expected[0][j].shape)
+                for n in range(size):
+                    torch.testing.assert_close(y[n], expected[n][j], rtol=1e-12, atol=1e-12)
+
+
+@operators
+@pytest.mark.parametrize("size", [2, 0])
+def test_any_dimension_of_gradients_may_be_mapped(operator: Callable[..., Any], size: int) -> None:
+    *tensors, reset = tensors_of(operator)
+    leaves = [x.requires_grad_() for x in tensors]
+    y = operator(*leaves, reset)[0]
+    two = [torch.ones_like(y), y.detach().cos()]
+    expected = [torch.autograd.grad(y, leaves, one, retain_graph=True) for one in two]
+    for dim in range(y.dim() + 1):
+        many = torch.stack(two, dim).narrow(dim, 0, size)
+        mapped = vmap(lambda v: torch.autograd.grad(y, leaves, v, retain_graph=True), dim)(many)
+        for j, d in enumerate(mapped):
+            assert d.shape == (size, *leaves[j].shape)
+            for n in range(size):
+                torch.testing.assert_close(d[n], expected[n][j], rtol=1e-12, atol=1e-12)
+
+
+@operators
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_tangents_have_their_outputs_dtypes(operator: Callable[..., Any], dtype: torch.dtype) -> None:
+    *tensors, reset = tensors_of(operator, dtype)
+    f = lambda *given: operator(*given, reset)  # noqa: E731
+    exact = tuple(x.double() for x in tensors)
+    _, expected = jvp(f, exact, tuple(x.cos() for x in exact))
+    outputs, tangents = jvp(f, tuple(tensors), tuple(x.cos() for x in tensors))
+    for y, dy, wanted in zip(outputs, tangents, expected, strict=True):
+        assert dy.dtype == y.dtype
+        assert relative_error(dy, wanted) < 4 * TOLERANCE[dtype]

@@ -14,7 +14,7 @@ from typing import Any
 import laws
 import pytest
 import torch
-from interpreting import interpreted_copy
+from interpreting import checked_addresses, interpreted_copy
 from laws import CELLS, GATES, TOLERANCE, compare, inputs, relative_error
 
 import minrnn.ops
@@ -69,6 +69,37 @@ def test_every_dtype(interpreted: ModuleType, gate: str, dtype: torch.dtype) -> 
     compare(interpreted, pre, None, None, dh, *laws.mode(gate))
 
 
+@pytest.mark.parametrize("candidate", minrnn.ops.CANDIDATES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_candidates_are_exact(
+    interpreted: ModuleType, candidate: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Near zero too, where an error looks small beside the largest number."""
+    monkeypatch.setattr(interpreted, "_LANES", 128)
+    laws.compare_candidate(interpreted, candidate, dtype)
+
+
+@pytest.mark.parametrize("gate", [gate for gate in GATES if gate != "identity"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_decays_are_exact(
+    interpreted: ModuleType, gate: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Near zero and near one, and so are their derivatives."""
+    monkeypatch.setattr(interpreted, "_LANES", 128)
+    laws.compare_decays(interpreted, gate, dtype)
+
+
+@pytest.mark.parametrize(("T", "D"), [(8, 2), (5, 3)], ids=["full", "ragged"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_no_address_is_outside_the_tensors(in_chunks: ModuleType, T: int, D: int, reverse: bool) -> None:
+    """Of any that is read or written, the counters of programs included."""
+    mode = laws.mode("mingru", reverse=reverse)
+    pre, h0, reset, dh = inputs("mingru", 2 if T == 5 else 1, T, D, torch.float32)
+    with checked_addresses():
+        h = in_chunks.forward(pre, h0, reset, *mode)
+        in_chunks.backward(dh, pre, h, h0, reset, *mode)
+
+
 @pytest.mark.parametrize("gate", GATES)
 @directions
 def test_chunks(in_chunks: ModuleType, gate: str, reverse: bool) -> None:
@@ -99,9 +130,11 @@ def test_layouts(interpreted: ModuleType) -> None:
     sliced = torch.randn(4, 8, 10)[::2, 1:6, 1:-1].copy_(packed)
     strided = [torch.empty(2, 4, 5).transpose(1, 2).copy_(x) for x in pre]
     late = dh.transpose(0, 1).contiguous().transpose(0, 1)
+    rows = torch.randn(2, 7)[:, 1:5].copy_(h0)
     for variant in ([packed], [time_major], [sliced], strided, [x[:1].expand(2, -1, -1) for x in pre]):
+        given = dh.mT.contiguous().mT if variant is strided else late
         compare(
-            interpreted, variant, h0, reset.t().contiguous().t(), late, "mingru", "positive", False, False
+            interpreted, variant, rows, reset.t().contiguous().t(), given, "mingru", "positive", False, False
         )
     assert interpreted.forward([time_major], None, None, "mingru", "positive", False, False).stride(0) == 4
 
@@ -162,6 +195,21 @@ def test_errors_do_not_add_up(in_chunks: ModuleType, gate: str, bias: float, con
     exact = reference.forward([x.double() for x in pre], h0.double(), *mode)
     h = in_chunks.forward(pre, h0, *mode)
     assert relative_error(h, exact) < 4 * 2.0**-24
+
+
+@pytest.mark.parametrize("gate", ["mingru", "mingru_signed"])
+def test_errors_of_gradients_do_not_add_up(in_chunks: ModuleType, gate: str) -> None:
+    """The adjoint, too, is as good as one carried in float64."""
+    T, D = 40, 2
+    generator = torch.Generator().manual_seed(0)
+    pre = [torch.randn(1, T, D, generator=generator) for _ in range(2)]
+    pre[0] = pre[0] - 12
+    h, dh = torch.zeros(1, T, D), torch.rand(1, T, D, generator=generator)
+    mode = (None, *laws.mode(gate))
+    exact = reference.backward(dh.double(), [x.double() for x in pre], h.double(), None, *mode)
+    actual = in_chunks.backward(dh, pre, h, None, *mode)
+    for x, y in zip(actual, exact, strict=True):
+        assert relative_error(x, y) < 6 * 2.0**-24
 
 
 def test_a_state_in_one_float_would_drift(interpreted: ModuleType) -> None:
@@ -233,6 +281,24 @@ def test_programs_that_run_at_once_wait_for_each_other(
     assert torch.equal(in_chunks.forward(pre, *mode), h)
     again = in_chunks.backward(dh, pre, h, *mode)
     assert all(torch.equal(x, y) for x, y in zip(again, gradients, strict=True))
+
+
+def test_only_the_last_program_writes_the_gradient_of_h0(
+    in_chunks: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another's would be overwritten or not, as it happens."""
+    pre, h0, _, dh = inputs("mingru", 1, 14, 2, torch.float32)
+    h, whole = torch.zeros_like(dh), in_chunks.backward_kernel
+
+    class AllButTheLast:
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            return whole[(grid[0] - 1,)]
+
+    mode = (h0, None, *laws.mode("mingru"))
+    with laws.poisoned():
+        assert not in_chunks.backward(dh, pre, h, *mode)[-1].isnan().any()
+        monkeypatch.setattr(in_chunks, "backward_kernel", AllButTheLast())
+        assert in_chunks.backward(dh, pre, h, *mode)[-1].isnan().all()
 
 
 # ----------------------------------------------------------------------------------------------------------

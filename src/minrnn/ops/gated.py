@@ -18,7 +18,7 @@ from minrnn.ops.operators import Operator, Tensors
 from minrnn.ops.reference import output_like, split, state_dtype
 from minrnn.ops.registry import ENGINES, serving
 
-__all__ = ["GATED_SCAN", "MODULES", "Mode", "linear_scan", "new_output"]
+__all__ = ["GATED_SCAN", "MODULES", "Mode", "following", "linear_scan", "new_output"]
 
 
 MODULES = {name: module for name, (module, _, _) in ENGINES.items()}
@@ -82,17 +82,20 @@ class GatedScan(Operator):
         self, gradients: Tensors, kept: Tensor, tensors: Tensors, mode: Mode
     ) -> list[Tensor]:
         """g[t] = dh[t] + a[t+1] g[t+1];  da[t] = g[t] h[t-1];  db[t] = g[t];  dh0 = a[0] g[0]."""
-        (dh,), pre = gradients, tensors[:-2]
+        (dh,), pre, reset = gradients, tensors[:-2], tensors[-1]
         parts, a, h_prev = _linearize(tensors, kept, mode)
-        zero = torch.zeros_like(a[:, :1])
-        a_next = torch.cat([zero, a[:, :-1]] if mode.reverse else [a[:, 1:], zero], 1)
-        g = linear_scan(a_next, dh.to(a.dtype), None, reverse=not mode.reverse)
+        reset_next = None if reset is None else following(reset, reverse=mode.reverse)
+        a_next = following(a, reverse=mode.reverse)
+        g = linear_scan(a_next, dh.to(a.dtype), None, reset_next, reverse=not mode.reverse)
         dparts = GATES[mode.gate].pullback(
             CANDIDATES[mode.candidate], parts, g * h_prev, g, signed=mode.signed
         )
         dpre = [torch.cat(dparts, -1)] if len(pre) == 1 else dparts
         start = -1 if mode.reverse else 0
-        return [*(d.to(x.dtype) for d, x in zip(dpre, pre, strict=True)), a[:, start] * g[:, start]]
+        dh0 = a[:, start] * g[:, start]
+        if reset is not None:
+            dh0 = dh0.masked_fill(reset[:, start].unsqueeze(-1), 0)
+        return [*(d.to(x.dtype) for d, x in zip(dpre, pre, strict=True)), dh0]
 
     def tangents(self, tangents: Tensors, kept: Tensor, tensors: Tensors, mode: Mode) -> tuple[Tensor]:
         """dh[t] = a[t] dh[t-1] + (da[t] h[t-1] + db[t])."""
@@ -102,7 +105,8 @@ class GatedScan(Operator):
         dparts = [d.to(a.dtype) for d in split(mode.gate, filled)]
         da, db = GATES[mode.gate].pushforward(CANDIDATES[mode.candidate], parts, dparts, signed=mode.signed)
         dh0 = None if dh0 is None else dh0.to(a.dtype)
-        return (linear_scan(a, da * h_prev + db, dh0, reverse=mode.reverse).to(kept.dtype),)
+        dh = linear_scan(a, da * h_prev + db, dh0, tensors[-1], reverse=mode.reverse)
+        return (dh.to(kept.dtype),)
 
 
 def _linearize(tensors: Tensors, h: Tensor, mode: Mode) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -122,9 +126,17 @@ def _linearize(tensors: Tensors, h: Tensor, mode: Mode) -> tuple[list[Tensor], T
 GATED_SCAN = GatedScan()
 
 
-def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None, *, reverse: bool) -> Tensor:
+def linear_scan(
+    a: Tensor, b: Tensor, h0: Tensor | None, reset: Tensor | None = None, *, reverse: bool
+) -> Tensor:
     """Compute h[t] = a[t] h[t-1] + b[t], without checks of the arguments."""
-    return GATED_SCAN((a, b, h0, None), Mode("identity", "positive", False, reverse))
+    return GATED_SCAN((a, b, h0, reset), Mode("identity", "positive", False, reverse))
+
+
+def following(x: Tensor, *, reverse: bool = False) -> Tensor:
+    """Return x (B, T, ...) at the next step of the recurrence, zero after the last."""
+    zero = torch.zeros_like(x[:, :1])
+    return torch.cat([zero, x[:, :-1]] if reverse else [x[:, 1:], zero], 1)
 
 
 def new_output(like: Tensor, D: int) -> Tensor:

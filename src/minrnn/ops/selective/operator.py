@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from minrnn.ops.gated import linear_scan
+from minrnn.ops.gated import following, linear_scan
 from minrnn.ops.operators import Operator, Tensors
 from minrnn.ops.reference import output_like, state_dtype
 from minrnn.ops.registry import Functions
@@ -109,8 +109,8 @@ class SelectiveScan(Operator):
             dy = dy * torch.nn.functional.silu(x.z)
         inflow = dy.unsqueeze(-1) * x.C.unsqueeze(2)  # (B, T, D, N)
         inflow = torch.cat([inflow[:, :-1], (inflow[:, -1] + dlast).unsqueeze(1)], 1)
-        a_next = torch.cat([a[:, 1:], torch.zeros_like(a[:, :1])], 1)
-        g = _linear(a_next, inflow, None, reverse=True)
+        reset_next = None if x.reset is None else following(x.reset)
+        g = _linear(following(a), inflow, None, reset_next, reverse=True)
         delta = softplus(x.delta_pre)
         to_exponent = g * a * h_prev
         to_inflow = torch.einsum("btdn,btn->btd", g, x.B)
@@ -125,7 +125,7 @@ class SelectiveScan(Operator):
             x.u.new_zeros(0) if x.D is None else (dy * x.u).sum((0, 1)),
             dz,
             ddelta_pre.sum((0, 1)) if has_bias else x.u.new_zeros(0),
-            a[:, 0] * g[:, 0],
+            a[:, 0] * g[:, 0] if x.reset is None else (a * g)[:, 0].masked_fill(x.reset[:, 0, None, None], 0),
         ]
 
     def tangents(
@@ -144,7 +144,7 @@ class SelectiveScan(Operator):
         exponent = ddelta.unsqueeze(-1) * x.A + delta.unsqueeze(-1) * dx.A
         inflow = (ddelta * x.u + delta * dx.u).unsqueeze(-1) * x.B.unsqueeze(2)
         inflow = inflow + (delta * x.u).unsqueeze(-1) * dx.B.unsqueeze(2)
-        dh = _linear(a, a * h_prev * exponent + inflow, dx.h0, reverse=False)
+        dh = _linear(a, a * h_prev * exponent + inflow, dx.h0, x.reset, reverse=False)
         dy = torch.einsum("btdn,btn->btd", dh, x.C) + torch.einsum("btdn,btn->btd", h, dx.C)
         if x.D is not None and dx.D is not None:
             dy = dy + dx.D * x.u + x.D * dx.u
@@ -159,7 +159,7 @@ SELECTIVE_SCAN = SelectiveScan()
 def _linearize(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """Return decays, states, and states before each step, (B, T, D, N), resets applied."""
     a, b = discretize(x)
-    h = _linear(a, b, x.h0, reverse=False)
+    h = _linear(a, b, x.h0, x.reset, reverse=False)
     first = torch.zeros_like(h[:, 0]) if x.h0 is None else x.h0
     h_prev = torch.cat([first.unsqueeze(1), h[:, :-1]], 1)
     if x.reset is not None:
@@ -167,9 +167,9 @@ def _linearize(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return a, h, h_prev
 
 
-def _linear(a: Tensor, b: Tensor, h0: Tensor | None, *, reverse: bool) -> Tensor:
+def _linear(a: Tensor, b: Tensor, h0: Tensor | None, reset: Tensor | None, *, reverse: bool) -> Tensor:
     start = None if h0 is None else h0.flatten(1)
-    return linear_scan(a.flatten(2), b.flatten(2), start, reverse=reverse).unflatten(2, a.shape[2:])
+    return linear_scan(a.flatten(2), b.flatten(2), start, reset, reverse=reverse).unflatten(2, a.shape[2:])
 
 
 def _ungated(x: Inputs, h: Tensor) -> Tensor:

@@ -80,12 +80,12 @@ def _check(x: Inputs) -> None:
     for field, value in (("u", x.u), ("A", x.A)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: {field} must be a tensor, got {type(value).__name__}")
-    dtype, shape, device = x.u.dtype, x.u.shape, x.u.device
+    dtype, shape, device = x.u.dtype, tuple(x.u.shape), x.u.device
     if dtype not in FLOATS:
         raise TypeError(f"{name}: u must be float32, float64, bfloat16 or float16, got {dtype}")
     if len(shape) != 3 or 0 in shape[1:]:
         raise ValueError(
-            f"{name}: u must be of shape (batch, T, channels), T and channels at least 1, got {tuple(shape)}"
+            f"{name}: u must be of shape (batch, T, channels), T and channels at least 1, got {shape}"
         )
     if x.A.dim() != 2 or x.A.shape[1] == 0:
         raise ValueError(f"{name}: A must be of shape (channels, N), N at least 1, got {tuple(x.A.shape)}")
