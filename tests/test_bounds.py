@@ -20,8 +20,10 @@ from minrnn.models import (
     ModelConfig,
     SequenceModel,
     checkpoint,
+    decision,
     load_checkpoint,
     save_checkpoint,
+    sequence,
 )
 from minrnn.tasks import TASKS
 from minrnn.training import RunConfig
@@ -56,6 +58,19 @@ def test_no_size_may_be_negative_or_beyond_all_measure(value: int) -> None:
         sizes = {"observation_size": 2, "action_size": 2, name: value}
         with pytest.raises(ValueError, match=name):
             DecisionConfig(ModelConfig(), **sizes)
+
+
+def test_the_largest_sizes_are_still_taken() -> None:
+    for name, most in sequence.LARGEST.items():
+        mixer = next((each for each, kind in MIXERS.items() if name in signature(kind).parameters), "mingru")
+        assert getattr(ModelConfig(mixer=mixer, **{name: most}), name) == most
+        with pytest.raises(ValueError, match=f"{name} must be at most {most}, got {most + 1}"):
+            ModelConfig(mixer=mixer, **{name: most + 1})
+    for name, most in decision.LARGEST.items():
+        sizes = {"observation_size": 2, "action_size": 2}
+        assert getattr(DecisionConfig(ModelConfig(), **{**sizes, name: most}), name) == most
+        with pytest.raises(ValueError, match=f"{name} must be at most {most}, got {most + 1}"):
+            DecisionConfig(ModelConfig(), **{**sizes, name: most + 1})
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------

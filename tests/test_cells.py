@@ -136,6 +136,7 @@ def test_errors(cell_type: Any) -> None:
     ):
         with pytest.raises(error, match=f"{cell_type.__name__}: "):
             cell_type(**{"input_size": I, "hidden_size": H, **options})
+    assert not list(cell_type(I, H, bias=False, forget_bias=0.0).named_parameters())[1:]
     with pytest.raises(TypeError, match="normalize must be a bool, got str"):
         MinLSTMCell(I, H, normalize="no")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="MinLSTMCell: signed must be False with normalize=False"):

@@ -73,6 +73,19 @@ def test_round_trip(tmp_path: Path, mixer: str, tie_embeddings: bool) -> None:
     assert torch.equal(loaded(tokens)[0], model(tokens)[0])
 
 
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664), (0o077, 0o600)])
+def test_files_are_readable_by_whom_the_umask_allows(tmp_path: Path, mask: int, mode: int) -> None:
+    before = os.umask(mask)
+    try:
+        save_checkpoint(tmp_path / "a", build())
+    finally:
+        assert os.umask(before) == mask
+    assert {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "a").iterdir()} == {
+        CONFIG_FILE: mode,
+        TENSORS_FILE: mode,
+    }
+
+
 def test_dtype_survives(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "c", build().double())
     loaded, extra = load_checkpoint(tmp_path / "c")
@@ -94,6 +107,13 @@ def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     save_checkpoint(Path("last"), build())
     save_checkpoint(Path("last"), build(1))
     assert same(load_checkpoint(Path("last"))[0], build(1))
+
+
+def test_a_path_may_start_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_checkpoint(Path("~/last"), build())
+    assert (tmp_path / "last" / CONFIG_FILE).is_file()
+    assert same(load_checkpoint(Path("~/last"))[0], build())
 
 
 def test_tensors_round_trip(tmp_path: Path) -> None:
@@ -254,6 +274,17 @@ def test_load_tensors_refuses_what_is_no_safetensors_file(tmp_path: Path) -> Non
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         load_tensors(path)
+
+
+def test_of_a_long_message_of_the_library_the_start_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Path) -> None:
+        raise checkpoint.safetensors.SafetensorError("invalid " + "x" * 10_000)
+
+    monkeypatch.setattr(checkpoint.safetensors.torch, "load_file", fail)
+    with pytest.raises(ValueError, match=r"not a whole safetensors file \(invalid x{192}\)$"):
+        load_tensors(tmp_path / "t.safetensors")
 
 
 # --- accidents ----------------------------------------------------------------------------------------
@@ -453,6 +484,27 @@ def test_reading_while_another_process_replaces(tmp_path: Path) -> None:
     finally:
         stop.set()
         writer.join()
+
+
+@pytest.mark.parametrize("mixed", [None, ValueError("old and new"), FileNotFoundError("old")], ids=str)
+def test_what_is_replaced_while_it_is_read_is_read_again(
+    saved: Path, mixed: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, load = [], checkpoint._load
+
+    def replaced_meanwhile(folder: Path, device: torch.device) -> Any:
+        read.append(loaded := load(folder, device))
+        if len(read) == 1:
+            save_checkpoint(saved, build(1), extra={"step": 2})
+            if mixed is not None:
+                raise mixed
+        return loaded
+
+    monkeypatch.setattr(checkpoint, "_load", replaced_meanwhile)
+    model, extra = load_checkpoint(saved)
+    assert [extra for _, extra in read] == [{"step": 1}, {"step": 2}]
+    assert extra == {"step": 2}
+    assert same(model, build(1))
 
 
 # --- write_directory ----------------------------------------------------------------------------------

@@ -239,9 +239,11 @@ class Holder(nn.Module):
         lambda rnn: {"a": (1, [rnn])},
         lambda rnn: rnn.forward,
         lambda rnn: functools.partial(rnn, hx=None),
+        lambda rnn: functools.partial(print, rnn),
+        lambda rnn: functools.partial(print, end=rnn),
         lambda rnn: [nn.Sequential(rnn)],
     ],
-    ids=["list", "nested", "method", "partial", "in an unregistered module"],
+    ids=["list", "nested", "method", "partial", "argument", "keyword", "in an unregistered module"],
 )
 def test_references_beside_submodules_are_named(hold: Any) -> None:
     model = Holder(hold)
@@ -296,6 +298,10 @@ def test_pair_is_minlstms_state_twice_and_starts_from_c() -> None:
     assert torch.equal(c_n, expected_h_n)
     h_n.zero_()  # changes h_n alone
     assert torch.equal(c_n, expected_h_n)
+    h, c = PairedMinLSTMCell(I, H)(x[0])
+    assert torch.equal(h, c)
+    h.detach().zero_()
+    assert c.ne(0).any()
 
 
 def test_a_returned_pair_continues_where_it_stopped() -> None:

@@ -39,7 +39,8 @@ def build(mixer: str = "mingru", *, trunk: dict[str, Any] | None = None, **setti
     """A small model in double precision, with statistics, so that the laws hold to rounding."""
     torch.manual_seed(0)
     blocks = ModelConfig(**{"d_model": 8, "num_layers": 2, "conv_width": 0, "mixer": mixer, **(trunk or {})})
-    model = DecisionModel(DecisionConfig(blocks, S, A, return_scale=5.0, target_return=TARGET, **settings))
+    settings = {"return_scale": 5.0, "target_return": TARGET, **settings}
+    model = DecisionModel(DecisionConfig(blocks, S, A, **settings))
     model.set_statistics(torch.randn(S), torch.rand(S) + 0.5, torch.tensor([1.0, 2.5]))
     return model.double().eval()
 
@@ -310,6 +311,40 @@ def test_interleaved_tokens_are_as_many_and_in_the_order_of_their_source() -> No
     assert moved == [0, 1, 2]
 
 
+@every_form
+@pytest.mark.parametrize("discrete", [False, True])
+def test_a_step_is_embedded_by_its_formula(tokens: str, discrete: bool) -> None:
+    """W_a a / bound, W_r R / 5 and W_s (s - mean) / std, each with its bias, and time[t], in every form."""
+    model = build(tokens=tokens, discrete=discrete, max_steps=20, trunk={"dropout": 0.5})
+    times = torch.arange(7, 7 + T).expand(B, T)
+    done = torch.randint(-1, A, (B, T)) if discrete else torch.randn(B, T, A).double()
+    steps, given = Steps(rewards(), observations(), done, times), []
+    model.embed_norm.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    model(steps)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def embedded(name: str, numbers: Tensor) -> Tensor:
+        return numbers @ weights[f"embed_{name}.weight"].T + weights[f"embed_{name}.bias"]
+
+    time = weights["embed_time.weight"][times]
+    parts = [embedded("observation", (steps.observations - model.observation_mean) / model.observation_std)]
+    if tokens != "observation":
+        rows = torch.cat([torch.eye(A), torch.zeros(1, A)]).double()  # the last of nothing done
+        actions = rows[done] if discrete else done / torch.tensor([1.0, 2.5])
+        parts = [embedded("previous", actions), embedded("return", steps.returns.unsqueeze(-1) / 5), *parts]
+    if tokens == "interleaved":
+        expected = torch.stack([part + time for part in parts], dim=2).flatten(1, 2)
+    else:
+        expected = sum(parts) + time
+    torch.testing.assert_close(given[0], expected, rtol=0, atol=1e-12)
+
+
+def test_embeddings_of_times_start_near_zero() -> None:
+    times = build(max_steps=1000).embed_time.weight
+    assert abs(times.std().item() - 0.02) < 0.002
+    assert abs(times.mean().item()) < 0.001
+
+
 # --- checkpoints -----------------------------------------------------------------------------------------
 
 
@@ -336,8 +371,12 @@ def test_a_policy_survives_its_checkpoint(mixer: str, tokens: str, tmp_path: Pat
         ({"window": -1}, "window must be 0 or more, got -1"),
         ({"max_steps": -1}, "max_steps must be 0 or more"),
         ({"observation_size": 0}, "observation_size must be at least 1"),
+        ({"action_size": 0}, "action_size must be at least 1"),
         ({"return_scale": 0.0}, "return_scale must be positive and finite"),
+        ({"return_scale": -1.0}, "return_scale must be positive and finite"),
+        ({"return_scale": float("inf")}, "return_scale must be positive and finite"),
         ({"target_return": float("nan")}, "target_return must be finite"),
+        ({"target_return": float("-inf")}, "target_return must be finite"),
         ({"trunk": ModelConfig(tie_embeddings=True)}, "tie_embeddings must be off"),
     ],
 )
@@ -368,6 +407,8 @@ def test_a_config_that_does_not_fit_is_named() -> None:
         ([1.0, 2.0], 0.0, None, r"observation must be \(3,\) or \(B, 3\), got \(2,\)"),
         ([[[1.0, 2.0, 3.0]]], 0.0, None, r"observation must be .* got \(1, 1, 3\)"),
         ([1.0, float("nan"), 3.0], 0.0, None, "observation must be finite"),
+        ([1.0, float("inf"), 3.0], 0.0, None, "observation must be finite"),
+        ([1.0, float("inf"), float("-inf")], 0.0, None, "observation must be finite"),
         ([1.0, 2.0, 3.0], None, None, "reward must be given after an episode's first step"),
         ([1.0, 2.0, 3.0], [1.0, 2.0], None, r"reward must be one or \(1,\), got \(2,\)"),
         ([1.0, 2.0, 3.0], float("inf"), None, "reward must be finite"),
@@ -381,6 +422,24 @@ def test_what_cannot_be_acted_on_is_refused(observation: Any, reward: Any, reset
     with pytest.raises(ValueError, match=message):
         policy.act(observation, reward, reset=reset)
     policy.act(torch.zeros(S), 0.0)  # nothing is broken by it
+
+
+def test_the_number_of_episodes_changes_only_where_all_start() -> None:
+    policy = Policy(build())
+    policy.act(torch.zeros(2, S))
+    for reset in (False, [True, True, False]):
+        with pytest.raises(ValueError, match="must be of 2 environments until all episodes restart, got 3"):
+            policy.act(torch.zeros(3, S), 0.0, reset=reset)
+    assert policy.act(torch.zeros(3, S), 0.0, reset=[True] * 3).shape == (3, A)
+
+
+def test_finite_numbers_whose_sum_overflows_are_taken() -> None:
+    """The largest float64 as rewards, and as observations half of the largest float32, twice."""
+    model = build(tokens="observation", target_return=None).float()
+    model.set_statistics(torch.zeros(S), torch.full((S,), 1e38))
+    policy, largest = Policy(model), torch.finfo(torch.float64).max
+    for earned in (None, [largest, largest]):
+        assert policy.act(torch.full((2, S), 2e38), earned).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["observation", "reward", "reset"])
@@ -512,3 +571,13 @@ def test_steps_that_do_not_fit_are_refused(change: dict[str, Tensor], message: s
     steps = Steps(rewards(), observations(), torch.zeros(B, T, A), torch.zeros(B, T, dtype=torch.int64))
     with pytest.raises(ValueError, match=f"DecisionModel: {message}"):
         build()(steps._replace(**change))
+
+
+@every_form
+def test_resets_that_do_not_fit_are_refused_as_resets_of_steps(tokens: str) -> None:
+    steps = Steps(rewards(), observations(), torch.zeros(B, T, A), torch.zeros(B, T, dtype=torch.int64))
+    model = build(tokens=tokens)
+    with pytest.raises(TypeError, match=r"DecisionModel: reset must be bool, got torch\.float32"):
+        model(steps, reset=torch.zeros(B, T))
+    with pytest.raises(ValueError, match=r"DecisionModel: reset must be \(3, 11\), .* got \(3, 12\)"):
+        model(steps, reset=torch.zeros(B, T + 1, dtype=torch.bool))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import os
 import pickle
@@ -10,11 +11,13 @@ import re
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gated import RECURRENCES
@@ -24,7 +27,7 @@ from laws import GATES
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils.parametrizations import weight_norm
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from minrnn.mixers import GATED_RNNS, MIXERS
@@ -61,7 +64,17 @@ every_mixer = pytest.mark.parametrize("mixer", MIXERS)
 
 def build(**options: Any) -> SequenceModel:
     torch.manual_seed(0)
-    return SequenceModel(ModelConfig(**{"vocab_size": V, "d_model": 20, "num_layers": 2, **options})).eval()
+    model = SequenceModel(ModelConfig(**{"vocab_size": V, "d_model": 20, "num_layers": 2, **options}))
+    return with_other_vectors(model.eval())
+
+
+def with_other_vectors(model: Any) -> Any:
+    """Draw biases and scales, which start at 0 and 1, where it would not be seen that one is not used."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model
 
 
 def make_tokens(rows: int, steps: int = 1, seed: int = 1) -> Tensor:
@@ -257,7 +270,7 @@ def policy(**options: Any) -> DecisionModel:
     model.set_statistics(
         torch.randn(5), torch.rand(5) + 0.5, None if model.config.discrete else torch.ones(3) * 2
     )
-    return model.eval()
+    return with_other_vectors(model.eval())
 
 
 def one_step(model: DecisionModel, seed: int, time: int) -> Steps:
@@ -814,6 +827,21 @@ def test_wrong_states_are_refused(mixer: str) -> None:
         decoder.step(tokens, tuple((windows, list(carried)) for windows, carried in state))  # type: ignore[arg-type]
 
 
+@every_mixer
+def test_pools_with_fewer_rows_in_one_part_are_refused(mixer: str) -> None:
+    """Their rows are read by address: one that only other parts have lies beyond the end."""
+    decoder = Decoder(build(mixer=mixer, d_model=24, **({"window": 4} if mixer == "attention" else {})))
+    pool, token, row = decoder.new_state(5), make_tokens(1)[:, 0], torch.tensor([4])
+    leaves, form = tree_flatten(pool)
+    for place in range(len(leaves) - 1):
+        parts = [leaf[:3] if index == place else leaf for index, leaf in enumerate(leaves)]
+        with pytest.raises(
+            ValueError, match="first axis of each state tensor must be the batch, 5, got shape"
+        ):
+            decoder.step(token, tree_unflatten(parts, form), row)
+    assert all(torch.equal(x, y) for x, y in zip(leaves, tree_leaves(decoder.new_state(5)), strict=True))
+
+
 def misshapen(part: Tensor) -> list[Tensor]:
     """What has the batch of a part of a state but not its shape: as many numbers, or more, or fewer."""
     batch, *axes = part.shape
@@ -1282,6 +1310,54 @@ def test_replaced_tensors_are_refused_by_the_next_prompt() -> None:
     with pytest.raises(RuntimeError, match="tensors were replaced; make a new decoder"):
         decoder.prefill(prompt)
     Decoder(model).prefill(prompt)
+
+
+@compiled
+@pytest.mark.parametrize("kind", ["sequence", "policy"])
+def test_each_tensor_that_is_replaced_left_out_or_added_is_noticed(kind: str) -> None:
+    model = build() if kind == "sequence" else policy()
+    decoder, prompt = Decoder(model), make_tokens(4) if kind == "sequence" else one_step(model, 0, 0)
+    decoder.prefill(prompt)
+    tables = [table for part in model.modules() for table in (part._parameters, part._buffers)]
+    places = [(table, name) for table in tables for name, x in table.items() if x is not None]
+    assert len(places) == len([*model.parameters(), *model.buffers()])
+    for table, name in places:
+        tensor = table[name]
+        for other in (copy.deepcopy(tensor), None):
+            table[name] = other
+            with pytest.raises(RuntimeError, match="tensors were replaced; make a new decoder"):
+                decoder.prefill(prompt)
+        table[name] = tensor
+    decoder.prefill(prompt)
+    model.register_buffer("another", torch.zeros(1))
+    with pytest.raises(RuntimeError, match="tensors were replaced; make a new decoder"):
+        decoder.prefill(prompt)
+
+
+@compiled
+def test_a_decoder_keeps_the_memory_that_it_reads() -> None:
+    """Were it freed, another tensor could come to lie at the address that the decoder compares."""
+    model = build()
+    numbers = np.random.default_rng(0).standard_normal(model.head.weight.shape, dtype=np.float32)
+    model.head.weight.data = torch.from_numpy(numbers)
+    memory = weakref.ref(numbers)
+    decoder = Decoder(model)
+    model.head.weight.data = torch.zeros_like(model.head.weight)
+    del numbers
+    gc.collect()
+    assert memory() is not None
+    with pytest.raises(RuntimeError, match="have been moved or replaced"):
+        decoder.step(make_tokens(1)[:, 0])
+    del decoder
+    gc.collect()
+    assert memory() is None
+
+
+@every_mixer
+@pytest.mark.parametrize("length", [1, 2, 9])
+def test_outputs_do_not_keep_those_of_the_whole_prompt_alive(mixer: str, length: int) -> None:
+    logits, _ = Decoder(build(mixer=mixer, d_model=24)).prefill(make_tokens(3, length))
+    assert logits.untyped_storage().nbytes() == 3 * V * 4
 
 
 @every_mixer

@@ -386,6 +386,42 @@ def test_constructor_errors(name: str, options: dict[str, Any], error: type[Exce
 
 
 @every_layer
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_dropout_of_all_is_of_what_passes_between_layers(name: str, bidirectional: bool) -> None:
+    """With probability 1, the first layer reads the input as it is, and those above read zeros."""
+    layer = build(name, num_layers=3, dropout=1.0, bidirectional=bidirectional)
+    x, directions = make_input(T, B, I), 2 if bidirectional else 1
+    output, h_n = layer(x)
+    kept = layer.eval()(x)[1]
+    assert torch.equal(h_n[:directions], kept[:directions])
+    assert output.ne(0).any()
+    assert torch.equal(output[:, :1].expand_as(output), output)  # no row is told apart
+    assert not torch.equal(h_n[directions:], kept[directions:])
+
+
+@every_layer
+def test_without_a_bias_a_forget_bias_of_nothing_is_taken(name: str) -> None:
+    assert LAYERS[name](I, H, bias=False, forget_bias=0.0).forget_bias == 0
+    assert (LAYERS[name](I, H).forget_bias, LAYERS[name](I, H, bias=False).forget_bias) == (1, 0)
+
+
+@every_layer
+def test_what_has_no_signed_form_refuses_it(name: str) -> None:
+    if GATES[name].can_be_signed:
+        assert LAYERS[name](I, H, signed=True).signed
+        return
+    with pytest.raises(ValueError, match="signed must be False, got True: this gate has no signed form"):
+        LAYERS[name](I, H, signed=True)
+
+
+@every_layer
+@pytest.mark.parametrize("dropout", [0, 1])
+def test_both_ends_of_the_range_are_probabilities(name: str, dropout: int) -> None:
+    layer = LAYERS[name](I, H, num_layers=2, dropout=dropout)
+    assert (type(layer.dropout), layer.dropout) == (float, dropout)
+
+
+@every_layer
 def test_useless_dropout_warns_at_the_callers_line(name: str) -> None:
     with pytest.warns(UserWarning, match="has no effect") as caught:
         LAYERS[name](I, H, dropout=0.1)
@@ -414,6 +450,16 @@ def test_call_errors(name: str) -> None:
         layer(x, (make_input(1, B, H), make_input(1, B, H)))
     with pytest.raises(ValueError, match=r"reset must be \(7, 3\).*got \(3, 7\)"):
         layer(x, reset=torch.zeros(B, T, dtype=torch.bool))
+
+
+@every_layer
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_no_step_is_an_error_and_no_row_is_none(name: str, batch_first: bool) -> None:
+    layer = LAYERS[name](I, H, batch_first=batch_first)
+    for shape in ((0, I), (B, 0, I) if batch_first else (0, B, I)):
+        with pytest.raises(ValueError, match=r"with T of at least 1, got \(" + ", ".join(map(str, shape))):
+            layer(torch.zeros(shape))
+    assert layer(torch.zeros((0, T, I) if batch_first else (T, 0, I)))[1].shape == (1, 0, H)
 
 
 @every_layer

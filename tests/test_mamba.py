@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from minrnn import ModelConfig, SequenceModel, load_checkpoint, save_checkpoint
-from minrnn.mixers.mamba import DT_MAX, DT_MIN, MambaMixer
+from minrnn.mixers.mamba import MambaMixer
 from minrnn.ops import selective_scan
 
 
@@ -21,13 +21,21 @@ def test_starts_as_the_source_does() -> None:
     mixer = MambaMixer(40, 64)
     assert mixer.dt_rank == math.ceil(40 / 16)
     delta = functional.softplus(mixer.dt_bias)
-    assert (delta > 0.999 * DT_MIN).all()
-    assert (delta < 1.001 * DT_MAX).all()
-    assert delta.min() < 3 * DT_MIN
-    assert delta.max() > DT_MAX / 3
+    assert (delta > 0.999e-3).all()
+    assert (delta < 1.001e-1).all()
+    many = functional.softplus(MambaMixer(16, 4000, d_state=1).dt_bias)
+    assert (many.min() < 1.02e-3, many.max() > 0.98e-1) == (True, True)
+    assert abs(many.log().mean().item() - math.log(1e-2)) < 0.1  # even in the logarithm
     rates = torch.arange(1.0, 17.0).expand(64, 16)
     torch.testing.assert_close(mixer.A_log.exp(), rates)
     assert torch.equal(mixer.D, torch.ones(64))
+    for weight, bound in (
+        (mixer.conv.weight, 4**-0.5),
+        (mixer.conv.bias, 4**-0.5),
+        (mixer.dt_proj.weight, 3**-0.5),
+    ):
+        assert -bound <= weight.min() < -0.8 * bound
+        assert 0.8 * bound < weight.max() <= bound
     assert mixer.in_proj.bias is None
     assert mixer.x_proj.bias is None
 
@@ -55,6 +63,19 @@ def test_the_bias_of_the_step_is_not_rounded(monkeypatch: pytest.MonkeyPatch) ->
     assert given["delta_bias"].dtype == torch.float32
     (gradient,) = torch.autograd.grad(y.float().square().sum(), mixer.dt_bias)
     assert gradient.any()
+
+
+def test_the_rates_of_a_model_of_16_bits_are_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer, given = MambaMixer(6, 8).bfloat16(), []
+
+    def spy(u: torch.Tensor, delta_pre: torch.Tensor, A: torch.Tensor, *others: Any, **named: Any) -> Any:
+        given.append(A)
+        return selective_scan(u, delta_pre, A, *others, **named)
+
+    monkeypatch.setattr("minrnn.mixers.mamba.selective_scan", spy)
+    mixer(torch.randn(2, 7, 6, dtype=torch.bfloat16))
+    assert torch.equal(given[0], -mixer.A_log.float().exp())
+    assert given[0].dtype == torch.float32
 
 
 def test_weights_of_earlier_versions(tmp_path: Path) -> None:

@@ -281,6 +281,61 @@ def test_bfloat16_autocast_runs_and_carries(variant: str) -> None:
 
 
 @every_variant
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_outputs_are_of_the_inputs_dtype_and_states_no_wider_than_their_form(
+    variant: str, dtype: torch.dtype
+) -> None:
+    mixer, x = build(variant, dtype), make_input(dtype)
+    form = [part_dtype for _, part_dtype in mixer.state_form(dtype)]
+    for reset in (None, make_reset()):
+        y, state = mixer(x, reset=reset)
+        y_next, state_next = mixer(x[:, :1], state)
+        assert (y.dtype, y_next.dtype) == (dtype, dtype)
+        assert [part.dtype for part in mixer.empty_state(B, x)] == form
+        for parts in (state, state_next):  # narrower, perhaps: all of it is taken again
+            assert [
+                torch.promote_types(part.dtype, wide) for part, wide in zip(parts, form, strict=True)
+            ] == form
+
+
+@every_variant
+@pytest.mark.parametrize("length", [1, T])
+def test_a_call_with_the_empty_state_is_one_without_a_state(variant: str, length: int) -> None:
+    mixer, x = build(variant), make_input(length=length)
+    reset = make_reset(length)
+    for starts in (None, reset):
+        y, state = mixer(x, mixer.empty_state(B, x), reset=starts)
+        expected, expected_state = mixer(x, reset=starts)
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+        if "window" not in variant:  # a window's keys of before the start are only masked
+            torch.testing.assert_close(state, expected_state, rtol=0, atol=1e-12)
+
+
+@every_variant
+def test_the_empty_state_has_the_shapes_of_a_long_calls(variant: str) -> None:
+    """So that a pool made of it has room for every later state."""
+    mixer, x = build(variant), make_input(length=60)  # longer than every window
+    _, state = mixer(x)
+    form, empty = mixer.state_form(x.dtype), mixer.empty_state(B, x)
+    for (shape, _), part, before in zip(form, state, empty, strict=True):
+        bounded = None not in shape or mixer.window > 0
+        assert before.shape == (part.shape if bounded else (B, 0, D_HIDDEN))
+        assert all(size in (None, found) for size, found in zip(shape, part.shape[1:], strict=True))
+
+
+@pytest.mark.parametrize(("name", "part"), [("aaren", "lse"), ("s4d", "h")])
+def test_states_that_need_float32_are_not_rounded_by_autocast(name: str, part: str) -> None:
+    """Their recurrence reads the input itself, so that the state has the bits that it has without."""
+    mixer, x = build(name, torch.float32), make_input(torch.float32)
+    place = mixer.state_names.index(part)
+    for piece in (x, x[:, :1]):
+        _, expected = mixer(piece)
+        with torch.autocast("cpu", torch.bfloat16):
+            _, state = mixer(piece)
+        assert torch.equal(state[place], expected[place])
+
+
+@every_variant
 def test_gradcheck(variant: str) -> None:
     mixer = build(variant)
     x = make_input(length=5)[:2].requires_grad_()

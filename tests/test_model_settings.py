@@ -167,6 +167,15 @@ def test_a_long_prompt_is_read_with_the_state_carried_between_chunks(
     torch.testing.assert_close(tensors_of(after), tensors, rtol=0, atol=1e-12)
 
 
+def test_no_more_than_4096_tokens_are_read_in_one_call() -> None:
+    """Their logits alone are kept at a time: those of a book would not fit into memory."""
+    model = sequence_model(num_layers=1).eval()
+    lengths: list[int] = []
+    model.embedding.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    Decoder(model).prefill(make_tokens(9000))
+    assert lengths == [4096, 4096, 808]
+
+
 def tensors_of(state: Any) -> list[Tensor]:
     found: list[Tensor] = []
 

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-import minrnn.models.generation
 from minrnn.mixers import MIXERS
 from minrnn.mixers.convolution import CausalConv
 from minrnn.models import ModelConfig, ModelState, SequenceModel, generate, map_state
 from minrnn.models.block import ACTIVATIONS, MLP
 from minrnn.models.dropout import Dropout
-from minrnn.models.sequence import NORMS
+from minrnn.models.generation import choose
+from minrnn.models.sequence import NORMS, make_norm
 
 B, T, V, D = 3, 12, 11, 8
 
@@ -245,6 +245,14 @@ def test_dropout_keeps_its_share_and_the_mean(p: float, dtype: torch.dtype) -> N
     torch.testing.assert_close(y.max(), x.new_tensor(1 / (1 - p)), rtol=8e-3, atol=0)
 
 
+@pytest.mark.parametrize(("p", "kept"), [(0.1, 58982), (0.2, 52429), (0.5, 32768), (1 - 2**-16, 1)])
+def test_dropouts_divisor_is_the_share_that_is_kept(p: float, kept: int) -> None:
+    """Of 2^16: the probability is rounded, and so the mean stays what it is."""
+    y = Dropout(p)(torch.ones(1 << 18, dtype=torch.float64))
+    assert set(y.tolist()) <= {0, 65536 / kept}
+    assert set(Dropout(1.0)(torch.ones(9)).tolist()) == {0}
+
+
 def test_dropout_of_nearly_everything_is_finite() -> None:
     assert Dropout(1 - 1e-6)(torch.ones(1000)).isfinite().all()
 
@@ -264,6 +272,31 @@ def test_every_activation_and_norm_builds(activation: str, norm: str) -> None:
     assert logits.shape == (*tokens.shape, model.config.vocab_size)
     assert logits.isfinite().all()
     assert model.config == ModelConfig.from_dict(model.config.to_dict())
+
+
+def test_norms_are_their_formulas() -> None:
+    """On numbers as small as the epsilons: 1e-5 of nn.LayerNorm, that of float32 of nn.RMSNorm."""
+    x = torch.tensor([0.003, 0.001])
+    expected = {"layer": [0.301511, -0.301511], "rms": [1.325928, 0.441976], "none": [0.003, 0.001]}
+    assert expected.keys() == set(NORMS)
+    for norm, values in expected.items():
+        found = make_norm(ModelConfig(d_model=2, norm=norm))(x)
+        torch.testing.assert_close(found, torch.tensor(values), rtol=1e-4, atol=0)
+
+
+def test_activations_are_their_formulas() -> None:
+    """gelu is x Phi(x), silu x / (1 + exp(-x)); swiglu multiplies silu of the first half by the second."""
+    x = torch.tensor([-2.0, -0.5, 0.0, 1.0, 3.0, -4.0], dtype=torch.float64)
+    expected = {
+        "gelu": [-0.0455002638964, -0.154268769363, 0, 0.841344746069, 2.99595030590, -0.000126684967],
+        "relu": [0, 0, 0, 1, 3, 0],
+        "silu": [-0.238405844044, -0.188770334399, 0, 0.731058578630, 2.85772238047, -0.0719448398],
+        "swiglu": [-0.238405844044 * 1, -0.188770334399 * 3, 0],
+    }
+    assert expected.keys() == ACTIVATIONS.keys()
+    for name, values in expected.items():
+        found = ACTIVATIONS[name](x)
+        torch.testing.assert_close(found, torch.tensor(values, dtype=x.dtype), rtol=1e-8, atol=1e-12)
 
 
 def test_swiglu_gates_one_half_of_its_channels_by_the_other() -> None:
@@ -351,12 +384,32 @@ def test_call_errors() -> None:
         model(tokens[0])
     with pytest.raises(ValueError, match="T >= 1"):
         model(tokens[:, :0])
-    with pytest.raises(ValueError, match="state must have 2 blocks, got 1"):
-        model(tokens, state[:1])
+    for wrong in (state[:1], state * 2):
+        with pytest.raises(ValueError, match=f"state must have 2 blocks, got {len(wrong)}"):
+            model(tokens, wrong)
     with pytest.raises(TypeError, match="reset must be bool"):
         model(tokens, reset=tokens)
     with pytest.raises(ValueError, match="must be the batch, 3, got shape"):
         model(tokens, map_state(lambda t: t[:2], state))
+
+
+@pytest.mark.parametrize("conv_width", [0, 4])
+def test_a_states_windows_are_as_many_as_convolutions(conv_width: int) -> None:
+    model, tokens = build(conv_width=conv_width, num_layers=1), make_tokens()
+    _, ((windows, carried),) = model(tokens)
+    window = torch.zeros(B, 3, D, dtype=torch.float64)
+    for count in {0, 1, 2} - {len(windows)}:
+        message = f"Block: state must have {len(windows)} windows of a convolution, got {count}"
+        with pytest.raises(ValueError, match=message):
+            model(tokens, (((window,) * count, carried),))
+    model(tokens, ((windows, carried),))
+
+
+@every_variant
+def test_no_parameter_is_used_twice(variant: str) -> None:
+    names: dict[int, str] = {}
+    for name, parameter in build(**VARIANTS[variant]).named_parameters(remove_duplicate=False):
+        assert names.setdefault(id(parameter), name) == name
 
 
 # --- the convolution ----------------------------------------------------------------------------------
@@ -372,7 +425,8 @@ def make_conv(width: int = 4, *, bias: bool = True) -> CausalConv:
 def test_convolution_starts_near_the_identity() -> None:
     now, *before = CausalConv(50, 4).weight.detach()
     assert torch.equal(now, torch.ones(50))
-    assert all(0.1 < weight.abs().max() <= 0.25 for weight in before)
+    assert all(0.1 < weight.max() <= 0.25 for weight in before)
+    assert all(-0.25 <= weight.min() < -0.1 for weight in before)
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 9])
@@ -472,7 +526,7 @@ LOGITS = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3]]))
 def frequencies(**options: Any) -> list[float]:
     settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **options}
     generator = torch.Generator().manual_seed(0)
-    drawn = minrnn.models.generation.choose(LOGITS.expand(20_000, 4), generator=generator, **settings)
+    drawn = choose(LOGITS.expand(20_000, 4), generator=generator, **settings)
     return (drawn.bincount(minlength=4) / 20_000).tolist()
 
 
@@ -482,6 +536,7 @@ def frequencies(**options: Any) -> list[float]:
         ({}, [0.1, 0.4, 0.2, 0.3]),
         ({"temperature": 0.5}, [0.01 / 0.3, 0.16 / 0.3, 0.04 / 0.3, 0.09 / 0.3]),
         ({"temperature": 1e-30}, [0, 1, 0, 0]),
+        ({"temperature": 1e-300}, [0, 1, 0, 0]),
         ({"top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
         ({"top_k": 99}, [0.1, 0.4, 0.2, 0.3]),
         ({"top_p": 0.65}, [0, 4 / 7, 0, 3 / 7]),
@@ -492,6 +547,31 @@ def frequencies(**options: Any) -> list[float]:
 )
 def test_choice_follows_the_distribution(options: dict[str, Any], expected: list[float]) -> None:
     assert frequencies(**options) == pytest.approx(expected, abs=0.015)
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.2, 1), (0.25, 1), (0.26, 2), (0.5, 2), (0.51, 3), (0.75, 3), (0.76, 4), (1.0, 4)]
+)
+def test_as_few_tokens_are_kept_as_sum_to_top_p(top_p: float, kept: int) -> None:
+    """Of four with probability 1/4, which is exact."""
+    logits, generator = torch.zeros(500, 4), torch.Generator().manual_seed(0)
+    drawn = choose(logits, temperature=1.0, top_k=0, top_p=top_p, generator=generator)
+    assert drawn.unique().numel() == kept
+
+
+def test_a_low_temperature_is_still_a_temperature() -> None:
+    logits, generator = torch.tensor([0.0, 0.001]).expand(4000, 2), torch.Generator().manual_seed(0)
+    drawn = choose(logits, temperature=0.001, top_k=0, top_p=1.0, generator=generator)
+    assert drawn.double().mean().item() == pytest.approx(0.731, abs=0.03)  # 1 / (1 + 1 / e)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_logit_that_is_not_finite_is_said(number: float, temperature: float) -> None:
+    logits = torch.zeros(3, 4)
+    logits[1, 2] = number
+    with pytest.raises(RuntimeError, match="logits are not finite; its training has diverged"):
+        choose(logits, temperature=temperature, top_k=0, top_p=1.0, generator=None)
 
 
 @pytest.mark.parametrize(

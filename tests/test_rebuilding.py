@@ -27,6 +27,7 @@ from minrnn.models import (
     save_checkpoint,
 )
 from minrnn.models.dropout import Dropout
+from minrnn.models.rebuilding import describe, tensors_to_keep
 
 MODELS = [*MIXERS, "tied", "policy"]
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -189,6 +190,61 @@ def test_what_no_config_builds_is_refused_and_nothing_is_lost(tmp_path: Path, ch
     assert "\n" not in str(caught.value)
     assert load_checkpoint(tmp_path / "c")[0].config == build("rnn").config
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def refused(model: nn.Module, rebuilt: nn.Module) -> str:
+    with pytest.raises(ValueError, match="the model is not what its config builds") as caught:
+        tensors_to_keep(model, rebuilt)
+    return str(caught.value)
+
+
+@every_model
+def test_each_setting_that_differs_is_named(name: str) -> None:
+    model, rebuilt = build(name), build(name).to("meta")
+    count = 0
+    for path, part in model.named_modules():
+        for setting, value in list(vars(part).items()):
+            if setting == "training" or setting.startswith("_") or type(value) not in (bool, int, float, str):
+                continue
+            setattr(
+                part, setting, not value if isinstance(value, bool) else value * 2 if value else value + 1
+            )
+            assert f"of other settings: {path}.{setting};" in refused(model, rebuilt)
+            setattr(part, setting, value)
+            count += 1
+    assert count > 10
+    tensors_to_keep(model, rebuilt)
+
+
+@every_model
+def test_each_part_that_is_left_out_or_added_is_named(name: str) -> None:
+    model, rebuilt = build(name), build(name).to("meta")
+    for path, part in list(model.named_modules())[1:]:
+        parent, _, child = path.rpartition(".")
+        if [*part.parameters(), *part.buffers()] or child.isdigit():
+            continue  # its tensors show it
+        model.get_submodule(parent)._modules[child] = None
+        assert f"added or left out: {path};" in refused(model, rebuilt)
+        model.get_submodule(parent)._modules[child] = part
+        part.add_module("another", nn.ReLU())
+        assert f"added or left out: {path}.another;" in refused(model, rebuilt)
+        del part._modules["another"]
+    tensors_to_keep(model, rebuilt)
+
+
+def test_a_wrapper_with_parameters_of_its_own_is_no_wrapper(tmp_path: Path) -> None:
+    wrapper = nn.Module()
+    wrapper.module = build()
+    save_checkpoint(tmp_path / "a", wrapper)  # type: ignore[arg-type]
+    wrapper.scale = nn.Parameter(torch.ones(1))
+    with pytest.raises(TypeError, match="must be a SequenceModel or DecisionModel, got Module"):
+        save_checkpoint(tmp_path / "a", wrapper)  # type: ignore[arg-type]
+
+
+def test_of_many_faults_the_first_are_named_and_the_others_counted() -> None:
+    assert describe({"missing": list("abcdefg"), "unexpected": []}) == "missing: a, b, c, d and 3 more"
+    assert describe({"missing": list("abcd"), "unexpected": ["e"]}) == "missing: a, b, c, d; unexpected: e"
+    assert describe({"missing": [], "unexpected": []}) == ""
 
 
 def test_quantized_models_are_refused(tmp_path: Path) -> None:

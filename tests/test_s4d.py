@@ -61,6 +61,10 @@ def test_every_channel_starts_alike_but_for_its_step(initialization: str) -> Non
     mixer = S4DMixer(4000, 2, d_state=4, initialization=initialization)
     torch.testing.assert_close(mixer.log_decay.exp(), torch.full((4000, 2), 0.5))
     assert (mixer.frequency == FREQUENCIES[initialization](4).float()).all()
+    parts = torch.cat([mixer.C.flatten(), mixer.D]).detach()  # C is complex: half of its variance each
+    assert abs(mixer.C.square().sum(-1).mean().item() - 1) < 0.05
+    assert abs(mixer.D.square().mean().item() - 1) < 0.1
+    assert abs(parts.mean().item()) < 0.05
     low, high = math.log(1e-3), math.log(1e-1)
     assert low <= mixer.log_dt.min() < mixer.log_dt.max() <= high
     assert abs(float(mixer.log_dt.detach().mean()) - (low + high) / 2) < 0.1  # even in the logarithm

@@ -29,6 +29,7 @@ from minrnn.models import (
     generate,
 )
 from minrnn.models.dropout import Dropout
+from minrnn.models.evaluation import evaluation_mode
 
 V, D = 7, 8
 
@@ -154,10 +155,11 @@ def test_backward_hooks_are_called(name: str) -> None:
     model = build(name)
     for use in (in_training, in_steps):
         for path, part in parts_of(model):
-            seen: list[bool] = []
-            with part.register_full_backward_hook(lambda *_, seen=seen: seen.append(True)):
-                use(model).sum().backward()
-            assert seen, (use.__name__, path)
+            for register in (part.register_full_backward_pre_hook, part.register_full_backward_hook):
+                seen: list[bool] = []
+                with register(lambda *_, seen=seen: seen.append(True)):
+                    use(model).sum().backward()
+                assert seen, (use.__name__, path, register.__name__)
 
 
 @every_model
@@ -404,3 +406,12 @@ def test_every_part_gets_its_own_mode_back(name: str) -> None:
     modes = [module.training for module in model.modules()]
     at_work(model)
     assert [module.training for module in model.modules()] == modes
+
+
+def test_a_part_in_two_places_gets_its_own_mode_back() -> None:
+    shared = nn.Dropout()
+    model = nn.Sequential(nn.Sequential(shared), nn.Sequential(shared), nn.Dropout()).train()
+    shared.eval()
+    with evaluation_mode(model):
+        assert not any(module.training for module in model.modules())
+    assert [name for name, module in model.named_modules() if not module.training] == ["0.0"]

@@ -12,9 +12,9 @@ from minrnn.mixers.mixer import Mixer, PartForm, State
 from minrnn.ops import gated_scan
 from minrnn.ops.transforms import without_autocast
 
-EMPTY = -1e30
+EMPTY = -(2.0**100)
 """The running logsumexp of no scores: exp(EMPTY - s) is 0 for any score s, and of EMPTY itself, unlike of
--inf, 1."""
+-inf, 1. A power of two: rounded to float32, as `_running_max` rounds, it stays what it is."""
 
 FIRST = 100.0
 """The gate's logit at the first step of a sequence: 1 - z is 4e-44, so z is 1 in every floating dtype."""
