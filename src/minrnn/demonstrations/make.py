@@ -16,7 +16,7 @@ from minrnn.demonstrations.behavior import Behavior
 from minrnn.demonstrations.history import ReportProgress, train_behavior
 from minrnn.demonstrations.record import Share, always, play_episode, record, replayed, uniform
 from minrnn.demonstrations.trainers import TRAINERS, Trainer, library_versions
-from minrnn.files import lock
+from minrnn.files import NoEffect, lock, warn_without_effect
 from minrnn.tasks.downloads import cache_folder
 from minrnn.tasks.environments import make_environment
 from minrnn.tasks.locomotion import local_name, local_path, normalized_score
@@ -41,6 +41,11 @@ LABEL = (
     "made locally in minutes, with a policy of its own: not one of D4RL's or Minari's data sets, and scores "
     "are not comparable with theirs"
 )
+
+WITHOUT_EFFECT = tuple(
+    NoEffect(name, "quality", lambda s: s["quality"] == "random") for name in ("training_steps", "algorithm")
+)
+"""Arguments of `make_data` that have no effect where nothing is trained."""
 
 
 class Plan(NamedTuple):
@@ -97,6 +102,8 @@ def make_data(
         FileExistsError: the output exists and was made with other arguments.
         ImportError: a library is not installed.
     """
+    chosen = {"quality": quality, "training_steps": training_steps, "algorithm": algorithm}
+    warn_without_effect(make_data, chosen, WITHOUT_EFFECT)
     plan = plan_for(environment)
     algorithm, training_steps = algorithm or plan.algorithm, training_steps or plan.steps
     _check(quality, algorithm, seed, steps, training_steps)
