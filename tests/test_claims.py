@@ -8,7 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,7 @@ def said(processes: Sequence[subprocess.Popen[str]]) -> list[str]:
 
 HOLD = """
 import sys
+import time
 from pathlib import Path
 from minrnn.files import claim
 with claim(Path(sys.argv[1])):
@@ -115,6 +118,19 @@ def test_a_lock_is_waited_for(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_a_lock_is_had_as_soon_as_it_is_free_and_refused_where_nobody_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, holder = tmp_path / "shared.lock", ExitStack()
+    holder.enter_context(lock(path))
+    with pytest.raises(InUseError, match="in use by process"), lock(path):
+        pass
+    monkeypatch.setattr(time, "sleep", lambda _: holder.close())  # the holder leaves while the other waits
+    with lock(path, wait=60.0):
+        assert path.exists()
+    assert not path.exists()
+
+
 COMPETE = """
 import os, sys
 from pathlib import Path
@@ -140,6 +156,7 @@ def test_four_processes_are_never_inside_at_once(tmp_path: Path) -> None:
 
 FRESH = """
 import sys
+import time
 from pathlib import Path
 from minrnn.files import fresh_directory, fresh_file
 for _ in range(40):
@@ -191,17 +208,17 @@ def test_partial_files_of_killed_processes_are_cleared_and_those_of_living_ones_
 def test_an_old_partial_file_of_another_machine_is_cleared(tmp_path: Path) -> None:
     name = partial_path(tmp_path / "a.json").name
     host = name.split(".")[-2].split("-")[0]
-    old, new = (tmp_path / name.replace(host, other) for other in ("00000000", "11111111"))
-    for path in (old, new):
+    of_others = {hours: tmp_path / name.replace(host, f"{hours:08d}") for hours in (0, 23, 25, 10_000)}
+    for hours, path in of_others.items():
         path.touch()
-    os.utime(old, (0, 0))
+        os.utime(path, (time.time() - 3600 * hours,) * 2)
     write_json(tmp_path / "a.json", {})
-    assert not old.exists()
-    assert new.exists()
+    assert [hours for hours, path in of_others.items() if path.exists()] == [0, 23]  # a day is long enough
 
 
 WRITE = """
 import sys
+import time
 from pathlib import Path
 from minrnn.files import write_directory
 for turn in range(20):

@@ -12,7 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minrnn.files import convert, parse_json, read_json, read_json_lines, read_toml, write_json
+from minrnn.files import (
+    convert,
+    parse_json,
+    read_json,
+    read_json_lines,
+    read_toml,
+    replace_text,
+    write_directory,
+    write_json,
+)
+from minrnn.files.writing import CONFIG_FILE
 
 
 @dataclass(frozen=True)
@@ -134,3 +144,60 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     for read in (read_json, read_json_lines, read_toml):
         with pytest.raises(ValueError, match=r"file.json must be a regular file, got a pipe or device"):
             read(path, Outer)
+
+
+# --- writing ---------------------------------------------------------------------------------------------
+
+
+def test_a_directory_is_flushed_before_it_is_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rename may reach the disk before the content of what is renamed, unless that is flushed first."""
+    flushed: set[int] = set()
+    at_rename: list[set[int]] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def noted_fsync(handle: int) -> None:
+        flushed.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def noted_rename(path: Path, target: Path) -> Path:
+        at_rename.append(set(flushed))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "rename", noted_rename)
+    with write_directory(tmp_path / "out") as folder:
+        (folder / "sub").mkdir()
+        for name in ("a", "sub/b"):
+            (folder / name).write_text(name)
+    written = {path.stat().st_ino for path in [tmp_path / "out", *(tmp_path / "out").rglob("*")]}
+    assert len(written) == 4
+    assert written <= at_rename[0]
+    assert tmp_path.stat().st_ino in flushed - at_rename[-1]  # and the rename itself, in the folder above
+
+
+def test_a_replacement_that_was_killed_meanwhile_is_cleared_up(tmp_path: Path) -> None:
+    place, aside = tmp_path / "last", tmp_path / ".last.previous"
+    with write_directory(place) as folder:
+        (folder / CONFIG_FILE).write_text("ours")
+        for left, text in (
+            (place, "theirs"),
+            (aside, "before theirs"),
+        ):  # of a process killed after its renames
+            left.mkdir()
+            (left / CONFIG_FILE).write_text(text)
+    assert (place / CONFIG_FILE).read_text() == "ours"
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+def test_an_empty_folder_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with write_directory(tmp_path / "out") as folder:
+        (folder / "a").write_text("a")
+    assert (tmp_path / "out" / "a").read_text() == "a"
+
+
+def test_text_is_written_in_utf8(tmp_path: Path) -> None:
+    replace_text(tmp_path / "text", "é€\n")
+    assert (tmp_path / "text").read_bytes() == b"\xc3\xa9\xe2\x82\xac\n"
