@@ -69,7 +69,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "output": "out",
         "device": "cpu",
         "threads": 1,
-        "envs": ["Hopper-v5"],
+        "envs": ["pendulum"],
         "data": "d4rl",
         "list_trials": True,
         "estimate": True,
@@ -310,10 +310,10 @@ def test_make_data(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_reproduce(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "reproduce", calls.spy("reproduce"))
-    assert main(["reproduce", "locomotion", *arguments("reproduce", "list_trials", "estimate", "data")]) == 0
+    assert main(["reproduce", "locomotion", *arguments("reproduce", "list_trials", "estimate")]) == 0
     (experiment, choice, output, _), named = calls.of["reproduce"]
     assert (experiment.name, output, named) == ("locomotion", Path("out"), {"only": ("a", "b")})
-    expected = {**OPTIONS["reproduce"], "mixers": ("mingru",), "envs": ("Hopper-v5",), "data": ""}
+    expected = {**OPTIONS["reproduce"], "mixers": ("mingru",), "envs": ("pendulum",)}
     assert {name: value for name, value in expected.items() if name in vars(choice)} == vars(choice)
 
 

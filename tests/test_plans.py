@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from gymnasium import spaces
 
-from minrnn.demonstrations import QUALITIES, TRAINERS, make, make_data, plan_for
+from minrnn.demonstrations import QUALITIES, TRAINERS, make, make_data, plan_for, trainers
 from minrnn.demonstrations import record as recorder
 from minrnn.demonstrations.behavior import Behavior
 from minrnn.demonstrations.history import History, read_history, train_behavior
 from minrnn.demonstrations.record import Share, always, play_episode, record, uniform
-from minrnn.demonstrations.trainers import RandomSearch, Round
+from minrnn.demonstrations.trainers import PolicyGradient, RandomSearch, Round, training_environments
 from minrnn.tasks.environments import make_environment
 from minrnn.tasks.locomotion import normalized_score
 from minrnn.tasks.recordings import read_episodes
@@ -131,7 +134,7 @@ def test_parts_and_trainings_are_kept_apart_by_all_that_they_depend_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def make_one(quality: str = "medium", **settings: Any) -> tuple[Path, Path]:
-        given = {"steps": 20, "output": tmp_path / f"{len(seen)}.hdf5", **settings}
+        given = {"steps": 20, "output": tmp_path / f"{next(numbers)}.hdf5", **settings}
         made = Made(monkeypatch, quality, **given)
         ((_, _, steps, seed, file, _),) = made.trained
         assert steps == settings.get("training_steps", 300_000)
@@ -139,6 +142,7 @@ def test_parts_and_trainings_are_kept_apart_by_all_that_they_depend_on(
         return file, made.folders[0]
 
     seen: list[tuple[Path, Path]] = []
+    numbers = count()
     for settings in ({}, {"seed": 1}, {"algorithm": "ars"}):
         seen.append(make_one(**settings))
     monkeypatch.setitem(TRAINERS, "ppo", replace(TRAINERS["ppo"], epochs=9))  # type: ignore[type-var]
@@ -158,12 +162,29 @@ def test_a_file_of_other_settings_is_refused_whatever_differs(
     first = Made(monkeypatch, "medium", **settings)
     assert Made(monkeypatch, "medium", **settings).trained == []  # it is left as it is
     assert "recording" in first.reports
-    for other in ({"steps": 21}, {"seed": 1}, {"training_steps": 9}, {"algorithm": "ars"}):
+    others: list[dict[str, Any]] = [{"steps": 21}, {"seed": 1}, {"training_steps": 9}, {"algorithm": "ars"}]
+    for other in others:
         with pytest.raises(FileExistsError, match="was made with"):
             Made(monkeypatch, "medium", **{**settings, **other})
     with pytest.raises(FileExistsError, match="was made with"):
         Made(monkeypatch, "medium-replay", **settings)
     assert not list((tmp_path / "cache" / "demonstrations").glob("recording-*"))  # no part is left
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "ars"])
+def test_a_file_of_an_earlier_version_is_kept_if_its_steps_are_those_asked_for(
+    algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the settings of the training beside those of the recording, and PPO's `steps` among them."""
+    settings: dict[str, Any] = {"steps": 20, "algorithm": algorithm, "output": tmp_path / "a.hdf5"}
+    Made(monkeypatch, "medium", **settings)
+    with h5py.File(tmp_path / "a.hdf5", "a") as file:
+        about = json.loads(file.attrs["about"])
+        about["made"] |= about["made"].pop("training")
+        file.attrs["about"] = json.dumps(about)
+    assert Made(monkeypatch, "medium", **settings).trained == []
+    with pytest.raises(FileExistsError, match="was made with"):
+        Made(monkeypatch, "medium", **{**settings, "steps": 21})
 
 
 @pytest.mark.parametrize("prefix", ["", "package.module:"])
@@ -237,9 +258,7 @@ def test_rounds_are_added_up_and_cut_where_they_reach() -> None:
     assert [made.until(steps).total_steps for steps in (1, 10, 11, 20, 30)] == [10, 10, 20, 20, 30]
     assert (History().total_steps, History().last_start, history(1.0).last_start) == (0, 0, 0)
     nan = float("nan")
-    assert (
-        history(1.0, nan, 5.0, nan, nan, nan).best() == 3
-    )  # rounds without an end of an episode say nothing
+    assert history(1.0, nan, 5.0, nan, nan, nan).best() == 2  # rounds in which no episode ended say nothing
 
 
 def test_a_saved_history_is_read_with_its_state_and_strictly(tmp_path: Path) -> None:
@@ -305,8 +324,6 @@ def test_random_search_has_its_own_noise_and_no_bonus_for_being_alive(
             given.update(settings)
             super().__init__(*args, **settings)
 
-    from minrnn.demonstrations.trainers import training_environments
-
     monkeypatch.setattr(sb3_contrib, "ARS", Noted)
     trainer = RandomSearch(3, 2, 0.05, 0.1, 0.4, alive_bonus=1.5)
     with training_environments("Pendulum-v1", trainer) as environments:  # type: ignore[arg-type]
@@ -332,3 +349,47 @@ def test_parts_of_a_recording_that_do_not_fit_are_refused(
         np.savez(part, **{**arrays, name: arrays[name][:-1]})
         with pytest.raises(ValueError, match=r"must hold arrays of consistent lengths; remove it"):
             record(PENDULUM, [Share(draw, 20)], 0, tmp_path / "parts", lambda *_: None)
+
+
+def test_proximal_policy_optimization_has_its_own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a second round goes on with the first one's optimizer and statistics."""
+    import stable_baselines3
+
+    made: list[Any] = []
+    given: dict[str, Any] = {}
+
+    class Noted(stable_baselines3.PPO):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            given.update(settings)
+            super().__init__(*args, **settings)
+            made.append(self)
+
+        def learn(self, *args: Any, **settings: Any) -> Any:
+            self.before = self.policy.optimizer.state_dict()["state"].get(0, {}).get("exp_avg_sq")
+            self.counted = float(self.env.obs_rms.count)  # type: ignore[union-attr]
+            return super().learn(*args, **settings)
+
+    monkeypatch.setattr(stable_baselines3, "PPO", Noted)
+    trainer = PolicyGradient(2, 8, 3, 4, 5, 2e-3, 6)
+    with training_environments(PENDULUM, trainer) as environments:
+        first = trainer.train(environments, {}, 7)
+        trainer.train(environments, first.state, 8)
+    expected = {"n_steps": 8, "batch_size": 4, "n_epochs": 5, "learning_rate": 2e-3, "seed": 8}
+    assert given.items() >= expected.items()
+    assert given["policy_kwargs"] == {"net_arch": [6, 6]}
+    assert first.steps == 2 * 8 * 3
+    assert made[0].env.norm_reward
+    assert made[0].before is None
+    np.testing.assert_array_equal(made[1].before, first.state["optimizer/0/exp_avg_sq"])
+    assert made[1].before.any()
+    assert made[1].counted == pytest.approx(float(first.state["observation_count"]))
+    assert made[1].counted > made[0].counted
+    assert first.behavior.action_noise.tolist() == [1.0]  # exp of 0, with which training begins
+
+
+@pytest.mark.parametrize("returns", [[], [1.0, 4.0]])
+def test_a_round_in_which_no_episode_ended_has_no_return(returns: list[float]) -> None:
+    class Model:
+        ep_info_buffer = [{"r": value} for value in returns]  # noqa: RUF012
+
+    assert str(trainers._mean_return(Model())) == ("2.5" if returns else "nan")  # type: ignore[arg-type]

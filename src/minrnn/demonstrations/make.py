@@ -113,7 +113,7 @@ def make_data(
     training = {"environment": environment, "algorithm": algorithm, "seed": seed, **trainer.settings()}
     made = {"environment": environment, "quality": quality, "seed": seed, "steps": steps}
     if quality != "random":
-        made |= {"training_steps": training_steps, **training}
+        made |= {"training_steps": training_steps, "training": training}
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path.with_name(f"{path.name}.lock")):
         if path.exists():
@@ -148,8 +148,12 @@ def _check(quality: str, algorithm: str, seed: int, steps: int, training_steps: 
 
 def _check_made(path: Path, made: dict[str, Any]) -> None:
     """Raise FileExistsError unless the existing file was made with these settings."""
-    before = read_episodes(path).about.get("made")
-    if before != made:
+    episodes = read_episodes(path)
+    before = episodes.about.get("made")
+    # Earlier versions wrote all in one table, in which PPO's own `steps` replaced the recorded ones.
+    one_table = {**made, **made.get("training", {})}
+    one_table.pop("training", None)
+    if before != made and (before, len(episodes)) != (one_table, made["steps"]):
         raise FileExistsError(
             f"make_data: {path} exists, and was made with {before} instead of {made}; remove it, or name "
             f"another with --output"
