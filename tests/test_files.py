@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minrnn.files import (
+    check_bounds,
+    check_types,
     convert,
     parse_json,
     read_json,
@@ -20,6 +25,7 @@ from minrnn.files import (
     read_toml,
     replace_text,
     write_directory,
+    write_file,
     write_json,
 )
 from minrnn.files.writing import CONFIG_FILE
@@ -201,3 +207,67 @@ def test_an_empty_folder_is_replaced(tmp_path: Path) -> None:
 def test_text_is_written_in_utf8(tmp_path: Path) -> None:
     replace_text(tmp_path / "text", "é€\n")
     assert (tmp_path / "text").read_bytes() == b"\xc3\xa9\xe2\x82\xac\n"
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1", 2])
+def test_a_literal_is_of_its_own_type(value: object) -> None:
+    assert convert(1, Literal[1, "a"]) == 1  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=re.escape(f"it must be one of 1, a, got {value!r}")):
+        convert(value, Literal[1, "a"])  # type: ignore[arg-type]
+
+
+# --- fields ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checked:
+    count: int = 1
+    rate: float = 1.0
+    name: str | None = None
+    flag: bool = False
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_bounds(self, {"count": (1, 9)}, " item")
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [(0, "at least 1 item, got 0"), (-5, "at least 1 item, got -5"), (10, "at most 9 item, got 10")],
+)
+def test_bounds_are_inclusive_and_the_one_that_is_passed_is_named(count: int, message: str) -> None:
+    assert [Checked(inside).count for inside in (1, 5, 9)] == [1, 5, 9]
+    with pytest.raises(ValueError, match=f"Checked: count must be {message}"):
+        Checked(count)
+
+
+def test_numbers_of_numpy_become_pythons_and_whole_ones_are_rates_too() -> None:
+    made = Checked(np.int64(3), np.float32(0.5), None, np.bool_(True))  # type: ignore[arg-type]
+    assert [type(value) for value in vars(made).values()] == [int, float, type(None), bool]
+    assert (made, Checked(rate=2).rate) == (Checked(3, 0.5, None, True), 2)
+    json.dumps(vars(made))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"count": 1.0}, "count must be int, got 1.0"),
+        ({"count": True}, "count must be int, got True"),
+        ({"rate": "1"}, "rate must be float, got '1'"),
+        ({"name": 1}, r"name must be str \| None, got 1"),
+        ({"flag": 1}, "flag must be bool, got 1"),
+    ],
+)
+def test_a_field_of_another_type_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=f"Checked: {message}"):
+        Checked(**settings)
+
+
+def test_a_failed_write_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    def fail() -> None:
+        with write_file(tmp_path / "a.json"):
+            raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(OSError, match="full") as caught:
+        fail()
+    assert caught.value.filename == str(tmp_path / "a.json")

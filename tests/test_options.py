@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 from minrnn.benchmarks import BENCHES
 from minrnn.benchmarks.bench import Bench
 from minrnn.benchmarks.scan import ScanBench
-from minrnn.cli import act, demo, evaluate, make_data, sample, train
+from minrnn.cli import act, demo, engines, evaluate, make_data, sample, train
 from minrnn.cli.act import ActCommand
+from minrnn.cli.arguments import check_range
 from minrnn.cli.demo import DemoCommand
 from minrnn.cli.evaluate import EvaluateCommand
 from minrnn.cli.main import main
@@ -24,9 +26,10 @@ from minrnn.cli.reproduce import ReportCommand, ReproduceCommand
 from minrnn.cli.sample import SampleCommand
 from minrnn.experiments import EXPERIMENTS, page, runner
 from minrnn.models import DecisionConfig, DecisionModel, ModelConfig, SequenceModel
+from minrnn.ops.registry import Engine
 from minrnn.tasks import TextConfig, Vocabulary
 from minrnn.tasks.rollouts import Rollout
-from minrnn.training import RunConfig
+from minrnn.training import Interrupted, RunConfig
 from minrnn.training.resume import Trained
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -217,10 +220,12 @@ def test_act(
     ]
     made: list[str] = []
     pictures: list[int] = []
+    at = [0]
 
     def progress(*given: Any, **named: Any) -> Iterator[list[Rollout]]:
         calls.of["play"] = given, named
         for steps in range(1, 6):
+            at[0] = steps
             yield [replace(played[0], steps=steps, ended="" if steps < 5 else "time limit")]
         yield played
 
@@ -232,7 +237,7 @@ def test_act(
     monkeypatch.setattr(act, "play", progress)
     monkeypatch.setattr(act, "make_environment", make)
     monkeypatch.setattr(act, "make_filmed", lambda name: make(f"filmed {name}"))
-    monkeypatch.setattr(act, "picture", lambda _: pictures.append(0))
+    monkeypatch.setattr(act, "picture", lambda _: pictures.append(at[0]))
     monkeypatch.setattr(act, "normalized_score", lambda name, mean: (name, mean) == ("Some-v1", 3.0) and 42.0)
     monkeypatch.setattr(act.Film, "write", lambda film: calls.spy("write")(film.path, film.every))
     monkeypatch.setattr(Place, "closed", 0)
@@ -244,7 +249,7 @@ def test_act(
     assert (policy.target_return, len(environments), episodes, named) == (-7.5, 3, 3, {"seed": 11})
     assert made == ["filmed Some-v1", "Some-v1", "Some-v1"]
     assert Place.closed == 3
-    assert len(pictures) == 2  # of steps 1 and 3, at 50 a second, until the first episode ends
+    assert pictures == [1, 3]  # of 50 steps a second, until the first episode ends
     said = capsys.readouterr().out
     assert said.count("time limit") == 2  # and are shown where they cannot be written
     assert calls.of["write"][0] == (Path("film.gif"), 2)
@@ -387,3 +392,46 @@ def test_train(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["train", "--run", "run", "--resume", "--train.steps", "4"]) == 130
     (config, run_dir), named = calls.of["train"]
     assert (config, run_dir, named["resume"]) == (saved.override(train={"steps": 4}), Path("run"), True)
+
+
+def test_a_range_is_inclusive_and_the_option_is_named_as_it_is_typed() -> None:
+    for value in (2, 3, 4):
+        check_range("act", "some_option", value, 2, 4)
+    for value in (1, 5):
+        with pytest.raises(ValueError, match=f"act: --some-option must be 2 to 4, got {value}"):
+            check_range("act", "some_option", value, 2, 4)
+
+
+def test_engines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    made = [
+        Engine("one", "cpu", True, "compiled"),
+        Engine("two", "cuda", False, "no GPU"),
+        Engine("three", "any", True, ""),
+    ]
+    monkeypatch.setattr(engines, "engines", lambda: made)
+    assert main(["engines"]) == 0
+    rows = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if "one" in line or "two" in line or "three" in line
+    ]
+    assert [" yes " in row for row in rows] == [True, False, True]
+    assert [" no " in row.replace("no GPU", "") for row in rows] == [False, True, False]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_training_has_its_signals_status_and_says_how_it_goes_on(
+    signum: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise Interrupted(signum, "step 3")
+
+    monkeypatch.setattr(train, "train", stopped)
+    for run_dir, shown in (("-my run", "'./-my run'"), ("-x", "./-x"), ("a b", "'a b'"), ("plain", "plain")):
+        assert main(["train", "demo", f"--run={run_dir}"]) == 128 + signum
+        assert f"step 3; resume with: minrnn train --run {shown} --resume\n" in capsys.readouterr().out
+
+
+def test_an_interrupted_command_has_the_status_of_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample, "load_trained", Calls().spy("load", KeyboardInterrupt()))
+    assert main(["sample", "run"]) == 130

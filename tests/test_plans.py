@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -13,15 +15,18 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
+from minrnn.cli import make_data as command
+from minrnn.cli.main import main
 from minrnn.demonstrations import QUALITIES, TRAINERS, make, make_data, plan_for, trainers
 from minrnn.demonstrations import record as recorder
 from minrnn.demonstrations.behavior import Behavior
 from minrnn.demonstrations.history import History, read_history, train_behavior
-from minrnn.demonstrations.record import Share, always, play_episode, record, uniform
+from minrnn.demonstrations.record import Share, always, play_episode, record, replayed, uniform
 from minrnn.demonstrations.trainers import PolicyGradient, RandomSearch, Round, training_environments
 from minrnn.tasks.environments import make_environment
 from minrnn.tasks.locomotion import normalized_score
 from minrnn.tasks.recordings import read_episodes
+from minrnn.training import Interrupted
 
 PENDULUM = "InvertedPendulum-v5"
 
@@ -393,3 +398,81 @@ def test_a_round_in_which_no_episode_ended_has_no_return(returns: list[float]) -
         ep_info_buffer = [{"r": value} for value in returns]  # noqa: RUF012
 
     assert str(trainers._mean_return(Model())) == ("2.5" if returns else "nan")  # type: ignore[arg-type]
+
+
+def test_an_interruption_saves_the_round_that_was_just_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minrnn.demonstrations.history.SAVE_EVERY", float("inf"))
+
+    def ask(what: str, done: int, total: int, text: str) -> None:
+        if done == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="20 of 50 steps of training"):
+        train_behavior(PENDULUM, Counted(), 50, 5, tmp_path / "a.npz", ask)  # type: ignore[arg-type]
+    assert read_history(tmp_path / "a.npz").steps == [10, 20]
+
+
+def test_a_replayed_step_is_one_of_the_round_that_it_lies_in() -> None:
+    made = history(1.0, 1.0, 1.0, steps=10)
+
+    class Fixed:
+        def __init__(self, step: int) -> None:
+            self.step = step
+
+        def integers(self, high: int) -> int:
+            assert high == 30
+            return self.step
+
+    rounds = [replayed(made, 0.0)(Fixed(step)).__self__.parameters[0] for step in range(30)]  # type: ignore[arg-type, attr-defined]
+    assert rounds == [0.0] * 10 + [1.0] * 10 + [2.0] * 10
+
+
+def test_no_part_repeats_the_episodes_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "PART_STEPS", 25)
+    environment = make_environment(PENDULUM)
+    draw = uniform(environment.action_space.low, environment.action_space.high)
+    environment.close()
+    made = record(PENDULUM, [Share(draw, 120), Share(draw, 80)], 0, tmp_path / "parts", lambda *_: None)
+    assert len(list((tmp_path / "parts").glob("*.npz"))) > 4
+    starts = np.concatenate([[0], made.ends[:-1]])
+    assert len(np.unique(made.observations[starts], axis=0)) == len(starts) > 8
+
+
+@pytest.mark.parametrize("score", [None, 12.34])
+def test_the_command_says_what_the_policy_earns(
+    score: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = {"policy_return": 3456.7, "policy_score": score, "mean_return": 9.0, "best_after_steps": 1200}
+    about |= {"algorithm": "an algorithm", "label": "a label", "name": "local/a"}
+
+    class Data:
+        def __init__(self) -> None:
+            self.about = about
+
+        def describe(self) -> str:
+            return "described"
+
+    monkeypatch.setattr(command, "make_data", lambda *_, **__: tmp_path / "a.hdf5")
+    monkeypatch.setattr(command, "read_episodes", lambda _: Data())
+    assert main(["make-data", PENDULUM]) == 0
+    scored = "" if score is None else ", D4RL's score 12.3"
+    assert capsys.readouterr().out.splitlines() == [
+        "described",
+        f"policy without noise: return 3,457{scored}, after 1,200 steps of an algorithm",
+        "a label",
+        f"file: {tmp_path / 'a.hdf5'}",
+        "next: minrnn train decisions --task.data local/a",
+    ]
+
+
+def test_an_interrupted_command_has_the_status_of_its_signal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise Interrupted(signal.SIGTERM, "a part")
+
+    monkeypatch.setattr(command, "make_data", stopped)
+    assert main(["make-data", PENDULUM]) == 128 + signal.SIGTERM
+    assert "the same command resumes" in capsys.readouterr().out

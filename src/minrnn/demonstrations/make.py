@@ -120,7 +120,8 @@ def make_data(
             _check_made(path, made)
             return path
         shares, said = _shares(environment, quality, trainer, training, training_steps, steps, report)
-        parts = _work_folder() / f"recording-{_digest(made)}"
+        # A training with other versions is another one, and so are the episodes of its policy.
+        parts = _work_folder() / f"recording-{_digest({**made, **library_versions(trainer)})}"
         recording = record(environment, shares, seed, parts, report)
         episodes = recording.episodes(environment, {"source": "local", "name": name, **said})
         about = {**episodes.about, **_summary(environment, episodes), "made": made}
