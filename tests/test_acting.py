@@ -353,3 +353,64 @@ def test_a_film_that_cannot_be_written_is_said_before_it_is_played(
     monkeypatch.setattr(film, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"minrnn\[rl\]"):
         Film(tmp_path / "film.gif", 30.0)
+
+
+# --- what a step says -------------------------------------------------------------------------------------
+
+
+class Both(Countdown):
+    """Its last step is an end of both kinds."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        seen, reward, ends, _, more = super().step(action)
+        return seen, reward, ends, ends, more
+
+
+def test_a_policy_is_told_the_reward_of_each_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, told = Policy(build(observation_size=2, action_size=2)), []
+    act = policy.act
+
+    def noted(observation: Any, reward: Any, *, reset: Any) -> torch.Tensor:
+        told.append((float(reward[0]), bool(reset[0])))
+        return act(observation, reward, reset=reset)
+
+    monkeypatch.setattr(policy, "act", noted)
+    *_, played = play(policy, [Both()], 2, seed=2)
+    assert [reward for reward, is_start in told if not is_start] == [1.0, 2.0, 1.0, 2.0, 3.0]
+    assert [is_start for _, is_start in told] == [True, False, False, True, False, False, False]
+    assert [episode.ended for episode in played] == [
+        "terminated",
+        "terminated",
+    ]  # by the environment, first of all
+
+
+def test_an_episode_may_be_as_long_as_the_table_of_times() -> None:
+    check_fit(build(**PENDULUM, max_steps=LIMIT).config, make_environment("Pendulum-v1"))
+    with pytest.raises(ValueError, match="end within 199 steps"):
+        check_fit(build(**PENDULUM, max_steps=LIMIT - 1).config, make_environment("Pendulum-v1"))
+
+
+@pytest.mark.parametrize(
+    ("rate", "every", "milliseconds"), [(125.0, 5, 40), (30.0, 1, 33), (60.0, 2, 33), (10.0, 1, 100)]
+)
+def test_a_film_is_as_long_as_its_episode(rate: float, every: int, milliseconds: int, tmp_path: Path) -> None:
+    imageio = pytest.importorskip("imageio", reason="imageio is not installed: the extra rl")
+    film = Film(tmp_path / "film.gif", rate)
+    assert film.every == every
+    for shade in range(0, 90, 30):
+        film.add(np.full((8, 8, 3), shade, np.uint8))
+    film.write()
+    shown = imageio.v3.immeta(tmp_path / "film.gif")["duration"]
+    assert shown == pytest.approx(milliseconds, abs=10)  # a GIF counts in hundredths of a second
+
+
+@pytest.mark.parametrize(("count", "width"), [(1, 1), (3, 3), (6, 6), (7, 6), (50, 6)])
+def test_a_strip_has_each_of_a_few_frames_once(count: int, width: int, tmp_path: Path) -> None:
+    imageio = pytest.importorskip("imageio", reason="imageio is not installed: the extra rl")
+    film = Film(tmp_path / "film.png", 25.0)
+    for shade in range(count):
+        film.add(np.full((4, 4, 3), shade, np.uint8))
+    film.write()
+    shades = imageio.v3.imread(tmp_path / "film.png")[0, ::4, 0].tolist()
+    assert len(set(shades)) == len(shades) == width
+    assert (shades[0], shades[-1]) == (0, count - 1)

@@ -88,3 +88,19 @@ def test_a_damaged_cache_of_expressions_is_made_anew(tmp_path: Path, monkeypatch
         path.write_bytes(content)
         assert ListOpsTask(config).sha256 == first
         assert path.read_bytes() == whole or read_arrays(path)["tokens"].size
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_what_declares_more_than_numpys_compression_explains_is_refused(method: int, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", method) as file:
+        file.writestr("a.npy", npy((1 << 20,), b"\0" * (8 << 20)))
+    with pytest.raises(ValueError, match="more than compression can explain"):
+        read_arrays(tmp_path / "a.npz")
+
+
+def test_arrays_are_compressed_where_that_is_asked_for(tmp_path: Path) -> None:
+    sizes = []
+    for compress in (True, False):
+        write_arrays(tmp_path / "a.npz", {"a": np.zeros(10_000)}, compress=compress)
+        sizes.append((tmp_path / "a.npz").stat().st_size)
+    assert sizes[0] < 2000 < 80_000 < sizes[1]

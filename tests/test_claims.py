@@ -8,8 +8,11 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +40,7 @@ def said(processes: Sequence[subprocess.Popen[str]]) -> list[str]:
 
 HOLD = """
 import sys
+import time
 from pathlib import Path
 from minrnn.files import claim
 with claim(Path(sys.argv[1])):
@@ -115,6 +119,19 @@ def test_a_lock_is_waited_for(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_a_lock_is_had_as_soon_as_it_is_free_and_refused_where_nobody_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, holder = tmp_path / "shared.lock", ExitStack()
+    holder.enter_context(lock(path))
+    with pytest.raises(InUseError, match="in use by process"), lock(path):
+        pass
+    monkeypatch.setattr(time, "sleep", lambda _: holder.close())  # the holder leaves while the other waits
+    with lock(path, wait=60.0):
+        assert path.exists()
+    assert not path.exists()
+
+
 COMPETE = """
 import os, sys
 from pathlib import Path
@@ -140,6 +157,7 @@ def test_four_processes_are_never_inside_at_once(tmp_path: Path) -> None:
 
 FRESH = """
 import sys
+import time
 from pathlib import Path
 from minrnn.files import fresh_directory, fresh_file
 for _ in range(40):
@@ -191,17 +209,17 @@ def test_partial_files_of_killed_processes_are_cleared_and_those_of_living_ones_
 def test_an_old_partial_file_of_another_machine_is_cleared(tmp_path: Path) -> None:
     name = partial_path(tmp_path / "a.json").name
     host = name.split(".")[-2].split("-")[0]
-    old, new = (tmp_path / name.replace(host, other) for other in ("00000000", "11111111"))
-    for path in (old, new):
+    of_others = {hours: tmp_path / name.replace(host, f"{hours:08d}") for hours in (0, 23, 25, 10_000)}
+    for hours, path in of_others.items():
         path.touch()
-    os.utime(old, (0, 0))
+        os.utime(path, (time.time() - 3600 * hours,) * 2)
     write_json(tmp_path / "a.json", {})
-    assert not old.exists()
-    assert new.exists()
+    assert [hours for hours, path in of_others.items() if path.exists()] == [0, 23]  # a day is long enough
 
 
 WRITE = """
 import sys
+import time
 from pathlib import Path
 from minrnn.files import write_directory
 for turn in range(20):
@@ -224,3 +242,78 @@ def test_two_processes_that_write_one_directory_never_leave_a_mixture(tmp_path: 
 def test_a_fresh_file_has_its_number_before_the_suffix(tmp_path: Path) -> None:
     names = [fresh_file(tmp_path / "bench.json").name for _ in range(3)]
     assert names == ["bench.json", "bench-2.json", "bench-3.json"]
+
+
+def test_a_lock_file_that_was_removed_after_it_was_opened_is_void(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its last holder does: whoever comes next would lock another file of that name."""
+    path, try_lock = tmp_path / "shared.lock", claims_module._try_lock
+    tries: list[int] = []
+
+    def removed_before(handle: int) -> bool:
+        tries.append(handle)
+        if len(tries) == 1:
+            path.unlink()
+        return try_lock(handle)
+
+    monkeypatch.setattr(claims_module, "_try_lock", removed_before)
+    with lock(path):
+        assert path.exists()
+    assert len(tries) == 2
+
+
+def test_the_lock_file_of_another_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "shared.lock"
+    with lock(path):
+        path.unlink()
+        path.write_text("another's")  # where the folder was removed and made again
+    assert path.read_text() == "another's"
+
+
+@pytest.mark.parametrize("gone", [FileNotFoundError, FileExistsError])
+def test_a_directory_that_its_last_owner_is_just_removing_is_claimed_again(
+    gone: type[OSError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, calls = Path.mkdir, []
+
+    def racing(path: Path, *args: Any, **settings: Any) -> None:
+        calls.append(path)
+        if len(calls) < 3:
+            raise gone(errno.ENOENT, "just removed", str(path))
+        make(path, *args, **settings)
+
+    monkeypatch.setattr(Path, "mkdir", racing)
+    with claim(tmp_path / "run"):
+        assert (tmp_path / "run" / LOCK_FILE).exists()
+    calls.clear()
+    monkeypatch.setattr(
+        Path, "mkdir", lambda path, *_, **__: calls.append(path) or (_ for _ in ()).throw(gone())
+    )
+    with pytest.raises(gone), claim(tmp_path / "other"):
+        pass
+    assert len(calls) == 3
+
+
+def test_a_partial_file_is_of_a_process_and_of_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = partial_path(tmp_path / "a.json").name
+    pid, token = re.fullmatch(r"\.a\.json\..{8}-(\d+)-(.{8})-\d+\.partial", ours).groups()  # type: ignore[union-attr]
+    left = {
+        "ours": ours,
+        "of an earlier process with our number": ours.replace(token, "01234567"),
+        "of another file": ours.replace(token, "01234567").replace("a.json", "b.json"),
+        "of another user": ours.replace(f"-{pid}-", "-1-"),
+        "of nobody": ours.replace(f"-{pid}-", "-999999999-"),
+    }
+    for name in left.values():
+        (tmp_path / name).touch()
+
+    def kill(number: int, signum: int) -> None:
+        raise PermissionError if number == 1 else ProcessLookupError
+
+    monkeypatch.setattr(os, "kill", kill)
+    write_json(tmp_path / "a.json", {})
+    kept = [who for who, name in left.items() if (tmp_path / name).exists()]
+    assert kept == ["ours", "of another file", "of another user"]

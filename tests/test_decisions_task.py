@@ -388,3 +388,64 @@ def test_settings_of_policies_are_read_strictly() -> None:
         RunConfig.from_dict(values)
     with pytest.raises(ValueError, match=r"unknown key 'task\.timestep'; did you mean 'timesteps'"):
         RunConfig.from_dict({"task": {"name": "decisions", "timestep": 3}})
+
+
+# --- against arithmetic -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+@pytest.mark.parametrize("carry", [False, True])
+def test_the_loss_is_that_of_the_held_out_episodes_each_read_alone(
+    carry: bool, discrete: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In windows of whole episodes, or in one stream that is reset where the next one begins."""
+    monkeypatch.setattr(decisions, "EVAL_ROWS", 1)
+    monkeypatch.setattr(decisions, "EVAL_STEPS", 7)
+    task = make_task(carry=carry, discrete=discrete, lengths=(30,) * 25, window=30)
+    torch.manual_seed(0)
+    model = task.make_model(ModelConfig(d_model=8, num_layers=1)).double().eval()
+    data, to_go = task.episodes, task.episodes.returns_to_go()
+    errors, right = [], 0
+    for number in task.val_episodes:
+        at = slice(data.starts[number], data.ends[number])
+        actions = torch.from_numpy(data.actions[at])
+        nothing = torch.full_like(actions[:1], NOTHING_DONE if discrete else 0)
+        steps = Steps(
+            torch.from_numpy(to_go[at])[None],
+            torch.from_numpy(data.observations[at])[None],
+            torch.cat([nothing, actions[:-1]])[None],
+            torch.arange(30)[None],
+        )
+        predicted = model(steps)[0][0].detach()  # (30, A)
+        if discrete:
+            errors.append(-predicted.log_softmax(-1)[range(30), actions])
+            right += int((predicted.argmax(-1) == actions).sum())
+        else:
+            errors.append((predicted - actions) ** 2)
+    found = task.evaluate(model)
+    assert len(errors) == 2
+    assert found["val_loss"] == pytest.approx(float(torch.cat(errors).mean()), rel=1e-5)
+    assert found.get("accuracy", right / 60) == right / 60
+
+
+def test_an_episode_that_begins_where_a_batch_does_forgets_the_one_before() -> None:
+    task = make_task(carry=True, lengths=(10,) * 8, window=5)
+    seen = set()
+    for step in range(14):
+        batch = task.batch(step, 2, seed=0)
+        check(task, batch)
+        starts = place(batch)[1][:, 0] == 0
+        if starts.any() and not batch.fresh:
+            assert batch.reset is not None
+            assert torch.equal(batch.reset[:, 0], starts)
+            seen.add(step)
+    assert seen
+
+
+def test_every_window_is_drawn_and_the_last_one_too() -> None:
+    task = make_task(carry=False, lengths=(6, 6, 6), window=5)
+    drawn = {int(place(task.batch(step, 16, 0))[2][row, 0]) for step in range(20) for row in range(16)}
+    steps = np.concatenate(
+        [np.arange(task.episodes.starts[e], task.episodes.ends[e]) for e in task.train_episodes]
+    )
+    assert drawn == set(steps[: len(steps) - 4].tolist())

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minrnn.files import convert, parse_json, read_json, read_json_lines, read_toml, write_json
+from minrnn.files import (
+    check_bounds,
+    check_types,
+    convert,
+    parse_json,
+    read_json,
+    read_json_lines,
+    read_toml,
+    replace_text,
+    write_directory,
+    write_file,
+    write_json,
+)
+from minrnn.files.writing import CONFIG_FILE
 
 
 @dataclass(frozen=True)
@@ -134,3 +150,124 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     for read in (read_json, read_json_lines, read_toml):
         with pytest.raises(ValueError, match=r"file.json must be a regular file, got a pipe or device"):
             read(path, Outer)
+
+
+# --- writing ---------------------------------------------------------------------------------------------
+
+
+def test_a_directory_is_flushed_before_it_is_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rename may reach the disk before the content of what is renamed, unless that is flushed first."""
+    flushed: set[int] = set()
+    at_rename: list[set[int]] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def noted_fsync(handle: int) -> None:
+        flushed.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def noted_rename(path: Path, target: Path) -> Path:
+        at_rename.append(set(flushed))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "rename", noted_rename)
+    with write_directory(tmp_path / "out") as folder:
+        (folder / "sub").mkdir()
+        for name in ("a", "sub/b"):
+            (folder / name).write_text(name)
+    written = {path.stat().st_ino for path in [tmp_path / "out", *(tmp_path / "out").rglob("*")]}
+    assert len(written) == 4
+    assert written <= at_rename[0]
+    assert tmp_path.stat().st_ino in flushed - at_rename[-1]  # and the rename itself, in the folder above
+
+
+def test_a_replacement_that_was_killed_meanwhile_is_cleared_up(tmp_path: Path) -> None:
+    place, aside = tmp_path / "last", tmp_path / ".last.previous"
+    with write_directory(place) as folder:
+        (folder / CONFIG_FILE).write_text("ours")
+        for left, text in (
+            (place, "theirs"),
+            (aside, "before theirs"),
+        ):  # of a process killed after its renames
+            left.mkdir()
+            (left / CONFIG_FILE).write_text(text)
+    assert (place / CONFIG_FILE).read_text() == "ours"
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+def test_an_empty_folder_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with write_directory(tmp_path / "out") as folder:
+        (folder / "a").write_text("a")
+    assert (tmp_path / "out" / "a").read_text() == "a"
+
+
+def test_text_is_written_in_utf8(tmp_path: Path) -> None:
+    replace_text(tmp_path / "text", "é€\n")
+    assert (tmp_path / "text").read_bytes() == b"\xc3\xa9\xe2\x82\xac\n"
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1", 2])
+def test_a_literal_is_of_its_own_type(value: object) -> None:
+    assert convert(1, Literal[1, "a"]) == 1  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=re.escape(f"it must be one of 1, a, got {value!r}")):
+        convert(value, Literal[1, "a"])  # type: ignore[arg-type]
+
+
+# --- fields ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checked:
+    count: int = 1
+    rate: float = 1.0
+    name: str | None = None
+    flag: bool = False
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_bounds(self, {"count": (1, 9)}, " item")
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [(0, "at least 1 item, got 0"), (-5, "at least 1 item, got -5"), (10, "at most 9 item, got 10")],
+)
+def test_bounds_are_inclusive_and_the_one_that_is_passed_is_named(count: int, message: str) -> None:
+    assert [Checked(inside).count for inside in (1, 5, 9)] == [1, 5, 9]
+    with pytest.raises(ValueError, match=f"Checked: count must be {message}"):
+        Checked(count)
+
+
+def test_numbers_of_numpy_become_pythons_and_whole_ones_are_rates_too() -> None:
+    made = Checked(np.int64(3), np.float32(0.5), None, np.bool_(True))  # type: ignore[arg-type]
+    assert [type(value) for value in vars(made).values()] == [int, float, type(None), bool]
+    assert (made, Checked(rate=2).rate) == (Checked(3, 0.5, None, True), 2)
+    json.dumps(vars(made))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"count": 1.0}, "count must be int, got 1.0"),
+        ({"count": True}, "count must be int, got True"),
+        ({"rate": "1"}, "rate must be float, got '1'"),
+        ({"name": 1}, r"name must be str \| None, got 1"),
+        ({"flag": 1}, "flag must be bool, got 1"),
+    ],
+)
+def test_a_field_of_another_type_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=f"Checked: {message}"):
+        Checked(**settings)
+
+
+def test_a_failed_write_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    def fail() -> None:
+        with write_file(tmp_path / "a.json"):
+            raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(OSError, match="full") as caught:
+        fail()
+    assert caught.value.filename == str(tmp_path / "a.json")

@@ -88,3 +88,16 @@ def test_the_baseline_uses_the_tasks_parts_and_units(
         nats / math.log(2) / len(task.vocabulary.decode(task.val_tokens[1:]).encode()), rel=1e-2
     )
     assert metrics["bits_per_byte"] < 0.1  # the text repeats
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "order"), [(256, 3), (256, 4), (65536, 1), (65536, 2), (17, 7), (17, 8)]
+)
+def test_contexts_that_differ_in_their_first_token_alone_are_told_apart(vocab_size: int, order: int) -> None:
+    """Around V^(order + 1) = 2^32, where n-grams no longer fit 32 bits."""
+    first, other = vocab_size - 1, vocab_size - 2
+    train = np.array([*[first, *[0] * (order - 1), 1] * 8, *[other, *[0] * (order - 1), 2] * 8])
+    model = NGramModel(train, vocab_size, order)
+    for leading, following in ((first, 1), (other, 2)):
+        text = np.array([leading, *[0] * (order - 1), following])
+        assert model.probabilities(text)[-1] > 0.8

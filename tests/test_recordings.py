@@ -885,3 +885,12 @@ def test_a_missing_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(ImportError, match=r"read_episodes: .* need h5py, .* pip install 'minrnn\[rl\]'"):
         read_episodes(path)
+
+
+def test_returns_to_go_are_summed_in_double_precision() -> None:
+    large = float(1 << 24)  # 1 less than the first whole number that float32 leaves out
+    rewards = np.array([1, 1, 1, 1, large], np.float32)
+    vectors = np.ones((5, 1), np.float32)
+    episodes = Episodes(vectors, vectors, rewards, np.array([5]), np.array([True]))
+    assert episodes.returns_to_go()[0] == large + 4
+    assert episodes.returns[0] == large + 4

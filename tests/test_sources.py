@@ -267,6 +267,9 @@ def test_a_file_validates_by_its_relative_path_alone(tmp_path: Path) -> None:
         (tmp_path / "two" / name).write_text("other words")
     one, two = (find_corpus(str(tmp_path / which)) for which in ("one", "two"))
     assert len(one.val) == 4
+    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    assert {file.name for file in one.val} == set(ranked[:4])
+    assert {file.name for file in one.train} == set(ranked[4:])
     assert [file.name for file in one.val] == [file.name for file in two.val]
     write_tree(tmp_path / "one", ["zzz.txt"])
     moved = {file.name for file in one.val} ^ {file.name for file in find_corpus(str(tmp_path / "one")).val}

@@ -3,6 +3,7 @@ refused when the data are read, with what to do."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ gymnasium = pytest.importorskip("gymnasium", reason="gymnasium is not installed:
 from gymnasium import spaces  # noqa: E402 - after the skip
 
 from minrnn.cli.main import main  # noqa: E402
+from minrnn.tasks import environments  # noqa: E402
 from minrnn.tasks.environments import known_actions, make_environment  # noqa: E402
 from minrnn.tasks.locomotion import local_name, local_path  # noqa: E402
 from minrnn.tasks.recordings import read_episodes, write_episodes  # noqa: E402
@@ -320,3 +322,43 @@ def test_make_data_says_which_actions_it_cannot_train(name: str, capsys: pytest.
 def test_too_many_choices_are_no_actions() -> None:
     with pytest.raises(ValueError, match="at most 65536 choices"):
         ActionSpace(True, 10**12)
+
+
+def test_the_environment_that_the_user_names_has_as_many_actions_as_the_data_say(tmp_path: Path) -> None:
+    record(tmp_path / "a.hdf5", "choices")
+    with h5py.File(tmp_path / "a.hdf5", "a") as file:
+        about = json.loads(file.attrs.get("about", "{}")) | {"num_actions": 4}
+        file.attrs["about"] = json.dumps(about)
+    with pytest.raises(
+        ValueError, match="actions are one of 4 choices, but rooms/choices-v0 takes one of 3 choices"
+    ):
+        read_episodes(tmp_path / "a.hdf5", "rooms/choices-v0")
+
+
+@pytest.mark.parametrize(("number", "expected"), [(1.7, 2), (-0.6, -1), (9.0, 3), (-9.0, -2)])
+def test_whole_numbers_are_the_nearest_within_bounds(number: float, expected: int) -> None:
+    box = gymnasium.spaces.Box(-2, 3, (2, 1), np.int64)
+    done = ActionSpace.from_gymnasium(box).to_environment(np.array([number, 0.0]), box)
+    assert (done.tolist(), done.dtype) == ([[expected], [0]], np.int64)
+    assert box.contains(done)
+
+
+@pytest.mark.parametrize("is_supported", [True, False])
+def test_an_environment_that_was_asked_for_its_actions_is_closed(
+    is_supported: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[bool] = []
+
+    class Room:
+        action_space = gymnasium.spaces.Discrete(3) if is_supported else gymnasium.spaces.Dict({})
+
+        def close(self) -> None:
+            closed.append(True)
+
+    monkeypatch.setattr(environments, "make_environment", lambda _: Room())
+    expected = (
+        contextlib.nullcontext() if is_supported else pytest.raises(ValueError, match="of the space Dict")
+    )
+    with expected:
+        assert environments.known_actions("any", by_user=True) == ActionSpace(True, 3)
+    assert closed == [True]

@@ -32,6 +32,7 @@ from minrnn.tasks import (
     SelectiveCopyingTask,
     make_task,
 )
+from minrnn.tasks.arrays import write_arrays
 from minrnn.tasks.draws import Draws
 from minrnn.tasks.labeled import BLOCK, pack
 from minrnn.tasks.listops import SYMBOLS, generate_expressions
@@ -435,7 +436,7 @@ def test_settings_out_of_range_are_refused(kind: Any, settings: dict[str, Any], 
 
 
 def test_too_few_different_expressions_are_said() -> None:
-    config = ListOpsConfig(3, 0, 1, 2, num_train=9, num_validation=1, num_test=1)
+    config = ListOpsConfig(3, 0, 1, num_train=9, num_validation=1, num_test=1)
     with pytest.raises(ValueError, match="must allow 11 different expressions, got 10"):
         generate_expressions(config)
 
@@ -481,3 +482,84 @@ def test_a_state_cannot_be_carried_from_sequence_to_sequence(tmp_path: Path) -> 
 def test_mistakes_in_a_tasks_table_are_named(table: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RunConfig.from_dict({"task": table})
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_digest_depends_on_what_is_trained_on_alone(name: str) -> None:
+    """So that a run of other data is told apart, and one may be evaluated on more or on another part."""
+    changes = {
+        "selective-copying": {
+            "length": 13,
+            "num_tokens": 2,
+            "kinds": 6,
+            "eval_sequences": None,
+            "part": None,
+        },
+        "formal-languages": {
+            "language": "parity",
+            "min_length": 2,
+            "max_length": 5,
+            "eval_min_length": None,
+            "eval_max_length": None,
+            "eval_sequences": None,
+            "part": None,
+        },
+        "listops": {
+            "max_length": 30,
+            "min_length": 6,
+            "max_depth": 3,
+            "max_args": 3,
+            "num_train": 150,
+            "num_validation": 90,
+            "num_test": 60,
+            "data_seed": 1,
+            "part": None,
+        },
+    }[name]
+    config = SMALL[name]
+    assert {field.name for field in dataclasses.fields(config)} == changes.keys()
+    others = {"eval_sequences": 50, "eval_min_length": 7, "eval_max_length": 11, "part": "test"}
+    for field, value in changes.items():
+        other = dataclasses.replace(config, **{field: others[field] if value is None else value})
+        same = make_task(other).sha256 == make_task(config).sha256
+        assert same == (value is None), field
+
+
+def test_an_evaluation_has_as_many_sequences_as_its_configuration_says(task: LabeledTask) -> None:
+    config = task.config  # type: ignore[attr-defined]
+    expected = config.num_validation if isinstance(config, ListOpsConfig) else config.eval_sequences
+    found = task.evaluate(model_of(task))
+    assert found["val_sequences"] == expected == 100
+    asked = [len(answers) for batch in task.evaluation_batches() for *_, answers in questions(batch)]
+    assert found["val_tokens"] == sum(asked)
+    most = sum(asked[:BLOCK])  # the targets of the first block, which is the last where that many are enough
+    assert task.evaluate(model_of(task), max_tokens=most)["val_sequences"] == BLOCK
+    assert task.evaluate(model_of(task), max_tokens=most + 1)["val_sequences"] == 100
+
+
+def test_a_batch_is_moved_whole() -> None:
+    batch = Batch(torch.ones(1, 2), torch.ones(1, 2), fresh=False, reset=torch.ones(1, 2, dtype=torch.bool))
+    moved = batch.to(torch.device("meta"))
+    assert [part.device.type for part in (moved.inputs, moved.targets, moved.reset)] == ["meta"] * 3  # type: ignore[union-attr]
+    assert not moved.fresh
+
+
+def test_lengths_of_expressions_lie_strictly_between_the_limits() -> None:
+    config = ListOpsConfig(12, 4, 4, 4, num_train=300, num_validation=1, num_test=1)
+    found = generate_expressions(config)
+    assert set(np.diff(found.ends, prepend=0).tolist()) == set(range(5, 12))  # 4 and 12 are possible too
+
+
+@pytest.mark.parametrize("name", ["tokens", "ends", "values"])
+def test_expressions_that_do_not_fit_are_made_anew(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINRNN_CACHE", str(tmp_path))
+    config = ListOpsConfig(40, 4, 4, 4, num_train=20, num_validation=5, num_test=5)
+    whole = ListOpsTask(config)._expressions
+    (path,) = (tmp_path / "listops").iterdir()
+    for wrong in (getattr(whole, name)[:-1], np.append(getattr(whole, name), getattr(whole, name)[-1:])):
+        write_arrays(path, {**whole._asdict(), name: wrong})
+        again = ListOpsTask(config)._expressions
+        for one, other in zip(again, whole, strict=True):
+            np.testing.assert_array_equal(one, other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minrnn.files import claims
 from minrnn.tasks import tokens
 from minrnn.tasks.downloads import cache_folder
-from minrnn.tasks.sources import find_corpus
+from minrnn.tasks.sources import Corpus, find_corpus
 from minrnn.tasks.tokens import TokenizedCorpus, tokenize
 
 TEXT = "some text, and some more of it. " * 20
@@ -265,3 +267,41 @@ def test_a_cache_that_may_not_be_written_serves_what_it_has_and_says_what_it_can
         ),
     ):
         read(text)
+
+
+def test_the_same_files_divided_otherwise_are_other_tokens(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.txt", "b.txt")]
+    for file in files:
+        file.write_text(file.name * 20)
+    both = Corpus("mine", tmp_path, tuple(files))
+    apart = Corpus("mine", tmp_path, (files[0],), (files[1],))
+    sizes = [tokenize(corpus, "bytes").val.size for corpus in (both, apart, both)]
+    assert sizes == [20, 100, 20]
+
+
+def test_ids_are_stored_with_the_lowest_byte_first(tmp_path: Path) -> None:
+    """Whatever the machine, so that a digest is the same on all."""
+    (tmp_path / "text.txt").write_text("".join(map(chr, range(0x4E00, 0x4E00 + 300))))
+    read(str(tmp_path / "text.txt"))
+    (entry,) = entries()
+    stored = (entry / "tokens.bin").read_bytes()
+    assert stored == b"".join(number.to_bytes(2, "little") for number in range(300))
+
+
+def test_where_there_are_no_locks_unfinished_folders_are_left(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read(text)
+    unfinished = entries()[0].with_name(".building-0123456789abcdef")
+
+    def unsupported(handle: int) -> bool:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    for is_supported in (False, True):
+        unfinished.mkdir(exist_ok=True)
+        with monkeypatch.context() as patch:
+            if not is_supported:
+                patch.setattr(claims, "_try_lock", unsupported)
+            Path(text).write_text(TEXT + f"and {is_supported}")
+            read(text)
+        assert unfinished.exists() != is_supported  # it may be in use where that cannot be known

@@ -129,8 +129,11 @@ def test_unknown_characters_are_named() -> None:
 @every_kind
 @pytest.mark.parametrize("bad", [-1, 1000])
 def test_decoding_refuses_an_id_that_is_no_token(kind: str, bad: int) -> None:
-    with pytest.raises(ValueError, match=r"ids must lie in 0 \.\. \d+, got"):
-        built(kind, "abc").decode([0, bad])
+    vocabulary = built(kind, "abc")
+    assert vocabulary.decode([vocabulary.size - 1])
+    for each in (bad, vocabulary.size):
+        with pytest.raises(ValueError, match=r"ids must lie in 0 \.\. \d+, got"):
+            vocabulary.decode([0, each])
 
 
 def test_bytes_of_a_command_line_that_are_not_utf8_survive() -> None:

@@ -34,6 +34,7 @@ from minrnn.benchmarks.scan import LIMIT, draw_inputs, scan_systems, share_table
 from minrnn.benchmarks.session import Case, Kind, measure_case, that_compute_on, that_import
 from minrnn.benchmarks.tables import Result, by_system, sizes
 from minrnn.benchmarks.workloads import calls_in_a_row
+from minrnn.files import NoEffect, warn_without_effect
 from minrnn.ops import GATES, engines, gated_scan
 from minrnn.ops.registry import load
 
@@ -54,6 +55,9 @@ CLASSIC = {"mingru": "gru", "minlstm": "lstm"}
 
 Shape = tuple[int, int, int]
 """(B, T, D)."""
+
+WITHOUT_EFFECT = tuple(NoEffect(name, "dry", lambda s: s["dry"]) for name in ("tests", "tf32"))
+"""Options that have no effect where only a small part is run, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class GpuBench:
 
     def __post_init__(self) -> None:
         require("minutes", 0 <= self.minutes < float("inf"), "0 or more, and finite", self.minutes)
+        warn_without_effect(type(self), vars(self), WITHOUT_EFFECT, stacklevel=4)
 
 
 class Sweep(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 import torch
 
 from minrnn.benchmarks.timing import MIN_ROUNDS
-from minrnn.files import nearest
+from minrnn.files import NoEffect, nearest, warn_without_effect
 from minrnn.training import MOST_SEEDS, MOST_THREADS
 
 __all__ = ["DTYPES", "Dtype", "TimedBench", "lengths", "parse_shapes", "require", "require_seed", "select"]
@@ -29,6 +29,9 @@ EXAMPLE = {"B": "8", "T": "64..1024", "D": "512", "N": "16", "L": "4"}
 """A size of each axis; N: states per channel, L: layers."""
 
 V = TypeVar("V")
+
+WITHOUT_EFFECT = (NoEffect("threads", "device", lambda s: s["device"] != "cpu"),)
+"""Options of a timed benchmark that have no effect with some values of another."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class TimedBench:
         require_seed(self.seed)
         require("seconds", 0 < self.seconds < float("inf"), "more than 0, and finite", self.seconds)
         require("samples", self.samples >= MIN_ROUNDS, f"{MIN_ROUNDS} or more", self.samples)
+        warn_without_effect(type(self), vars(self), WITHOUT_EFFECT, stacklevel=4)
 
 
 def require(name: str, holds: bool, expected: str, got: object) -> None:

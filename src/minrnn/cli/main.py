@@ -10,11 +10,12 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from types import FrameType
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, TextIO
 
 from minrnn.files import nearest
 
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     _open_descriptors()
     _widen_terminal()
-    with _ended_by_signals():
+    with _ended_by_signals(), _warnings_in_one_line():
         try:
             status = _main(list(sys.argv[1:] if argv is None else argv))
         except SystemExit:  # after printing help
@@ -216,12 +217,43 @@ def _ended_by_signals() -> Iterator[None]:
         threading.excepthook = old_hook
 
 
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Print each warning to stderr once, in one line; MINRNN_DEBUG=1 shows where it comes from instead."""
+    if _debugging():
+        yield
+        return
+    told: set[str] = set()
+    stderr = sys.stderr  # options are parsed with another
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        text = " ".join(str(message).split())
+        if text not in told:
+            told.add(text)
+            _tell("warning", text, stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def _tell(kind: str, text: str, stderr: TextIO) -> None:
+    with contextlib.suppress(OSError):  # the reader has gone
+        print(f"minrnn: {kind}: {text}", file=stderr, flush=True)
+
+
 def _complain(error: Exception, status: int) -> int:
     """Print an error to stderr in one line and return the status, or raise it if MINRNN_DEBUG is set."""
     if _debugging():
         raise error
-    with contextlib.suppress(OSError):  # the reader has gone
-        print(f"minrnn: error: {_describe(error)}", file=sys.stderr, flush=True)
+    _tell("error", _describe(error), sys.stderr)
     return status
 
 

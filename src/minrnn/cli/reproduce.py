@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from minrnn.cli.arguments import parse
 from minrnn.experiments import EXPERIMENTS
 from minrnn.experiments.records import counted, duration
-from minrnn.files import nearest
+from minrnn.files import NoEffect, nearest, warn_without_effect
 
 if TYPE_CHECKING:
     from minrnn.experiments.experiment import Choice, Experiment, Watch
@@ -53,6 +53,16 @@ class ReproduceCommand:
     """Environments, for locomotion only (none: all)."""
     data: str = ""
     """Kind of data: local, d4rl or minari, for locomotion only (empty: local)."""
+
+
+def _warn(name: str, command: ReproduceCommand, experiment: Experiment, choice: Choice) -> None:
+    """Warn of options that have no effect with others, or in this experiment."""
+    numbers = [len(experiment.trials(replace(choice, seeds=seeds))) for seeds in (1, 2)]
+    rules = (
+        NoEffect("estimate", "list_trials", lambda s: s["list_trials"]),
+        NoEffect("seeds", "experiment", lambda _: numbers[0] == numbers[1]),
+    )
+    warn_without_effect(ReproduceCommand, {**vars(command), "experiment": name}, rules)
 
 
 @dataclass(frozen=True)
@@ -164,6 +174,7 @@ def _reproduce(name: str, args: Sequence[str]) -> int:
     choose_device(choice.device)  # raises for an invalid name before anything is run
     experiment = entry.load()
     experiment.check(choice)
+    _warn(name, command, experiment, choice)
     if command.list_trials:
         return _list_trials(experiment, choice, command)
     if command.estimate or command.scale == "paper":

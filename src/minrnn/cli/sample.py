@@ -12,12 +12,19 @@ import torch
 import tyro
 
 from minrnn.cli.arguments import check_range, parse
+from minrnn.files import NoEffect, warn_without_effect
 from minrnn.models import SequenceModel, generate
 from minrnn.tasks import Vocabulary
 from minrnn.training import MOST_SEEDS, MOST_STEPS, choose_device, load_trained
 
 PROMPTS = ("\n", " ")
 """Default prompts, of which the first in the vocabulary is used."""
+
+WITHOUT_EFFECT = (
+    NoEffect("seed", "temperature", lambda s: s["temperature"] == 0),
+    NoEffect("seed", "top_k", lambda s: s["top_k"] == 1),
+)
+"""Options that have no effect where the most likely token is chosen, in addition to those of `generate`."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,8 @@ def run(args: Sequence[str]) -> int:
         raise ValueError(f"sample: {command.run} must be a run of the text task, got one of another task")
     given = command.prompt or default_prompt(vocabulary, PROMPTS)
     prompt = torch.from_numpy(vocabulary.encode(given))[None].to(device)  # (1, T)
+    warn_without_effect(SampleCommand, vars(command), WITHOUT_EFFECT)
+    is_random = command.temperature != 0 and command.top_k != 1
     tokens = generate(
         model,
         prompt,
@@ -62,7 +71,7 @@ def run(args: Sequence[str]) -> int:
         temperature=command.temperature,
         top_k=command.top_k,
         top_p=command.top_p,
-        generator=torch.Generator(device).manual_seed(command.seed),
+        generator=torch.Generator(device).manual_seed(command.seed) if is_random else None,
     )
     _write(command.prompt)
     for text in vocabulary.decode_stream(int(token) for token in tokens):

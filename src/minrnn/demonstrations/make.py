@@ -16,7 +16,7 @@ from minrnn.demonstrations.behavior import Behavior
 from minrnn.demonstrations.history import ReportProgress, train_behavior
 from minrnn.demonstrations.record import Share, always, play_episode, record, replayed, uniform
 from minrnn.demonstrations.trainers import TRAINERS, Trainer, library_versions
-from minrnn.files import lock
+from minrnn.files import NoEffect, lock, warn_without_effect
 from minrnn.tasks.downloads import cache_folder
 from minrnn.tasks.environments import make_environment
 from minrnn.tasks.locomotion import local_name, local_path, normalized_score
@@ -41,6 +41,11 @@ LABEL = (
     "made locally in minutes, with a policy of its own: not one of D4RL's or Minari's data sets, and scores "
     "are not comparable with theirs"
 )
+
+WITHOUT_EFFECT = tuple(
+    NoEffect(name, "quality", lambda s: s["quality"] == "random") for name in ("training_steps", "algorithm")
+)
+"""Arguments of `make_data` that have no effect where nothing is trained."""
 
 
 class Plan(NamedTuple):
@@ -97,6 +102,8 @@ def make_data(
         FileExistsError: the output exists and was made with other arguments.
         ImportError: a library is not installed.
     """
+    chosen = {"quality": quality, "training_steps": training_steps, "algorithm": algorithm}
+    warn_without_effect(make_data, chosen, WITHOUT_EFFECT)
     plan = plan_for(environment)
     algorithm, training_steps = algorithm or plan.algorithm, training_steps or plan.steps
     _check(quality, algorithm, seed, steps, training_steps)
@@ -106,14 +113,15 @@ def make_data(
     training = {"environment": environment, "algorithm": algorithm, "seed": seed, **trainer.settings()}
     made = {"environment": environment, "quality": quality, "seed": seed, "steps": steps}
     if quality != "random":
-        made |= {"training_steps": training_steps, **training}
+        made |= {"training_steps": training_steps, "training": training}
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path.with_name(f"{path.name}.lock")):
         if path.exists():
             _check_made(path, made)
             return path
         shares, said = _shares(environment, quality, trainer, training, training_steps, steps, report)
-        parts = _work_folder() / f"recording-{_digest(made)}"
+        # A training with other versions is another one, and so are the episodes of its policy.
+        parts = _work_folder() / f"recording-{_digest({**made, **library_versions(trainer)})}"
         recording = record(environment, shares, seed, parts, report)
         episodes = recording.episodes(environment, {"source": "local", "name": name, **said})
         about = {**episodes.about, **_summary(environment, episodes), "made": made}
@@ -141,8 +149,12 @@ def _check(quality: str, algorithm: str, seed: int, steps: int, training_steps: 
 
 def _check_made(path: Path, made: dict[str, Any]) -> None:
     """Raise FileExistsError unless the existing file was made with these settings."""
-    before = read_episodes(path).about.get("made")
-    if before != made:
+    episodes = read_episodes(path)
+    before = episodes.about.get("made")
+    # Earlier versions wrote all in one table, in which PPO's own `steps` replaced the recorded ones.
+    one_table = {**made, **made.get("training", {})}
+    one_table.pop("training", None)
+    if before != made and (before, len(episodes)) != (one_table, made["steps"]):
         raise FileExistsError(
             f"make_data: {path} exists, and was made with {before} instead of {made}; remove it, or name "
             f"another with --output"

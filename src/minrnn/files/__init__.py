@@ -5,6 +5,8 @@ from minrnn.files.claims import claim as claim
 from minrnn.files.claims import fresh_directory as fresh_directory
 from minrnn.files.claims import fresh_file as fresh_file
 from minrnn.files.claims import lock as lock
+from minrnn.files.effects import NoEffect as NoEffect
+from minrnn.files.effects import warn_without_effect as warn_without_effect
 from minrnn.files.fields import as_python as as_python
 from minrnn.files.fields import check_bounds as check_bounds
 from minrnn.files.fields import check_choice as check_choice

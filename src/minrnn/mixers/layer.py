@@ -1,6 +1,5 @@
 """The base classes of layers, with the interface of `torch.nn.GRU` around gated scans."""
 
-import warnings
 from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
+from minrnn.files import NoEffect, warn_without_effect
 from minrnn.mixers.arguments import read_flag, read_probability, read_size
 from minrnn.mixers.gated import GatedModule
 from minrnn.mixers.mixer import Mixer, State, check_reset
@@ -16,6 +16,9 @@ from minrnn.mixers.ragged import Ragged, read_documents, read_jagged, read_packe
 from minrnn.ops.joined import Joined
 
 Input = TypeVar("Input", Tensor, PackedSequence)
+
+WITHOUT_EFFECT = (NoEffect("dropout", "num_layers", lambda s: s["num_layers"] == 1),)
+"""Arguments of a layer that have no effect with some values of another: dropout acts between layers."""
 
 
 @dataclass(eq=False, repr=False)
@@ -45,11 +48,7 @@ class MinRNNBase(GatedModule):
         self.bidirectional = read_flag(name, "bidirectional", self.bidirectional)
         self.recompute = read_flag(name, "recompute", self.recompute)
         super().__init__(device, dtype)
-        if self.dropout > 0 and self.num_layers == 1:
-            warnings.warn(
-                f"{name}: dropout={self.dropout} has no effect: it acts between layers, and num_layers is 1",
-                stacklevel=3,  # the line that builds the layer: past __post_init__ and __init__
-            )
+        warn_without_effect(type(self), vars(self), WITHOUT_EFFECT, stacklevel=4)
 
     def _columns(self) -> dict[str, int]:
         above = self.num_directions * self.hidden_size

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minrnn.files import check_choice, check_types, convert, require
+from minrnn.files import NoEffect, check_choice, check_types, convert, require, warn_without_effect
 from minrnn.mixers.mixer import check_reset
 from minrnn.models.dropout import Dropout
 from minrnn.models.sequence import (
@@ -38,6 +38,12 @@ LARGEST = {"observation_size": 1 << 24, "action_size": 1 << 16, "window": 1 << 2
 
 NOTHING_DONE = -1
 """The discrete action before an episode's first step; for continuous actions, it is all zeros."""
+
+WITHOUT_EFFECT = tuple(
+    NoEffect(name, "tokens", lambda s: s["tokens"] == "observation")
+    for name in ("return_scale", "target_return")
+)
+"""Fields of DecisionConfig that have no effect in a policy that reads observations alone."""
 
 
 class Steps(NamedTuple):
@@ -106,6 +112,7 @@ class DecisionConfig:
             raise ValueError(
                 "DecisionConfig: trunk.tie_embeddings must be off, as there are no tokens to embed"
             )
+        warn_without_effect(type(self), vars(self), WITHOUT_EFFECT, stacklevel=4)
 
     @property
     def conditioned(self) -> bool:

@@ -5,10 +5,23 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from minrnn.files import NoEffect, warn_without_effect
 from minrnn.mixers.arguments import read_number, read_size
 from minrnn.models.decoder import Decoder
 from minrnn.models.sequence import ModelConfig, SequenceModel
 from minrnn.ops.recurrence import check_tensor
+
+WITHOUT_EFFECT = (
+    *(
+        NoEffect(name, "temperature", lambda s: s["temperature"] == 0)
+        for name in ("top_k", "top_p", "generator")
+    ),
+    *(
+        NoEffect(name, "top_k", lambda s: s["top_k"] == 1 and s["temperature"] != 0)
+        for name in ("temperature", "top_p", "generator")
+    ),
+)
+"""Arguments of `generate` that have no effect where the most likely token is chosen."""
 
 
 def generate(
@@ -63,6 +76,8 @@ def generate(
         raise TypeError(
             f"generate: generator must be a torch.Generator or None, got {type(generator).__name__}"
         )
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+    warn_without_effect(generate, settings, WITHOUT_EFFECT)
     # Arguments are checked here, because the generator below does not run before its first token is
     # requested.
     return _stream(Decoder(model), prompt_ids, num_tokens, temperature, top_k, top_p, generator)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minrnn.files import check_choice, check_types, convert, require
+from minrnn.files import NoEffect, check_choice, check_types, convert, require, warn_without_effect
 from minrnn.mixers import MIXERS
 from minrnn.mixers.calls import runs
 from minrnn.mixers.convolution import CausalConv
@@ -43,6 +43,11 @@ LARGEST = {
 }
 """Upper limits of a model's sizes, far above any real model. A larger value is a mistake or comes from a
 damaged file, and would take much memory and time before it failed."""
+
+WITHOUT_EFFECT = (
+    NoEffect("mlp_activation", "mlp_ratio", lambda s: round(s["mlp_ratio"] * s["d_model"]) == 0),
+)
+"""Fields of ModelConfig that have no effect with some values of another."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,7 @@ class ModelConfig:
         for name, known in names.items():
             check_choice(self, name, known)
         self._check_mixer_options()
+        warn_without_effect(type(self), vars(self), WITHOUT_EFFECT, stacklevel=4)
 
     def _check_mixer_options(self) -> None:
         for option in self.mixer_options:

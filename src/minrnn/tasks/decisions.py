@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minrnn.files import check_bounds, require
+from minrnn.files import NoEffect, check_bounds, require, warn_without_effect
 from minrnn.models import (
     NOTHING_DONE,
     TOKENS,
@@ -58,6 +58,9 @@ EVAL_ROWS, EVAL_STEPS = 32, 128
 MIN_DEVIATION = 1e-6
 """Observations with a smaller standard deviation are constant, and are not scaled."""
 
+WITHOUT_EFFECT = (NoEffect("target_return", "tokens", lambda s: s["tokens"] == "observation"),)
+"""Fields of DecisionsConfig that have no effect with some values of another."""
+
 
 @dataclass(frozen=True)
 class DecisionsConfig(TaskConfig):
@@ -95,6 +98,7 @@ class DecisionsConfig(TaskConfig):
         if self.timesteps is not None:
             check_bounds(self, {"timesteps": (0, 1 << 24)}, " (none)" if self.timesteps < 0 else "")
         require(self, "target_return", self.target_return is None or isfinite(self.target_return), "finite")
+        warn_without_effect(type(self), vars(self), WITHOUT_EFFECT, stacklevel=4)
 
     def resolved(self, model: ModelConfig) -> DecisionsConfig:
         """Return the configuration with the defaults filled in that depend on the mixer."""
@@ -262,6 +266,7 @@ class DecisionsTask(Task):
                 f"episode, got {timesteps}"
             )
         conditioned = settings.tokens != "observation"
+        scale = float(np.abs(self._returns[self._train_steps]).max())
         return DecisionConfig(
             trunk=config,
             observation_size=data.observation_size,
@@ -270,7 +275,7 @@ class DecisionsTask(Task):
             tokens=settings.tokens or "joined",
             window=0 if settings.carry else settings.window,
             max_steps=timesteps,
-            return_scale=float(np.abs(self._returns[self._train_steps]).max()) or 1.0,
+            return_scale=scale if conditioned and scale else 1.0,
             target_return=self.target_return if conditioned else None,
             environment=self.environment,
         )

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from minrnn.files import check_bounds
+from minrnn.files import NoEffect, check_bounds, warn_without_effect
 from minrnn.tasks.arrays import read_arrays, write_arrays
 from minrnn.tasks.downloads import cache_folder
 from minrnn.tasks.draws import Draws, Part
@@ -41,6 +41,9 @@ OPERATORS = (MIN, MAX, MED, SM)
 DIGIT_PROBABILITY = 0.75
 PATIENCE = 100_000
 """Maximum rejections in a row; with Long Range Arena's limits about one in twelve expressions is kept."""
+
+WITHOUT_EFFECT = (NoEffect("max_args", "max_depth", lambda s: s["max_depth"] == 1),)
+"""Fields of ListOpsConfig that have no effect with some values of another: expressions are then digits."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class ListOpsConfig(TaskConfig):
                 f"ListOpsConfig: max_length must be at least min_length + 2 = {self.min_length + 2}, as "
                 f"lengths lie strictly between them, got {self.max_length}"
             )
+        warn_without_effect(type(self), vars(self), WITHOUT_EFFECT, stacklevel=4)
 
     @property
     def num_expressions(self) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minrnn.files import (
+    NoEffect,
     check_bounds,
     convert,
     naming,
@@ -20,6 +21,7 @@ from minrnn.files import (
     read_toml,
     require,
     shown,
+    warn_without_effect,
 )
 from minrnn.models import ModelConfig
 from minrnn.tasks import TASKS, TaskConfig, TextConfig
@@ -131,6 +133,14 @@ class TrainConfig:
         return round(self.fresh_share * self.batch_size)
 
 
+WITHOUT_EFFECT = (
+    NoEffect(
+        "best_in_windows", "train.eval_every", lambda s: not 0 < s["train.eval_every"] < s["train.steps"]
+    ),
+)
+"""Fields of TextConfig that have no effect in a run that is evaluated once, and so chooses no weights."""
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """The configuration of a run: the name of its recipe, and the settings of model, task and training."""
@@ -143,6 +153,11 @@ class RunConfig:
     """The task; its table has the task's name (`name = "listops"`), by default that of the text task."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The training."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.task, TextConfig):
+            train = {f"train.{name}": value for name, value in vars(self.train).items()}
+            warn_without_effect(TextConfig, {**vars(self.task), **train}, WITHOUT_EFFECT, stacklevel=4)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:

@@ -174,7 +174,10 @@ class Run:
             check_unchanged(read_config(self.run_dir), self.config)
         self.log.note(self.describe())
         if self.settings.warmup_steps >= self.settings.steps:
-            self.log.note("note: train.warmup_steps is not below train.steps: the peak rate is never reached")
+            self.log.note(
+                "note: train.warmup_steps is not below train.steps: the peak rate is never reached, and "
+                "train.min_learning_rate_ratio has no effect"
+            )
         if resume:
             self._restore()
         self.run_dir.mkdir(parents=True, exist_ok=True)
