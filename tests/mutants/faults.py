@@ -77,6 +77,6 @@ def _fault(name: str, room: str, entry: dict[str, Any], default: list[str]) -> F
 
 
 def digest(faults: Iterable[Fault]) -> str:
-    """Return what changes whenever an outcome could: with each fault, its tests, and whether it may survive."""
+    """Return what changes with any fault, its tests, and whether it may survive."""
     content = sorted([f.file, f.old, f.new, list(f.tests), f.survives is not None] for f in faults)
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

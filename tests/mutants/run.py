@@ -78,9 +78,8 @@ def select(options: argparse.Namespace) -> tuple[list[Fault], list[Fault]]:
     known = {"room": {fault.room for fault in faults}, "file": {fault.file for fault in faults}}
     for kind, given in (("room", options.room + options.without), ("file", options.file)):
         if unknown := set(given) - known[kind]:
-            sys.exit(
-                f"run.py: no fault has the {kind} {min(unknown)!r}; there are {', '.join(sorted(known[kind]))}"
-            )
+            names = ", ".join(sorted(known[kind]))
+            sys.exit(f"run.py: no fault has the {kind} {min(unknown)!r}; there are {names}")
     rooms = set(options.room or known["room"]) - set(options.without)
     faults = [f for f in faults if f.room in rooms and (not options.file or f.file in options.file)]
     if options.sample is not None:
@@ -90,7 +89,7 @@ def select(options: argparse.Namespace) -> tuple[list[Fault], list[Fault]]:
 
 
 def prepare(scratch: Path, faults: list[Fault], options: argparse.Namespace) -> Path:
-    """Make the copies and the plan in a scratch folder, and return the interpreter that imports the copies."""
+    """Make copies and a plan in a scratch folder; return the interpreter that imports the copies."""
     copies = [scratch / f"copy{number}" for number in range(options.workers)]
     extension = workshop.extension()
     for copy in copies:

@@ -1,4 +1,4 @@
-"""Scratch copies of the checkout, in which faults are planted, and an environment in which a copy is imported."""
+"""Scratch copies of the checkout, in which faults are planted, and an environment that imports them."""
 
 from __future__ import annotations
 
@@ -49,8 +49,7 @@ def copy_checkout(to: Path, compiled: Path) -> None:
 def make_environment(folder: Path) -> Path:
     """Make an environment that borrows all packages of the running one, and return its interpreter.
 
-    Files in a borrowed folder that lead to an editable installation of minrnn have no effect there, and neither
-    do they in the processes that tests start.
+    An editable installation of minrnn has no effect there, nor in the processes that tests start.
     """
     venv.create(folder, with_pip=False)
     borrowed = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
