@@ -76,6 +76,11 @@ def _fault(name: str, room: str, entry: dict[str, Any], default: list[str]) -> F
     return Fault(room, name, entry["file"], entry["old"], entry["new"], tests, entry.get("survives"))
 
 
+def file_of(test: str) -> str:
+    """Return the file of a test."""
+    return test.partition("::")[0]
+
+
 def digest(faults: Iterable[Fault]) -> str:
     """Return what changes with any fault, its tests, and whether it may survive."""
     content = sorted([f.file, f.old, f.new, list(f.tests), f.survives is not None] for f in faults)

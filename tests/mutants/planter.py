@@ -26,7 +26,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from mutants.builder import NotBuiltError, build
-from mutants.faults import COMPILED, Fault
+from mutants.faults import COMPILED, Fault, file_of
 from mutants.workshop import environment_of, work_of
 
 PRELOADED = (
@@ -51,6 +51,10 @@ PRELOADED = (
 
 BUILDING = 1800
 """Seconds that a build may take beside the tests' limit."""
+UNCHANGED = 3600
+"""Seconds that the tests of a file may take without a fault."""
+SLOWER = 10
+"""How many times as long they may take with one: the machine may have become busier."""
 
 PROCESSES = multiprocessing.get_context("fork")
 
@@ -61,6 +65,8 @@ class Job(NamedTuple):
     name: str
     tests: list[str]
     fault: Fault | None
+    limit: float
+    """Seconds for the tests."""
 
     @property
     def compiled(self) -> bool:
@@ -139,7 +145,7 @@ def _pytest(tests: list[str], copy: Path) -> tuple[str, str]:
     return "failed", failures.names[0] if failures.names else f"pytest: {pytest.ExitCode(status).name}"
 
 
-def run_jobs(jobs: list[Job], copies: list[Path], limit: float, ninja: str) -> Iterator[Outcome]:
+def run_jobs(jobs: list[Job], copies: list[Path], ninja: str) -> Iterator[Outcome]:
     """Run jobs side by side, one on each copy; what is compiled on the first copy alone."""
     compiled = [job for job in jobs if job.compiled]
     others = [job for job in jobs if not job.compiled]
@@ -149,7 +155,7 @@ def run_jobs(jobs: list[Job], copies: list[Path], limit: float, ninja: str) -> I
             for copy in copies:
                 queue = compiled if copy == copies[0] and compiled else others
                 if copy not in running and queue:
-                    running[copy] = _start(queue.pop(0), copy, limit, ninja)
+                    running[copy] = _start(queue.pop(0), copy, ninja)
             first = min(job.started + job.limit for job in running.values())
             wait([job.process.sentinel for job in running.values()], max(0.0, first - time.monotonic()))
             for copy, job in list(running.items()):
@@ -162,7 +168,7 @@ def run_jobs(jobs: list[Job], copies: list[Path], limit: float, ninja: str) -> I
             _end(job, copy, True)
 
 
-def _start(job: Job, copy: Path, limit: float, ninja: str) -> Running:
+def _start(job: Job, copy: Path, ninja: str) -> Running:
     shutil.rmtree(work_of(copy), ignore_errors=True)
     work_of(copy).mkdir()
     shutil.rmtree(copy / ".hypothesis", ignore_errors=True)
@@ -172,7 +178,7 @@ def _start(job: Job, copy: Path, limit: float, ninja: str) -> Running:
     process = PROCESSES.Process(target=run_job, args=(job, copy, ninja, sender))
     process.start()
     sender.close()
-    return Running(job, process, receiver, time.monotonic(), limit + BUILDING * job.compiled)
+    return Running(job, process, receiver, time.monotonic(), job.limit + BUILDING * job.compiled)
 
 
 def _end(running: Running, copy: Path, late: bool) -> Outcome:
@@ -225,17 +231,22 @@ def preload() -> None:
 def main(scratch: Path) -> None:
     plan: dict[str, Any] = json.loads((scratch / "plan.json").read_text(encoding="utf-8"))
     copies = [Path(copy) for copy in plan["copies"]]
-    clean = [Job(tests[0], tests, None) for tests in plan["clean"]]
-    faults = [Fault(*values) for values in plan["faults"]]
     preload()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends what was started
-    for jobs in (clean, [Job(fault.name, list(fault.tests), fault) for fault in faults]):
-        outcomes = set()
-        for outcome in run_jobs(jobs, copies, plan["limit"], plan["ninja"]):
-            print(json.dumps(outcome._asdict()), flush=True)
-            outcomes.add(outcome.outcome)
-        if jobs is clean and outcomes - {"passed"}:
+    seconds = {}
+    for outcome in run_jobs(
+        [Job(file_of(tests[0]), tests, None, UNCHANGED) for tests in plan["clean"]], copies, ""
+    ):
+        print(json.dumps(outcome._asdict()), flush=True)
+        if outcome.outcome != "passed":
             return
+        seconds[outcome.name] = outcome.seconds
+    jobs = []
+    for fault in (Fault(*values) for values in plan["faults"]):
+        usual = sum(seconds[file] for file in {file_of(test) for test in fault.tests})
+        jobs.append(Job(fault.name, list(fault.tests), fault, plan["limit"] + SLOWER * usual))
+    for outcome in run_jobs(jobs, copies, plan["ninja"]):
+        print(json.dumps(outcome._asdict()), flush=True)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from mutants import builder, outcomes, workshop
-from mutants.faults import COMPILED, TRITON, Fault, digest, read_lists
+from mutants.faults import COMPILED, TRITON, Fault, digest, file_of, read_lists
 from mutants.outcomes import Outcome
 
 
@@ -66,7 +66,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, default=2, help="faults at the same time (default: %(default)s)"
     )
-    parser.add_argument("--limit", type=float, default=240, help="seconds for the tests of one fault")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=60,
+        help="seconds of one fault, and ten times what its tests usually take",
+    )
     parser.add_argument("--output", type=Path, help="a JSON file for the result")
     parser.add_argument("--verbose", action="store_true", help="say of each fault what noticed it")
     return parser.parse_args()
@@ -119,11 +124,8 @@ def prepare(scratch: Path, faults: list[Fault], options: argparse.Namespace) -> 
 def related(faults: list[Fault]) -> list[list[str]]:
     """Return the tests of faults, those of each file together."""
     tests = dict.fromkeys(test for fault in faults for test in fault.tests)
-    files = dict.fromkeys(test.partition("::")[0] for test in tests)
-    return [
-        [file] if file in tests else [test for test in tests if test.partition("::")[0] == file]
-        for file in files
-    ]
+    files = dict.fromkeys(file_of(test) for test in tests)
+    return [[file] if file in tests else [test for test in tests if file_of(test) == file] for file in files]
 
 
 def observed(python: Path, scratch: Path, faults: list[Fault], verbose: bool) -> Iterator[Outcome]:
