@@ -48,9 +48,9 @@ class Fault(NamedTuple):
         return text.replace(self.old, self.new)
 
 
-def read_lists() -> list[Fault]:
-    """Return the faults of all lists."""
-    return [fault for path in sorted(LISTS.glob("*.toml")) for fault in read_list(path)]
+def read_lists(folder: Path = LISTS) -> list[Fault]:
+    """Return the faults of all lists in a folder."""
+    return [fault for path in sorted(folder.glob("*.toml")) for fault in read_list(path)]
 
 
 def read_list(path: Path) -> list[Fault]:

@@ -121,10 +121,9 @@ def sentence(result: dict[str, Any]) -> str:
     """Return what CONTRIBUTING.md says of a result."""
     counts = result["all"]
     run = counts["planted"] - counts[NOT_RUN]
-    least = min(
-        (room[DIED] / (room["planted"] - room[NOT_RUN]), name) for name, room in result["rooms"].items()
-    )
+    least = min(room[DIED] / (room["planted"] - room[NOT_RUN]) for room in result["rooms"].values())
+    died = f"{counts[DIED]} ({100 * counts[DIED] / run:.1f} %)"
     return (
-        f"Of {run} planted faults, {counts[DIED]} are noticed ({counts[DIED] / run:.1%}), "
-        f"in each room at least {least[0]:.1%}; the lists say why the other {run - counts[DIED]} are not."
+        f"Of {run} planted faults the tests notice {died}, and in each room at least {100 * least:.1f} %; "
+        f"the lists say why the other {run - counts[DIED]} go unnoticed."
     )

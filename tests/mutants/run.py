@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from mutants import builder, outcomes, workshop
-from mutants.faults import COMPILED, TRITON, Fault, digest, file_of, read_lists
+from mutants.faults import COMPILED, LISTS, TRITON, Fault, digest, file_of, read_lists
 from mutants.outcomes import Outcome
 
 
@@ -40,12 +40,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="minrnn-faults-") as scratch:
         python = prepare(Path(scratch).resolve(), faults, options)
         found = list(observed(python, Path(scratch).resolve(), faults, options.verbose))
-    whole = not (options.room or options.file or options.sample is not None)
+    whole = not (options.room or options.without or options.file or options.sample is not None)
     found += [Outcome(fault, "not run", "triton is not installed", 0.0) for fault in left_out]
     print(outcomes.table(found))
     print(f"{len(faults)} faults in {(time.monotonic() - started) / 60:.1f} min")
     if options.output is not None:
-        result = outcomes.as_json(found, digest(read_lists()) if whole else None)
+        result = outcomes.as_json(found, digest(read_lists(options.lists)) if whole else None)
         options.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(outcomes.sentence(result))
     print("".join(f"{line}\n" for line in outcomes.out_of_date(found)), end="")
@@ -64,6 +64,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sample", type=int, metavar="N", help="N faults, drawn from those")
     parser.add_argument("--seed", type=int, default=0, help="decides the draw")
     parser.add_argument(
+        "--lists", type=Path, default=LISTS, help="the folder of the lists (default: this one)"
+    )
+    parser.add_argument(
         "--workers", type=int, default=2, help="faults at the same time (default: %(default)s)"
     )
     parser.add_argument(
@@ -79,7 +82,7 @@ def parse() -> argparse.Namespace:
 
 def select(options: argparse.Namespace) -> tuple[list[Fault], list[Fault]]:
     """Return the faults to be planted, and those that cannot be run here."""
-    faults = read_lists()
+    faults = read_lists(options.lists)
     known = {"room": {fault.room for fault in faults}, "file": {fault.file for fault in faults}}
     for kind, given in (("room", options.room + options.without), ("file", options.file)):
         if unknown := set(given) - known[kind]:
