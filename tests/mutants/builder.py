@@ -19,6 +19,7 @@ def first_build(copy: Path) -> Path:
     options = [
         "-G",
         "Ninja",
+        "-DMINRNN_ONE_ISA=ON",
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
     ]
