@@ -9,13 +9,15 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from mutants.workshop import use_extension
+
 
 class NotBuiltError(Exception):
     """The compiler's message."""
 
 
-def first_build(copy: Path) -> Path:
-    """Build the extension of a copy without a fault, with the tools of the running environment; return it."""
+def first_build(copy: Path) -> None:
+    """Build the extension of a copy without a fault, with the tools of the running environment."""
     options = [
         "-G",
         "Ninja",
@@ -26,7 +28,6 @@ def first_build(copy: Path) -> Path:
     _run([tool("cmake"), "-S", str(copy), "-B", str(_folder(copy)), *options])
     _run([tool("ninja"), "-C", str(_folder(copy))])
     shutil.copytree(_folder(copy), _clean(copy))
-    return _extension(copy)
 
 
 def build(copy: Path, ninja: str) -> None:
@@ -34,7 +35,7 @@ def build(copy: Path, ninja: str) -> None:
     shutil.rmtree(_folder(copy))  # what the fault before this one left
     shutil.copytree(_clean(copy), _folder(copy))  # with its times, which tell ninja what it has to build
     _run([ninja, "-C", str(_folder(copy))])
-    shutil.copy(_extension(copy), copy / "src/minrnn/ops")
+    use_extension(_folder(copy), copy)
 
 
 def tool(name: str) -> str:
@@ -57,7 +58,3 @@ def _folder(copy: Path) -> Path:
 
 def _clean(copy: Path) -> Path:
     return copy.with_name(f"{copy.name}-build-clean")
-
-
-def _extension(copy: Path) -> Path:
-    return next(_folder(copy).glob("_cpu*.*"))

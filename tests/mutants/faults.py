@@ -36,6 +36,11 @@ class Fault(NamedTuple):
     """Why no test can notice it."""
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether it is planted in a source of the extension."""
+        return self.file.startswith(f"{COMPILED}/")
+
+    @property
     def place(self) -> str:
         """The file and the line."""
         text = (REPOSITORY / self.file).read_text(encoding="utf-8")
@@ -79,6 +84,15 @@ def _fault(name: str, room: str, entry: dict[str, Any], default: list[str]) -> F
 def file_of(test: str) -> str:
     """Return the file of a test."""
     return test.partition("::")[0]
+
+
+def related(faults: Iterable[Fault]) -> dict[str, list[str]]:
+    """Return the tests of faults by their file; a file alone stands for all that it holds."""
+    tests = dict.fromkeys(test for fault in faults for test in fault.tests)
+    files = dict.fromkeys(map(file_of, tests))
+    return {
+        file: [file] if file in tests else [test for test in tests if file_of(test) == file] for file in files
+    }
 
 
 def digest(faults: Iterable[Fault]) -> str:

@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib import import_module
 from multiprocessing.connection import Connection, wait
@@ -26,8 +26,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from mutants.builder import NotBuiltError, build
-from mutants.faults import COMPILED, Fault, file_of
-from mutants.workshop import environment_of, work_of
+from mutants.faults import Fault, file_of, related
+from mutants.workshop import environment_of, use_extension, work_of
 
 PRELOADED = (
     "numpy",
@@ -67,10 +67,8 @@ class Job(NamedTuple):
     fault: Fault | None
     limit: float
     """Seconds for the tests."""
-
-    @property
-    def compiled(self) -> bool:
-        return self.fault is not None and self.fault.file.startswith(f"{COMPILED}/")
+    compiled: bool
+    """Whether the extension is built first."""
 
 
 class Outcome(NamedTuple):
@@ -135,7 +133,7 @@ def run_job(job: Job, copy: Path, ninja: str, answer: Connection) -> None:
 def _pytest(tests: list[str], copy: Path) -> tuple[str, str]:
     """Run tests until one fails; return the outcome and what failed."""
     failures = Failures()
-    options = ["-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=0"]
+    options = ["-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=0", "--timeout=0"]
     status = pytest.main([*options, f"--basetemp={work_of(copy) / 'tmp'}", *tests], plugins=[failures])
     imported = getattr(sys.modules.get("minrnn"), "__file__", None)
     if imported is not None and not Path(imported).is_relative_to(copy):
@@ -190,7 +188,9 @@ def _end(running: Running, copy: Path, late: bool) -> Outcome:
         os.killpg(process.pid, signal.SIGKILL)
     process.join()
     if job.fault is not None:
-        _take_out(job, copy)
+        shutil.copy2(_kept(copy), copy / job.fault.file)  # with its time, by which ninja knows it
+    if job.compiled:
+        use_extension(copy.with_name("extension"), copy)
     seconds = time.monotonic() - running.started
     try:
         outcome, by = running.answer.recv() if running.answer.poll() else ("failed", "")
@@ -207,14 +207,6 @@ def _plant(fault: Fault, copy: Path) -> None:
     path.write_text(fault.planted(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-def _take_out(job: Job, copy: Path) -> None:
-    assert job.fault is not None
-    shutil.copy2(_kept(copy), copy / job.fault.file)  # with its time, by which ninja knows it
-    if job.compiled:
-        for extension in copy.with_name("extension").iterdir():
-            shutil.copy(extension, copy / "src/minrnn/ops")
-
-
 def _kept(copy: Path) -> Path:
     return copy.with_name(f"{copy.name}-kept")
 
@@ -228,24 +220,45 @@ def preload() -> None:
     assert not found, f"minrnn must not be loaded before a fault is planted, and {found[0]} is"
 
 
+def unchanged(faults: list[Fault]) -> list[Job]:
+    """Return jobs that run the tests of faults without one, file by file; those of csrc with a new build."""
+    of_kind = {
+        compiled: [fault for fault in faults if fault.is_compiled == compiled] for compiled in (False, True)
+    }
+    return [
+        Job(_name_of(file, compiled), tests, None, UNCHANGED, compiled)
+        for compiled, some in of_kind.items()
+        for file, tests in related(some).items()
+    ]
+
+
+def planted(fault: Fault, least: float, seconds: Mapping[str, float]) -> Job:
+    """Return the job of a fault; it may take long beside what its tests took without one."""
+    usual = sum(
+        seconds[_name_of(file, fault.is_compiled)] for file in {file_of(test) for test in fault.tests}
+    )
+    return Job(fault.name, list(fault.tests), fault, least + SLOWER * usual, fault.is_compiled)
+
+
+def _name_of(file: str, compiled: bool) -> str:
+    return f"{file}, built anew" if compiled else file
+
+
 def main(scratch: Path) -> None:
     plan: dict[str, Any] = json.loads((scratch / "plan.json").read_text(encoding="utf-8"))
     copies = [Path(copy) for copy in plan["copies"]]
+    faults = [Fault(*values) for values in plan["faults"]]
     preload()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends what was started
     seconds = {}
-    for outcome in run_jobs(
-        [Job(file_of(tests[0]), tests, None, UNCHANGED) for tests in plan["clean"]], copies, ""
-    ):
+    for outcome in run_jobs(unchanged(faults), copies, plan["ninja"]):
         print(json.dumps(outcome._asdict()), flush=True)
         if outcome.outcome != "passed":
             return
         seconds[outcome.name] = outcome.seconds
-    jobs = []
-    for fault in (Fault(*values) for values in plan["faults"]):
-        usual = sum(seconds[file] for file in {file_of(test) for test in fault.tests})
-        jobs.append(Job(fault.name, list(fault.tests), fault, plan["limit"] + SLOWER * usual))
-    for outcome in run_jobs(jobs, copies, plan["ninja"]):
+    for outcome in run_jobs(
+        [planted(fault, plan["limit"], seconds) for fault in faults], copies, plan["ninja"]
+    ):
         print(json.dumps(outcome._asdict()), flush=True)
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from mutants import builder, outcomes, workshop
-from mutants.faults import COMPILED, LISTS, TRITON, Fault, digest, file_of, read_lists
+from mutants.faults import LISTS, TRITON, Fault, digest, read_lists
 from mutants.outcomes import Outcome
 
 
@@ -102,33 +102,25 @@ def prepare(scratch: Path, faults: list[Fault], options: argparse.Namespace) -> 
     extension = workshop.extension()
     for copy in copies:
         workshop.copy_checkout(copy, extension)
-    ninja = ""
-    if any(fault.file.startswith(f"{COMPILED}/") for fault in faults):
-        print("building the extension", flush=True)
-        ninja, extension = builder.tool("ninja"), builder.first_build(copies[0])
     (scratch / "extension").mkdir()
-    kept = shutil.copy(extension, scratch / "extension")
+    shutil.copy(extension, scratch / "extension")
+    ninja = ""
+    if any(fault.is_compiled for fault in faults):
+        print("building the extension", flush=True)
+        ninja = builder.tool("ninja")
+        builder.first_build(copies[0])
     python = workshop.make_environment(scratch / "environment")
     for copy in copies:
-        shutil.copy(kept, copy / "src/minrnn/ops")
         workshop.work_of(copy).mkdir()
         workshop.assert_imported(python, copy)
     plan = {
         "copies": [str(copy) for copy in copies],
         "limit": options.limit,
         "ninja": ninja,
-        "clean": related(faults),
         "faults": faults,
     }
     (scratch / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     return python
-
-
-def related(faults: list[Fault]) -> list[list[str]]:
-    """Return the tests of faults, those of each file together."""
-    tests = dict.fromkeys(test for fault in faults for test in fault.tests)
-    files = dict.fromkeys(file_of(test) for test in tests)
-    return [[file] if file in tests else [test for test in tests if file_of(test) == file] for file in files]
 
 
 def observed(python: Path, scratch: Path, faults: list[Fault], verbose: bool) -> Iterator[Outcome]:

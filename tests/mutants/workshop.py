@@ -46,6 +46,12 @@ def copy_checkout(to: Path, compiled: Path) -> None:
     compileall.compile_dir(to / "src", quiet=1, invalidation_mode=PycInvalidationMode.CHECKED_HASH)
 
 
+def use_extension(folder: Path, copy: Path) -> None:
+    """Put the extension that lies in a folder into its place in a copy."""
+    for extension in folder.glob("_cpu*.*"):
+        shutil.copy(extension, copy / "src/minrnn/ops")
+
+
 def make_environment(folder: Path) -> Path:
     """Make an environment that borrows all packages of the running one, and return its interpreter.
 
