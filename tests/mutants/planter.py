@@ -91,18 +91,21 @@ class Running(NamedTuple):
 
 
 class Failures:
-    """A plugin of pytest that keeps the names of what failed."""
+    """A plugin of pytest that keeps the names of what failed, and why."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self.reasons: list[str] = []
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self.names.append(f"import of {report.nodeid}")
+            self.reasons.append(report.longreprtext)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
             self.names.append(report.nodeid)
+            self.reasons.append(report.longreprtext)
 
 
 def run_job(job: Job, copy: Path, ninja: str, answer: Connection) -> None:
@@ -127,20 +130,22 @@ def run_job(job: Job, copy: Path, ninja: str, answer: Connection) -> None:
         except NotBuiltError as error:
             answer.send(("error", f"does not compile: {error}"))
             return
-    answer.send(_pytest(job.tests, copy))
+    answer.send(_pytest(job, copy))
 
 
-def _pytest(tests: list[str], copy: Path) -> tuple[str, str]:
-    """Run tests until one fails; return the outcome and what failed."""
+def _pytest(job: Job, copy: Path) -> tuple[str, str]:
+    """Run tests until one fails; return the outcome and what failed, and without a fault why, too."""
     failures = Failures()
     options = ["-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=0", "--timeout=0"]
-    status = pytest.main([*options, f"--basetemp={work_of(copy) / 'tmp'}", *tests], plugins=[failures])
+    status = pytest.main([*options, f"--basetemp={work_of(copy) / 'tmp'}", *job.tests], plugins=[failures])
     imported = getattr(sys.modules.get("minrnn"), "__file__", None)
     if imported is not None and not Path(imported).is_relative_to(copy):
         return "error", f"{imported} was imported, and not the copy"
     if status == pytest.ExitCode.OK:
         return "passed", ""
-    return "failed", failures.names[0] if failures.names else f"pytest: {pytest.ExitCode(status).name}"
+    if not failures.names:
+        return "failed", f"pytest: {pytest.ExitCode(status).name}"
+    return "failed", "\n".join(failures.names[:1] + (failures.reasons[:1] if job.fault is None else []))
 
 
 def run_jobs(jobs: list[Job], copies: list[Path], ninja: str) -> Iterator[Outcome]:
@@ -155,10 +160,11 @@ def run_jobs(jobs: list[Job], copies: list[Path], ninja: str) -> Iterator[Outcom
                 if copy not in running and queue:
                     running[copy] = _start(queue.pop(0), copy, ninja)
             first = min(job.started + job.limit for job in running.values())
-            wait([job.process.sentinel for job in running.values()], max(0.0, first - time.monotonic()))
+            ends = [end for job in running.values() for end in (job.answer, job.process.sentinel)]
+            ready = wait(ends, max(0.0, first - time.monotonic()))
             for copy, job in list(running.items()):
                 late = time.monotonic() > job.started + job.limit
-                if late or not job.process.is_alive():
+                if late or job.answer in ready or job.process.sentinel in ready:
                     del running[copy]
                     yield _end(job, copy, late)
     finally:
@@ -183,9 +189,9 @@ def _end(running: Running, copy: Path, late: bool) -> Outcome:
     """End what a job has started, take its fault out, and return what came of it."""
     job, process = running.job, running.process
     assert process.pid is not None
-    process.kill()
-    with suppress(ProcessLookupError):  # not reaped yet, so nobody else's number
+    with suppress(ProcessLookupError):  # it is not reaped yet: the number is nobody else's
         os.killpg(process.pid, signal.SIGKILL)
+    process.kill()  # before it has a group
     process.join()
     if job.fault is not None:
         shutil.copy2(_kept(copy), copy / job.fault.file)  # with its time, by which ninja knows it
@@ -196,6 +202,7 @@ def _end(running: Running, copy: Path, late: bool) -> Outcome:
         outcome, by = running.answer.recv() if running.answer.poll() else ("failed", "")
     except EOFError:  # it ended before it could answer
         outcome, by = "failed", ""
+    running.answer.close()
     if outcome == "failed" and not by:
         by = f"the limit of {running.limit:.0f} s" if late else f"exit status {process.exitcode}"
     return Outcome(job.name, outcome, by, round(seconds, 2))

@@ -35,8 +35,10 @@ def main() -> int:
     options = parse()
     faults, left_out = select(options)
     started = time.monotonic()
+    if left_out:
+        print(f"{len(left_out)} faults of {TRITON} are not run: Triton is not installed")
     if not faults:
-        sys.exit("run.py: no faults to be planted")
+        sys.exit("run.py: there is no fault to plant")
     with tempfile.TemporaryDirectory(prefix="minrnn-faults-") as scratch:
         python = prepare(Path(scratch).resolve(), faults, options)
         found = list(observed(python, Path(scratch).resolve(), faults, options.verbose))
@@ -136,7 +138,7 @@ def observed(python: Path, scratch: Path, faults: list[Fault], verbose: bool) ->
                 fault = by_name.get(found["name"])
                 if fault is None:
                     if found["outcome"] != "passed":
-                        sys.exit(f"run.py: without a fault, {found['by']} fails")
+                        sys.exit(f"run.py: the tests fail without a fault: {found['by']}")
                     if verbose:
                         print(f"unchanged: {found['name']} passes, {found['seconds']:.1f} s", flush=True)
                     continue
