@@ -546,6 +546,20 @@ def test_divergence_is_said_with_its_step_and_leaves_finite_checkpoints(corpus: 
         assert all(value.isfinite().all() for value in weights(tmp_path / "run", which.name).values())
 
 
+@pytest.mark.parametrize("found", [(math.nan, 1.0), (1.0, math.inf), (-math.inf, math.nan)])
+def test_divergence_is_of_the_step_whose_loss_or_norm_it_is(
+    corpus: Path, tmp_path: Path, found: tuple[float, float]
+) -> None:
+    run = Run(run_config(corpus), tmp_path, RunLog())
+    run.state.step = 9
+    run._pending = [torch.tensor(pair) for pair in ((2.0, 3.0), found, (2.0, 3.0))]
+    with pytest.raises(
+        NonFiniteLossError, match="at step 8: its loss is {} and .* gradient {};".format(*found)
+    ):
+        run.report()
+    assert (run.state.losses, run.state.grad_norms) == ([2.0], [3.0])
+
+
 def test_a_validation_loss_that_is_not_finite_stops_the_run_before_it_is_best(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ import argparse
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ def main() -> int:
     options = parse()
     faults, left_out = select(options)
     started = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # cleans up, as Ctrl-C does
     if left_out:
         print(f"{len(left_out)} faults of {TRITON} are not run: Triton is not installed")
     if not faults:
