@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -54,6 +55,7 @@ from minrnn.experiments.trained import (
     training_seconds,
 )
 from minrnn.experiments.variants import VARIANTS, every_mixer
+from minrnn.files import InUseError
 from minrnn.mixers import MIXERS
 from minrnn.ops import GATES
 from minrnn.training import Interrupted, NonFiniteLossError, RunConfig, load_recipe, read_config
@@ -361,6 +363,35 @@ def test_two_in_one_folder_compute_each_trial_once(tmp_path: Path, monkeypatch: 
     assert not (folder.path / "unfinished").exists()
 
 
+def test_trials_are_numbered_once_though_some_are_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of four is another process's at first, which then abandons it; the first is finished."""
+    begun: list[tuple[str, int, int]] = []
+
+    class Numbers(Silence):
+        def begin(self, name: str, number: int, total: int) -> None:
+            begun.append((name, number, total))
+
+    choice = Choice("tiny", seeds=4, mixers=("mingru",), device="cpu")
+    names = [trial.name for trial in stability.EXPERIMENT.trials(choice)][:4]
+    monkeypatch.setattr(stability.Stability, "measure", lambda *_: {})
+    monkeypatch.setattr(stability.Stability, "tables", lambda *_: [])
+    monkeypatch.setattr(stability.Stability, "draw", lambda *_: None)
+    reproduce(stability.EXPERIMENT, choice, tmp_path, Silence(), only=names[:1])
+    claimed, refused = runner.claim, [names[1]]
+
+    def claim(folder: Path, say: Any) -> Any:
+        if folder.name in refused:
+            refused.clear()
+            raise InUseError(errno.EBUSY, "in use", str(folder))
+        return claimed(folder, say)
+
+    monkeypatch.setattr(runner, "claim", claim)
+    reproduce(stability.EXPERIMENT, choice, tmp_path, Numbers(), only=names)
+    assert begun == [(names[2], 3, 4), (names[3], 4, 4), (names[1], 4, 4)]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -575,6 +606,8 @@ def test_finished_trials_of_this_machine_say_best_how_long_others_take(
     whole = estimate(stability.EXPERIMENT, trials, choice, [record], asked.append, lambda: 0.0)
     assert whole == pytest.approx(2 * record["seconds"] + 4 * 1000.0)
     assert trials[0].name not in asked
+    several = [record | {"seconds": seconds} for seconds in (90.0, 10.0, 20.0)]
+    assert estimate(stability.EXPERIMENT, trials, choice, several, asked.append, lambda: 0.0) == 4040.0
     elsewhere = record | {"machine": {**record["machine"], "processor": "another"}}
     assert estimate(stability.EXPERIMENT, trials, choice, [elsewhere], asked.append, lambda: 0.0) == 6000.0
 

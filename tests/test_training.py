@@ -577,6 +577,19 @@ def test_weights_that_are_not_finite_are_not_saved(corpus: Path, tmp_path: Path)
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_the_seconds_of_a_run_are_those_of_all_its_sessions(corpus: Path, tmp_path: Path) -> None:
+    first = Run(run_config(corpus), tmp_path, RunLog())
+    first.begin(resume=False)
+    first._session_started -= 5000
+    first.step()
+    first.save()
+    second = Run(run_config(corpus), tmp_path, RunLog())
+    second.begin(resume=True)
+    second._session_started -= 300
+    assert 5300 <= second._seconds() < 5400
+    assert 5300 <= second.finish()["seconds"] < 5400
+
+
 def test_resuming_a_run_that_is_not_there(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is not a run directory"):
         trained(run_config(corpus), tmp_path / "run", resume=True)

@@ -53,7 +53,7 @@ BUILDING = 1800
 """Seconds that a build may take beside the tests' limit."""
 UNCHANGED = 3600
 """Seconds that the tests of a file may take without a fault."""
-SLOWER = 10
+SLOWER = 4
 """How many times as long they may take with one: the machine may have become busier."""
 
 PROCESSES = multiprocessing.get_context("fork")

@@ -77,7 +77,7 @@ def parse() -> argparse.Namespace:
         "--limit",
         type=float,
         default=60,
-        help="seconds of one fault, and ten times what its tests usually take",
+        help="seconds of one fault, and four times what its tests usually take",
     )
     parser.add_argument("--output", type=Path, help="a JSON file for the result")
     parser.add_argument("--verbose", action="store_true", help="say of each fault what noticed it")
