@@ -506,6 +506,13 @@ def test_a_trial_is_looked_up_by_its_name() -> None:
         pick(trials, ["mingru-seed1"])
 
 
+def test_trials_are_of_one_kind_if_their_seeds_alone_differ() -> None:
+    kinds = {
+        Trial("", {"mixer": mixer, "layers": 2, "seed": seed}, {}).kind for mixer in "ab" for seed in (0, 1)
+    }
+    assert kinds == {(("mixer", "a"), ("layers", 2)), (("mixer", "b"), ("layers", 2))}
+
+
 def test_the_time_left_is_that_of_the_most_similar_trials() -> None:
     def record(mixer: str, layers: int, seconds: float) -> Record:
         return {"setting": {"mixer": mixer, "layers": layers, "seed": 0}, "seconds": seconds}

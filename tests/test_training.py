@@ -626,6 +626,16 @@ def test_a_resumed_run_may_be_longer_but_not_another(corpus: Path, tmp_path: Pat
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 15
 
 
+def test_a_run_that_has_all_its_steps_is_finished_again(corpus: Path, tmp_path: Path) -> None:
+    config = run_config(corpus, steps=2)
+    first = trained(config, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    again = trained(config, tmp_path / "run", resume=True)
+    assert timeless([again]) == timeless([first])
+    with pytest.raises(ValueError, match="at least the 2 that are done, got 1"):
+        trained(run_config(corpus, steps=1), tmp_path / "run", resume=True)
+
+
 def test_a_changed_text_is_not_resumed(tmp_path: Path) -> None:
     corpus = tmp_path / "text.txt"
     corpus.write_text("one two three four\n" * 100)
