@@ -52,6 +52,7 @@ from minrnn.experiments.trained import (
     PROBE_SEQUENCES,
     TrainedExperiment,
     step_seconds,
+    training,
     training_seconds,
 )
 from minrnn.experiments.variants import VARIANTS, every_mixer
@@ -256,6 +257,24 @@ def test_a_recipe_for_several_mixers_is_the_recipe() -> None:
             model={"mixer": setting["mixer"]}, train={"seed": setting["seed"]}
         )
         assert RunConfig.from_dict(trial.config) == recipe
+
+
+def test_settings_of_a_scale_come_after_those_of_all_scales_and_after_the_recipes() -> None:
+    experiment = SelectiveCopying()
+    experiment.common_train = {"steps": 5, "learning_rate": 0.5, "precision": "bfloat16-products"}
+    size = dataclasses.replace(experiment.tiny, train={"steps": 9}, model={"d_model": 24}, task={})
+    config = experiment.config(size, "mingru")
+    assert (config.train.steps, config.train.learning_rate, config.model.d_model) == (9, 0.5, 24)
+    assert config.task == load_recipe(experiment.recipe).task
+    precisions = [experiment.config(size, mixer).train.precision for mixer in ("mingru", "attention")]
+    assert precisions == ["bfloat16-products", "float32"]
+    assert experiment.config(size, "mingru-signed").model.signed
+
+
+def test_runs_are_evaluated_and_saved_at_the_same_steps() -> None:
+    same = {"eval_every": 12, "checkpoint_every": 12}
+    assert training(every=12, logs=4, steps=7) == {**same, "log_every": 3, "steps": 7}
+    assert training(every=12, logs=24) == {**same, "log_every": 1}
 
 
 @pytest.mark.parametrize("scale", ["cpu", "paper"])

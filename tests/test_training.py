@@ -626,6 +626,15 @@ def test_a_resumed_run_may_be_longer_but_not_another(corpus: Path, tmp_path: Pat
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 15
 
 
+@pytest.mark.parametrize(("warmup_steps", "said"), [(11, False), (12, True), (13, True)])
+def test_a_warm_up_that_never_ends_is_said(
+    corpus: Path, tmp_path: Path, warmup_steps: int, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = run_config(corpus, steps=12, warmup_steps=warmup_steps)
+    Run(config, tmp_path, RunLog(Console(file=sys.stdout))).begin(resume=False)
+    assert ("the peak rate is never reached" in capsys.readouterr().out) == said
+
+
 def test_a_run_that_has_all_its_steps_is_finished_again(corpus: Path, tmp_path: Path) -> None:
     config = run_config(corpus, steps=2)
     first = trained(config, tmp_path / "run")
