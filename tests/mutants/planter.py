@@ -115,8 +115,9 @@ def run_job(job: Job, copy: Path, ninja: str, answer: Connection) -> None:
     log = os.open(work_of(copy) / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(log, stream)
+    variables = environment_of(copy)
     os.environ.clear()
-    os.environ.update(environment_of(copy))
+    os.environ.update(variables)
     os.chdir(copy)
     sys.path[:] = [
         str(copy / "src"),
