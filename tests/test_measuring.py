@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from minrnn.benchmarks import (
@@ -210,6 +211,18 @@ def test_leaves_of_a_layers_step_are_its_input_and_all_weights(monkeypatch: pyte
     )
     layer.layer_systems(case("mingru", B=2, T=3, D=4), {}, 5)
     assert leaves == [[(2, 3, 5), (8, 5), (8,)]] * 3
+
+
+@pytest.mark.parametrize(("asked", "read"), [(0, 4), (7, 7)])
+def test_layers_read_as_many_channels_as_asked(
+    asked: int, read: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(layer, "layer_systems", lambda case, peers, input_size: seen.append(input_size))
+    of = case("mingru", B=1, T=1, D=4)
+    monkeypatch.setattr(layer, "run", lambda kind, options, cells, peers, systems, *_: systems(of, {}))
+    layer.bench_layer(layer.LayerBench(input_size=asked), [], Console())
+    assert seen == [read]
 
 
 def test_our_layer_is_timed_with_recomputation_too() -> None:

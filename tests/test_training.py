@@ -635,6 +635,19 @@ def test_a_warm_up_that_never_ends_is_said(
     assert ("the peak rate is never reached" in capsys.readouterr().out) == said
 
 
+def test_results_are_of_the_last_weights_and_not_of_those_evaluated_before(
+    corpus: Path, tmp_path: Path
+) -> None:
+    run = Run(run_config(corpus, eval_tokens=0), tmp_path, RunLog())
+    run.begin(resume=False)
+    for _ in range(2):
+        run.step()
+        run.evaluate()
+    assert run.finish()["step"] == 2
+    run.step()
+    assert run.finish()["step"] == 3
+
+
 def test_a_run_that_has_all_its_steps_is_finished_again(corpus: Path, tmp_path: Path) -> None:
     config = run_config(corpus, steps=2)
     first = trained(config, tmp_path / "run")
