@@ -155,6 +155,22 @@ def test_whoever_lacks_memory_is_left_out(run: Callable[..., int], monkeypatch: 
     assert "| gru-loop | failed |" in Path("it.md").read_text()
 
 
+def test_a_case_that_does_not_fit_is_left_out(
+    run: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def large(*_: object, **__: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(gpu, "scan_systems", large)
+    assert run("--dry") == 0
+    left_out = document()["left_out"]
+    assert {left["reason"] for left in left_out} == {"the device's memory does not suffice"}
+    assert {left["stage"] for left in left_out} == {"peers"}
+    assert stage("shares")
+    assert stage("steps")
+    assert not stage("peers")
+
+
 def test_without_a_gpu_it_says_so(
     run: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -590,6 +590,7 @@ def test_a_step_is_estimated_without_its_first_and_without_what_disturbs_a_few()
 def test_what_a_step_costs_without_sequences_is_not_multiplied() -> None:
     """3 seconds of which sequences are a tenth: in proportion, a step of 64 would be 58 seconds."""
     assert step_seconds(busy({4: 3.6, 8: 4.2, 64: 12.6}, 0.0, 1), 64) == pytest.approx(12.6)  # by a line
+    assert step_seconds(busy({4: 3.6, 8: 4.2, 64: 99.0}, 0.0, 1), 64) == pytest.approx(12.6)
     assert step_seconds(busy({4: 3.0, 8: 3.0, 64: 9.0}, 0.0, 1), 64) == 9.0  # measured, as the line is short
     assert step_seconds(busy({4: 20.0, 8: 12.0, 64: 99.0}, 0.0, 1), 64) == 20.0  # never below what was seen
     assert PROBE_SEQUENCES == 4

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import io
 import math
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +20,10 @@ from minrnn.benchmarks import (
     check,
     gpu,
     layer,
+    options,
+    peers,
     plots,
+    report,
     scan,
     selective,
     session,
@@ -380,3 +385,94 @@ def test_a_step_is_timed_in_the_compiled_engine_or_not_at_all(monkeypatch: pytes
 def test_other_recurrences_are_not_compared_with_our_model() -> None:
     systems = step._systems(case("mingru", B=1, D=4, L=1), step.STEP_PEERS)
     assert [name for name, system in systems.items() if system.errors is None] == ["gru", "lstm"]
+
+
+def test_crowds_of_names_keep_their_distance_as_a_whole() -> None:
+    assert plots.spread([0.1, 0.1, 0.1, 0.25], 0.1) == pytest.approx([-0.0125, 0.0875, 0.1875, 0.2875])
+
+
+def test_plots_of_equal_results_are_equal_files(tmp_path: Path) -> None:
+    matplotlib = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed")
+    assert plots.save_figure(matplotlib.Figure, tmp_path) is None
+    assert "<dc:date>" not in (tmp_path / "plot.svg").read_text()
+    assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+def test_a_warm_call_is_as_long_as_the_shortest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_elapsed", clock_of(5.0, 3.0, 4.0))
+    assert timing._cost(lambda: {}, 100.0) == 3.0
+    monkeypatch.setattr(timing, "_elapsed", clock_of(5.0))
+    assert timing._cost(lambda: {}, 10.0) == 5.0
+
+
+def test_a_range_may_hold_one_size() -> None:
+    assert options.lengths("64..64") == [64]
+    with pytest.raises(ValueError, match=r"got '64\.\.63'"):
+        options.lengths("64..63")
+
+
+def test_cases_have_the_seed_and_the_threads_that_were_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases: list[Case] = []
+    monkeypatch.setattr(session, "measure_case", lambda kind, case, *_: cases.append(case))
+    monkeypatch.setattr(session.Report, "finish", lambda *_: None)
+    asked = scan.ScanBench(
+        shapes=("1x2x3",), seed=5, threads=(1, 2), peers=("none",), output=tmp_path / "it.json"
+    )
+    scan.bench_scan(asked, [], Console(file=io.StringIO()))
+    assert [(case.seed, case.threads) for case in cases] == [(5, 1), (5, 2)]
+
+
+@pytest.mark.parametrize(("load", "said"), [([0.1, 9.0, 9.0], False), ([4.0, 0.0, 0.0], True), (None, False)])
+def test_a_busy_machine_is_said(
+    load: list[float] | None, said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "load_averages", lambda: load)
+    out = io.StringIO()
+    made = report.Report("scan", tmp_path / "it.json", [], {}, CPU, Console(file=out))
+    assert ("the machine is busy (load 4.0)" in out.getvalue()) == said
+    assert made.write_text("# it") == tmp_path / "it.md"
+    assert (tmp_path / "it.md").read_text() == "# it"
+
+
+@pytest.mark.parametrize(
+    ("record", "verdict"),
+    [
+        ({"status": "equal", "error": {"h": 1e-7, "gradients": 3e-6}}, "3e-06"),
+        ({"status": "inexact", "error": {"h": 0.2, "gradients": 1e-3}}, "2e-01 inexact"),
+        ({"status": "refused", "error": {"h": None, "gradients": 1e-3}}, "inf REFUSED"),
+        ({"status": "failed", "detail": "why"}, "failed: why"),
+        ({"status": "other function"}, "-"),
+        ({"status": "other function", "bytes_per_second": {"forward": 2e9, "step": 3.5e9}}, "3.5 GB/s"),
+    ],
+)
+def test_verdicts_are_of_the_worst_error(record: dict[str, Any], verdict: str) -> None:
+    assert report._verdict(record) == verdict
+
+
+def test_cells_of_the_live_table() -> None:
+    seconds = {"median": 2e-3, "p10": 1e-3, "p90": 4e-3}
+    record = {
+        "status": "equal",
+        "error": {"h": 1e-6},
+        "seconds": {"step": seconds},
+        "times_ours": 1.5,
+        "share": {"step": 0.25},
+        "peak_bytes": 3e6,
+    }
+    in_ms, in_us = (report.CaseView(Console(), "", ("step",), unit, "copy") for unit in ("ms", "us"))
+    assert in_ms._cells(record) == ["1e-06", "2", "1-4", "1.50", "25", "3.0"]
+    assert in_us._cells(record)[1:3] == ["2e+03", "1e+03-4e+03"]
+
+
+def test_16_bits_are_a_reason_to_differ() -> None:
+    reasons = [peers.SCAN_PEERS["loop"].reason(dtype) for dtype in (torch.float32, torch.bfloat16)]
+    assert reasons == ["", "gates and state are kept in 16 bits"]
+    assert peers.SCAN_PEERS["log-space"].reason(torch.float32) == peers.LOG_SPACE
+
+
+def test_their_projection_begins_with_the_candidate() -> None:
+    theirs = torch.nn.Linear(2, 3, bias=False)
+    peers._load_mingru_pytorch(theirs, tuple(torch.full((1, 2), value) for value in (1.0, 2.0, 3.0)))
+    assert theirs.weight.tolist() == [[3, 3], [1, 1], [2, 2]]

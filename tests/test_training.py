@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from minrnn.mixers import MIXERS
 from minrnn.models import ModelConfig, SequenceModel, load_checkpoint, map_state
-from minrnn.tasks import DecisionsConfig, TextConfig, TextTask
+from minrnn.tasks import TASKS, DecisionsConfig, TextConfig, TextTask
 from minrnn.training import (
     Interrupted,
     NonFiniteLossError,
@@ -36,6 +36,7 @@ from minrnn.training import (
     TrainConfig,
     choose_device,
     load_recipe,
+    load_trained,
     read_config,
     read_metrics,
     recipe_names,
@@ -113,6 +114,35 @@ class StopAt(RunLog):
 def test_config_survives_a_round_trip(corpus: Path) -> None:
     config = run_config(corpus)
     assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_configuration_names_its_task(task: str) -> None:
+    config = RunConfig(task=TASKS[task].config_type())
+    assert config.to_dict()["task"]["name"] == task
+    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_what_is_trained_unless_it_is_asked_for_otherwise() -> None:
+    assert dataclasses.asdict(TrainConfig()) == {
+        **{"steps": 1000, "batch_size": 8, "accumulate": 1, "optimizer": "adamw", "learning_rate": 1e-3},
+        **{"min_learning_rate_ratio": 0.1, "warmup_steps": 100, "weight_decay": 0.1, "grad_clip": 1.0},
+        **{"beta1": 0.9, "beta2": 0.95, "precision": "float32", "carry_state": False, "fresh_share": 0.0},
+        **{"eval_every": 250, "eval_tokens": 0, "final_eval_tokens": 0, "checkpoint_every": 250},
+        **{"log_every": 10, "seed": 0, "device": "auto", "threads": 0},
+    }
+
+
+def test_settings_of_a_task_that_depend_on_the_mixer_are_filled_in() -> None:
+    def resolved(mixer: str) -> DecisionsConfig:
+        task = RunConfig(model=ModelConfig(mixer=mixer), task=DecisionsConfig()).resolved().task
+        assert isinstance(task, DecisionsConfig)
+        return task
+
+    assert [(resolved(m).tokens, resolved(m).carry) for m in ("mingru", "attention")] == [
+        ("joined", True),
+        ("interleaved", False),
+    ]
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -194,6 +224,7 @@ def test_unknown_recipe_names_the_nearest() -> None:
         ("weight_decay", math.nan),
         ("warmup_steps", -1),
         ("threads", -1),
+        ("seed", 1 << 64),
     ],
 )
 def test_settings_out_of_range_are_refused(name: str, value: float) -> None:
@@ -633,6 +664,16 @@ def test_a_warm_up_that_never_ends_is_said(
     config = run_config(corpus, steps=12, warmup_steps=warmup_steps)
     Run(config, tmp_path, RunLog(Console(file=sys.stdout))).begin(resume=False)
     assert ("the peak rate is never reached" in capsys.readouterr().out) == said
+
+
+def test_best_and_last_are_loaded_by_their_names(corpus: Path, tmp_path: Path) -> None:
+    run = Run(run_config(corpus), tmp_path, RunLog())
+    run.begin(resume=False)
+    run.step()
+    run.evaluate()
+    run.step()
+    run.save()
+    assert [load_trained(tmp_path, which, torch.device("cpu")).step for which in ("best", "last")] == [1, 2]
 
 
 def test_results_are_of_the_last_weights_and_not_of_those_evaluated_before(
