@@ -5,6 +5,7 @@
 #   make test ARGS="-k scan -x"     with arguments for pytest
 #   make test VENV=/tmp/venv        in another environment
 #   make sanitize                   the compiled engine's tests, under AddressSanitizer and UBSan
+#   make mutants                    which planted faults the tests notice; ARGS="--room ops": those of a package
 
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -21,7 +22,7 @@ ENGINE_TESTS := $(addprefix tests/test_,infinities.py border.py selective_scan.p
   layouts restart extremes nan_propagates_from_its_step_on half_conversions_are_torchs)
 NOT_SANITIZED := where_there_is_no_memory or instruction_set or compile or export or opcheck or gradcheck
 
-.PHONY: demo test slow sanitize lint clean
+.PHONY: demo test slow mutants sanitize lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -34,6 +35,10 @@ test: $(VENV)/.installed
 # What takes minutes: kills, pairs of processes, mutants of every file that is read.
 slow: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(ARGS) tests/slow
+
+# Faults are planted in copies of the checkout, one at a time: tests/mutants. Those of csrc are compiled there.
+mutants: $(VENV)/.installed
+	$(BIN)/python tests/mutants/run.py $(ARGS)
 
 # The extension is built anew, with checks, into an environment of its own, which borrows all else from $(VENV). The
 # sanitizer's library has to be loaded first, and the C++ library with it, so that it finds what it replaces there;

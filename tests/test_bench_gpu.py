@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,6 +105,31 @@ def test_nothing_is_timed_where_a_test_fails(
     assert f"the engine's tests: {status}; nothing is timed" in said.err
 
 
+@pytest.mark.parametrize(
+    ("done", "status"),
+    [
+        ((0, "....\n4 passed in 1.00s"), "passed"),
+        ((0, "4 passed, 1 skipped in 1.00s"), "passed"),
+        ((0, "4 skipped in 1.00s"), "failed"),
+        ((1, "1 failed, 3 passed in 1.00s"), "failed"),
+        (None, "not finished"),
+    ],
+)
+def test_tests_have_passed_if_some_did_and_none_failed(
+    done: tuple[int, str] | None, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(command: list[str], timeout: float, **_: object) -> SimpleNamespace:
+        assert timeout == 7
+        if done is None:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return SimpleNamespace(returncode=done[0], stdout=done[1], stderr="a warning")
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    found = gpu.run_tests(7)
+    assert found["status"] == status
+    assert found["tail"] == ("" if done is None else f"{done[1]}a warning")
+
+
 def test_tests_that_were_skipped_have_not_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As they are where there is no GPU."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # one process is enough
@@ -126,6 +153,22 @@ def test_whoever_lacks_memory_is_left_out(run: Callable[..., int], monkeypatch: 
     assert systems["gru-loop"]["detail"] == "OutOfMemoryError: CUDA out of memory."
     assert systems["gru"]["times_ours"] > 0
     assert "| gru-loop | failed |" in Path("it.md").read_text()
+
+
+def test_a_case_that_does_not_fit_is_left_out(
+    run: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def large(*_: object, **__: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(gpu, "scan_systems", large)
+    assert run("--dry") == 0
+    left_out = document()["left_out"]
+    assert {left["reason"] for left in left_out} == {"the device's memory does not suffice"}
+    assert {left["stage"] for left in left_out} == {"peers"}
+    assert stage("shares")
+    assert stage("steps")
+    assert not stage("peers")
 
 
 def test_without_a_gpu_it_says_so(

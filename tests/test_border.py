@@ -477,6 +477,13 @@ for attempt in range(2):
         assert "DefaultCPUAllocator: can't allocate memory: you tried to allocate" in str(error), error
     else:
         raise AssertionError
+one, many = torch.ones(1, 1, 1), torch.ones(1, 1, 1_000_000)
+try:
+    minrnn.selective_scan(one, one, -many[0], many, many)  # of small tensors, but of as many states
+except RuntimeError as error:
+    assert "minrnn: can't allocate the engine's workspace" in str(error), error
+else:
+    raise AssertionError
 del h
 a = torch.full((4, 512, 1024), 0.5)
 assert minrnn.scan(a, a).isfinite().all()

@@ -808,6 +808,23 @@ def test_steps_overflow_where_longer_calls_do(norm: str, activation: str, scale:
         assert torch.equal(ours.isnan(), expected.isnan())
 
 
+@compiled
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_overflow_that_an_activation_would_hide_is_none_of_ours(activation: str) -> None:
+    """Every input of the activation is minus infinity: zero would come of it, where torch has NaN."""
+    model = build(mlp_activation=activation, num_layers=1)
+    mlp = model.blocks[0].mlp
+    model.blocks[0].mlp_norm.weight.data.zero_()
+    model.blocks[0].mlp_norm.bias.data.fill_(1.0)
+    mlp.up.weight.data.fill_(-1e38)
+    tokens = make_tokens(3)
+    with torch.no_grad():
+        expected = model(tokens)[0][:, 0]
+    ours = Decoder(model).step(tokens[:, 0])[0]
+    assert torch.equal(ours.isnan(), expected.isnan())
+    assert expected.isnan().all() == (activation != "relu")
+
+
 # --- wrong arguments ------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -51,9 +52,11 @@ from minrnn.experiments.trained import (
     PROBE_SEQUENCES,
     TrainedExperiment,
     step_seconds,
+    training,
     training_seconds,
 )
 from minrnn.experiments.variants import VARIANTS, every_mixer
+from minrnn.files import InUseError
 from minrnn.mixers import MIXERS
 from minrnn.ops import GATES
 from minrnn.training import Interrupted, NonFiniteLossError, RunConfig, load_recipe, read_config
@@ -258,6 +261,24 @@ def test_a_recipe_for_several_mixers_is_the_recipe() -> None:
         assert RunConfig.from_dict(trial.config) == recipe
 
 
+def test_settings_of_a_scale_come_after_those_of_all_scales_and_after_the_recipes() -> None:
+    experiment = SelectiveCopying()
+    experiment.common_train = {"steps": 5, "learning_rate": 0.5, "precision": "bfloat16-products"}
+    size = dataclasses.replace(experiment.tiny, train={"steps": 9}, model={"d_model": 24}, task={})
+    config = experiment.config(size, "mingru")
+    assert (config.train.steps, config.train.learning_rate, config.model.d_model) == (9, 0.5, 24)
+    assert config.task == load_recipe(experiment.recipe).task
+    precisions = [experiment.config(size, mixer).train.precision for mixer in ("mingru", "attention")]
+    assert precisions == ["bfloat16-products", "float32"]
+    assert experiment.config(size, "mingru-signed").model.signed
+
+
+def test_runs_are_evaluated_and_saved_at_the_same_steps() -> None:
+    same = {"eval_every": 12, "checkpoint_every": 12}
+    assert training(every=12, logs=4, steps=7) == {**same, "log_every": 3, "steps": 7}
+    assert training(every=12, logs=24) == {**same, "log_every": 1}
+
+
 @pytest.mark.parametrize("scale", ["cpu", "paper"])
 def test_matched_models_have_nearly_as_many_parameters(scale: Any) -> None:
     size = shakespeare.EXPERIMENT.sizes[scale]
@@ -361,6 +382,35 @@ def test_two_in_one_folder_compute_each_trial_once(tmp_path: Path, monkeypatch: 
     assert {record["cell"] for record in folder.records()} == set(names)
     assert json.loads((folder.path / "config.json").read_text())["cells"].keys() == set(names)
     assert not (folder.path / "unfinished").exists()
+
+
+def test_trials_are_numbered_once_though_some_are_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of four is another process's at first, which then abandons it; the first is finished."""
+    begun: list[tuple[str, int, int]] = []
+
+    class Numbers(Silence):
+        def begin(self, name: str, number: int, total: int) -> None:
+            begun.append((name, number, total))
+
+    choice = Choice("tiny", seeds=4, mixers=("mingru",), device="cpu")
+    names = [trial.name for trial in stability.EXPERIMENT.trials(choice)][:4]
+    monkeypatch.setattr(stability.Stability, "measure", lambda *_: {})
+    monkeypatch.setattr(stability.Stability, "tables", lambda *_: [])
+    monkeypatch.setattr(stability.Stability, "draw", lambda *_: None)
+    reproduce(stability.EXPERIMENT, choice, tmp_path, Silence(), only=names[:1])
+    claimed, refused = runner.claim, [names[1]]
+
+    def claim(folder: Path, say: Any) -> Any:
+        if folder.name in refused:
+            refused.clear()
+            raise InUseError(errno.EBUSY, "in use", str(folder))
+        return claimed(folder, say)
+
+    monkeypatch.setattr(runner, "claim", claim)
+    reproduce(stability.EXPERIMENT, choice, tmp_path, Numbers(), only=names)
+    assert begun == [(names[2], 3, 4), (names[3], 4, 4), (names[1], 4, 4)]
 
 
 @pytest.mark.parametrize(
@@ -477,6 +527,13 @@ def test_a_trial_is_looked_up_by_its_name() -> None:
         pick(trials, ["mingru-seed1"])
 
 
+def test_trials_are_of_one_kind_if_their_seeds_alone_differ() -> None:
+    kinds = {
+        Trial("", {"mixer": mixer, "layers": 2, "seed": seed}, {}).kind for mixer in "ab" for seed in (0, 1)
+    }
+    assert kinds == {(("mixer", "a"), ("layers", 2)), (("mixer", "b"), ("layers", 2))}
+
+
 def test_the_time_left_is_that_of_the_most_similar_trials() -> None:
     def record(mixer: str, layers: int, seconds: float) -> Record:
         return {"setting": {"mixer": mixer, "layers": layers, "seed": 0}, "seconds": seconds}
@@ -535,6 +592,7 @@ def test_a_step_is_estimated_without_its_first_and_without_what_disturbs_a_few()
 def test_what_a_step_costs_without_sequences_is_not_multiplied() -> None:
     """3 seconds of which sequences are a tenth: in proportion, a step of 64 would be 58 seconds."""
     assert step_seconds(busy({4: 3.6, 8: 4.2, 64: 12.6}, 0.0, 1), 64) == pytest.approx(12.6)  # by a line
+    assert step_seconds(busy({4: 3.6, 8: 4.2, 64: 99.0}, 0.0, 1), 64) == pytest.approx(12.6)
     assert step_seconds(busy({4: 3.0, 8: 3.0, 64: 9.0}, 0.0, 1), 64) == 9.0  # measured, as the line is short
     assert step_seconds(busy({4: 20.0, 8: 12.0, 64: 99.0}, 0.0, 1), 64) == 20.0  # never below what was seen
     assert PROBE_SEQUENCES == 4
@@ -577,6 +635,8 @@ def test_finished_trials_of_this_machine_say_best_how_long_others_take(
     whole = estimate(stability.EXPERIMENT, trials, choice, [record], asked.append, lambda: 0.0)
     assert whole == pytest.approx(2 * record["seconds"] + 4 * 1000.0)
     assert trials[0].name not in asked
+    several = [record | {"seconds": seconds} for seconds in (90.0, 10.0, 20.0)]
+    assert estimate(stability.EXPERIMENT, trials, choice, several, asked.append, lambda: 0.0) == 4040.0
     elsewhere = record | {"machine": {**record["machine"], "processor": "another"}}
     assert estimate(stability.EXPERIMENT, trials, choice, [elsewhere], asked.append, lambda: 0.0) == 6000.0
 

@@ -190,6 +190,12 @@ def test_names_of_the_parameters_of_a_policy_that_decay() -> None:
     assert decayed_parameters(model) == OF_BLOCKS | embeddings | {"head.weight"}
 
 
+def test_a_layer_that_is_tied_to_an_embedding_does_not_decay() -> None:
+    model = nn.ModuleDict({"table": nn.Embedding(3, 2), "head": nn.Linear(2, 3), "other": nn.Linear(2, 3)})
+    model["head"].weight = model["table"].weight
+    assert decayed_parameters(model) == {"other.weight"}
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_what_decays_in_a_run(corpus: Path, tmp_path: Path, optimizer: OptimizerName) -> None:
     """With all gradients 0, a step multiplies what decays by 1 - rate * decay = 0.9, and nothing else."""

@@ -20,7 +20,7 @@ from minrnn.tasks import TASKS
 from minrnn.training import RunConfig, RunLog, read_config, train
 from minrnn.training.config import OPTIMIZERS, OptimizerName
 from minrnn.training.loop import Run
-from minrnn.training.resume import _form, _places, _unflatten
+from minrnn.training.resume import _check_counts, _form, _places, _unflatten
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -221,10 +221,22 @@ TENSORS = {
     "no carry": (lambda t: t.pop("carry.0"), "missing: carry.0"),
     "more carry": (lambda t: t.update({"carry.9": torch.ones(1)}), "unexpected: carry.9"),
 }
+
+
+def moved(nesting: Any) -> Any:
+    """Return a nesting of indices that are one too large."""
+    return [moved(part) for part in nesting] if isinstance(nesting, list) else nesting + 1
+
+
 STATES = {
     "null carry": (lambda s: s.update(carry=None), "trainer.safetensors", "unexpected: carry.0"),
     "flat carry": (lambda s: s.update(carry=_places(s["carry"])), "trainer.json", "as the model carries it"),
     "a carry twice": (lambda s: s.update(carry=[s["carry"], 0]), "trainer.safetensors", "missing: carry"),
+    "a carry beyond": (
+        lambda s: s.update(carry=moved(s["carry"])),
+        "trainer.json",
+        "carry must name each of its tensors once",
+    ),
     "no carry at all": (lambda s: s.update(carry="x"), "trainer.safetensors", "lists of indices, got 'x'"),
     "another step": (lambda s: s.update(step=6), "trainer.json", "is of step 6, .* are of step 7"),
     "no step": (lambda s: s.pop("step"), "trainer.json", "must hold best, carry"),
@@ -329,6 +341,13 @@ def test_every_parameter_of_every_model_has_moments_after_a_step(corpus: Path, t
         moved = {id(parameter) for optimizer in run.optimizers for parameter in optimizer.state}
         assert moved == {id(parameter) for parameter in run.model.parameters()}, mixer
     assert TASKS  # their models are of these mixers; policies are in test_decisions_task
+
+
+def test_counts_of_steps_end_where_float32_ends() -> None:
+    for step, counted in ((3, 3), (1 << 24, 1 << 24), ((1 << 24) + 5, 1 << 24)):
+        _check_counts({"a/step": torch.tensor(float(counted))}, step)
+    with pytest.raises(ValueError, match="a/step is 4, and the run has taken 3 steps"):
+        _check_counts({"a/step": torch.tensor(4.0)}, 3)
 
 
 def test_places_are_those_that_a_nesting_names() -> None:

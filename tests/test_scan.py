@@ -198,14 +198,31 @@ def test_chunks_of_time(gate: str, shift: float, turned: bool, reverse: bool) ->
     """Chunks of one sequence that run at once know the state they start from, however slowly it fades."""
     pre, h0, _ = inputs(gate, 1, 9000, 40, torch.float32)
     pre[0] += -shift if (GATES[gate].pre[0] == "z") != turned else shift
+    check_chunks(gate, pre, 50 * h0, reverse)
+
+
+@compiled
+@pytest.mark.parametrize("gate", ["mingru_signed", "minlstm_signed"])
+@directions
+def test_chunks_whose_decays_multiply_to_less_than_zero(gate: str, reverse: bool) -> None:
+    """Near -1, but for one step near 1 at each end of a chunk: what is negative is not forgotten."""
+    pre, h0, _ = inputs(gate, 1, 9000, 40, torch.float32)
+    keeps = -12 if GATES[gate].pre[0] == "z" else 12
+    pre[0] -= keeps
+    pre[0][:, [2990, 3009, 5990, 6009]] += 2 * keeps
+    check_chunks(gate, pre, 50 * h0, reverse)
+
+
+def check_chunks(gate: str, pre: list[Tensor], h0: Tensor, reverse: bool) -> None:
+    """Compare three chunks of 3000 steps, and their gradients, with one step after another in float64."""
     dh = torch.randn(1, 9000, 40, generator=torch.Generator().manual_seed(1))
     arguments = (None, *mode(gate, "positive", reverse))
     exact = [x.double() for x in pre]
-    expected = MODULES["reference"].forward(exact, 50 * h0.double(), *arguments)
-    gradients = MODULES["reference"].backward(dh.double(), exact, expected, 50 * h0.double(), *arguments)
+    expected = MODULES["reference"].forward(exact, h0.double(), *arguments)
+    gradients = MODULES["reference"].backward(dh.double(), exact, expected, h0.double(), *arguments)
     with threads(3):
-        h = MODULES["cpp"].forward(pre, 50 * h0, *arguments)
-        actual = MODULES["cpp"].backward(dh, pre, h, 50 * h0, *arguments)
+        h = MODULES["cpp"].forward(pre, h0, *arguments)
+        actual = MODULES["cpp"].backward(dh, pre, h, h0, *arguments)
     assert relative_error(h, expected) < 2e-6
     for x, y in zip(actual, gradients, strict=True):
         assert relative_error(x, y) < 5e-6

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import threading
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,24 @@ def test_a_signal_at_any_moment_of_a_step_saves_it(
             trained(config, tmp_path / "parts")
     trained(config, tmp_path / "parts", resume=True)
     assert_same_run(whole, tmp_path / "parts")
+
+
+def test_a_signal_after_the_last_look_of_a_step_loses_nothing(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop looks twice in a step that is not saved anyway; the signal comes before the third time."""
+    looks = count(1)
+
+    def requested(self: Interruption) -> bool:
+        self.signum = signal.SIGTERM if next(looks) > 2 else 0
+        return bool(self.signum)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Interruption, "requested", property(requested))
+        with pytest.raises(Interrupted, match="SIGTERM: stopped and saved after step 1"):
+            trained(run_config(corpus), tmp_path / "run")
+    saved = json.loads((tmp_path / "run" / "checkpoints" / "last" / "trainer.json").read_text())
+    assert saved["step"] == 1
 
 
 def test_nothing_is_met_before_it_is_asked() -> None:

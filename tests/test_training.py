@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from minrnn.mixers import MIXERS
 from minrnn.models import ModelConfig, SequenceModel, load_checkpoint, map_state
-from minrnn.tasks import DecisionsConfig, TextConfig, TextTask
+from minrnn.tasks import TASKS, DecisionsConfig, TextConfig, TextTask
 from minrnn.training import (
     Interrupted,
     NonFiniteLossError,
@@ -36,6 +36,7 @@ from minrnn.training import (
     TrainConfig,
     choose_device,
     load_recipe,
+    load_trained,
     read_config,
     read_metrics,
     recipe_names,
@@ -113,6 +114,35 @@ class StopAt(RunLog):
 def test_config_survives_a_round_trip(corpus: Path) -> None:
     config = run_config(corpus)
     assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_configuration_names_its_task(task: str) -> None:
+    config = RunConfig(task=TASKS[task].config_type())
+    assert config.to_dict()["task"]["name"] == task
+    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_what_is_trained_unless_it_is_asked_for_otherwise() -> None:
+    assert dataclasses.asdict(TrainConfig()) == {
+        **{"steps": 1000, "batch_size": 8, "accumulate": 1, "optimizer": "adamw", "learning_rate": 1e-3},
+        **{"min_learning_rate_ratio": 0.1, "warmup_steps": 100, "weight_decay": 0.1, "grad_clip": 1.0},
+        **{"beta1": 0.9, "beta2": 0.95, "precision": "float32", "carry_state": False, "fresh_share": 0.0},
+        **{"eval_every": 250, "eval_tokens": 0, "final_eval_tokens": 0, "checkpoint_every": 250},
+        **{"log_every": 10, "seed": 0, "device": "auto", "threads": 0},
+    }
+
+
+def test_settings_of_a_task_that_depend_on_the_mixer_are_filled_in() -> None:
+    def resolved(mixer: str) -> DecisionsConfig:
+        task = RunConfig(model=ModelConfig(mixer=mixer), task=DecisionsConfig()).resolved().task
+        assert isinstance(task, DecisionsConfig)
+        return task
+
+    assert [(resolved(m).tokens, resolved(m).carry) for m in ("mingru", "attention")] == [
+        ("joined", True),
+        ("interleaved", False),
+    ]
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -194,6 +224,7 @@ def test_unknown_recipe_names_the_nearest() -> None:
         ("weight_decay", math.nan),
         ("warmup_steps", -1),
         ("threads", -1),
+        ("seed", 1 << 64),
     ],
 )
 def test_settings_out_of_range_are_refused(name: str, value: float) -> None:
@@ -546,6 +577,20 @@ def test_divergence_is_said_with_its_step_and_leaves_finite_checkpoints(corpus: 
         assert all(value.isfinite().all() for value in weights(tmp_path / "run", which.name).values())
 
 
+@pytest.mark.parametrize("found", [(math.nan, 1.0), (1.0, math.inf), (-math.inf, math.nan)])
+def test_divergence_is_of_the_step_whose_loss_or_norm_it_is(
+    corpus: Path, tmp_path: Path, found: tuple[float, float]
+) -> None:
+    run = Run(run_config(corpus), tmp_path, RunLog())
+    run.state.step = 9
+    run._pending = [torch.tensor(pair) for pair in ((2.0, 3.0), found, (2.0, 3.0))]
+    with pytest.raises(
+        NonFiniteLossError, match="at step 8: its loss is {} and .* gradient {};".format(*found)
+    ):
+        run.report()
+    assert (run.state.losses, run.state.grad_norms) == ([2.0], [3.0])
+
+
 def test_a_validation_loss_that_is_not_finite_stops_the_run_before_it_is_best(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -561,6 +606,19 @@ def test_weights_that_are_not_finite_are_not_saved(corpus: Path, tmp_path: Path)
     with pytest.raises(NonFiniteLossError, match="its weights are not finite"):
         run.save()
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_the_seconds_of_a_run_are_those_of_all_its_sessions(corpus: Path, tmp_path: Path) -> None:
+    first = Run(run_config(corpus), tmp_path, RunLog())
+    first.begin(resume=False)
+    first._session_started -= 5000
+    first.step()
+    first.save()
+    second = Run(run_config(corpus), tmp_path, RunLog())
+    second.begin(resume=True)
+    second._session_started -= 300
+    assert 5300 <= second._seconds() < 5400
+    assert 5300 <= second.finish()["seconds"] < 5400
 
 
 def test_resuming_a_run_that_is_not_there(corpus: Path, tmp_path: Path) -> None:
@@ -597,6 +655,48 @@ def test_a_resumed_run_may_be_longer_but_not_another(corpus: Path, tmp_path: Pat
     results = trained(longer, tmp_path / "run", resume=True)
     assert results["tokens"] == 15 * 3 * 16
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 15
+
+
+@pytest.mark.parametrize(("warmup_steps", "said"), [(11, False), (12, True), (13, True)])
+def test_a_warm_up_that_never_ends_is_said(
+    corpus: Path, tmp_path: Path, warmup_steps: int, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = run_config(corpus, steps=12, warmup_steps=warmup_steps)
+    Run(config, tmp_path, RunLog(Console(file=sys.stdout))).begin(resume=False)
+    assert ("the peak rate is never reached" in capsys.readouterr().out) == said
+
+
+def test_best_and_last_are_loaded_by_their_names(corpus: Path, tmp_path: Path) -> None:
+    run = Run(run_config(corpus), tmp_path, RunLog())
+    run.begin(resume=False)
+    run.step()
+    run.evaluate()
+    run.step()
+    run.save()
+    assert [load_trained(tmp_path, which, torch.device("cpu")).step for which in ("best", "last")] == [1, 2]
+
+
+def test_results_are_of_the_last_weights_and_not_of_those_evaluated_before(
+    corpus: Path, tmp_path: Path
+) -> None:
+    run = Run(run_config(corpus, eval_tokens=0), tmp_path, RunLog())
+    run.begin(resume=False)
+    for _ in range(2):
+        run.step()
+        run.evaluate()
+    assert run.finish()["step"] == 2
+    run.step()
+    assert run.finish()["step"] == 3
+
+
+def test_a_run_that_has_all_its_steps_is_finished_again(corpus: Path, tmp_path: Path) -> None:
+    config = run_config(corpus, steps=2)
+    first = trained(config, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    again = trained(config, tmp_path / "run", resume=True)
+    assert timeless([again]) == timeless([first])
+    with pytest.raises(ValueError, match="at least the 2 that are done, got 1"):
+        trained(run_config(corpus, steps=1), tmp_path / "run", resume=True)
 
 
 def test_a_changed_text_is_not_resumed(tmp_path: Path) -> None:

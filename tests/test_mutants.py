@@ -1,0 +1,203 @@
+"""The lists of planted faults (tests/mutants) are in order, and CONTRIBUTING.md gives what was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mutants.faults import COMPILED, LISTS, REPOSITORY, TRITON, Fault, digest, read_list, read_lists
+from mutants.outcomes import (
+    DIED,
+    EXPLAINED,
+    LEAST,
+    NOT_RUN,
+    UNEXPLAINED,
+    Outcome,
+    as_json,
+    complaints,
+    judged,
+    out_of_date,
+    sentence,
+    table,
+)
+
+FAULTS = read_lists()
+RESULT = LISTS / "result.json"
+LEAST_IN_ALL, LEAST_IN_A_ROOM = 300, 15
+
+PARTS = {"ops/triton": TRITON, "ops/selective/triton": TRITON, "ops/selective": "selective"}
+"""Folders of a package that are rooms of their own."""
+
+
+every_list = pytest.mark.parametrize("path", sorted(LISTS.glob("*.toml")), ids=lambda path: path.stem)
+
+
+@cache
+def read(file: str) -> str:
+    return (REPOSITORY / file).read_text(encoding="utf-8")
+
+
+def room_of(file: str) -> str:
+    """Return the room of a source file: its package, or the part of one."""
+    if file.startswith(f"{COMPILED}/"):
+        return COMPILED
+    folder = Path(file).relative_to("src/minrnn").parent.as_posix()
+    return PARTS.get(folder, folder)
+
+
+def rooms() -> set[str]:
+    """Return the packages of the architecture's table, the parts of `ops` with own lists, and `csrc`."""
+    page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    return {*re.findall(r"^\| `(\w+)` \| \d+ \|", page, re.MULTILINE), *PARTS.values(), COMPILED}
+
+
+def test_each_room_has_its_faults() -> None:
+    counts = Counter(fault.room for fault in FAULTS)
+    assert counts.keys() == rooms()
+    assert min(counts.values()) >= LEAST_IN_A_ROOM
+    assert counts.total() >= LEAST_IN_ALL
+
+
+@every_list
+def test_faults_can_be_planted(path: Path) -> None:
+    """Each is where its list says, changes something, and Python can read what comes of it."""
+    for fault in read_list(path):
+        assert fault.room == room_of(fault.file), fault.name
+        text = read(fault.file)
+        changed = fault.planted(text)
+        assert changed != text, fault.name
+        if fault.file.endswith(".py"):
+            assert compile(changed, fault.name, "exec") != compile(text, fault.name, "exec"), fault.name
+
+
+@every_list
+def test_tests_of_faults_exist_and_survivors_are_explained(path: Path) -> None:
+    for fault in read_list(path):
+        for test in fault.tests:
+            file, _, name = test.partition("::")
+            assert not name or f"def {name.partition('[')[0]}(" in read(file), f"{fault.name}: {test}"
+        assert fault.survives is None or len(fault.survives.split()) >= 4, fault.name
+
+
+def test_no_fault_is_listed_twice() -> None:
+    counts = Counter((fault.file, fault.planted(read(fault.file))) for fault in FAULTS)
+    assert [place for (place, _), count in counts.items() if count > 1] == []
+
+
+@pytest.mark.parametrize(
+    ("head", "entry", "message"),
+    [
+        ("test = ['t']", "file = 'a'\nold = 'b'\nnew = 'c'", "and this one 'test'"),
+        ("tests = ['t']", "file = 'a'\nold = 'b'", r"ops-1: lacks \['new'\]"),
+        ("tests = ['t']", "file = 'a'\nold = 'b'\nnew = 'c'\nsurvive = 'd'", r"unknown \['survive'\]"),
+        ("", "file = 'a'\nold = 'b'\nnew = 'c'", "ops-1: no tests are named"),
+    ],
+)
+def test_mistakes_in_a_list_are_named(head: str, entry: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "ops.toml").write_text(f"{head}\n[[fault]]\n{entry}\n")
+    with pytest.raises(ValueError, match=message):
+        read_list(tmp_path / "ops.toml")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What is counted
+
+FOUND = {"ops": ("failed",) * 19 + ("passed",), "cli": ("failed",) * 8 + ("passed", "explained", "not run")}
+
+
+def outcome(room: str, number: int, what: str) -> Outcome:
+    """Return what came of a made-up fault; `explained` passes the tests as its list says."""
+    fault = Fault(
+        room, f"{room}-{number}", "Makefile", "demo:", "", ("t",), "why" if what == "explained" else None
+    )
+    if what == "not run":
+        return Outcome(fault, NOT_RUN, "no triton", 0.0)
+    return judged(fault, "passed" if what == "explained" else what, "t::x" if what == "failed" else "", 1.0)
+
+
+@pytest.fixture
+def found() -> list[Outcome]:
+    return [outcome(room, n, what) for room, all_of_it in FOUND.items() for n, what in enumerate(all_of_it)]
+
+
+def test_outcomes_are_counted_by_room(found: list[Outcome]) -> None:
+    lines = [line.split() for line in table(found).splitlines()]
+    assert lines[1:] == [
+        ["cli", "11", "8", "1", "1", "1", "80.0%"],
+        ["ops", "20", "19", "0", "1", "0", "95.0%"],
+        ["all", "31", "27", "1", "2", "1", "90.0%"],
+    ]
+
+
+def test_survivors_count_explained_or_not_and_a_sample_has_no_share(found: list[Outcome]) -> None:
+    def first_words(rooms: bool, whole: bool) -> list[str]:
+        return [line.partition(":")[0] for line in complaints(found, rooms=rooms, whole=whole)]
+
+    unexplained = ["survived, unexplained"] * 2
+    assert first_words(rooms=False, whole=False) == unexplained
+    assert complaints(found, rooms=True, whole=False)[2:] == [
+        "only 80.0% of the faults of 'cli' died; at least 90% must"
+    ]
+    assert complaints(found, rooms=True, whole=True)[3:] == [
+        "only 90.0% of all faults died; at least 95% must"
+    ]
+    assert complaints([one for one in found if one.what == DIED], rooms=True, whole=True) == []
+
+
+def test_a_fault_whose_list_is_wrong_is_no_death(found: list[Outcome]) -> None:
+    wrong = judged(found[0].fault, "error", "does not compile: x", 1.0)
+    assert wrong.what not in (DIED, EXPLAINED, UNEXPLAINED, NOT_RUN)
+    assert complaints([wrong], rooms=False, whole=False) == [str(wrong)]
+    assert "does not compile: x" in str(wrong)
+
+
+def test_an_explanation_of_a_fault_that_dies_is_out_of_date(found: list[Outcome]) -> None:
+    explained = next(one.fault for one in found if one.what == EXPLAINED)
+    (line,) = out_of_date([*found, judged(explained, "failed", "t::x", 1.0)])
+    assert explained.name in line
+    assert "t::x noticed it" in line
+
+
+def test_the_sentence_of_a_result(found: list[Outcome]) -> None:
+    assert sentence(as_json(found, None)) == (
+        "Of 30 planted faults the tests notice 27 (90.0 %), and in each room at least 80.0 %; "
+        "the lists say why the other 3 go unnoticed."
+    )
+
+
+def measured() -> dict[str, Any]:
+    if not RESULT.is_file():
+        pytest.skip("no result of `make mutants` is committed yet")
+    result: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8"))
+    return result
+
+
+def test_the_committed_result_is_of_these_lists() -> None:
+    result = measured()
+    assert result["lists"] == digest(FAULTS), "the lists have changed: make mutants, with --output"
+    assert {room: counts["planted"] for room, counts in result["rooms"].items()} == Counter(
+        fault.room for fault in FAULTS
+    )
+    assert {one["name"] for one in result["survivors"]} <= {f.name for f in FAULTS if f.survives is not None}
+
+
+def test_the_committed_result_is_whole_and_good_enough() -> None:
+    result = measured()
+    for name, counts in {**result["rooms"], "all": result["all"]}.items():
+        assert counts[NOT_RUN] == counts[UNEXPLAINED] == 0, name
+        assert counts[DIED] + counts[EXPLAINED] == counts["planted"], name
+        assert counts[DIED] / counts["planted"] >= LEAST["whole" if name == "all" else "room"], name
+    for column in ("planted", DIED, EXPLAINED):
+        assert sum(counts[column] for counts in result["rooms"].values()) == result["all"][column]
+    assert len(result["survivors"]) == result["all"][EXPLAINED]
+
+
+def test_contributing_says_what_was_measured() -> None:
+    page = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    said = re.findall(r"Of \d+ planted faults .*?unnoticed\.", page, re.DOTALL)
+    assert [" ".join(text.split()) for text in said] == [sentence(measured())]
