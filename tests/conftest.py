@@ -3,6 +3,8 @@
 import signal
 from pathlib import Path
 
+import costs
+import order
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -12,9 +14,12 @@ settings.load_profile("minrnn")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Undo what a shell does to a job in the background, whose processes would all ignore Ctrl-C."""
+    """Order and measure the tests."""
+    # What a shell does to a job in the background, whose processes would all ignore Ctrl-C, is undone.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    order.register(config)
+    costs.register(config)
 
 
 @pytest.fixture
