@@ -4,6 +4,7 @@ import signal
 from pathlib import Path
 
 import costs
+import leftovers
 import order
 import pytest
 from hypothesis import HealthCheck, settings
@@ -14,12 +15,13 @@ settings.load_profile("minrnn")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Order and measure the tests."""
+    """Order the tests, measure them, and see that each leaves what it found."""
     # What a shell does to a job in the background, whose processes would all ignore Ctrl-C, is undone.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     order.register(config)
     costs.register(config)
+    leftovers.register(config)
 
 
 @pytest.fixture

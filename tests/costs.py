@@ -65,10 +65,11 @@ class Meter:
         self.highest = 0
         self.began = 0.0
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_logstart(self) -> None:
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self) -> Generator[None, bool, bool]:
         forget_peak()
         self.began = processor_seconds()
+        return (yield)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
