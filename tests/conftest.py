@@ -9,7 +9,7 @@ import order
 import pytest
 from hypothesis import HealthCheck, settings
 
-# How long an example takes says something of the machine alone.
+# How long an example takes says something of the machine alone; test_suite.py sees that none has a deadline.
 settings.register_profile("minrnn", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("minrnn")
 

@@ -29,6 +29,8 @@ class Cost(NamedTuple):
     """Of processors, its ended children's included; the wall's depend on what else runs."""
     peak: int
     """MiB at most that its process held, what it held before included; 0 where that is unknown."""
+    own: int
+    """MiB of the peak that it did not hold before."""
     limit: float
     """Seconds on the wall after which it is stopped; 0 for none."""
 
@@ -63,12 +65,12 @@ class Meter:
         self.bound = bound
         """On the peak, in MiB; 0 for none."""
         self.highest = 0
-        self.began = 0.0
+        self.began, self.held = 0.0, 0
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self) -> Generator[None, bool, bool]:
         forget_peak()
-        self.began = processor_seconds()
+        self.began, self.held = processor_seconds(), peak_memory()
         return (yield)
 
     @pytest.hookimpl(wrapper=True)
@@ -79,7 +81,7 @@ class Meter:
         if report.when == "teardown":
             peak = peak_memory()
             seconds = processor_seconds() - self.began
-            cost = Cost(item.nodeid, seconds, peak, time_limit(item))
+            cost = Cost(item.nodeid, seconds, peak, peak - self.held, time_limit(item))
             report.user_properties.append(("cost", tuple(cost)))
             # Only the first of equals: those that follow find what it left.
             if report.passed and self.bound and peak > max(self.bound, self.highest):
@@ -109,8 +111,8 @@ class Bill:
         terminalreporter.section("dearest tests")
         for cost in sorted(self.costs, key=lambda cost: -cost.seconds)[: self.length]:
             terminalreporter.write_line(f"{cost.seconds:7.1f} s    {cost.test}")
-        for cost in sorted(self.costs, key=lambda cost: -cost.peak)[: self.length]:
-            terminalreporter.write_line(f"{cost.peak:5d} MiB  {cost.test}")
+        for cost in sorted(self.costs, key=lambda cost: -cost.own)[: self.length]:
+            terminalreporter.write_line(f"{cost.own:5d} MiB of {cost.peak:5d}  {cost.test}")
 
 
 def register(config: pytest.Config) -> None:

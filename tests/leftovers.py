@@ -10,15 +10,30 @@ import random
 import signal
 import sys
 from collections.abc import Generator
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
 State = dict[str, Any]
+
+# By pytest for each test; by torch's compiler and by mujoco, for good, when they are first used.
+SET_ONCE = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "MUJOCO_GL", "PYOPENGL_PLATFORM"}
+SETTINGS = {
+    "torch": (
+        "are_deterministic_algorithms_enabled",
+        "get_default_device",
+        "get_default_dtype",
+        "get_float32_matmul_precision",
+        "get_num_threads",
+        "is_grad_enabled",
+    ),
+    "numpy": ("geterr",),
+    "hypothesis": ("settings.get_current_profile_name",),
+}
+"""Functions that return what is set."""
 
 SIGNALS = ("SIGHUP", "SIGINT", "SIGTERM", "SIGPIPE", "SIGUSR1", "SIGXFSZ")
 TABLES = "minrnn."
@@ -26,21 +41,13 @@ TABLES = "minrnn."
 
 
 def shared_state() -> State:
-    """Return what a test could leave changed, by name."""
-    state: State = {
-        "the working directory": Path.cwd(),
-        "torch's default dtype": torch.get_default_dtype(),
-        "torch's default device": torch.get_default_device(),
-        "torch's threads": torch.get_num_threads(),
-        "torch's gradients": torch.is_grad_enabled(),
-        "torch's deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-        "torch's precision of products": torch.get_float32_matmul_precision(),
-        "numpy's errors": np.geterr(),
-        "sys.path": list(sys.path),
-    }
-    names = os.environ.keys() - {"PYTEST_CURRENT_TEST"}
-    state |= {f"the environment's {name}": os.environ[name] for name in names}
+    """Return what a test could leave changed, by name; of libraries, where they are imported."""
+    state: State = {"the working directory": Path.cwd(), "sys.path": list(sys.path)}
+    state |= {f"the environment's {name}": os.environ[name] for name in os.environ.keys() - SET_ONCE}
     state |= {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS if hasattr(signal, name)}
+    for name, settings in SETTINGS.items():
+        if module := sys.modules.get(name):
+            state |= {f"{name}.{setting}": attrgetter(setting)(module)() for setting in settings}
     found: dict[int, str] = {}  # the same table has as many names as modules import it
     for name, module in list(sys.modules.items()):
         if name.startswith(TABLES):
@@ -66,8 +73,10 @@ def same(one: Any, other: Any) -> bool:
 def seed(number: int = 0) -> None:
     """Let what a test draws without a generator of its own be the same wherever in a run it stands."""
     random.seed(number)
-    np.random.seed(number)
-    torch.manual_seed(number)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(number)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(number)
 
 
 def module_of(item: pytest.Item) -> str:
