@@ -3,18 +3,25 @@
 import signal
 from pathlib import Path
 
+import costs
+import leftovers
+import order
 import pytest
 from hypothesis import HealthCheck, settings
 
-# How long an example takes says something of the machine alone.
+# How long an example takes says something of the machine alone; test_suite.py sees that none has a deadline.
 settings.register_profile("minrnn", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("minrnn")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Undo what a shell does to a job in the background, whose processes would all ignore Ctrl-C."""
+    """Order the tests, measure them, and see that each leaves what it found."""
+    # What a shell does to a job in the background, whose processes would all ignore Ctrl-C, is undone.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    order.register(config)
+    costs.register(config)
+    leftovers.register(config)
 
 
 @pytest.fixture

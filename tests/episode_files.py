@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from functools import cache
 from importlib.util import find_spec
 
 import numpy as np
@@ -9,23 +12,32 @@ import numpy as np
 from minrnn.tasks.episodes import Episodes
 from minrnn.tasks.locomotion import local_name, local_path
 from minrnn.tasks.recordings import write_episodes
-from minrnn.tasks.rollouts import make_filmed, picture
 
 NEEDED = ("gymnasium", "h5py")
 MISSING = ", ".join(f"{name} is not installed: the extra rl" for name in NEEDED if find_spec(name) is None)
 """Why there can be no episodes, or nothing."""
 
 
+DRAW = """
+import sys
+from minrnn.tasks.rollouts import make_filmed, picture
+try:
+    environment = make_filmed("InvertedPendulum-v5")
+    environment.reset(seed=0)
+    picture(environment)
+except (ImportError, RuntimeError) as error:
+    print(error)
+"""
+
+
+@cache
 def cannot_draw() -> str:
-    """Return why this machine draws no pictures of MuJoCo, or nothing."""
-    try:
-        environment = make_filmed("InvertedPendulum-v5")
-        environment.reset(seed=0)
-        picture(environment)
-    except (ImportError, RuntimeError) as error:
-        return f"this machine cannot draw MuJoCo: {error}"
-    environment.close()
-    return ""
+    """Return why this machine draws no pictures of MuJoCo, or nothing.
+
+    Another process tries: where OpenGL is missing, a try leaves mujoco half imported for all that follows.
+    """
+    done = subprocess.run([sys.executable, "-c", DRAW], stdout=subprocess.PIPE, text=True, check=True)
+    return f"this machine cannot draw MuJoCo: {done.stdout.strip()}" if done.stdout else ""
 
 
 def write_pendulum_data() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from episode_files import MISSING, write_pendulum_data
+from episode_files import MISSING, cannot_draw, write_pendulum_data
 
 from minrnn.cli.main import main
 from minrnn.models import DecisionConfig, DecisionModel, ModelConfig, Policy, save_checkpoint
@@ -285,7 +285,7 @@ def test_a_run_of_text_takes_no_actions(workplace: Path, capsys: pytest.CaptureF
 def test_films_are_written(suffix: str, tmp_path: Path) -> None:
     imageio = pytest.importorskip("imageio", reason="imageio is not installed: the extra rl")
     if suffix == ".mp4":
-        pytest.importorskip("imageio_ffmpeg", reason="ffmpeg is not installed: the extra video")
+        pytest.importorskip("imageio_ffmpeg", reason="imageio-ffmpeg is not installed: the extra video")
     film = Film(tmp_path / "films" / f"film{suffix}", rate=125.0)
     assert film.every == 5
     for shade in range(0, 250, 25):
@@ -317,12 +317,11 @@ def test_the_first_episode_is_filmed(run_dir: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_draws_without_a_screen_draws() -> None:
-    try:
-        environment = make_filmed("InvertedPendulum-v5")
-        environment.reset(seed=0)
-        found = picture(environment)
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"this machine cannot draw MuJoCo: {error}")
+    if undrawn := cannot_draw():
+        pytest.skip(undrawn)
+    environment = make_filmed("InvertedPendulum-v5")
+    environment.reset(seed=0)
+    found = picture(environment)
     assert found.shape == (240, 240, 3)
     assert found.dtype == np.uint8
     assert len(np.unique(found)) > 5
@@ -332,10 +331,9 @@ def test_what_draws_without_a_screen_draws() -> None:
 
 @pytest.mark.parametrize("name", ["Hopper-v5", "HalfCheetah-v5", "Walker2d-v5"])
 def test_the_camera_goes_along(name: str) -> None:
-    try:
-        environment = make_filmed(name)
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"this machine cannot draw MuJoCo: {error}")
+    if undrawn := cannot_draw():
+        pytest.skip(undrawn)
+    environment = make_filmed(name)
     assert environment.unwrapped.mujoco_renderer.camera_id >= 0  # type: ignore[attr-defined]
     environment.close()
 

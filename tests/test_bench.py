@@ -43,7 +43,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def plotting(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let plots be drawn."""
     monkeypatch.delitem(sys.modules, "matplotlib.figure")
-    pytest.importorskip("matplotlib.figure")
+    pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed: the extra plots")
 
 
 def bench(name: str, *args: str, status: int = 0) -> Document:

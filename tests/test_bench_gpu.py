@@ -36,7 +36,7 @@ def stage(name: str) -> list[dict[str, Any]]:
 def test_a_dry_run_measures_everything_and_says_what_it_is(
     run: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: the extra plots")
     assert run("--dry") == 0
     assert document()["options"]["dry"] is True
     assert document()["tests"] == {"status": "not run"}

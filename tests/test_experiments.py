@@ -64,7 +64,8 @@ from minrnn.training.threads import cpu_threads
 
 REPOSITORY = Path(__file__).parents[1]
 BENCHMARKS = REPOSITORY / "benchmarks" / "results"
-TIMES = ("seconds", "training_seconds", "curve")  # what differs between two runs that are the same
+# What differs between two runs that are the same: the checkout may be worked in meanwhile.
+TIMES = ("seconds", "training_seconds", "curve", "commit", "changes")
 
 
 @pytest.fixture(autouse=True)

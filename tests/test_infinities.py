@@ -170,7 +170,7 @@ def test_a_models_step(mixer: str, signed: bool) -> None:
 @pytest.mark.parametrize("channels", [3, 37, 70])
 def test_selective_scan(dtype: torch.dtype, channels: int) -> None:
     """In the state, in the input and in incoming gradients."""
-    engine = pytest.importorskip("minrnn.ops.selective.cpu")
+    engine = pytest.importorskip("minrnn.ops.selective.cpu", reason="no compiled engine")
     for T, given in itertools.product((1, 11, 70), (True, False)):
         x = draw(2, T, channels, 3, dtype)._replace(D=None, z=None)
         x.reset[:] = False

@@ -109,7 +109,7 @@ def test_refuses(option: str) -> None:
 
 def test_is_mambapys_block() -> None:
     """Values and gradients, from the same weights; it rounds A to float32, whatever the rest is in."""
-    package = pytest.importorskip("mambapy.mamba", reason="pip install 'minrnn[peers]'")
+    package = pytest.importorskip("mambapy.mamba", reason="mambapy is not installed: the extra peers")
     torch.manual_seed(0)
     theirs = package.MambaBlock(package.MambaConfig(d_model=12, n_layers=1, d_state=4)).double()
     ours = MambaMixer(12, 24, d_state=4).double()

@@ -66,7 +66,8 @@ def test_it_computes_their_equations(kind: str, expansion: float) -> None:
 
 
 def theirs(kind: str, expansion: float) -> nn.Module:
-    module: Any = pytest.importorskip(f"minGRU_pytorch.{kind}", reason="minGRU-pytorch is not installed")
+    reason = "minGRU-pytorch is not installed: the extra peers"
+    module: Any = pytest.importorskip(f"minGRU_pytorch.{kind}", reason=reason)
     layer = getattr(module, kind)(DIM, expansion_factor=expansion).double()
     layer.load_state_dict(parameters(kind, expansion))
     return layer

@@ -110,7 +110,6 @@ def test_its_policy_hops(
     assert [arguments[0] for arguments in commands] == list(TINY_POLICY)
     undrawn = ""
     for arguments in commands:
-        # Not before the others: where OpenGL is missing, a try to draw leaves mujoco half imported.
         if "--record" in arguments and (undrawn := cannot_draw()):
             arguments = arguments[: arguments.index("--record")]
         assert main([*arguments, *shlex.split(TINY_POLICY[arguments[0]])]) == 0

@@ -28,7 +28,7 @@ compiled = pytest.mark.skipif(
 
 
 def engine() -> ModuleType:
-    return pytest.importorskip(MODULES["cpp"])
+    return pytest.importorskip(MODULES["cpp"], reason="no compiled engine")
 
 
 def leaves(x: Inputs) -> Inputs:
@@ -288,7 +288,7 @@ def test_extremes(dtype: torch.dtype) -> None:
     dy, dlast = gradients_like(x)
     gradients = reference.backward(dy.double(), dlast.double(), borders, cast(x, torch.float64))
     for name in ("cpp", "reference"):
-        module = pytest.importorskip(MODULES[name])
+        module = pytest.importorskip(MODULES[name], reason=f"no engine {name}")
         found, found_last, saved = module.forward(x, True)
         torch.testing.assert_close(found.double(), y, rtol=3e-6, atol=3e-4)
         torch.testing.assert_close(found_last.double(), last, rtol=3e-6, atol=1e-30)
@@ -302,7 +302,7 @@ def test_the_bias_of_the_step_is_not_rounded(name: str, dtype: torch.dtype) -> N
     """A step size near 1e-3 keeps its digits beside 16-bit inputs; in delta_pre it would keep two."""
     if name == "triton":
         pytest.skip("runs on a GPU")
-    module = pytest.importorskip(MODULES[name])
+    module = pytest.importorskip(MODULES[name], reason=f"no engine {name}")
     x = draw(1, 40, 5, 3, dtype)
     bias = torch.linspace(1e-3, 2e-3, 5).expm1().log()
     x = x._replace(

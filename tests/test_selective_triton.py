@@ -20,7 +20,7 @@ from minrnn.ops.selective import reference
 from minrnn.ops.selective.operator import MODULES
 from minrnn.ops.selective.reference import CHUNK, Inputs
 
-triton = pytest.importorskip("triton", reason="Triton is not installed: pip install 'minrnn[gpu]'")
+triton = pytest.importorskip("triton", reason="Triton is not installed: the extra gpu")
 import minrnn.ops.selective.triton.engine as compiled  # noqa: E402  # needs Triton
 
 # NumPy warns of what becomes of infinities, and of the terms whose place others take then.

@@ -200,7 +200,7 @@ def nats(model: nn.Module, tokens: np.ndarray) -> float:
     return cross_entropy(logits[0], ids[0, 1:], reduction="sum").item()
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(eval_chunk=st.integers(1, 120), max_tokens=st.integers(0, 120))
 def test_evaluation_is_one_exact_pass_over_the_text(task: TextTask, eval_chunk: int, max_tokens: int) -> None:
     chunked = TextTask(dataclasses.replace(task.config, eval_chunk=eval_chunk))

@@ -29,8 +29,10 @@ from minrnn.mixers import (
     convert_rnns,
 )
 
-pytest.importorskip("expecttest", reason="torch's test suite needs it")
-common_modules = pytest.importorskip("torch.testing._internal.common_modules")
+pytest.importorskip("expecttest", reason="expecttest is not installed: the extra dev")
+common_modules = pytest.importorskip(
+    "torch.testing._internal.common_modules", reason="this torch keeps its module tests elsewhere"
+)
 
 INFOS = {info.module_cls: info for info in common_modules.module_db}
 

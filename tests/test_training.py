@@ -57,7 +57,8 @@ from minrnn.training.resume import _flatten, _unflatten
 
 pytestmark = pytest.mark.usefixtures("cache")
 
-SECONDS = ("tokens_per_second", "seconds")  # what differs between two runs that are the same
+# What differs between two runs that are the same: the checkout may be worked in meanwhile.
+SECONDS = ("tokens_per_second", "seconds", "commit")
 
 
 def run_config(corpus: Path, **settings: Any) -> RunConfig:

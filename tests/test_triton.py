@@ -21,7 +21,7 @@ import minrnn.ops
 from minrnn.ops import engines, reference
 from minrnn.ops.registry import ENGINES, serving
 
-pytest.importorskip("triton", reason="Triton is not installed: pip install 'minrnn[gpu]'")
+pytest.importorskip("triton", reason="Triton is not installed: the extra gpu")
 import minrnn.ops.triton.engine as compiled  # needs Triton
 from minrnn.ops.triton.gates import CANDIDATE_FUNCTIONS, GATE_FUNCTIONS
 

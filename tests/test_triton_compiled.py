@@ -15,7 +15,7 @@ from laws import GATES
 from minrnn.benchmarks import BENCHES
 from minrnn.benchmarks.scan import traffic
 
-pytest.importorskip("triton", reason="Triton is not installed: pip install 'minrnn[gpu]'")
+pytest.importorskip("triton", reason="Triton is not installed: the extra gpu")
 
 LARGE, LONG, STEP = (8, 4096, 2048), (1, 2**20, 256), (64, 1, 512)
 # gate, dtype, shape, compute capability, with an initial state and resets

@@ -11,7 +11,7 @@ from torch import Tensor
 from minrnn.ops import engines
 from minrnn.ops.registry import ENGINES, serving
 
-pytest.importorskip("triton", reason="Triton is not installed: pip install 'minrnn[gpu]'")
+pytest.importorskip("triton", reason="Triton is not installed: the extra gpu")
 if not torch.cuda.is_available():
     pytest.skip("torch finds no CUDA device", allow_module_level=True)
 import minrnn.ops.triton.engine as engine

@@ -1,4 +1,4 @@
-"""The law of test_accuracy.py for a million steps, whose float64 loop takes ten seconds and a gigabyte."""
+"""The law of test_accuracy.py for a million steps."""
 
 from __future__ import annotations
 

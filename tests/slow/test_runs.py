@@ -46,9 +46,14 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A place that processes are forked from, with torch already there and one thread each."""
-    # Of this process and of those that it starts; the server keeps what it is started with.
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["MINRNN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    with pytest.MonkeyPatch.context() as patch:  # of this process and of those that it starts
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("MINRNN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield started_server()
+
+
+def started_server() -> Any:
+    """Return the context whose server runs; it keeps the environment that it is started with."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [

@@ -1,0 +1,123 @@
+"""What all tests share, and each module of tests must leave as it found it: or their order would matter.
+
+A difference is looked for when a module's last fixture is gone, and the tests are named that made it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+from collections.abc import Generator
+from operator import attrgetter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+State = dict[str, Any]
+
+# By pytest for each test; by torch's compiler and by mujoco, for good, when they are first used.
+SET_ONCE = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "MUJOCO_GL", "PYOPENGL_PLATFORM"}
+SETTINGS = {
+    "torch": (
+        "are_deterministic_algorithms_enabled",
+        "get_default_device",
+        "get_default_dtype",
+        "get_float32_matmul_precision",
+        "get_num_threads",
+        "is_grad_enabled",
+    ),
+    "numpy": ("geterr",),
+    "hypothesis": ("settings.get_current_profile_name",),
+}
+"""Functions that return what is set."""
+
+SIGNALS = ("SIGHUP", "SIGINT", "SIGTERM", "SIGPIPE", "SIGUSR1", "SIGXFSZ")
+TABLES = "minrnn."
+"""Of these modules every dict in capitals is a table, which tests add to or take from."""
+
+
+def shared_state() -> State:
+    """Return what a test could leave changed, by name; of libraries, where they are imported."""
+    state: State = {"the working directory": Path.cwd(), "sys.path": list(sys.path)}
+    state |= {f"the environment's {name}": os.environ[name] for name in os.environ.keys() - SET_ONCE}
+    state |= {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS if hasattr(signal, name)}
+    for name, settings in SETTINGS.items():
+        if module := sys.modules.get(name):
+            state |= {f"{name}.{setting}": attrgetter(setting)(module)() for setting in settings}
+    found: dict[int, str] = {}  # the same table has as many names as modules import it
+    for name, module in list(sys.modules.items()):
+        if name.startswith(TABLES):
+            state[f"the module {name}"] = module
+            for key, value in vars(module).items() if module else ():
+                if key.isupper() and type(value) is dict and id(value) not in found:
+                    found[id(value)] = f"{name}.{key}"
+                    state[f"{name}.{key}"] = dict(value)
+    return state
+
+
+def differences(before: State, after: State) -> set[str]:
+    """Return the names of what changed; modules that were imported meanwhile, and their tables, did not."""
+    changed = {name for name in before.keys() & after.keys() if not same(before[name], after[name])}
+    changed |= before.keys() - after.keys()
+    return changed | {name for name in after.keys() - before.keys() if name.startswith("the environment's")}
+
+
+def same(one: Any, other: Any) -> bool:
+    return one is other or (type(one) is type(other) and not isinstance(one, ModuleType) and one == other)
+
+
+def seed(number: int = 0) -> None:
+    """Let what a test draws without a generator of its own be the same wherever in a run it stands."""
+    random.seed(number)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(number)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(number)
+
+
+def module_of(item: pytest.Item) -> str:
+    return item.nodeid.split("::")[0]
+
+
+class Keeper:
+    """Compares what is shared before and after the tests of a module."""
+
+    def __init__(self) -> None:
+        self.module, self.last = "", True
+        self.first: State = {}
+        self.before: State = {}
+        self.who: dict[str, str] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(
+        self, item: pytest.Item, nextitem: pytest.Item | None
+    ) -> Generator[None, bool, bool]:
+        seed()
+        self.before = shared_state()
+        if self.module != (module := module_of(item)):
+            self.module, self.first, self.who = module, self.before, {}
+        self.last = nextitem is None or module_of(nextitem) != module
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
+        if report.when != "teardown":
+            return report
+        after = shared_state()
+        self.who |= {name: item.nodeid for name in differences(self.before, after) if name not in self.who}
+        if self.last and report.passed and (left := differences(self.first, after)):
+            report.outcome = "failed"
+            report.longrepr = "\n".join(f"{self.who.get(name)} left {name} changed" for name in sorted(left))
+        return report
+
+
+def register(config: pytest.Config) -> None:
+    """Let a run of pytest compare what tests share."""
+    config.pluginmanager.register(Keeper(), "keeper")
