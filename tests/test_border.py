@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import laws
@@ -355,13 +355,16 @@ def test_an_output_has_its_own_memory_and_no_more(T: int, dtype: torch.dtype) ->
     release_memory()
     large(dtype=dtype).fill_(7)
     h = large((4, T, 1024), dtype)
-    assert h.untyped_storage().nbytes() == h.numel() * h.element_size()
+    held = h.untyped_storage().nbytes()  # apart: pytest would show the storage, number by number
+    assert held == h.numel() * h.element_size()
     torch.save(h, file := io.BytesIO())
     assert bytes(torch.full((64,), 7, dtype=dtype).untyped_storage()) not in file.getvalue()
 
 
 def test_outputs_are_as_any_tensor() -> None:
     """They can be resized, written to, saved, pickled and shared."""
+    release_memory()
+    large().numpy()  # whose storage has a fixed size from then on
     h = large()
     h.resize_(2 * h.numel())
     assert h.untyped_storage().nbytes() == 16 << 20
@@ -385,8 +388,11 @@ def test_outputs_are_as_any_tensor() -> None:
 def _in_child(queue: Any) -> None:
     torch.set_num_threads(1)
     a = torch.full(LARGE, 0.5)
-    h = minrnn.scan(a, a)
-    queue.put(float(h[0, -1, 0]))
+    found: list[float] = []
+    thread = threading.Thread(target=lambda: found.append(float(minrnn.scan(a, a)[0, -1, 0])), daemon=True)
+    thread.start()
+    thread.join(20)
+    queue.put(found[0] if found else "it waits for ever")
     queue.close()
     queue.join_thread()
 
@@ -458,6 +464,59 @@ def test_what_is_idle_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     memory._POOL.looked = 0.0
     large((4, 512, 2048))
     assert all(kept.storage.nbytes() != 8 << 20 for kept in memory._POOL.kept)
+    release_memory()
+
+
+def kept_bytes() -> list[int]:
+    return [kept.storage.nbytes() >> 20 for kept in memory._POOL.kept]
+
+
+def test_what_was_used_longest_ago_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    release_memory()
+    monkeypatch.setattr(memory, "LIMIT", 24 << 20)
+    for megabytes in (4, 8, 12):
+        large((1, megabytes << 8, 1024))
+    assert kept_bytes() == [4, 8, 12]
+    large((1, 4 << 8, 1024))
+    assert kept_bytes() == [8, 12, 4]
+    large((1, 6 << 8, 1024))
+    assert kept_bytes() == [12, 4, 6]
+    release_memory()
+
+
+def test_time_is_counted_from_the_last_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten seconds, in which nobody holds the memory."""
+    release_memory()
+    now = 100.0
+    monkeypatch.setattr(memory, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(memory._POOL, "looked", now)
+
+    def use(at: float, megabytes: int) -> None:
+        nonlocal now
+        now = at
+        large((1, megabytes << 8, 1024))
+
+    use(100, 8)
+    use(102, 4)  # sees that 8 is free
+    use(111, 4)  # nine seconds later
+    assert sorted(kept_bytes()) == [4, 8]
+    use(111, 8)
+    use(113, 4)  # 8 was free when it was last looked at, at 102, but used since
+    assert sorted(kept_bytes()) == [4, 8]
+    use(124, 4)
+    assert kept_bytes() == [4]
+    release_memory()
+
+
+def test_only_new_memory_is_prepared() -> None:
+    release_memory()
+    seen: list[tuple[int, int]] = []
+    storage = memory.take(8 << 20, lambda *place: seen.append(place))
+    assert storage is not None
+    assert seen == [(storage.data_ptr(), 8 << 20)]
+    del storage
+    memory.take(8 << 20, lambda *place: seen.append(place))
+    assert len(seen) == 1
     release_memory()
 
 

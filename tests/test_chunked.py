@@ -257,6 +257,11 @@ def test_only_what_is_asked_for_is_differentiated(frozen: tuple[bool, ...], reco
             assert not recurrence.scan(x, h0).requires_grad
         else:
             both(recurrence, x, h0, None)
+            h, given = recurrence.scan(x, h0), [leaf for leaf in leaves if leaf.requires_grad]
+            expected = torch.autograd.grad(h.sum(), given, retain_graph=True)
+            actual = torch.autograd.grad(h.sum(), given, create_graph=True)
+            for ours, theirs in zip(actual, expected, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 @recomputed
@@ -412,8 +417,25 @@ def test_recompute_keeps_the_input_and_border_states(name: str) -> None:
         states = sum(tensor.numel() for tensor in kept) - x.numel()
         assert states == B * (T // size - 1) * width
         everything = saved_by(LAYERS[name](width, width), x)
+        borders = [tensor for tensor in kept if tensor.numel() < x.numel()]
+        assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in borders)
     k = GATES[name].num_pre
     assert sum(tensor.numel() for tensor in everything) >= (2 + k) * x.numel()
+
+
+@pytest.mark.parametrize(("sequences", "apart"), [(2, True), (3, False)])
+def test_sequences_that_are_long_on_average_are_scanned_apart(
+    sequences: int, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here 40 steps of 6 channels, and 100 states or more for each sequence."""
+    calls = []
+    monkeypatch.setattr(projected, "MIN_ELEMENTS", 100)
+    monkeypatch.setattr(
+        projected, "cut_sequences", lambda *given, **how: calls.append(given) or cut_sequences(*given, **how)
+    )
+    offsets = torch.tensor([0, 25, 40, 40][: sequences + 1])
+    MinGRU(6, 6)(torch.randn(40, 6), torch.randn(1, sequences, 6), cu_seqlens=offsets)
+    assert bool(calls) == apart
 
 
 @pytest.mark.parametrize("min_elements", [0, 10**9], ids=["long sequences", "short sequences"])

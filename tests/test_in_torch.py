@@ -20,6 +20,7 @@ from torch.func import functional_call, jvp, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
 
 from minrnn.mixers import MinGRU
+from minrnn.ops.transforms import in_autocast, is_plain, without_autocast
 
 B, T, C, D = 2, 5, 3, 4
 
@@ -70,6 +71,7 @@ def test_many_gradients_at_once(name: str, recompute: bool) -> None:
     directions = draw(3, *output.shape, seed=1)
     leaves = [x, *layer.parameters()]
     batched = torch.autograd.grad(output, leaves, directions, is_grads_batched=True, retain_graph=True)
+    assert not any(x_batched.requires_grad for x_batched in batched)
     for n, direction in enumerate(directions):
         for x_batched, y in zip(
             batched, torch.autograd.grad(output, leaves, direction, retain_graph=True), strict=True
@@ -145,6 +147,37 @@ def test_an_ensemble_is_one_call(kind: Any, recompute: bool) -> None:
 
 # ----------------------------------------------------------------------------------------------------------
 # Number formats
+
+
+def test_autocast_is_seen_and_left() -> None:
+    x = torch.ones(2, 2)
+    assert not in_autocast(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert in_autocast(x)
+        assert not in_autocast(x.to("meta"))
+        with without_autocast(x):
+            assert not in_autocast(x)
+            assert (x @ x).dtype == torch.float32
+        with without_autocast(x.to("meta")):  # a device that has none
+            assert in_autocast(x)
+        assert (x @ x).dtype == torch.bfloat16
+
+
+def test_what_may_be_written_in_place_is_plain() -> None:
+    """Only tensors of torch's own types, and only outside of transforms."""
+
+    class Other(torch.Tensor):
+        pass
+
+    x = torch.ones(2)
+    assert is_plain(x, None, nn.Parameter(x))
+    assert not is_plain(x, x.as_subclass(Other))
+    seen = []
+    vmap(lambda y: seen.append(is_plain(x)) or y)(x)
+    jvp(lambda y: seen.append(is_plain(x)) or y, (x,), (x,))
+    with forward_ad.dual_level():
+        seen.append(is_plain(x))
+    assert seen == [False] * 3
 
 
 @every_gate

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 
 from minrnn.mixers import MinGRU
 from minrnn.mixers.layer import MinRNN
+from minrnn.ops.joined import Joined
 
 I, H = 5, 4  # noqa: E741
 LENGTHS = [3, 7, 1, 7, 4]
@@ -369,3 +371,22 @@ def test_documents_go_with_one_row() -> None:
     layer, rows = build("mingru"), torch.cat(make_sequences(LENGTHS))
     with pytest.raises(ValueError, match=r"must be \(total, C\) or a batch of 1, got \(11, 2, 5\)"):
         layer(rows.view(11, 2, I), cu_seqlens=torch.tensor([0, 11]))
+
+
+@pytest.mark.parametrize("lengths", list(product([0, 1, 3], repeat=3)), ids=str)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_state_after_each_sequence(lengths: tuple[int, ...], reverse: bool) -> None:
+    """Wherever empty ones stand; they leave the state as it was."""
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    h, h0 = torch.rand(1, sum(lengths), 2), torch.rand(3, 2)
+    joined = Joined(offsets, sum(lengths))
+    edges = offsets.tolist()
+    for start in (h0, None):
+        final = joined.final(h, start, reverse=reverse)
+        for n, (first, end) in enumerate(pairwise(edges)):
+            before = torch.zeros(2) if start is None else start[n]
+            expected = before if first == end else h[0, first if reverse else end - 1]
+            assert torch.equal(final[n], expected)
+    steps = range(sum(lengths))
+    assert joined.starts[0].tolist() == [t in edges[:-1] for t in steps]
+    assert joined.ends[0].tolist() == [t + 1 in edges[1:] for t in steps]

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import laws
 import numpy as np
@@ -162,6 +163,35 @@ def test_decays_are_as_exact_as_their_log_odds(gate: str) -> None:
     expected = torch.tanh(u / 2) if GATES[gate].signed else torch.sigmoid(u)
     a, _ = GATES[gate].equations(candidate, *pre)
     torch.testing.assert_close(a.double(), expected, rtol=4 * 2.0**-23, atol=0)
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_gradients_have_their_inputs_dtypes(name: str, gate: str, dtype: torch.dtype) -> None:
+    """That of h0 is of the state's, at least float32."""
+    pre, h0, reset = inputs(gate, 2, 5, 3, dtype)
+    h = MODULES[name].forward(pre, h0, reset, *mode(gate))
+    *dpre, dh0 = MODULES[name].backward(h, pre, h, h0, reset, *mode(gate))
+    assert [h.dtype, *(x.dtype for x in dpre)] == [dtype] * (1 + len(pre))
+    assert dh0.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@compiled
+def test_the_engine_is_given_torchs_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu: Any = MODULES["cpp"]
+    given: list[int] = []
+    whole = cpu._scan
+    spy = SimpleNamespace(
+        forward=lambda *call: (given.append(call[5]), whole.forward(*call)),
+        backward=lambda *call: (given.append(call[5]), whole.backward(*call)),
+    )
+    monkeypatch.setattr(cpu, "_scan", spy)
+    pre, h0, reset = inputs("mingru", 2, 5, 3)
+    with threads(3):
+        h = cpu.forward(pre, h0, reset, *mode("mingru"))
+        cpu.backward(h, pre, h, h0, reset, *mode("mingru"))
+    assert given == [3, 3]
 
 
 @compiled
@@ -508,6 +538,25 @@ def test_gradgradcheck(gate: str, candidate: str, reverse: bool) -> None:
 
 
 @pytest.mark.parametrize("gate", GATES)
+@directions
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_gradients_that_are_differentiated_are_the_engines(
+    gate: str, reverse: bool, dtype: torch.dtype
+) -> None:
+    pre, h0, reset = inputs(gate, 2, 9, 3, dtype)
+    reset[0, -1 if reverse else 0] = True
+    for tensors in (pre, [torch.cat(pre, -1)]):
+        leaves = [x.requires_grad_() for x in (h0, *tensors)]
+        h = function(gate, "positive", reset, reverse)(*leaves)
+        expected = torch.autograd.grad(h, leaves, torch.ones_like(h), retain_graph=True)
+        actual = torch.autograd.grad(h, leaves, torch.ones_like(h), create_graph=True)
+        for x, y in zip(actual, expected, strict=True):
+            assert x.dtype == y.dtype
+            # Both are computed in at least float32, and rounded once.
+            assert relative_error(x, y) <= (1e-12 if dtype == torch.float64 else 2.0**-8)
+
+
+@pytest.mark.parametrize("gate", GATES)
 def test_vmap_and_jacobians(gate: str) -> None:
     """torch.func transforms compose with the scan."""
     pre, h0, reset = inputs(gate, 2, 5, 3)
@@ -730,3 +779,15 @@ def test_flags_are_bools(gate: str, flag: str) -> None:
     for bad in (0, 0.0, None, "no", np.zeros(1, bool)):
         with pytest.raises(TypeError, match=f"gated_scan: {flag} must be a bool, got {type(bad).__name__}"):
             minrnn.ops.gated_scan(gate, *pre, **{flag: bad})
+
+
+@pytest.mark.parametrize("gate", [gate for gate, x in minrnn.ops.GATES.items() if not x.can_be_signed])
+def test_a_gate_without_a_signed_form_says_so(gate: str) -> None:
+    pre, _, _ = inputs(gate, 1, 3, 2)
+    with pytest.raises(ValueError, match=f"^gated_scan: gate '{gate}' has no signed form, got signed=True"):
+        minrnn.ops.gated_scan(gate, *pre, signed=True)
+
+
+def test_no_gate_is_meant_that_does_not_exist() -> None:
+    with pytest.raises(ValueError, match=r"got 'other_signed'$"):
+        minrnn.ops.gated_scan("other_signed", X, X)

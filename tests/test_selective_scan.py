@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import laws
 import pytest
@@ -424,6 +424,7 @@ def test_what_the_operator_returns_does_not_depend_on_gradients() -> None:
         for ours, theirs in zip(recorded, plain, strict=True):
             torch.testing.assert_close(ours.detach(), theirs, rtol=1e-12, atol=1e-12)
         assert (plain[2].numel() > 0) == save
+        assert [t.requires_grad for t in recorded] == [True, True, False]
     assert SELECTIVE_SCAN(x, False)[2].numel() == 0
 
 
@@ -448,6 +449,33 @@ def test_a_reset_forgets_what_is_not_finite_for_differentiated_gradients_too(whe
 
 
 @compiled
+def test_the_engine_is_given_torchs_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = engine()
+    given: list[int] = []
+    whole = cpu._selective
+    spy = SimpleNamespace(
+        num_groups=whole.num_groups,
+        forward=lambda *call: (given.append(call[1]), whole.forward(*call)),
+        backward=lambda *call: (given.append(call[1]), whole.backward(*call)),
+    )
+    monkeypatch.setattr(cpu, "_selective", spy)
+    x = draw(2, 5, 3, 2)
+    with laws.threads(3):
+        cpu.backward(*gradients_like(x), cpu.forward(x, True)[2], x)
+    assert given == [3, 3]
+
+
+def test_an_empty_batch_has_gradients_of_zero() -> None:
+    """Of what has no batch axis, whatever memory held."""
+    x = leaves(draw(0, 5, 3, 2))
+    with laws.poisoned():
+        outputs = scan(x)
+        gradients = torch.autograd.grad(outputs, x[:-1], tuple(torch.ones_like(y) for y in outputs))
+    for t, d in zip(x[:-1], gradients, strict=True):
+        assert torch.equal(d, torch.zeros_like(t))
+
+
+@compiled
 def test_the_gradient_of_the_bias_is_summed_in_more_than_float32() -> None:
     """Its terms are of both signs, and their sum may be small beside that of the first half."""
     T = 4096
@@ -463,7 +491,9 @@ def test_the_gradient_of_the_bias_is_summed_in_more_than_float32() -> None:
 
 
 def test_gradients_that_are_differentiated_are_the_engines() -> None:
-    x = leaves(draw(2, CHUNK + 4, 5, 3))
+    x = draw(2, CHUNK + 4, 5, 3)
+    x.reset[1, 0] = True
+    x = leaves(x)
     dy, dlast = gradients_like(x)
     outputs = scan(x)
     expected = torch.autograd.grad(outputs, x[:-1], (dy, dlast), retain_graph=True)

@@ -70,6 +70,31 @@ def test_interpreted_layouts(interpreted: ModuleType) -> None:
     x = draw(2, 5, 3, 2, torch.float32)
     late = x._replace(u=x.u.transpose(0, 1).contiguous().transpose(0, 1), B=x.B.mT.contiguous().mT)
     compare(interpreted, late._replace(reset=x.reset.t().contiguous().t()))
+    dy, dlast = gradients_like(x)
+    borders = interpreted.forward(x, True)[2]
+    apart = interpreted.backward(dy.mT.contiguous().mT, dlast.mT.contiguous().mT, borders, x)
+    for ours, theirs in zip(apart, interpreted.backward(dy, dlast, borders, x), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("channels", "N"), [(9, 3), (2, 9)], ids=["unequal groups", "a channel is a tile"])
+def test_interpreted_tiles(interpreted: ModuleType, channels: int, N: int) -> None:
+    """Programs with fewer tiles than others, and more states than a program has lanes."""
+    with checked_addresses():
+        compare(interpreted, draw(1, 3, channels, N, torch.float32))
+
+
+def test_interpreted_sums_are_rounded_once(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those over tiles of channels, whatever the dtype."""
+    monkeypatch.setattr(interpreted, "_PROGRAMS", 1)
+    x = draw(1, 2, 32, 2, torch.bfloat16)
+    dy, dlast = gradients_like(x)
+    exact = cast(x, torch.float64)
+    borders = reference.forward(exact, True)[2]
+    expected = reference.backward(dy.double(), dlast.double(), borders, exact)
+    actual = interpreted.backward(dy, dlast, interpreted.forward(x, True)[2], x)
+    for index in (NAMES.index("B"), NAMES.index("C")):
+        assert relative_error(actual[index], expected[index]) <= 2.0**-8
 
 
 def test_errors_do_not_add_up(interpreted: ModuleType) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import random
 import threading
 import time
 from collections.abc import Iterator
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
@@ -234,6 +234,9 @@ def test_a_state_in_one_float_would_drift(interpreted: ModuleType) -> None:
 class AtOnce:
     """A kernel whose programs run in threads, so many at a time."""
 
+    number: ContextVar[int] = ContextVar("number")
+    """The number of the program that runs in this thread."""
+
     def __init__(self, kernel: Any, at_a_time: int) -> None:
         self.kernel, self.at_a_time = kernel, at_a_time
         self.program = kernel.rewrite()
@@ -251,11 +254,12 @@ class AtOnce:
     def __call__(self, **arguments: Any) -> None:
         free = threading.Semaphore(self.at_a_time)
 
-        def run() -> None:
+        def run(number: int) -> None:
             with free:
+                self.number.set(number)
                 self.program(**arguments)
 
-        threads = [threading.Thread(target=run, daemon=True) for _ in range(self.count)]
+        threads = [threading.Thread(target=run, args=(n,), daemon=True) for n in range(self.count)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -273,9 +277,11 @@ def test_programs_that_run_at_once_wait_for_each_other(
     mode = (h0, reset, *laws.mode("mingru"))
     h = in_chunks.forward(pre, *mode)
     gradients = in_chunks.backward(dh, pre, h, *mode)
-    pauses = random.Random(0)
     builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
-    monkeypatch.setattr(builder, "create_barrier", lambda: time.sleep(0.05 * pauses.random()), raising=False)
+    # Every other program is slow, so that those after it have to wait.
+    monkeypatch.setattr(
+        builder, "create_barrier", lambda: time.sleep(0.03 * (AtOnce.number.get() % 2 == 0)), raising=False
+    )
     for name in ("forward_kernel", "backward_kernel"):
         monkeypatch.setattr(in_chunks, name, AtOnce(getattr(in_chunks, name), at_a_time))
     assert torch.equal(in_chunks.forward(pre, *mode), h)

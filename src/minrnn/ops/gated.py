@@ -110,7 +110,7 @@ class GatedScan(Operator):
 
 
 def _linearize(tensors: Tensors, h: Tensor, mode: Mode) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Return separate pre-activations, decays and previous states, resets applied, in at least float32."""
+    """Return separate pre-activations, decays, and previous states after resets, in at least float32."""
     *pre, h0, reset = tensors
     dtype = torch.promote_types(h.dtype, torch.float32)
     parts = [x.to(dtype) for x in split(mode.gate, pre)]
@@ -119,7 +119,7 @@ def _linearize(tensors: Tensors, h: Tensor, mode: Mode) -> tuple[list[Tensor], T
     first = torch.zeros_like(h[:, :1]) if h0 is None else h0.to(dtype).unsqueeze(1)
     h_prev = torch.cat([h[:, 1:], first] if mode.reverse else [first, h[:, :-1]], 1)
     if reset is not None:
-        a, h_prev = (x.masked_fill(reset.unsqueeze(-1), 0) for x in (a, h_prev))
+        h_prev = h_prev.masked_fill(reset.unsqueeze(-1), 0)
     return parts, a, h_prev
 
 

@@ -116,6 +116,7 @@ class SelectiveScan(Operator):
         to_inflow = torch.einsum("btdn,btn->btd", g, x.B)
         to_delta = torch.einsum("btdn,dn->btd", to_exponent, x.A) + to_inflow * x.u
         ddelta_pre = to_delta * torch.sigmoid(x.delta_pre)
+        dh0 = a[:, 0] * g[:, 0]
         return [
             to_inflow * delta if x.D is None else to_inflow * delta + dy * x.D,
             ddelta_pre,
@@ -125,7 +126,7 @@ class SelectiveScan(Operator):
             x.u.new_zeros(0) if x.D is None else (dy * x.u).sum((0, 1)),
             dz,
             ddelta_pre.sum((0, 1)) if has_bias else x.u.new_zeros(0),
-            a[:, 0] * g[:, 0] if x.reset is None else (a * g)[:, 0].masked_fill(x.reset[:, 0, None, None], 0),
+            dh0 if x.reset is None else dh0.masked_fill(x.reset[:, 0, None, None], 0),
         ]
 
     def tangents(
@@ -157,7 +158,7 @@ SELECTIVE_SCAN = SelectiveScan()
 
 
 def _linearize(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Return decays, states, and states before each step, (B, T, D, N), resets applied."""
+    """Return decays, states, and states before each step, (B, T, D, N); the last two with resets applied."""
     a, b = discretize(x)
     h = _linear(a, b, x.h0, x.reset, reverse=False)
     first = torch.zeros_like(h[:, 0]) if x.h0 is None else x.h0

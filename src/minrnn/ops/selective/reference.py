@@ -74,12 +74,9 @@ def empty_borders(x: Inputs, save: bool) -> Tensor:
 
 
 def discretize(x: Inputs) -> tuple[Tensor, Tensor]:
-    """Compute the decay exp(delta A), 0 at resets, and the input term delta B u of `biased` inputs."""
+    """Compute the decay exp(delta A) and the input term delta B u of `biased` inputs, without resets."""
     delta = softplus(x.delta_pre).unsqueeze(-1)
-    a = (delta * x.A).exp()
-    if x.reset is not None:
-        a = a.masked_fill(x.reset[:, :, None, None], 0)
-    return a, delta * x.B.unsqueeze(2) * x.u.unsqueeze(-1)
+    return (delta * x.A).exp(), delta * x.B.unsqueeze(2) * x.u.unsqueeze(-1)
 
 
 def forward(given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
