@@ -516,7 +516,7 @@ def test_generation_ignores_and_keeps_the_models_mode() -> None:
 def test_long_prompts_are_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompt = build(), make_tokens(11)
     whole = sample(model, prompt, 4, temperature=0)
-    monkeypatch.setattr(minrnn.models.decoder, "PROMPT_CHUNK", 4)
+    monkeypatch.setattr("minrnn.models.decoder.PROMPT_CHUNK", 4)
     assert torch.equal(sample(model, prompt, 4, temperature=0), whole)
 
 
