@@ -353,6 +353,37 @@ def test_state_dict_round_trip_and_deepcopy(variant: str) -> None:
         torch.testing.assert_close(twin(x)[0], mixer(x)[0], rtol=0, atol=0)
 
 
+SET: dict[str, Any] = {
+    "candidate": "tanh",
+    "forget_bias": 3.0,
+    "normalize": False,
+    "signed": True,
+    "bias": False,
+    "num_heads": 2,
+    "window": 5,
+    "d_state": 6,
+    "d_conv": 3,
+    "dt_rank": 2,
+    "initialization": "inv",
+    "dt_min": 0.01,
+    "dt_max": 0.01,
+}
+"""A value of each option that is no mixer's default."""
+
+INITIAL = {"initialization", "dt_min", "dt_max"}
+"""Options of initial values alone, which tests/test_s4d.py reads off the parameters."""
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_options_reach_what_they_are_options_of(name: str) -> None:
+    for option in list(signature(MIXERS[name]).parameters)[2:]:
+        mixer = MIXERS[name](D_MODEL, D_HIDDEN, **{option: SET[option]})
+        if option == "bias":
+            assert not any("bias" in parameter for parameter, _ in mixer.named_parameters())
+        elif option not in INITIAL:
+            assert getattr(getattr(mixer, "rnn", mixer), option) == SET[option], option
+
+
 @pytest.mark.parametrize("name", MIXERS)
 def test_unknown_option_raises(name: str) -> None:
     with pytest.raises(TypeError, match="heads_up"):
