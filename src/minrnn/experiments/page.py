@@ -206,7 +206,7 @@ class _Figures(dict[str, Any]):
 
 
 def _shakespeare(folder: Path) -> dict[str, Any]:
-    """Return the table of the earlier runs of shakespeare-cpu, the slowdown of RNN, GRU and LSTM, the machine."""
+    """Return the table of the earlier runs of shakespeare-cpu, the slowdown of RNN, GRU and LSTM, ..."""
     records = earlier_runs(folder)
     (table,) = EXPERIMENTS["shakespeare-cpu"].load().tables(records)
     runs = by_kind(records, "mixer")
