@@ -28,13 +28,13 @@ RECURRENCES = ("rnn", "gru", "lstm", "aaren", "s4d", "mamba")
 
 
 class Below(NamedTuple):
-    """A value that the printed figure must be above: "less than half"."""
+    """A value below the printed figure: "less than half"."""
 
     value: float
 
 
 class Above(NamedTuple):
-    """A value that the printed figure must not exceed, at its precision: "at least 99.5 %"."""
+    """A value that is printed rounded down: "at least 99.5 %"."""
 
     value: float
 
