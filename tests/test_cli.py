@@ -226,7 +226,7 @@ def test_train_then_evaluate_then_sample(
 
     assert sample("--prompt", "née").startswith("née")
     assert sample() == sample("--seed", "0") != sample("--seed", "1")
-    assert sample("--temperature", "0") == sample("--top-k", "1", "--seed", "7")
+    assert sample("--temperature", "0") == sample("--top-k", "1")
     assert sample("--checkpoint", "last")
     if vocabulary == "characters":
         assert len(sample()) == 41  # and the new line that ends it

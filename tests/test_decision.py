@@ -39,7 +39,8 @@ def build(mixer: str = "mingru", *, trunk: dict[str, Any] | None = None, **setti
     """A small model in double precision, with statistics, so that the laws hold to rounding."""
     torch.manual_seed(0)
     blocks = ModelConfig(**{"d_model": 8, "num_layers": 2, "conv_width": 0, "mixer": mixer, **(trunk or {})})
-    settings = {"return_scale": 5.0, "target_return": TARGET, **settings}
+    if settings.get("tokens") != "observation":  # which reads no return
+        settings = {"return_scale": 5.0, "target_return": TARGET, **settings}
     model = DecisionModel(DecisionConfig(blocks, S, A, **settings))
     model.set_statistics(torch.randn(S), torch.rand(S) + 0.5, torch.tensor([1.0, 2.5]))
     return model.double().eval()

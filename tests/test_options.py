@@ -77,7 +77,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "list_trials": True,
         "estimate": True,
     },
-    "report": {"results": "r", "benchmarks": "b", "page": "p", "write": "w"},
+    "report": {"results": "r", "benchmarks": "b", "page": "p", "write": "w", "changed": True},
 }
 """A value other than the default for each option."""
 
@@ -352,7 +352,7 @@ def test_at_the_papers_scale_the_time_is_said_before(
 def test_report(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "write_page", calls.spy("write"))
     assert main(["reproduce", "report", *arguments("report")]) == 0
-    assert calls.of["write"] == ((Path("p"), Path("b"), Path("r"), Path("w")), {})
+    assert calls.of["write"] == ((Path("p"), Path("b"), Path("r"), Path("w")), {"changed": True})
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -326,6 +326,8 @@ def cpu_run(mixer: str, seed: int, carried: float, seconds: float) -> dict[str, 
         "val_loss": carried,
         "val_loss_windowed": carried + 0.1,
         "val_loss_windowed_64": carried + 0.3,
+        "machine": {"processor": "Abacus", "threads": 1},
+        "versions": {"torch": "2"},
     }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, unpack_sequence
@@ -33,6 +34,7 @@ pytest.importorskip("expecttest", reason="expecttest is not installed: the extra
 common_modules = pytest.importorskip(
     "torch.testing._internal.common_modules", reason="this torch keeps its module tests elsewhere"
 )
+settings.load_profile("minrnn")  # torch's tests have loaded a profile of theirs
 
 INFOS = {info.module_cls: info for info in common_modules.module_db}
 
