@@ -377,6 +377,8 @@ INITIAL = {"initialization", "dt_min", "dt_max"}
 @pytest.mark.parametrize("name", MIXERS)
 def test_options_reach_what_they_are_options_of(name: str) -> None:
     for option in list(signature(MIXERS[name]).parameters)[2:]:
+        if (name, option) in {("minema", "signed"), ("gru", "forget_bias"), ("lstm", "forget_bias")}:
+            continue  # refused; and added to what torch draws: test_a_forget_bias_keeps_the_state
         mixer = MIXERS[name](D_MODEL, D_HIDDEN, **{option: SET[option]})
         if option == "bias":
             assert not any("bias" in parameter for parameter, _ in mixer.named_parameters())
