@@ -326,8 +326,8 @@ def cpu_run(mixer: str, seed: int, carried: float, seconds: float) -> dict[str, 
         "val_loss": carried,
         "val_loss_windowed": carried + 0.1,
         "val_loss_windowed_64": carried + 0.3,
-        "machine": {"processor": "Abacus", "threads": 1},
-        "versions": {"torch": "2"},
+        "machine": {"processor": "Sage", "cores": 2, "threads": 1},
+        "versions": {"torch": "1"},
     }
 
 
@@ -359,9 +359,9 @@ def test_earlier_runs_are_ranked_and_the_slowdown_is_theirs_over_mingrus(tmp_pat
         *("windows of 256", "windows of 64", "minutes"),
     ]
     assert rows_of(table) == CPU_ROWS
-    (tmp_path / "page.md").write_text("{shakespeare[slowdown]}")
+    (tmp_path / "page.md").write_text("{shakespeare[slowdown]} {shakespeare[machine][processor]}")
     write_page(tmp_path / "page.md", tmp_path, tmp_path / "results", tmp_path / "R.md")
-    assert (tmp_path / "R.md").read_text() == "3.0 to 5.0"  # rnn's and lstm's, over a mean of 150 s
+    assert (tmp_path / "R.md").read_text() == "3.0 to 5.0 Sage"  # rnn's and lstm's, over a mean of 150 s
 
 
 # --- formal languages and ListOps ------------------------------------------------------------------------
