@@ -19,8 +19,8 @@ import pytest
 
 State = dict[str, Any]
 
-# By pytest for each test; by torch's compiler and by mujoco, for good, when they are first used.
-SET_ONCE = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "MUJOCO_GL", "PYOPENGL_PLATFORM"}
+READ = ("MINRNN_", "OMP_", "PYTHON", "PATH", "HOME", "TMP", "XDG_", "CUDA_")
+"""How the environment variables are called that tests or minrnn read; libraries set others, for good."""
 SETTINGS = {
     "torch": (
         "are_deterministic_algorithms_enabled",
@@ -43,7 +43,9 @@ TABLES = "minrnn."
 def shared_state() -> State:
     """Return what a test could leave changed, by name; of libraries, where they are imported."""
     state: State = {"the working directory": Path.cwd(), "sys.path": list(sys.path)}
-    state |= {f"the environment's {name}": os.environ[name] for name in os.environ.keys() - SET_ONCE}
+    state |= {
+        f"the environment's {name}": value for name, value in os.environ.items() if name.startswith(READ)
+    }
     state |= {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS if hasattr(signal, name)}
     for name, settings in SETTINGS.items():
         if module := sys.modules.get(name):

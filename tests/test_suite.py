@@ -133,7 +133,7 @@ def fixture():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("A", "")
         yield
-def test_a(): os.environ["LEFT"] = "1"
+def test_a(): os.environ["MINRNN_LEFT"] = "1"
 def test_b(monkeypatch): monkeypatch.setenv("B", "2")
 def test_c(): torch.set_default_dtype(torch.float64)
 def test_d(monkeypatch): monkeypatch.setitem(minrnn.ops.GATES, "new", 1)
@@ -145,7 +145,7 @@ def test_what_a_test_leaves_is_seen(tmp_path: Path) -> None:
     said = run(tmp_path, "-q", files={"test_leaving.py": LEAVING})
     assert "16 passed, 1 error" in said
     assert set(re.findall(r"^(\S+ left .*) changed$", said, re.MULTILINE)) == {
-        "test_leaving.py::test_a left the environment's LEFT",
+        "test_leaving.py::test_a left the environment's MINRNN_LEFT",
         "test_leaving.py::test_c left torch.get_default_dtype",
         "test_leaving.py::test_e left minrnn.ops.gates.GATES",
     }
