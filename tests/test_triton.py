@@ -208,8 +208,9 @@ def test_errors_of_gradients_do_not_add_up(in_chunks: ModuleType, gate: str) -> 
     mode = (None, *laws.mode(gate))
     exact = reference.backward(dh.double(), [x.double() for x in pre], h.double(), None, *mode)
     actual = in_chunks.backward(dh, pre, h, None, *mode)
+    assert relative_error(actual[-1], exact[-1]) < 2 * 2.0**-24, "the adjoint itself, of h0"
     for x, y in zip(actual, exact, strict=True):
-        assert relative_error(x, y) < 6 * 2.0**-24
+        assert relative_error(x, y) < 16 * 2.0**-24  # with the roundings of the gate's slope
 
 
 def test_a_state_in_one_float_would_drift(interpreted: ModuleType) -> None:
