@@ -155,8 +155,8 @@ def compare(
     dh: Tensor,
     *mode: Any,
 ) -> None:
-    """Hold h and every gradient to the reference's in float64, with poisoned output buffers."""
-    dtype = dh.dtype
+    """Hold h and every gradient to the reference's in float64, with poisoned output buffers; inputs stay."""
+    dtype, before = dh.dtype, [x.clone() for x in (*pre, dh)]
     exact = [x.double() for x in pre]
     start = None if h0 is None else h0.double()
     expected = reference.forward(exact, start, reset, *mode)
@@ -165,6 +165,7 @@ def compare(
     with poisoned():
         assert relative_error(engine.forward(pre, h0, reset, *mode), expected) < TOLERANCE[dtype]
         actual = engine.backward(dh, pre, h, h0, reset, *mode)
+    assert all(torch.equal(x, y) for x, y in zip((*pre, dh), before, strict=True))
     assert [x.dtype for x in actual] == [*(x.dtype for x in pre), reference.state_dtype(dtype)]
     for x, y in zip(actual, gradients, strict=True):
         assert relative_error(x, y) < 2.5 * TOLERANCE[dtype]

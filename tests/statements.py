@@ -484,6 +484,9 @@ DEFINITIONS: dict[str, list[tuple[str, str]]] = {
         ("nears overflow (1e36)", "a threshold"),
     ],
     "docs/numerics.md": [
+        ("a state is rounded eight times at each of", "the algorithm"),
+        ("loses a millionth in each step", "an example"),
+        ("The tests hold it to 1e-6 of the largest", "a limit"),
         ("a decay of 0.999 rounds to 1", "bfloat16"),
         ("hold the backends to 2e-6", "a threshold"),
         ("a decay above one half is", "the algorithm"),

@@ -536,4 +536,6 @@ def test_an_engine_that_cannot_load_is_said_and_leaves_torch_whole() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "operators could not be registered: MINRNN_ENGINE must be one of" in done.stderr
-    assert done.stdout.count("MINRNN_ENGINE must be one of cpp, triton, reference, got 'bogus'") == 2
+    assert (
+        done.stdout.count("MINRNN_ENGINE must be one of cpp, triton, portable, reference, got 'bogus'") == 2
+    )

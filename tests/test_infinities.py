@@ -17,43 +17,53 @@ from minrnn.models import Decoder, ModelConfig, SequenceModel
 from minrnn.ops import reference
 from minrnn.ops.registry import load
 from minrnn.ops.selective import reference as selective_reference
+from minrnn.ops.selective.operator import MODULES as SELECTIVE
 
 LOADED = load("cpp")
 compiled = pytest.mark.skipif(
     not isinstance(LOADED, ModuleType), reason=f"no compiled engine to compare: {LOADED}"
 )
+every_engine = pytest.mark.parametrize("name", ["cpp", "portable"])
 directions = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 
 
-@compiled
+def loaded(name: str) -> ModuleType:
+    """Return an engine, or skip the test."""
+    engine = load(name)
+    if not isinstance(engine, ModuleType):
+        pytest.skip(f"no compiled engine to compare: {engine}")
+    return engine
+
+
+@every_engine
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("gate", "candidate"), CELLS)
 @directions
-def test_forward(gate: str, candidate: str, dtype: torch.dtype, reverse: bool) -> None:
+def test_forward(name: str, gate: str, candidate: str, dtype: torch.dtype, reverse: bool) -> None:
     """In h0 and in drives, for a step and for many; resets forget them."""
-    assert isinstance(LOADED, ModuleType)
+    engine = loaded(name)
     for T in (1, 2, 13):
         pre, h0, reset, _ = spoiled(gate, dtype, T)
         for given in (reset, None):
             mode = laws.mode(gate, candidate, reverse)
             exact = reference.forward([x.double() for x in pre], h0.double(), given, *mode)
-            same(LOADED.forward(pre, h0, given, *mode), exact.to(dtype), TOLERANCE[dtype])
+            same(engine.forward(pre, h0, given, *mode), exact.to(dtype), TOLERANCE[dtype])
 
 
-@compiled
+@every_engine
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("gate", GATES)
 @directions
-def test_backward(gate: str, dtype: torch.dtype, reverse: bool) -> None:
+def test_backward(name: str, gate: str, dtype: torch.dtype, reverse: bool) -> None:
     """Of infinite states, gradients; of infinite gradients, those of h0 and of what is added to the state."""
-    assert isinstance(LOADED, ModuleType)
+    engine = loaded(name)
     mode = laws.mode(gate, "linear" if GATES[gate].has_candidate else "positive", reverse)
     for T, given in itertools.product((1, 2, 13), (True, False)):
         pre, h0, reset, dh = spoiled(gate, dtype, T)
         reset = reset if given else None
         h = reference.forward(pre, h0, reset, *mode)
         expected = reference.backward(dh, pre, h, h0, reset, *mode)
-        for ours, theirs in zip(LOADED.backward(dh, pre, h, h0, reset, *mode), expected, strict=True):
+        for ours, theirs in zip(engine.backward(dh, pre, h, h0, reset, *mode), expected, strict=True):
             same(ours, theirs, 5 * TOLERANCE[dtype])
         pre, h0, reset, dh = inputs(gate, 2, T, 21, dtype)
         reset = reset if given else None
@@ -63,7 +73,7 @@ def test_backward(gate: str, dtype: torch.dtype, reverse: bool) -> None:
             dh[:, -1, 4 + d], dh[:, 0, 4 + d] = bad, -bad
         h = reference.forward(pre, h0, reset, *mode)
         expected = reference.backward(dh, pre, h, h0, reset, *mode)
-        actual = LOADED.backward(dh, pre, h, h0, reset, *mode)
+        actual = engine.backward(dh, pre, h, h0, reset, *mode)
         for ours, theirs in zip(actual[-2:], expected[-2:], strict=True):
             same(ours, theirs, 5 * TOLERANCE[dtype])
         for ours, theirs in zip(actual, expected, strict=True):
@@ -97,12 +107,12 @@ def test_a_reset_forgets_them_for_derivatives_of_every_order(gate: str, reverse:
     assert not tangent[:, ~known].isfinite().any()
 
 
-@compiled
+@every_engine
 @pytest.mark.parametrize("gate", ["identity", "mingru", "mingru_signed"])
 @directions
-def test_time_in_chunks(gate: str, reverse: bool) -> None:
+def test_time_in_chunks(name: str, gate: str, reverse: bool) -> None:
     """They cross from chunk to chunk, whether or not a look back has met them."""
-    assert isinstance(LOADED, ModuleType)
+    engine = loaded(name)
     T, D, mode = 1600, 21, laws.mode(gate, "positive", reverse)
     pre, h0, reset, dh = (
         [x[:1] for x in part] if isinstance(part, list) else part[:1]
@@ -117,8 +127,8 @@ def test_time_in_chunks(gate: str, reverse: bool) -> None:
     try:
         assert T * D >= 32768  # or nothing would be cut
         for given in (reset, None):
-            h = LOADED.forward(pre, h0, given, *mode)
-            gradients = LOADED.backward(dh, pre, h, h0, given, *mode)
+            h = engine.forward(pre, h0, given, *mode)
+            gradients = engine.backward(dh, pre, h, h0, given, *mode)
             same(h, reference.forward([x.double() for x in pre], h0.double(), given, *mode).float(), 2e-6)
             expected = reference.backward(dh, pre, h, h0, given, *mode)
             same(gradients[-1], expected[-1], 1e-5)
@@ -128,15 +138,15 @@ def test_time_in_chunks(gate: str, reverse: bool) -> None:
         torch.set_num_threads(before)
 
 
-@compiled
+@every_engine
 @pytest.mark.parametrize("gate", GATES)
-def test_no_number_depends_on_a_later_infinity(gate: str) -> None:
+def test_no_number_depends_on_a_later_infinity(name: str, gate: str) -> None:
     """Nor on one in another channel: the same bits."""
-    assert isinstance(LOADED, ModuleType)
+    engine = loaded(name)
     pre, h0, _, _ = inputs(gate, 1, 20, 21, torch.float32)
-    before = LOADED.forward(pre, h0, None, *laws.mode(gate))
+    before = engine.forward(pre, h0, None, *laws.mode(gate))
     pre[-1][0, 11, 4] = torch.inf
-    after = LOADED.forward(pre, h0, None, *laws.mode(gate))
+    after = engine.forward(pre, h0, None, *laws.mode(gate))
     others = torch.arange(21) != 4
     assert torch.equal(after[:, :11], before[:, :11])
     assert torch.equal(after[..., others], before[..., others])
@@ -165,12 +175,12 @@ def test_a_models_step(mixer: str, signed: bool) -> None:
         assert torch.equal(pool[0][1][0].nan_to_num(), h.nan_to_num())
 
 
-@compiled
+@every_engine
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels", [3, 37, 70])
-def test_selective_scan(dtype: torch.dtype, channels: int) -> None:
+def test_selective_scan(name: str, dtype: torch.dtype, channels: int) -> None:
     """In the state, in the input and in incoming gradients."""
-    engine = pytest.importorskip("minrnn.ops.selective.cpu", reason="no compiled engine")
+    engine = pytest.importorskip(SELECTIVE[name], reason=f"no engine {name}")
     for T, given in itertools.product((1, 11, 70), (True, False)):
         x = draw(2, T, channels, 3, dtype)._replace(D=None, z=None)
         x.reset[:] = False
@@ -183,12 +193,12 @@ def test_selective_scan(dtype: torch.dtype, channels: int) -> None:
         for actual, expected in ((ours, y), (our_last, last), (our_borders, borders)):
             same(actual, expected, TOLERANCE[dtype])
         expected = selective_reference.backward(dy, dlast, borders, x)
-        for name, one, other in zip(NAMES, engine.backward(dy, dlast, borders, x), expected, strict=True):
-            assert torch.equal(one.isfinite(), other.isfinite()), (name, T, given)
+        for field, one, other in zip(NAMES, engine.backward(dy, dlast, borders, x), expected, strict=True):
+            assert torch.equal(one.isfinite(), other.isfinite()), (field, T, given)
         x = draw(2, T, channels, 3, dtype)._replace(D=None, z=None)
         dy[:, T // 2, 0], dlast[:, 1] = torch.inf, -torch.inf
         _, _, borders = selective_reference.forward(x, True)
         expected = selective_reference.backward(dy, dlast, borders, x)
-        for name, one, other in zip(NAMES, engine.backward(dy, dlast, borders, x), expected, strict=True):
-            assert torch.equal(one.isfinite(), other.isfinite()), (name, T, given)
+        for field, one, other in zip(NAMES, engine.backward(dy, dlast, borders, x), expected, strict=True):
+            assert torch.equal(one.isfinite(), other.isfinite()), (field, T, given)
         same(engine.backward(dy, dlast, borders, x)[-1], expected[-1], 5 * TOLERANCE[dtype])

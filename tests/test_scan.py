@@ -159,7 +159,7 @@ def test_decays_are_as_exact_as_their_log_odds(gate: str) -> None:
     values = torch.tensor([-9.0, -2.5, -0.4, -1e-4, 1e-7, 0.01, 0.7, 3.0, 8.0])
     pre = torch.cartesian_prod(*[values] * GATES[gate].num_pre).unbind(-1)
     candidate, record = CANDIDATES["linear"], minrnn.ops.GATES[GATES[gate].gate]
-    u = record.terms(candidate, *pre)[0].double()
+    u = -record.log_odds(*pre).double()
     expected = torch.tanh(u / 2) if GATES[gate].signed else torch.sigmoid(u)
     a, _ = GATES[gate].equations(candidate, *pre)
     torch.testing.assert_close(a.double(), expected, rtol=4 * 2.0**-23, atol=0)

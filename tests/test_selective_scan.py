@@ -287,7 +287,7 @@ def test_extremes(dtype: torch.dtype) -> None:
     y, last, borders = reference.forward(cast(x, torch.float64), True)
     dy, dlast = gradients_like(x)
     gradients = reference.backward(dy.double(), dlast.double(), borders, cast(x, torch.float64))
-    for name in ("cpp", "reference"):
+    for name in ("cpp", "portable", "reference"):
         module = pytest.importorskip(MODULES[name], reason=f"no engine {name}")
         found, found_last, saved = module.forward(x, True)
         torch.testing.assert_close(found.double(), y, rtol=3e-6, atol=3e-4)

@@ -363,10 +363,10 @@ def test_chunks_cover_time_exactly(shape: tuple[int, int, int], rows: int, items
 MODULES = {name: module for name, (module, *_) in ENGINES.items()}
 
 
-def test_without_a_gpu_the_engine_says_so_and_the_reference_would_serve() -> None:
+def test_without_a_gpu_the_engine_says_so_and_the_portable_one_would_serve() -> None:
     if torch.cuda.is_available():
         pytest.skip("torch finds a CUDA device")
     described = {engine.name: engine for engine in engines()}["triton"]
     assert not described.serves
     assert described.detail == "not available: torch finds no CUDA device"
-    assert serving("triton", MODULES) is reference
+    assert serving("triton", MODULES).__name__.endswith(".portable")

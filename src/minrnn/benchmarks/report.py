@@ -74,7 +74,7 @@ class Report:
         if output is None:
             self.write()  # so that the file is valid before the first result
         served = [f"{engine.name} ({engine.detail})" for engine in engines() if engine.device == device.type]
-        self.say(f"bench {benchmark} on {device}: {', '.join(served) or 'the reference engine'}")
+        self.say(f"bench {benchmark} on {device}: {', '.join(served) or 'the portable engine'}")
         load = self.document["load"]
         if load and load[0] > BUSY:
             self.say(f"the machine is busy (load {load[0]}): times will be distorted")

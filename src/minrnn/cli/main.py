@@ -40,7 +40,7 @@ COMMANDS: dict[str, Command] = {
 }
 
 ENVIRONMENT = {
-    "MINRNN_ENGINE": "reference: use the reference loop instead of the compiled engines",
+    "MINRNN_ENGINE": "portable or reference: use PyTorch's own operations instead of the compiled engines",
     "MINRNN_ISA": "baseline, avx2 or avx512: use a narrower instruction set than the processor has",
     "MINRNN_DATA": "folder to search for data sets before downloading",
     "MINRNN_CACHE": "folder for downloads and tokenized corpora (default: the user's cache)",

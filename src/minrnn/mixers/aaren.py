@@ -10,6 +10,7 @@ from minrnn.mixers.arguments import read_flag, read_size
 from minrnn.mixers.calls import is_plain
 from minrnn.mixers.mixer import Mixer, PartForm, State
 from minrnn.ops import gated_scan
+from minrnn.ops.devices import widest_float
 from minrnn.ops.transforms import without_autocast
 
 EMPTY = -(2.0**100)
@@ -35,9 +36,9 @@ class AarenMixer(Mixer):
     products a step instead of d_model * d_hidden. (If `key` is another module or has hooks, it is called.)
     Keys have no bias, which would shift all scores alike.
 
-    The state is o `(B, d_hidden)` and lse `(B, num_heads)`, always float64: at step t it grows by about
-    1 / t, which float32 starts to round away within some ten thousand steps. Scores are computed in float32
-    at least, also under autocast.
+    The state is o `(B, d_hidden)` and lse `(B, num_heads)`, float64 on devices that have it: at step t it
+    grows by about 1 / t, which float32 starts to round away within some ten thousand steps. Scores are
+    computed in float32 at least, also under autocast.
 
     Args:
         d_model: channels of the input.
@@ -90,24 +91,24 @@ class AarenMixer(Mixer):
         return o.to(v.dtype), (o[:, -1].clone(), lse[:, -1].clone())
 
     def _scores(self, x: Tensor) -> Tensor:
-        """<q, k[t]> / sqrt(d_head) of every head, `(B, T, num_heads)`, float64."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        """<q, k[t]> / sqrt(d_head) of every head, `(B, T, num_heads)`, in the device's widest dtype."""
+        dtype, wide = torch.promote_types(x.dtype, torch.float32), widest_float(x.device)
         query = self.query.to(dtype) / math.sqrt(self.query.shape[1])
         keys = None if is_plain(self.key, nn.Linear) and self.key.bias is None else self.key(x)
         with without_autocast(x):
             if keys is not None:
                 keys = keys.to(dtype).unflatten(-1, (self.num_heads, -1))
-                return torch.einsum("hd,bthd->bth", query, keys).double()
+                return torch.einsum("hd,bthd->bth", query, keys).to(wide)
             key = self.key.weight.to(dtype).unflatten(0, (self.num_heads, -1))
             rows = torch.einsum("hd,hdm->hm", query, key)
-            return functional.linear(x.to(dtype), rows).double()
+            return functional.linear(x.to(dtype), rows).to(wide)
 
 
 def _running_logsumexp(scores: Tensor, carried: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
     """Compute the logsumexp of each sequence's scores, before and after every step.
 
     Args:
-        scores: `(B, T, heads)`, float64.
+        scores: `(B, T, heads)`, in the device's widest dtype.
         carried: `(B, heads)`: the logsumexp of the scores before the call, or None.
         reset: `(B, T)`, bool, or None.
 

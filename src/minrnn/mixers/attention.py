@@ -7,6 +7,7 @@ from torch.nn import functional
 from minrnn.mixers.arguments import read_flag, read_size
 from minrnn.mixers.graphs import may_vary
 from minrnn.mixers.mixer import Mixer, PartForm, State, sequence_start
+from minrnn.ops.devices import widest_float
 
 QUERY_BLOCK = 512
 """Queries per block where a mask is needed (or the window, if that is longer), so that no mask is T x T."""
@@ -149,9 +150,10 @@ class AttentionMixer(Mixer):
 def _rotary_table(at: Tensor, d_head: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Compute cos and sin of the angles at positions `(..., T)`: `(..., T, 1, d_head / 2)`, float32 at least.
 
-    Angles are computed in double precision: at position 65,536 a float32 angle is off by 4e-3.
+    Angles are computed in the device's widest dtype: at position 65,536 a float32 angle is off by 4e-3.
     """
-    pairs = torch.arange(0, d_head, 2, dtype=torch.float64, device=at.device)
-    angles = at[..., None, None].double() * ROTARY_BASE ** (-pairs / d_head)
+    wide = widest_float(at.device)
+    pairs = torch.arange(0, d_head, 2, dtype=wide, device=at.device)
+    angles = at[..., None, None].to(wide) * ROTARY_BASE ** (-pairs / d_head)
     dtype = torch.promote_types(dtype, torch.float32)
     return angles.cos().to(dtype), angles.sin().to(dtype)

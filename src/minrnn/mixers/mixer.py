@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from minrnn.mixers.arguments import read_size
+from minrnn.ops.devices import widest_float
 from minrnn.ops.recurrence import check_tensor
 from minrnn.ops.transforms import in_autocast
 
@@ -13,7 +14,7 @@ State = tuple[Tensor, ...]
 
 PartForm = tuple[tuple[int | None, ...], torch.dtype]
 """The form of one tensor of a state: its sizes after the batch, None where any size is allowed, and the dtype
-that it is computed in. A tensor of a wider dtype is refused, as it would be rounded."""
+that it is computed in, where the device has it. A tensor of a wider dtype is refused: it would be rounded."""
 
 
 class Mixer(nn.Module):
@@ -85,7 +86,8 @@ class Mixer(nn.Module):
         """
         form = self.state_form(like.dtype)
         return tuple(
-            like.new_zeros(batch, *(size or 0 for size in shape), dtype=dtype) for shape, dtype in form
+            like.new_zeros(batch, *(size or 0 for size in shape), dtype=widest_float(like.device, dtype))
+            for shape, dtype in form
         )
 
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
@@ -126,7 +128,7 @@ def read_part(what: str, part: Tensor, batch: int, form: PartForm) -> Tensor:
         ValueError: its first axis is not the batch, or its other sizes are not those of its form.
         TypeError: its dtype is wider; under autocast, which rounds its inputs anyway, float32 is accepted.
     """
-    shape, dtype = form
+    shape, dtype = form[0], widest_float(part.device, form[1])
     if part.dim() == 0 or part.shape[0] != batch:
         raise ValueError(
             f"{what} must have the batch, {batch}, as its first axis, got shape {tuple(part.shape)}"

@@ -10,20 +10,21 @@ from torch.nn import functional
 from minrnn.mixers.arguments import read_choice, read_flag, read_number, read_size
 from minrnn.mixers.graphs import may_vary, refuse_export
 from minrnn.mixers.mixer import Mixer, PartForm, State
+from minrnn.ops.devices import widest_float
 from minrnn.ops.transforms import without_autocast
 
 
 def _lin(d_state: int) -> Tensor:
-    return math.pi * torch.arange(d_state // 2, dtype=torch.float64)
+    return math.pi * torch.arange(d_state // 2, dtype=torch.float64, device="cpu")
 
 
 def _inv(d_state: int) -> Tensor:
-    n = torch.arange(d_state // 2, dtype=torch.float64)
+    n = torch.arange(d_state // 2, dtype=torch.float64, device="cpu")
     return d_state / math.pi * (d_state / (2 * n + 1) - 1)
 
 
 def _legs(d_state: int) -> Tensor:
-    root = (2 * torch.arange(d_state, dtype=torch.float64) + 1).sqrt()
+    root = (2 * torch.arange(d_state, dtype=torch.float64, device="cpu") + 1).sqrt()
     skew = torch.outer(root, root).triu(1) / 2
     eigenvalues = torch.linalg.eigvalsh(1j * (skew - skew.mT))  # +w and -w
     return eigenvalues[d_state // 2 :]
@@ -55,9 +56,10 @@ class S4DMixer(Mixer):
     A call of one step computes the recurrence. A longer one computes a convolution, by FFT, with the impulse
     response, plus the response to the initial state; sequences that start at a reset are convolved
     separately. No tensor of size T * d_state is made for a channel: powers of exp(dt A) are products of two
-    short tables, and sums over them are matrix products. The tables and each step are computed in float64,
-    because the phase error of the t-th power is t times that of the first. As with every convolution by FFT,
-    rounding errors, and values that are not finite, spread over the whole sequence.
+    short tables, and sums over them are matrix products. The tables and each step are computed in float64
+    on devices that have it, because the phase error of the t-th power is t times that of the first.
+    As with every convolution by FFT, rounding errors, and values that are not finite, spread over the whole
+    sequence.
 
     The state is h `(B, d_model, d_state / 2, 2)`: real and imaginary parts, float32 at least.
 
@@ -99,9 +101,9 @@ class S4DMixer(Mixer):
         dt_min, dt_max = read_number("S4DMixer", "dt_min", dt_min), read_number("S4DMixer", "dt_max", dt_max)
         if not 0 < dt_min <= dt_max:
             raise ValueError(f"S4DMixer: dt must have 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
-        frequency = FREQUENCIES[initialization](d_state).to(torch.get_default_dtype())
         self.log_dt = nn.Parameter(torch.empty(d_model).uniform_(math.log(dt_min), math.log(dt_max)))
         self.log_decay = nn.Parameter(torch.full((d_model, d_state // 2), math.log(0.5)))
+        frequency = FREQUENCIES[initialization](d_state).to(self.log_decay)
         self.frequency = nn.Parameter(frequency.repeat(d_model, 1))
         self.C = nn.Parameter(torch.randn(d_model, d_state // 2, 2) * math.sqrt(0.5))
         self.D = nn.Parameter(torch.randn(d_model))
@@ -123,10 +125,11 @@ class S4DMixer(Mixer):
         return functional.glu(self.output(functional.gelu(u)), dim=-1), (torch.view_as_real(h).to(dtype),)
 
     def _discretize(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dt A, the discretized B, and C; each `(d_model, d_state / 2)`, complex128."""
-        A = torch.complex(-self.log_decay.double().exp(), self.frequency.double())
-        rate = self.log_dt.double().exp().unsqueeze(1) * A
-        return rate, torch.expm1(rate) / A, torch.view_as_complex(self.C.double())
+        """Return dt A, the discretized B, and C; each `(d_model, d_state / 2)`, complex and wide."""
+        wide = widest_float(self.log_dt.device)
+        A = torch.complex(-self.log_decay.to(wide).exp(), self.frequency.to(wide))
+        rate = self.log_dt.to(wide).exp().unsqueeze(1) * A
+        return rate, torch.expm1(rate) / A, torch.view_as_complex(self.C.to(wide))
 
     def _step(self, x: Tensor, h0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """Advance the state h0 `(B, d_model, d_state / 2)` by the recurrence; x is `(B, 1, d_model)`."""
@@ -237,7 +240,7 @@ class _Response:
 
 def _powers(rate: Tensor, count: int) -> Tensor:
     """exp(rate t) for t = 0 .. count - 1, `(D, count, N / 2)`."""
-    t = torch.arange(count, dtype=torch.float64, device=rate.device)
+    t = torch.arange(count, dtype=rate.real.dtype, device=rate.device)
     return torch.exp(rate.unsqueeze(1) * t.unsqueeze(1))
 
 
@@ -287,7 +290,9 @@ def convolve_sequences(x: Tensor, kernel: Tensor, reset: Tensor) -> Tensor:
     begins = torch.cat([torch.ones_like(reset[:, :1]), reset[:, 1:]], dim=1).flatten()
     starts = begins.nonzero().flatten()  # (sequences,), along rows laid end to end
     lengths = torch.diff(starts, append=starts.new_tensor([B * T]))
-    magnitude = torch.frexp((lengths - 1).double()).exponent  # of a length n, that of the power of two >= n
+    magnitude = torch.frexp(
+        (lengths - 1).to(widest_float(x.device))
+    ).exponent  # of a length n, that of the power of two >= n
     steps, pieces = [], []
     for size in magnitude.unique():
         chosen = magnitude == size

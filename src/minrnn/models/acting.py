@@ -13,6 +13,7 @@ from minrnn.mixers.arguments import read_number
 from minrnn.models.decision import NOTHING_DONE, DecisionConfig, DecisionModel, Steps
 from minrnn.models.decoder import Decoder
 from minrnn.models.sequence import ModelState
+from minrnn.ops.devices import widest_float
 
 
 class Policy:
@@ -144,7 +145,7 @@ class Policy:
             reward = 0.0
         assert self._memory is not None
         shape = self._memory.times.shape
-        rewards = _as_tensor("reward", reward, torch.float64, self._memory.times.device)
+        rewards = _as_tensor("reward", reward, self._memory.returns.dtype, self._memory.returns.device)
         if rewards.shape not in ((), shape):
             raise ValueError(f"act: reward must be one or {tuple(shape)}, got {tuple(rewards.shape)}")
         if starts is not None:
@@ -175,7 +176,7 @@ class _Memory:
     """A policy's memory between two observations."""
 
     returns: Tensor
-    """(B,) float64, as it sums thousands of rewards: the returns-to-go."""
+    """(B,) in the device's widest dtype, as it sums thousands of rewards: the returns-to-go."""
     previous: Tensor
     """(B, A), or (B,) for discrete actions: the last actions."""
     times: Tensor
@@ -189,7 +190,7 @@ class _Memory:
     def at_start(cls, model: DecisionModel, observations: Tensor, target: float | None) -> Self:
         """Return the memory before the first step of every row."""
         config, B, device = model.config, len(observations), observations.device
-        returns = torch.full((B,), target or 0.0, dtype=torch.float64, device=device)
+        returns = torch.full((B,), target or 0.0, dtype=widest_float(device), device=device)
         if config.discrete:
             previous = torch.full((B,), NOTHING_DONE, device=device)
         else:

@@ -9,6 +9,7 @@ from minrnn.files import NoEffect, warn_without_effect
 from minrnn.mixers.arguments import read_number, read_size
 from minrnn.models.decoder import Decoder
 from minrnn.models.sequence import ModelConfig, SequenceModel
+from minrnn.ops.devices import widest_float
 from minrnn.ops.recurrence import check_tensor
 
 WITHOUT_EFFECT = (
@@ -91,8 +92,10 @@ def choose(
         raise RuntimeError("generate: the model's logits are not finite; its training has diverged")
     if temperature == 0:
         return logits.argmax(dim=-1)
-    # In float64, so that a temperature near 0 gives a sharp softmax instead of an overflow.
-    scaled = (logits.double() - logits.amax(dim=-1, keepdim=True)) / temperature
+    # In the widest dtype, so that a temperature near 0 gives a sharp softmax instead of an overflow.
+    wide = widest_float(logits.device)
+    temperature = max(temperature, torch.finfo(wide).tiny)
+    scaled = (logits.to(wide) - logits.amax(dim=-1, keepdim=True)) / temperature
     ranked, order = scaled.sort(dim=-1, descending=True)  # (B, V)
     p = ranked.softmax(dim=-1)
     if top_k:

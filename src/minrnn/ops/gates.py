@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +44,23 @@ CANDIDATES: dict[str, Candidate] = {
     "tanh": Candidate(torch.tanh, lambda x: 1 - torch.tanh(x) ** 2),
 }
 
+
+class Shares(NamedTuple):
+    """A step's shares of the old state and of the new, computed apart, so that neither loses digits."""
+
+    odds: Tensor
+    """u, with update = sigmoid(u)."""
+    keep: Tensor
+    """1 - update."""
+    update: Tensor
+
+    def decay(self, signed: bool) -> tuple[Tensor, Tensor]:
+        """Return a, and 1 - a."""
+        if not signed:
+            return self.keep, self.update
+        return torch.tanh(self.odds / -2), 2 * self.update  # 2 keep - 1 would cancel near 0
+
+
 Partials = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
 
 
@@ -50,15 +68,17 @@ Partials = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
 class Gate:
     """A gate: its pre-activations, its equations, their partial derivatives, and what a layer has to know.
 
-    a = sigmoid(u(pre)),  or with signed  a = 2 sigmoid(u(pre)) - 1 = tanh(u(pre) / 2);    b = b(pre)
+    a = 1 - sigmoid(u(pre)),  or with signed  a = 1 - 2 sigmoid(u(pre)) = -tanh(u(pre) / 2);    b = b(pre)
     """
 
     pre: tuple[str, ...]
     """The names of the pre-activations, in the order in which they are passed."""
-    terms: Callable[..., tuple[Tensor, Tensor]]
-    """`terms(candidate, *pre)` is (u, b): the decay's log-odds and the input term."""
+    log_odds: Callable[..., Tensor]
+    """`log_odds(*pre)` is u, the update's log-odds."""
+    term: Callable[..., Tensor]
+    """`term(candidate, update, *pre)` is b, the input term."""
     derivatives: Callable[..., Partials]
-    """`derivatives(candidate, *pre)`: of sigmoid(u), then of b, the derivative with respect to each
+    """`derivatives(candidate, keep, update, *pre)`: of keep, then of b, the derivative with respect to each
     pre-activation, None where it is zero."""
     neutral: tuple[float, ...]
     """Pre-activations of a step that keeps the state: a = 1, b = 0."""
@@ -69,7 +89,7 @@ class Gate:
     unnormalized: str | None = None
     """The name of the gate that differs in that its gates need not sum to one, if there is one."""
     gives_decay: bool = False
-    """Whether u is a itself, and not its log-odds."""
+    """Whether the first pre-activation is a itself; there are no log-odds then."""
 
     @property
     def num_pre(self) -> int:
@@ -81,16 +101,26 @@ class Gate:
         """Whether the last pre-activation goes through a candidate function."""
         return self.pre[-1] == "candidate"
 
+    def shares(self, *pre: Tensor) -> Shares:
+        """Compute update = sigmoid(u) and keep = sigmoid(-u)."""
+        u = self.log_odds(*pre)
+        return Shares(u, u, 1 - u) if self.gives_decay else Shares(u, torch.sigmoid(-u), torch.sigmoid(u))
+
     def equations(self, candidate: Candidate, *pre: Tensor, signed: bool = False) -> tuple[Tensor, Tensor]:
         """Compute a and b."""
-        u, b = self.terms(candidate, *pre)
-        if self.gives_decay:
-            return u, b
-        return torch.tanh(u / 2) if signed else torch.sigmoid(u), b  # 2 sigmoid(u) - 1 would cancel near 0
+        shares = self.shares(*pre)
+        return shares.decay(signed)[0], self.term(candidate, shares.update, *pre)
 
-    def partials(self, candidate: Candidate, *pre: Tensor, signed: bool = False) -> Partials:
+    def partials(
+        self,
+        candidate: Candidate,
+        *pre: Tensor,
+        signed: bool = False,
+        shares: Shares | None = None,
+    ) -> Partials:
         """Compute the derivatives of a, and of b, with respect to each pre-activation, None where zero."""
-        of_a, of_b = self.derivatives(candidate, *pre)
+        _, keep, update = shares or self.shares(*pre)
+        of_a, of_b = self.derivatives(candidate, keep, update, *pre)
         return [None if d is None else 2 * d for d in of_a] if signed else of_a, of_b
 
     def pullback(
@@ -101,9 +131,10 @@ class Gate:
         db: Tensor,
         *,
         signed: bool = False,
+        shares: Shares | None = None,
     ) -> list[Tensor]:
-        """Compute the gradients of the pre-activations, given those of a and b."""
-        of_a, of_b = self.partials(candidate, *pre, signed=signed)
+        """Compute the gradients of the pre-activations, given those of a and b, and the shares if known."""
+        of_a, of_b = self.partials(candidate, *pre, signed=signed, shares=shares)
         return [_dot((da, db), partial) for partial in zip(of_a, of_b, strict=True)]
 
     def pushforward(
@@ -120,63 +151,73 @@ def _dot(vectors: Sequence[Tensor], partials: Sequence[Tensor | None]) -> Tensor
     return sum(terms[1:], terms[0]) if terms else torch.zeros_like(vectors[0])
 
 
-def _identity_derivatives(candidate: Candidate, a: Tensor, b: Tensor) -> Partials:
+def _identity_derivatives(
+    candidate: Candidate, keep: Tensor, update: Tensor, a: Tensor, b: Tensor
+) -> Partials:
     one = torch.ones_like(a)
     return (one, None), (None, one)
 
 
-def _mingru(candidate: Candidate, z: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    return -z, torch.sigmoid(z) * candidate.value(c)
+def _normalized_term(candidate: Candidate, update: Tensor, *pre: Tensor) -> Tensor:
+    return update * candidate.value(pre[-1])
 
 
-def _mingru_derivatives(candidate: Candidate, z: Tensor, c: Tensor) -> Partials:
-    update = torch.sigmoid(z)
-    slope = update * torch.sigmoid(-z)
+def _mingru_derivatives(candidate: Candidate, keep: Tensor, update: Tensor, z: Tensor, c: Tensor) -> Partials:
+    slope = update * keep
     return (-slope, None), (slope * candidate.value(c), update * candidate.slope(c))
 
 
-def _minlstm(candidate: Candidate, f: Tensor, i: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    # f / (f + i) = sigmoid(log f - log i): exact where both gates underflow.
-    u = logsigmoid(f) - logsigmoid(i)
-    return u, torch.sigmoid(-u) * candidate.value(c)
+def _minlstm_log_odds(f: Tensor, i: Tensor, c: Tensor) -> Tensor:
+    # i / (f + i) = sigmoid(log i - log f): exact where both gates underflow.
+    return logsigmoid(i) - logsigmoid(f)
 
 
-def _minlstm_derivatives(candidate: Candidate, f: Tensor, i: Tensor, c: Tensor) -> Partials:
-    u = logsigmoid(f) - logsigmoid(i)
-    slope = torch.sigmoid(u) * torch.sigmoid(-u)
+def _minlstm_derivatives(
+    candidate: Candidate, keep: Tensor, update: Tensor, f: Tensor, i: Tensor, c: Tensor
+) -> Partials:
+    slope = keep * update
     of_f, of_i = slope * torch.sigmoid(-f), -slope * torch.sigmoid(-i)
     value = candidate.value(c)
-    return (of_f, of_i, None), (-of_f * value, -of_i * value, torch.sigmoid(-u) * candidate.slope(c))
+    return (of_f, of_i, None), (-of_f * value, -of_i * value, update * candidate.slope(c))
 
 
-def _unnormalized(candidate: Candidate, f: Tensor, i: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    return f, torch.sigmoid(i) * candidate.value(c)
+def _unnormalized_term(candidate: Candidate, update: Tensor, f: Tensor, i: Tensor, c: Tensor) -> Tensor:
+    return torch.sigmoid(i) * candidate.value(c)
 
 
-def _unnormalized_derivatives(candidate: Candidate, f: Tensor, i: Tensor, c: Tensor) -> Partials:
-    of_f = torch.sigmoid(f) * torch.sigmoid(-f)
+def _unnormalized_derivatives(
+    candidate: Candidate, keep: Tensor, update: Tensor, f: Tensor, i: Tensor, c: Tensor
+) -> Partials:
     of_i = torch.sigmoid(i) * torch.sigmoid(-i)
-    return (of_f, None, None), (None, of_i * candidate.value(c), torch.sigmoid(i) * candidate.slope(c))
+    of_b = None, of_i * candidate.value(c), torch.sigmoid(i) * candidate.slope(c)
+    return (keep * update, None, None), of_b
 
 
-def _minema(candidate: Candidate, alpha: Tensor, delta: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+def _minema_log_odds(alpha: Tensor, delta: Tensor, c: Tensor) -> Tensor:
     # 1 - alpha delta = (1 - alpha) + alpha (1 - delta), of which nothing cancels.
     kept = torch.logaddexp(logsigmoid(-alpha), logsigmoid(alpha) + logsigmoid(-delta))
-    return kept - logsigmoid(alpha) - logsigmoid(delta), torch.sigmoid(alpha) * candidate.value(c)
+    return logsigmoid(alpha) + logsigmoid(delta) - kept
 
 
-def _minema_derivatives(candidate: Candidate, alpha: Tensor, delta: Tensor, c: Tensor) -> Partials:
-    update, damping = torch.sigmoid(alpha), torch.sigmoid(delta)
-    slope = update * torch.sigmoid(-alpha)
-    of_a = -slope * damping, -update * damping * torch.sigmoid(-delta), None
-    return of_a, (slope * candidate.value(c), None, update * candidate.slope(c))
+def _minema_term(candidate: Candidate, update: Tensor, alpha: Tensor, delta: Tensor, c: Tensor) -> Tensor:
+    return torch.sigmoid(alpha) * candidate.value(c)
+
+
+def _minema_derivatives(
+    candidate: Candidate, keep: Tensor, update: Tensor, alpha: Tensor, delta: Tensor, c: Tensor
+) -> Partials:
+    rate, damping = torch.sigmoid(alpha), torch.sigmoid(delta)
+    slope = rate * torch.sigmoid(-alpha)
+    of_a = -slope * damping, -rate * damping * torch.sigmoid(-delta), None
+    return of_a, (slope * candidate.value(c), None, rate * candidate.slope(c))
 
 
 GATES: dict[str, Gate] = {
     # a and b themselves: the plain scan.
     "identity": Gate(
         pre=("a", "b"),
-        terms=lambda candidate, a, b: (a, b),
+        log_odds=lambda a, b: a,
+        term=lambda candidate, update, a, b: b,
         derivatives=_identity_derivatives,
         neutral=(1.0, 0.0),
         gives_decay=True,
@@ -185,7 +226,8 @@ GATES: dict[str, Gate] = {
     # Signed, a = 1 - 2 z, it can track parity (arXiv 2411.12537).
     "mingru": Gate(
         pre=("z", "candidate"),
-        terms=_mingru,
+        log_odds=lambda z, c: z,
+        term=_normalized_term,
         derivatives=_mingru_derivatives,
         neutral=(-inf, 0.0),
         keeps=("z", -1),
@@ -195,7 +237,8 @@ GATES: dict[str, Gate] = {
     # Signed, a = (f - i) / (f + i).
     "minlstm": Gate(
         pre=("f", "i", "candidate"),
-        terms=_minlstm,
+        log_odds=_minlstm_log_odds,
+        term=_normalized_term,
         derivatives=_minlstm_derivatives,
         neutral=(inf, -inf, 0.0),
         keeps=("f", +1),
@@ -205,7 +248,8 @@ GATES: dict[str, Gate] = {
     # a = f, b = i candidate.
     "minlstm_unnormalized": Gate(
         pre=("f", "i", "candidate"),
-        terms=_unnormalized,
+        log_odds=lambda f, i, c: -f,
+        term=_unnormalized_term,
         derivatives=_unnormalized_derivatives,
         neutral=(inf, -inf, 0.0),
         keeps=("f", +1),
@@ -214,7 +258,8 @@ GATES: dict[str, Gate] = {
     # 3.1), with an update rate and a damping that depend on the input. At delta = 1 it is minGRU.
     "minema": Gate(
         pre=("alpha", "delta", "candidate"),
-        terms=_minema,
+        log_odds=_minema_log_odds,
+        term=_minema_term,
         derivatives=_minema_derivatives,
         neutral=(-inf, 0.0, 0.0),
         keeps=("delta", -1),

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from minrnn.ops.devices import widest_float
 from minrnn.ops.gates import CANDIDATES, GATES
 
 __all__ = [
     "backward",
-    "carry_dtype",
     "contiguous",
     "contiguous_channels",
     "forward",
@@ -23,11 +23,6 @@ __all__ = [
     "split",
     "state_dtype",
 ]
-
-
-def carry_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype in which gates and state are computed: float64, or float32 on devices that lack it."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -92,7 +87,7 @@ def forward(
     reverse: bool,
 ) -> Tensor:
     """Compute h[t] = a[t] h[t-1] + b[t], h[-1] = h0, step by step."""
-    parts = [_in_order(x.to(carry_dtype(x.device)), reverse) for x in split(gate, pre)]
+    parts = [_in_order(x.to(widest_float(x.device)), reverse) for x in split(gate, pre)]
     a, b = GATES[gate].equations(CANDIDATES[candidate], *parts, signed=signed)
     forget = _forget(reset, reverse)
     h = torch.empty_like(b)
@@ -118,7 +113,7 @@ def backward(
 
     g[t] = dh[t] + a[t+1] g[t+1];  da[t] = g[t] h[t-1];  db[t] = g[t];  dh0 = a[0] g[0]
     """
-    dtype = carry_dtype(h.device)
+    dtype = widest_float(h.device)
     parts = [_in_order(x.to(dtype), reverse) for x in split(gate, pre)]
     a, b = GATES[gate].equations(CANDIDATES[candidate], *parts, signed=signed)
     forget = _forget(reset, reverse)

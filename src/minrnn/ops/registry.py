@@ -1,8 +1,9 @@
 """Engine registry: which engine implements each device, and why one is unavailable.
 
 An engine is a module with the functions `forward` and `backward`, with the signatures of reference.py. It is
-registered with torch's dispatcher for its device, which selects it at call time. Setting MINRNN_ENGINE to a
-name in ENGINES before minrnn is imported forces that engine; an engine that cannot load then raises.
+registered with torch's dispatcher for its device, which selects it at call time; the portable engine serves
+every device that has no other. Setting MINRNN_ENGINE to a name in ENGINES before minrnn is imported forces
+that engine; an engine that cannot load then raises.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ __all__ = [
     "Engine",
     "Functions",
     "engines",
+    "fallback",
     "forced",
     "implementations",
     "load",
@@ -39,18 +41,21 @@ class Engine:
     name: str
     """Key in ENGINES."""
     device: str
-    """The device type that it implements; "any" for the reference."""
+    """The device type that it implements; "any" for those in torch's own operations."""
     serves: bool
     """Whether calls on that device are dispatched to it."""
     detail: str
     """Its version or instruction set, or why it is unavailable."""
 
 
+_ANY = "CompositeExplicitAutograd"
+
 # name: (module, device type, key of torch's dispatcher)
 ENGINES: dict[str, tuple[str, str, str]] = {
     "cpp": ("minrnn.ops.cpu", "cpu", "CPU"),
     "triton": ("minrnn.ops.triton.engine", "cuda", "CUDA"),
-    "reference": ("minrnn.ops.reference", "any", "CompositeExplicitAutograd"),
+    "portable": ("minrnn.ops.portable", "any", _ANY),
+    "reference": ("minrnn.ops.reference", "any", _ANY),
 }
 
 
@@ -73,6 +78,8 @@ def load(name: str) -> ModuleType | ImportError:
     module, device, _ = ENGINES[name]
     if device == "cuda" and not torch.cuda.is_available():
         return ImportError("torch finds no CUDA device")
+    if device == "cuda" and torch.version.hip and forced() != name:
+        return ImportError(f"it has not been run on ROCm; MINRNN_ENGINE={name} uses it there")
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -100,7 +107,7 @@ def implementations(
     """
     chosen, found = forced(), {}
     for name, (_, device, key) in ENGINES.items():
-        if name not in modules or (chosen not in (None, name) and name != "reference"):
+        if name not in modules or not _is_registered(name):
             continue
         if device == "cuda" and chosen is None:
             found[key] = _when_used(name, modules, functions)
@@ -119,9 +126,19 @@ def register(library: torch.library.Library, operator: str, found: Mapping[str, 
 
 
 def serving(name: str, modules: Mapping[str, str]) -> ModuleType:
-    """Return the engine's module among `modules`, or the reference's if the engine cannot load."""
+    """Return the engine's module among `modules`, or that of `fallback()` if the engine cannot load."""
     module = _find(name, modules)
-    return module if isinstance(module, ModuleType) else importlib.import_module(modules["reference"])
+    return module if isinstance(module, ModuleType) else importlib.import_module(modules[fallback()])
+
+
+def fallback() -> str:
+    """Return the engine that serves every device without an engine of its own: "portable" unless forced."""
+    return "reference" if forced() == "reference" else "portable"
+
+
+def _is_registered(name: str) -> bool:
+    """Whether an engine that can load serves its device."""
+    return name == fallback() if ENGINES[name][2] == _ANY else forced() in (None, name)
 
 
 def _find(name: str, modules: Mapping[str, str]) -> ModuleType | ImportError:
@@ -154,25 +171,28 @@ def engines() -> list[Engine]:
     """List every engine: whether its device's calls reach it, and if not, why.
 
     >>> [engine.name for engine in engines()]
-    ['cpp', 'triton', 'reference']
+    ['cpp', 'triton', 'portable', 'reference']
     """
     return [_describe(name) for name in ENGINES]
 
 
 def _describe(name: str) -> Engine:
     _, device, _ = ENGINES[name]
-    chosen = forced()
     module = load(name)
     if isinstance(module, ImportError):
         return Engine(name, device, False, f"not available: {module}")
-    if chosen not in (None, name) and name != "reference":
-        return Engine(name, device, False, f"disabled by MINRNN_ENGINE={chosen}")
-    return Engine(name, device, True, _detail(name, module))
+    if _is_registered(name):
+        return Engine(name, device, True, _detail(name, module))
+    if forced() is None:
+        return Engine(name, device, False, f"{_detail(name, module)}; MINRNN_ENGINE={name} uses it")
+    return Engine(name, device, False, f"disabled by MINRNN_ENGINE={forced()}")
 
 
 def _detail(name: str, module: ModuleType) -> str:
     if name == "reference":
-        return "plain loop in float64; used on every device without an engine of its own"
+        return "loop over time in float64, which defines the results"
+    if name == "portable":
+        return "parallel over time in PyTorch; serves every device without an engine of its own"
     if name == "triton":
         return f"Triton {module.VERSION}, compiled when first used"
     return f"compiled C++, {module.ISA} instructions"

@@ -25,6 +25,7 @@ __all__ = ["MODULES", "SELECTIVE_SCAN"]
 MODULES = {
     "cpp": "minrnn.ops.selective.cpu",
     "triton": "minrnn.ops.selective.triton.engine",
+    "portable": "minrnn.ops.selective.portable",
     "reference": "minrnn.ops.selective.reference",
 }
 """The modules that implement the selective scan, by engine name in minrnn.ops.registry.ENGINES."""

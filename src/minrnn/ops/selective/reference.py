@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from minrnn.ops.reference import carry_dtype, state_dtype
+from minrnn.ops.devices import widest_float
+from minrnn.ops.reference import state_dtype
 
 __all__ = ["CHUNK", "Inputs", "backward", "discretize", "empty_borders", "forward", "num_chunks"]
 
@@ -89,7 +90,7 @@ def forward(given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         y in u's dtype; the final state and the borders (see `empty_borders`) in at least float32.
     """
-    x = given.biased(carry_dtype(given.u.device))
+    x = given.biased(widest_float(given.u.device))
     h = _initial(x)
     borders = empty_borders(given, save)
     y = torch.empty_like(x.u)
@@ -120,7 +121,7 @@ def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[
     Returns:
         The gradients: of sequences in u's dtype, of A, D, delta_bias and h0 in at least float32.
     """
-    x = given.biased(carry_dtype(given.u.device))
+    x = given.biased(widest_float(given.u.device))
     d = _Gradients(x)
     g = dlast.to(x.u.dtype)
     for chunk in reversed(range(num_chunks(x.u.shape[1]))):

@@ -1,0 +1,158 @@
+"""The portable engine of the selective scan: torch's operations, for any device (see ops/spans.py).
+
+Time is divided into blocks. The states of a block are held for all its steps, those of other blocks are not.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu, softplus
+
+from minrnn.ops.reference import output_like, state_dtype
+from minrnn.ops.selective.reference import CHUNK, Inputs, empty_borders
+from minrnn.ops.spans import Walk, back_over_steps, over_steps, scan, steps_at_once
+
+__all__ = ["backward", "forward"]
+
+
+def forward(given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `reference.forward`."""
+    dtype = state_dtype(given.u.dtype)
+    y, borders = output_like(given.u, given.u.shape[2]), empty_borders(given, save)
+    last = given.u.new_zeros(given.u.shape[0], *given.A.shape, dtype=dtype)
+    if given.h0 is not None:
+        last = given.h0.to(dtype)
+    for times in _blocks(given):
+        block = _Block(given, times, dtype)
+        h = block.states(last)
+        y[:, times] = block.ungated(h) if block.x.z is None else block.ungated(h) * silu(block.x.z)
+        if save:
+            before = torch.cat([last.unsqueeze(1), h[:, CHUNK - 1 : -1 : CHUNK]], 1)
+            _borders(borders, times, given).copy_(before.mT)
+        last = h[:, -1]
+    return y, last.clone(), borders
+
+
+def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[Tensor]:
+    """Compute `reference.backward`."""
+    dtype, empty = borders.dtype, given.u.new_empty(0)
+    sequences = [output_like(given.u, given.u.shape[2]) for _ in ("u", "delta_pre", "z")]
+    sequences += [given.B.new_empty(given.B.shape), given.C.new_empty(given.C.shape)]
+    reaching, sums = dlast.to(dtype), []
+    for times in reversed(_blocks(given)):
+        block = _Block(given, times, dtype)
+        start = _borders(borders, times, given)[:, 0].mT
+        found, reaching = block.gradients(dy[:, times].to(dtype), start, reaching)
+        for whole, part in zip(sequences, found[:5], strict=True):
+            if part is not None:
+                whole[:, times] = part
+        sums.append(found[5:])
+    # The sum of few sums is as exact as they are; one running sum would round at every step.
+    dA, dD, dbias = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
+    du, ddelta_pre, dz, dB, dC = sequences
+    return [
+        du,
+        ddelta_pre,
+        dA,
+        dB,
+        dC,
+        empty if given.D is None else dD,
+        empty if given.z is None else dz,
+        empty if given.delta_bias is None else dbias,
+        reaching,
+    ]
+
+
+class _Gradients(NamedTuple):
+    """The gradients of a block's sequences, then of parameters, summed over the block."""
+
+    u: Tensor
+    delta_pre: Tensor
+    z: Tensor | None
+    B: Tensor
+    C: Tensor
+    A: Tensor
+    D: Tensor
+    delta_bias: Tensor
+
+
+class _Block:
+    """The inputs of some steps, `biased` in the dtype of the state, and their decays."""
+
+    def __init__(self, given: Inputs, times: slice, dtype: torch.dtype) -> None:
+        u, delta_pre, B, C = (x[:, times] for x in (given.u, given.delta_pre, given.B, given.C))
+        z, reset = (None if x is None else x[:, times] for x in (given.z, given.reset))
+        parts = given._replace(u=u, delta_pre=delta_pre, B=B, C=C, z=z, reset=reset, h0=None)
+        self.x = parts.biased(dtype)
+        self.delta = softplus(self.x.delta_pre)
+        exponent = self.delta.unsqueeze(-1) * self.x.A
+        self.a, self.loss = exponent.exp(), exponent.expm1_().neg_()
+
+    def states(self, start: Tensor) -> Tensor:
+        """Compute h, (B, steps, D, N)."""
+        term = (self.delta * self.x.u).unsqueeze(-1) * self.x.B.unsqueeze(2)
+        h, _ = _scan_channels(self, over_steps, term, start)
+        return h
+
+    def ungated(self, h: Tensor) -> Tensor:
+        """Compute y before its gate."""
+        y = torch.einsum("btdn,btn->btd", h, self.x.C)
+        return y if self.x.D is None else y.addcmul(self.x.D, self.x.u)
+
+    def gradients(self, dy: Tensor, start: Tensor, reaching: Tensor) -> tuple[_Gradients, Tensor]:
+        """Compute the block's gradients, and a[t] g[t] of its first step.
+
+        Args:
+            dy: gradient of the output.
+            start: the state before the block, (B, D, N).
+            reaching: a[t] g[t] of the first step after the block.
+        """
+        x, delta, h = self.x, self.delta, self.states(start)
+        dz = None
+        if x.z is not None:
+            share = torch.sigmoid(x.z)
+            dz = dy * self.ungated(h) * (share + x.z * share * torch.sigmoid(-x.z))
+            dy = dy * x.z * share
+        inflow = dy.unsqueeze(-1) * x.C.unsqueeze(2)
+        g, reaching = _scan_channels(self, back_over_steps, inflow, reaching)
+        before = torch.cat([start.unsqueeze(1), h[:, :-1]], 1)
+        if x.reset is not None:
+            before = before.masked_fill(x.reset[:, :, None, None], 0)
+        to_exponent = before.mul_(self.a).mul_(g)
+        to_term = torch.einsum("btdn,btn->btd", g, x.B)
+        to_delta = torch.einsum("btdn,dn->btd", to_exponent, x.A) + to_term * x.u
+        ddelta_pre = to_delta * torch.sigmoid(x.delta_pre)
+        return _Gradients(
+            u=to_term * delta if x.D is None else to_term * delta + dy * x.D,
+            delta_pre=ddelta_pre,
+            z=dz,
+            B=torch.einsum("btdn,btd->btn", g, delta * x.u),
+            C=torch.einsum("btd,btdn->btn", dy, h),
+            A=torch.einsum("btdn,btd->dn", to_exponent, delta),
+            D=(dy * x.u).sum((0, 1)),
+            delta_bias=ddelta_pre.sum((0, 1)),
+        ), reaching
+
+
+def _scan_channels(block: _Block, walk: Walk, b: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Scan all N numbers of all channels at once."""
+    a, loss, term = (x.flatten(2) for x in (block.a, block.loss, b))
+    back = walk is back_over_steps
+    h, last = scan(a, loss, term, start.flatten(1), block.x.reset, walk=walk, reverse=back)
+    return h.unflatten(2, b.shape[2:]), last.unflatten(1, b.shape[2:])
+
+
+def _blocks(x: Inputs) -> list[slice]:
+    """Divide time into blocks of whole chunks."""
+    batch, T, channels = x.u.shape
+    steps = CHUNK * max(1, steps_at_once(batch * channels * x.A.shape[1], x.u.device) // CHUNK)
+    return [slice(start, min(start + steps, T)) for start in range(0, T, steps)]
+
+
+def _borders(borders: Tensor, times: slice, x: Inputs) -> Tensor:
+    """Return a view of the saved states before a block's chunks, (B, chunks, N, D)."""
+    chunks = -(-(times.stop - times.start) // CHUNK)
+    return borders.unflatten(1, (-1, x.A.shape[1])).narrow(1, times.start // CHUNK, chunks)
