@@ -91,25 +91,6 @@ def _make_loop() -> Scan:
     return loop
 
 
-def _make_engine(module: str) -> Scan:
-    engine = import_module(module)
-
-    class Engine(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, gate: str, *pre: Tensor) -> Tensor:
-            ctx.mode = gate, "positive", False, False
-            h = engine.forward([*pre], None, None, *ctx.mode)
-            ctx.save_for_backward(h, *pre)
-            return h
-
-        @staticmethod
-        def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-            h, *pre = ctx.saved_tensors
-            return None, *engine.backward(dh, pre, h, None, None, *ctx.mode)[:-1]
-
-    return lambda gate, pre: Engine.apply(gate, *pre)
-
-
 def _make_log_space() -> Scan:
     package = import_module("minGRU_pytorch.minGRU")
 
@@ -221,9 +202,6 @@ _HGRN = ScanPeer(
 _ASSOCIATIVE_SCAN = ScanPeer(make=_make_associative_scan)
 
 SCAN_PEERS: dict[str, ScanPeer] = {
-    # Our engines in torch's own operations, which serve where no fused one does.
-    "portable": ScanPeer(make=partial(_make_engine, "minrnn.ops.portable")),
-    "reference": ScanPeer(make=partial(_make_engine, "minrnn.ops.reference")),
     # The same equations, one step after another, in eager torch.
     "loop": ScanPeer(make=_make_loop),
     # The paper's appendix B: cumsum and logcumsumexp.
