@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import minrnn.mixers.attention
-from minrnn.mixers import MIXERS, Mixer, State
+from minrnn.mixers import MIXERS, Mixer, State, classic
 
 B, T, D_MODEL, D_HIDDEN = 3, 13, 6, 8
 
@@ -278,6 +278,21 @@ def test_bfloat16_autocast_runs_and_carries(variant: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         y, _ = run_in_pieces(mixer, x, [6, 7], make_reset() & False)
     torch.testing.assert_close(y.float(), exact, rtol=0, atol=0.05)
+
+
+def test_an_lstm_is_exact_under_autocast_where_the_processor_has_none_in_16_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(classic, "_SUPPORTED", {torch.bfloat16: lambda: False, torch.float16: lambda: True})
+    mixer, x = build("lstm", torch.float32), make_input(torch.float32)
+    _, state = mixer(x)
+    exact_next, _ = mixer(x, state)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, last = mixer(x.bfloat16())  # as the layer before it leaves its outputs
+        y_next, _ = mixer(x, tuple(part.bfloat16() for part in state))
+    torch.testing.assert_close(y, mixer(x.bfloat16().float())[0], rtol=0, atol=0)
+    torch.testing.assert_close(y_next, exact_next, rtol=0, atol=0.01)
+    assert [part.dtype for part in last] == [torch.float32] * 2
 
 
 @every_variant

@@ -9,6 +9,12 @@ from torch import Tensor, nn
 from minrnn.mixers.arguments import read_flag, read_number
 from minrnn.mixers.graphs import may_vary, refuse_export
 from minrnn.mixers.mixer import Mixer, PartForm, State
+from minrnn.ops.transforms import in_autocast, without_autocast
+
+_SUPPORTED = {
+    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+}
 
 
 class ClassicMixer(Mixer):
@@ -113,9 +119,29 @@ class LSTMMixer(GatedClassicMixer):
     state_names = ("h", "c")
     layer = nn.LSTM
 
+    def _run(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """Run the layer; outside of autocast where the processor has no LSTM in autocast's dtype.
+
+        torch.autocast hands an LSTM on the CPU to oneDNN, which raises without AVX-512 or AMX (torch 2.13).
+        """
+        if _autocast_reaches_onednn(x):
+            return super()._run(x, state)
+        dtype = self.rnn.get_parameter("weight_ih_l0").dtype
+        state = None if state is None else tuple(part.to(dtype) for part in state)
+        with without_autocast(x):
+            return super()._run(x.to(dtype), state)
+
 
 def _forget(state: State | None, rows: Tensor) -> State | None:
     """Zero the state of the marked rows `(B,)`."""
     if state is None:
         return None
     return tuple(part.masked_fill(rows.unsqueeze(1), 0) for part in state)
+
+
+def _autocast_reaches_onednn(x: Tensor) -> bool:
+    """Whether an LSTM of x runs under the autocast that is on, if one is."""
+    if x.device.type != "cpu" or not in_autocast(x):
+        return True
+    supported: bool = _SUPPORTED[torch.get_autocast_dtype("cpu")]()
+    return supported
