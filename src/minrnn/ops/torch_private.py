@@ -30,6 +30,7 @@ __all__ = [
     "jit_tracing_state",
     "old_vmap_level",
     "remove_batch_dim",
+    "scan_operator",
     "set_forward_mode",
     "storage_use_count",
     "tree_flatten",
@@ -90,3 +91,8 @@ def storage_use_count(storage: torch.UntypedStorage) -> int:
 def associative_scan() -> Any:
     """Import torch's prototype of an associative scan; the import takes a second."""
     return import_module("torch._higher_order_ops").associative_scan
+
+
+def scan_operator() -> Any:
+    """Import torch's prototype of a loop over time as one operator of a graph; the import takes a second."""
+    return import_module("torch._higher_order_ops").scan

@@ -1,0 +1,125 @@
+"""The operators in torch's own operations, for programs that run where minrnn is not installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from minrnn.ops.gated import GATED_SCAN, Mode
+from minrnn.ops.gates import CANDIDATES, GATES
+from minrnn.ops.reference import split, state_dtype
+from minrnn.ops.selective.operator import SELECTIVE_SCAN
+from minrnn.ops.selective.reference import Inputs
+from minrnn.ops.torch_private import scan_operator
+
+__all__ = ["MOST_UNROLLED", "decompositions"]
+
+MOST_UNROLLED = 4
+"""Steps up to which a program of a fixed length holds each step by itself, and no loop."""
+
+Step = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, Tensor]]
+"""(state, a step's inputs) -> (state after the step, a step's output)."""
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Return minrnn's operators in torch's own operations, for `ExportedProgram.run_decompositions`.
+
+        program = torch.export.export(module, arguments).run_decompositions(decompositions())
+
+    A scan becomes the gate's equations and h[t] = a[t] h[t-1] + b[t]: for a single step one multiplication
+    and one addition, for a sequence the operator `torch.ops.higher_order.scan`. It is computed in float32 at
+    least; unlike minrnn's engines it does not keep a wider state between steps. The result has no
+    derivatives of its own: decompose a program of inference.
+
+    Returns:
+        A table from torch's operators to functions, to which others may be added.
+
+    >>> import torch
+    >>> from minrnn import MinGRU
+    >>> program = torch.export.export(MinGRU(4, 8), (torch.zeros(1, 2, 4),))
+    >>> program = program.run_decompositions(decompositions())
+    >>> any("minrnn" in str(node.target) for node in program.graph.nodes)
+    False
+    """
+    return {GATED_SCAN.forward_op: _gated_scan, SELECTIVE_SCAN.forward_op: _selective_scan}
+
+
+def _gated_scan(
+    pre: list[Tensor],
+    h0: Tensor | None,
+    reset: Tensor | None,
+    gate: str,
+    candidate: str,
+    signed: bool,
+    reverse: bool,
+) -> Tensor:
+    mode, narrow = Mode(gate, candidate, signed, reverse), pre[0].dtype
+    dtype = torch.promote_types(narrow, torch.float32)
+    parts = [x.to(dtype) for x in split(mode.gate, pre)]
+    a, b = GATES[mode.gate].equations(CANDIDATES[mode.candidate], *parts, signed=mode.signed)
+    if reset is not None:
+        a = a.masked_fill(reset.unsqueeze(-1), 0)
+    start = torch.zeros_like(b[:, 0]) if h0 is None else h0.to(dtype)
+    _, h = _over_time(_advance, start, (a, b), reverse=mode.reverse)
+    return h.to(narrow)
+
+
+def _advance(h: Tensor, terms: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    a, b = terms
+    h = a * h + b
+    return h, h
+
+
+def _selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, _ = arguments
+    given = Inputs(*tensors)
+    narrow = given.u.dtype
+    x = given.biased(torch.promote_types(narrow, torch.float32))
+    delta = functional.softplus(x.delta_pre)
+    # A sequence's decays, exp(delta A), would be N times as large as its inputs: each step computes its own.
+    inputs = (delta, delta * x.u, x.B, x.C)
+    A = x.A
+
+    def advance(h: Tensor, terms: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        delta, inflow, B, C, *keep = terms
+        if keep:
+            h = h * keep[0].unsqueeze(-1)
+        h = (delta.unsqueeze(-1) * A).exp() * h + inflow.unsqueeze(-1) * B.unsqueeze(1)
+        return h, (h * C.unsqueeze(1)).sum(-1)
+
+    if x.reset is not None:
+        inputs = *inputs, (~x.reset).to(x.u.dtype).unsqueeze(-1)
+    start = x.u.new_zeros(x.u.shape[0], *A.shape) if x.h0 is None else x.h0
+    last, y = _over_time(advance, start, inputs, reverse=False)
+    y = y if x.D is None else y + x.D * x.u
+    y = y if x.z is None else y * functional.silu(x.z)
+    borders = given.u.new_empty(given.u.shape[0], 0, given.u.shape[2], dtype=state_dtype(narrow))
+    return y.to(narrow), last.to(state_dtype(narrow)), borders
+
+
+def _over_time(
+    step: Step, start: Tensor, inputs: tuple[Tensor, ...], *, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the state after the last step, and all outputs (B, T, ...), of inputs (B, T, ...)."""
+    T = inputs[0].shape[1]
+    if isinstance(T, int) and T == 1:
+        last, y = step(start, tuple(x.squeeze(1) for x in inputs))
+        return last, y.unsqueeze(1)
+    if isinstance(T, int) and T <= MOST_UNROLLED:
+        h, outputs = start, []
+        for t in reversed(range(T)) if reverse else range(T):
+            h, y = step(h, tuple(x[:, t] for x in inputs))
+            outputs.append(y)
+        return h, torch.stack(outputs[::-1] if reverse else outputs, 1)
+
+    def combine(h: Tensor, terms: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        h, y = step(h, terms)
+        return h, y.clone()  # the operator's outputs must not share memory
+
+    by_time = tuple(x.movedim(1, 0) for x in inputs)
+    last, y = scan_operator()(combine, start, by_time, reverse=reverse)
+    return last, y.movedim(0, 1)
