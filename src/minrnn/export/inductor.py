@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from minrnn.export.converting import Run, check, converting
 from minrnn.export.program import Program
+from minrnn.ops.torch_private import compile_package, load_package
 
 SUFFIX = ".pt2"
 
@@ -26,18 +26,13 @@ def convert(program: Program) -> bytes:
         RuntimeError: there is no compiler, torch lacks an operation, or the file computes something else.
         ValueError: a sequence has any batch.
     """
-    from torch._inductor.exc import InductorError
-
     if program.form == "sequence" and "batch" in program.free:
         # torch 2.13 makes a while loop of a scan, whose buffer's size may not depend on a symbol.
         raise ValueError(f"export: {SUFFIX} needs a fixed batch for sequences, as AOTInductor's loops do")
-    settings = {"aot_inductor.metadata": {KEY: program.describe()}}
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / f"program{SUFFIX}")
-        with converting(SUFFIX, InductorError):
-            torch._inductor.aoti_compile_and_package(
-                program.program, package_path=path, inductor_configs=settings
-            )
+        with converting(SUFFIX):
+            compile_package(program.program, path, {KEY: program.describe()})
         contents = Path(path).read_bytes()
     check(SUFFIX, program, load(contents, program))
     return contents
@@ -48,7 +43,7 @@ def load(contents: bytes, program: Program) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"program{SUFFIX}"
         path.write_bytes(contents)
-        loaded = torch._inductor.aoti_load_package(str(path))
+        loaded = load_package(str(path))
 
     def run(inputs: Sequence[Tensor]) -> Sequence[Any]:
         found = loaded(*inputs)

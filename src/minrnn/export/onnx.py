@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ def convert(program: Program, opset: int = OPSET) -> bytes:
 
     if program.is_stateful:
         raise ValueError(f"export: {SUFFIX} cannot keep a state between calls; use an explicit state")
+    if program.has_complex:
+        raise ValueError(f"export: {SUFFIX} has no complex numbers, of which S4D's sequences are made, but not its steps")
     with converting(SUFFIX, torch.onnx.OnnxExporterError):
         made = torch.onnx.export(
             program.program,
@@ -49,6 +51,8 @@ def convert(program: Program, opset: int = OPSET) -> bytes:
         assert made is not None
         model = made.model_proto
     _name_axes(model, program)
+    for node in _nodes(model.graph):
+        del node.metadata_props[:]  # torch's traces of the source, with its paths: half of a small file
     model.metadata_props.add(key=KEY, value=program.describe())
     if (size := model.ByteSize()) > LARGEST:
         raise ValueError(f"export: {SUFFIX} must be smaller than 2 GiB, got {size} bytes")
@@ -85,3 +89,12 @@ def _name_axes(model: Any, program: Program) -> None:
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in names:
                 dim.dim_param = names[dim.dim_param]
+
+
+def _nodes(graph: Any) -> Iterator[Any]:
+    """Yield all nodes, those of loops included."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _nodes(attribute.g)

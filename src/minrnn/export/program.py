@@ -111,6 +111,12 @@ class Program:
         return bool(self.program.graph_signature.buffers_to_mutate)
 
     @property
+    def has_complex(self) -> bool:
+        """Whether it computes with complex numbers, which few runtimes have."""
+        values = (node.meta.get("val") for node in self.program.graph.nodes)
+        return any(isinstance(value, Tensor) and value.is_complex() for value in values)
+
+    @property
     def free(self) -> set[str]:
         """The names of the axes of any size."""
         return {axis for port in self.inputs for axis in port.axes if isinstance(axis, str)}

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-LOUD = ("torch.onnx", "torch._export", "torch.export", "executorch", "onnxscript", "onnx_ir")
+LOUD = ("torch.onnx", "torch.export", "executorch", "onnxscript", "onnx_ir")
 """Loggers of exporters."""
 
 

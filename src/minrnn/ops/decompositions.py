@@ -32,8 +32,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
     A scan becomes the gate's equations and h[t] = a[t] h[t-1] + b[t]: for a single step one multiplication
     and one addition, for a sequence the operator `torch.ops.higher_order.scan`. It is computed in float32 at
-    least; unlike minrnn's engines it does not keep a wider state between steps. The result has no
-    derivatives of its own: decompose a program of inference.
+    least; unlike minrnn's engines it does not keep a wider state between steps. So does `torch.cummax`, which
+    Aaren uses and few other runtimes have. Derivatives are not decomposed: the program is one of inference.
 
     Returns:
         A table from torch's operators to functions, to which others may be added.
@@ -45,7 +45,11 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     >>> any("minrnn" in str(node.target) for node in program.graph.nodes)
     False
     """
-    return {GATED_SCAN.forward_op: _gated_scan, SELECTIVE_SCAN.forward_op: _selective_scan}
+    return {
+        GATED_SCAN.forward_op: _gated_scan,
+        SELECTIVE_SCAN.forward_op: _selective_scan,
+        torch.ops.aten.cummax.default: _cummax,
+    }
 
 
 def _gated_scan(
@@ -101,6 +105,22 @@ def _selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return y.to(narrow), last.to(state_dtype(narrow)), borders
 
 
+def _cummax(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    highest = _running_max(x, dim)
+    is_new = (x == highest) | x.isnan() if x.is_floating_point() else x == highest
+    at = torch.arange(x.shape[dim], device=x.device).view([-1] + [1] * (x.dim() - 1)).movedim(0, dim)
+    return highest, _running_max(torch.where(is_new, at, 0), dim)
+
+
+def _running_max(x: Tensor, dim: int) -> Tensor:
+    def advance(highest: Tensor, terms: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        highest = torch.maximum(highest, terms[0])
+        return highest, highest
+
+    by_time = x.movedim(dim, 0).unsqueeze(0)  # (1, T, ...)
+    return _over_time(advance, by_time[:, 0], (by_time,), reverse=False)[1].squeeze(0).movedim(0, dim)
+
+
 def _over_time(
     step: Step, start: Tensor, inputs: tuple[Tensor, ...], *, reverse: bool
 ) -> tuple[Tensor, Tensor]:
@@ -120,6 +140,7 @@ def _over_time(
         h, y = step(h, terms)
         return h, y.clone()  # the operator's outputs must not share memory
 
-    by_time = tuple(x.movedim(1, 0) for x in inputs)
+    # Copies: torch's operator does not take views of one another's memory.
+    by_time = tuple(x.movedim(1, 0).clone(memory_format=torch.contiguous_format) for x in inputs)
     last, y = scan_operator()(combine, start, by_time, reverse=reverse)
     return last, y.movedim(0, 1)
