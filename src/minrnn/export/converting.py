@@ -37,12 +37,13 @@ def require(suffix: str, extra: str, *modules: str) -> None:
 
 
 @contextmanager
-def converting(suffix: str, *errors: type[Exception]) -> Iterator[None]:
+def converting(suffix: str, *others: type[Exception]) -> Iterator[None]:
     """Silence an exporter, and raise its errors as RuntimeError in one line."""
+    errors: tuple[type[Exception], ...] = (RuntimeError, *others)
     try:
         with quiet():
             yield
-    except (RuntimeError, *errors) as error:
+    except errors as error:
         cause: BaseException = error
         while cause.__cause__ is not None:  # exporters wrap the reason in advice
             cause = cause.__cause__

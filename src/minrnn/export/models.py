@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minrnn.export.program import FREE, Axes, Port
+from minrnn.export.program import FREE, Axes, Carried, Port
 from minrnn.export.states import Layout, check_size
 from minrnn.models.acting import Policy
 from minrnn.models.decision import NOTHING_DONE, DecisionModel, Steps
@@ -45,13 +45,13 @@ def interface_of(model: nn.Module | Policy, form: str, batch: int | None) -> Int
     if isinstance(model, Policy):
         return _policy(model, form, axis)
     raise TypeError(
-        f"export_{form}: inputs must be given for a module that is no SequenceModel, DecisionModel or Policy, "
-        f"got {type(model).__name__} without"
+        f"export_{form}: inputs must be given for a module that is no model of minrnn's, got "
+        f"{type(model).__name__} without"
     )
 
 
 def _language_model(model: SequenceModel, form: str, batch: int | str) -> Interface:
-    layout = Layout(list(model.blocks), next(model.parameters()))
+    layout = Layout(model.blocks, next(model.parameters()))
     axes: Axes = (batch,) if form == "step" else (batch, "time")
     count = model.config.vocab_size
     tokens = Port("tokens", _ids(count, axes), axes)
@@ -76,10 +76,10 @@ def _policy(policy: Policy, form: str, batch: int | str) -> Interface:
     model, config = policy.model, policy.model.config
     if config.window:
         raise ValueError(
-            f"export: a policy must carry a state, got one that reads its last {config.window} steps again for "
-            "every action"
+            f"export: a policy must carry a state, got one that reads its last {config.window} steps again "
+            "for every action"
         )
-    layout = Layout(list(model.blocks), next(model.parameters()))
+    layout = Layout(model.blocks, next(model.parameters()))
     metadata = {
         "kind": "policy",
         "actions": {"discrete": config.discrete, "size": config.action_size},
@@ -89,7 +89,7 @@ def _policy(policy: Policy, form: str, batch: int | str) -> Interface:
     }
     if form == "step":
         inputs = _step_inputs(model, policy.target_return or 0.0, batch)
-        outputs = ["actions", *(port.output for port in inputs if port.output is not None)]
+        outputs = ["actions", *(port.carried.output for port in inputs if port.carried is not None)]
         return _with_state(_PolicyStep(model, layout), model, layout, inputs, outputs, batch, metadata)
     inputs = _sequence_inputs(model, batch)
     return _with_state(_PolicySequence(model, layout), model, layout, inputs, ["actions"], batch, metadata)
@@ -155,25 +155,29 @@ def _nothing_done(model: DecisionModel, obs: Tensor) -> Tensor:
 
 def _step_inputs(model: DecisionModel, target: float, batch: int | str) -> list[Port]:
     config, dtype = model.config, model.observation_mean.dtype
-    inputs = [Port("obs", _numbers((batch, config.observation_size), dtype), (batch, config.observation_size))]
+    inputs = [
+        Port("obs", _numbers((batch, config.observation_size), dtype), (batch, config.observation_size))
+    ]
     if config.conditioned:
         inputs.append(Port("reward", _numbers((batch,), dtype), (batch,)))
         # In float64, as it sums thousands of rewards.
         returns = _numbers((batch,), torch.float64)
-        inputs.append(Port("return_in", returns, (batch,), target, "return_out"))
+        inputs.append(Port("return_in", returns, (batch,), Carried(target, "return_out", 0)))
         axes: Axes = (batch,) if config.discrete else (batch, config.action_size)
         first = NOTHING_DONE if config.discrete else 0.0
         previous = _ids(config.action_size, axes) if config.discrete else _numbers(axes, dtype)
-        inputs.append(Port("previous_in", previous, axes, first, "previous_out"))
+        inputs.append(Port("previous_in", previous, axes, Carried(first, "previous_out", 0)))
     if config.max_steps:
-        inputs.append(Port("time_in", _ids(config.max_steps, (batch,)), (batch,), 0, "time_out"))
+        inputs.append(Port("time_in", _ids(config.max_steps, (batch,)), (batch,), Carried(0, "time_out", 0)))
     return inputs
 
 
 def _sequence_inputs(model: DecisionModel, batch: int | str) -> list[Port]:
     config, dtype = model.config, model.observation_mean.dtype
     axes: Axes = (batch, "time")
-    inputs = [Port("obs", _numbers((*axes, config.observation_size), dtype), (*axes, config.observation_size))]
+    inputs = [
+        Port("obs", _numbers((*axes, config.observation_size), dtype), (*axes, config.observation_size))
+    ]
     if config.conditioned:
         inputs.append(Port("returns", _numbers(axes, torch.float64), axes))
         wide: Axes = axes if config.discrete else (*axes, config.action_size)
@@ -195,22 +199,23 @@ def _with_state(
 ) -> Interface:
     """Append the state's inputs and outputs, after a look at whether a step keeps its size."""
     examples = tuple(port.example for port in inputs)
-    rows = examples[0].shape[0]
-    empty = layout.empty(rows)
+    empty = layout.empty(examples[0].shape[0])
     with torch.no_grad():
-        _, *after = call_in_evaluation(module, *examples, *empty)
-    check_size(empty, after[len(outputs) - 1 :], model.blocks[0].mixer)
+        found = call_in_evaluation(module, *examples, *empty)
+    after = found[len(outputs) :]
+    check_size(empty, after, model.blocks[0])
     states = [
-        Port(f"{part.name}_in", _numbers_like(value), (layout.num_blocks, batch, *part.shape), part.initial, f"{part.name}_out", 1)
-        for part, value in zip(layout.parts, after[len(outputs) - 1 :], strict=True)
+        Port(
+            f"{part.name}_in",
+            value.clone(),
+            (layout.num_blocks, batch, *part.shape),
+            Carried(part.initial, f"{part.name}_out", 1),
+        )
+        for part, value in zip(layout.parts, after, strict=True)
     ]
-    names = [*outputs, *(f"{part.name}_out" for part in layout.parts)]
-    version = {"minrnn": 1, "mixer": model.config.trunk.mixer if isinstance(model, DecisionModel) else model.config.mixer}
-    return Interface(module, (*inputs, *states), tuple(names), {**version, **metadata})
-
-
-def _numbers_like(value: Tensor) -> Tensor:
-    return value.detach().clone()
+    names = (*outputs, *(f"{part.name}_out" for part in layout.parts))
+    trunk = model.config.trunk if isinstance(model, DecisionModel) else model.config
+    return Interface(module, (*inputs, *states), names, {**metadata, "mixer": trunk.mixer})
 
 
 def _sizes(axes: Axes) -> tuple[int, ...]:

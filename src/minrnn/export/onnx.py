@@ -37,7 +37,9 @@ def convert(program: Program, opset: int = OPSET) -> bytes:
     if program.is_stateful:
         raise ValueError(f"export: {SUFFIX} cannot keep a state between calls; use an explicit state")
     if program.has_complex:
-        raise ValueError(f"export: {SUFFIX} has no complex numbers, of which S4D's sequences are made, but not its steps")
+        raise ValueError(
+            f"export: {SUFFIX} has no complex numbers, of which S4D's sequences are made, but not its steps"
+        )
     with converting(SUFFIX, torch.onnx.OnnxExporterError):
         made = torch.onnx.export(
             program.program,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,16 @@ Axes = tuple[int | str, ...]
 """A tensor's axes: sizes, and names of those that may have any size."""
 
 
+class Carried(NamedTuple):
+    """How an input that is a state goes from call to call."""
+
+    initial: float
+    """The number that fills it before the first step."""
+    output: str
+    """The output that is passed in at the next call."""
+    batch_axis: int
+
+
 @dataclass(frozen=True)
 class Port:
     """A named input of a program."""
@@ -34,16 +44,15 @@ class Port:
     """The tensor that it is traced with."""
     axes: Axes
     """The example's shape, with a name for each axis of any size."""
-    initial: float | int | None = None
-    """Of a state: the number that fills it before the first step. None: it is no state."""
-    output: str | None = None
-    """Of a state: the output that is passed in at the next call."""
-    batch_axis: int = 0
+    carried: Carried | None = None
+    """Of a state: its first value and its output."""
 
     def describe(self) -> dict[str, Any]:
         """Return name, dtype and axes, and of a state its first value and its output, as JSON."""
         found = {"name": self.name, "dtype": _dtype_name(self.example.dtype), "shape": list(self.axes)}
-        return found if self.output is None else {**found, "initial": self.initial, "next": self.output}
+        if self.carried is None:
+            return found
+        return {**found, "initial": self.carried.initial, "next": self.carried.output}
 
 
 @dataclass(frozen=True)
@@ -141,7 +150,7 @@ class Program:
         return (found,) if isinstance(found, Tensor) else tuple(found)
 
     def _axes(self, value: Tensor) -> list[int | str]:
-        names = {}
+        names: dict[str, int | str] = {}
         for port, given in zip(self.inputs, _placeholders(self.program), strict=True):
             names |= {str(size): axis for size, axis in zip(given.shape, port.axes, strict=True)}
         return [size if isinstance(size, int) else names.get(str(size), str(size)) for size in value.shape]
@@ -159,7 +168,7 @@ class _Positional(nn.Module):
 
 
 def _outputs(program: ExportedProgram) -> list[Tensor]:
-    """Return the values of the outputs, which have shapes and no numbers, without buffers that are changed."""
+    """Return the values of the outputs, which have shapes and no numbers; buffers are none."""
     names = set(program.graph_signature.user_outputs)
     return [node.meta["val"] for node in program.graph.output_node().args[0] if node.name in names]
 
@@ -167,7 +176,9 @@ def _outputs(program: ExportedProgram) -> list[Tensor]:
 def _placeholders(program: ExportedProgram) -> list[Tensor]:
     """Return the values of the inputs, which have shapes and no numbers."""
     names = set(program.graph_signature.user_inputs)
-    return [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+    return [
+        node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in names
+    ]
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

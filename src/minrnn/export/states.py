@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minrnn.models.block import Block
 from minrnn.models.sequence import ModelState
@@ -24,7 +24,7 @@ class Part:
     shape: tuple[int, ...]
     """The sizes after the batch."""
     dtype: torch.dtype
-    initial: float | int
+    initial: float
     """The number that fills it before the first step."""
 
 
@@ -39,9 +39,9 @@ class Layout:
         ValueError: the blocks' states have different forms.
     """
 
-    def __init__(self, blocks: Sequence[Block], like: Tensor) -> None:
+    def __init__(self, blocks: nn.ModuleList, like: Tensor) -> None:
         self.num_blocks, forms = len(blocks), []
-        for block in blocks:
+        for block in cast("Iterable[Block]", blocks):
             windows, carried = block.empty_state(1, like)
             names = [CONVOLUTION] * len(windows) + list(block.mixer.state_names)
             forms.append([_part(name, x) for name, x in zip(names, (*windows, *carried), strict=True)])
@@ -68,17 +68,18 @@ class Layout:
         )
 
 
-def check_size(before: Sequence[Tensor], after: Sequence[Tensor], mixer: Any) -> None:
-    """Raise unless a step leaves each tensor of a state as large as it was.
+def check_size(before: Sequence[Tensor], after: Sequence[Tensor], block: nn.Module) -> None:
+    """Raise unless a call of a block leaves each tensor of a state as large as it was.
 
     Raises:
         ValueError: one has grown.
     """
     for old, new in zip(before, after, strict=True):
         if old.shape != new.shape:
+            name = type(block.mixer).__name__
             raise ValueError(
-                f"export: the state must keep its size, and {type(mixer).__name__}'s grows with each step "
-                f"from {tuple(old.shape[2:])} to {tuple(new.shape[2:])}; attention needs a window of 2 or more"
+                f"export: the state must keep its size, and {name}'s grows from {tuple(old.shape[2:])} to "
+                f"{tuple(new.shape[2:])} in a call; attention needs a window of 2 or more"
             )
 
 

@@ -85,7 +85,8 @@ def _selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     x = given.biased(torch.promote_types(narrow, torch.float32))
     delta = functional.softplus(x.delta_pre)
     # A sequence's decays, exp(delta A), would be N times as large as its inputs: each step computes its own.
-    inputs = (delta, delta * x.u, x.B, x.C)
+    # Copies, as views of one tensor would not do: torch's operator takes none that share memory.
+    inputs: tuple[Tensor, ...] = (delta, delta * x.u, x.B.clone(), x.C.clone())
     A = x.A
 
     def advance(h: Tensor, terms: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -118,7 +119,7 @@ def _running_max(x: Tensor, dim: int) -> Tensor:
         return highest, highest
 
     by_time = x.movedim(dim, 0).unsqueeze(0)  # (1, T, ...)
-    return _over_time(advance, by_time[:, 0], (by_time,), reverse=False)[1].squeeze(0).movedim(0, dim)
+    return _over_time(advance, by_time[:, 0].clone(), (by_time,), reverse=False)[1].squeeze(0).movedim(0, dim)
 
 
 def _over_time(
@@ -140,7 +141,6 @@ def _over_time(
         h, y = step(h, terms)
         return h, y.clone()  # the operator's outputs must not share memory
 
-    # Copies: torch's operator does not take views of one another's memory.
-    by_time = tuple(x.movedim(1, 0).clone(memory_format=torch.contiguous_format) for x in inputs)
+    by_time = tuple(x.movedim(1, 0) for x in inputs)
     last, y = scan_operator()(combine, start, by_time, reverse=reverse)
     return last, y.movedim(0, 1)
