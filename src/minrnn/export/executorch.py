@@ -29,11 +29,12 @@ def convert(program: Program) -> bytes:
     """
     require(SUFFIX, EXTRA, "executorch.exir", "executorch.runtime")
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import ExportError, to_edge_transform_and_lower
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.exir.error import ExportError, InternalError
 
     _check_bounded(program)
     methods = {KEY: program.describe()}
-    with converting(SUFFIX, ExportError, AssertionError, KeyError):
+    with converting(SUFFIX, ExportError, InternalError, AssertionError, KeyError):
         lowered = to_edge_transform_and_lower(
             program.program, partitioner=[XnnpackPartitioner()], constant_methods=methods
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ __all__ = ["MOST_UNROLLED", "decompositions"]
 MOST_UNROLLED = 4
 """Steps up to which a program of a fixed length holds each step by itself, and no loop."""
 
-Step = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, Tensor]]
-"""(state, a step's inputs) -> (state after the step, a step's output)."""
+Step = Callable[..., tuple[Tensor, Tensor]]
+"""(state, *a step's inputs, *constants) -> (state after the step, a step's output)."""
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -72,8 +73,7 @@ def _gated_scan(
     return h.to(narrow)
 
 
-def _advance(h: Tensor, terms: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    a, b = terms
+def _advance(h: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     h = a * h + b
     return h, h
 
@@ -85,25 +85,26 @@ def _selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     x = given.biased(torch.promote_types(narrow, torch.float32))
     delta = functional.softplus(x.delta_pre)
     # A sequence's decays, exp(delta A), would be N times as large as its inputs: each step computes its own.
-    # Copies, as views of one tensor would not do: torch's operator takes none that share memory.
+    # Copies, as B and C may be views of one tensor: torch's operator takes none that share memory.
     inputs: tuple[Tensor, ...] = (delta, delta * x.u, x.B.clone(), x.C.clone())
-    A = x.A
-
-    def advance(h: Tensor, terms: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        delta, inflow, B, C, *keep = terms
-        if keep:
-            h = h * keep[0].unsqueeze(-1)
-        h = (delta.unsqueeze(-1) * A).exp() * h + inflow.unsqueeze(-1) * B.unsqueeze(1)
-        return h, (h * C.unsqueeze(1)).sum(-1)
-
     if x.reset is not None:
         inputs = *inputs, (~x.reset).to(x.u.dtype).unsqueeze(-1)
-    start = x.u.new_zeros(x.u.shape[0], *A.shape) if x.h0 is None else x.h0
-    last, y = _over_time(advance, start, inputs, reverse=False)
+    start = x.u.new_zeros(x.u.shape[0], *x.A.shape) if x.h0 is None else x.h0
+    last, y = _over_time(_advance_selectively, start, inputs, x.A, reverse=False)
     y = y if x.D is None else y + x.D * x.u
     y = y if x.z is None else y * functional.silu(x.z)
     borders = given.u.new_empty(given.u.shape[0], 0, given.u.shape[2], dtype=state_dtype(narrow))
     return y.to(narrow), last.to(state_dtype(narrow)), borders
+
+
+def _advance_selectively(
+    h: Tensor, delta: Tensor, inflow: Tensor, B: Tensor, C: Tensor, *others: Tensor
+) -> tuple[Tensor, Tensor]:
+    *keep, A = others
+    if keep:
+        h = h * keep[0].unsqueeze(-1)
+    h = (delta.unsqueeze(-1) * A).exp() * h + inflow.unsqueeze(-1) * B.unsqueeze(1)
+    return h, (h * C.unsqueeze(1)).sum(-1)
 
 
 def _cummax(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -114,33 +115,35 @@ def _cummax(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _running_max(x: Tensor, dim: int) -> Tensor:
-    def advance(highest: Tensor, terms: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        highest = torch.maximum(highest, terms[0])
+    def advance(highest: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
+        highest = torch.maximum(highest, now)
         return highest, highest
 
     by_time = x.movedim(dim, 0).unsqueeze(0)  # (1, T, ...)
-    return _over_time(advance, by_time[:, 0].clone(), (by_time,), reverse=False)[1].squeeze(0).movedim(0, dim)
+    least = -inf if x.is_floating_point() else torch.iinfo(x.dtype).min
+    start = x.new_full((1, *by_time.shape[2:]), least)
+    return _over_time(advance, start, (by_time,), reverse=False)[1].squeeze(0).movedim(0, dim)
 
 
 def _over_time(
-    step: Step, start: Tensor, inputs: tuple[Tensor, ...], *, reverse: bool
+    step: Step, start: Tensor, inputs: tuple[Tensor, ...], *constants: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the state after the last step, and all outputs (B, T, ...), of inputs (B, T, ...)."""
     T = inputs[0].shape[1]
     if isinstance(T, int) and T == 1:
-        last, y = step(start, tuple(x.squeeze(1) for x in inputs))
+        last, y = step(start, *(x.squeeze(1) for x in inputs), *constants)
         return last, y.unsqueeze(1)
     if isinstance(T, int) and T <= MOST_UNROLLED:
         h, outputs = start, []
         for t in reversed(range(T)) if reverse else range(T):
-            h, y = step(h, tuple(x[:, t] for x in inputs))
+            h, y = step(h, *(x[:, t] for x in inputs), *constants)
             outputs.append(y)
         return h, torch.stack(outputs[::-1] if reverse else outputs, 1)
 
-    def combine(h: Tensor, terms: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        h, y = step(h, terms)
-        return h, y.clone()  # the operator's outputs must not share memory
+    def combine(h: Tensor, *terms: Tensor) -> list[Tensor]:
+        h, y = step(h, *terms)
+        return [h, y.clone()]  # the operator's outputs must not share memory
 
-    by_time = tuple(x.movedim(1, 0) for x in inputs)
-    last, y = scan_operator()(combine, start, by_time, reverse=reverse)
-    return last, y.movedim(0, 1)
+    by_time = [x.movedim(1, 0).flip(0) if reverse else x.movedim(1, 0) for x in inputs]
+    last, y = scan_operator()(combine, [start], by_time, constants)
+    return last, (y.flip(0) if reverse else y).movedim(0, 1)

@@ -96,8 +96,11 @@ def associative_scan() -> Any:
 
 
 def scan_operator() -> Any:
-    """Import torch's prototype of a loop over time as one operator of a graph; the import takes a second."""
-    return import_module("torch._higher_order_ops").scan
+    """Import torch's prototype of a loop over time as one operator of a graph; the import takes a second.
+
+    Its function of the same purpose would call the compiler, which cannot trace every view.
+    """
+    return import_module("torch._higher_order_ops.scan").scan_op
 
 
 def compile_package(program: Any, path: str, metadata: dict[str, str]) -> None:
