@@ -27,12 +27,12 @@ def convert(program: Program) -> bytes:
             else.
         ValueError: an axis may have any size: memory is planned in advance.
     """
+    _check_bounded(program)
     require(SUFFIX, EXTRA, "executorch.exir", "executorch.runtime")
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
     from executorch.exir.error import ExportError, InternalError
 
-    _check_bounded(program)
     methods = {KEY: program.describe()}
     with converting(SUFFIX, ExportError, InternalError, AssertionError, KeyError):
         lowered = to_edge_transform_and_lower(

@@ -31,15 +31,15 @@ def convert(program: Program, opset: int = OPSET) -> bytes:
         RuntimeError: the extra is missing, ONNX lacks an operation, or the file computes something else.
         ValueError: the program keeps a state of its own, or is too large.
     """
-    require(SUFFIX, EXTRA, "onnx", "onnxscript", "onnxruntime")
-    import onnx
-
     if program.is_stateful:
         raise ValueError(f"export: {SUFFIX} cannot keep a state between calls; use an explicit state")
     if program.has_complex:
         raise ValueError(
-            f"export: {SUFFIX} has no complex numbers, of which S4D's sequences are made, but not its steps"
+            f"export: {SUFFIX} has no complex numbers, with which S4D computes sequences; export a step"
         )
+    require(SUFFIX, EXTRA, "onnx", "onnxscript", "onnxruntime")
+    import onnx
+
     with converting(SUFFIX, torch.onnx.OnnxExporterError):
         made = torch.onnx.export(
             program.program,

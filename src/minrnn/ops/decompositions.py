@@ -23,7 +23,7 @@ MOST_UNROLLED = 4
 """Steps up to which a program of a fixed length holds each step by itself, and no loop."""
 
 Step = Callable[..., tuple[Tensor, Tensor]]
-"""(state, *a step's inputs, *constants) -> (state after the step, a step's output)."""
+"""(state, *a step's inputs) -> (state after the step, a step's output)."""
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -84,26 +84,21 @@ def _selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     narrow = given.u.dtype
     x = given.biased(torch.promote_types(narrow, torch.float32))
     delta = functional.softplus(x.delta_pre)
-    # A sequence's decays, exp(delta A), would be N times as large as its inputs: each step computes its own.
-    # Copies, as B and C may be views of one tensor: torch's operator takes none that share memory.
-    inputs: tuple[Tensor, ...] = (delta, delta * x.u, x.B.clone(), x.C.clone())
+    # N times as large as the inputs; but exporters take no loop with constants, as A would be in it.
+    a = (delta.unsqueeze(-1) * x.A).exp()
     if x.reset is not None:
-        inputs = *inputs, (~x.reset).to(x.u.dtype).unsqueeze(-1)
-    start = x.u.new_zeros(x.u.shape[0], *x.A.shape) if x.h0 is None else x.h0
-    last, y = _over_time(_advance_selectively, start, inputs, x.A, reverse=False)
+        a = a.masked_fill(x.reset[..., None, None], 0)
+    start = torch.zeros_like(a[:, 0]) if x.h0 is None else x.h0
+    # Copies, as B and C may be views of one tensor: the loop takes none that share memory.
+    last, y = _over_time(_select, start, (a, delta * x.u, x.B.clone(), x.C.clone()), reverse=False)
     y = y if x.D is None else y + x.D * x.u
     y = y if x.z is None else y * functional.silu(x.z)
     borders = given.u.new_empty(given.u.shape[0], 0, given.u.shape[2], dtype=state_dtype(narrow))
     return y.to(narrow), last.to(state_dtype(narrow)), borders
 
 
-def _advance_selectively(
-    h: Tensor, delta: Tensor, inflow: Tensor, B: Tensor, C: Tensor, *others: Tensor
-) -> tuple[Tensor, Tensor]:
-    *keep, A = others
-    if keep:
-        h = h * keep[0].unsqueeze(-1)
-    h = (delta.unsqueeze(-1) * A).exp() * h + inflow.unsqueeze(-1) * B.unsqueeze(1)
+def _select(h: Tensor, a: Tensor, inflow: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    h = a * h + inflow.unsqueeze(-1) * B.unsqueeze(1)
     return h, (h * C.unsqueeze(1)).sum(-1)
 
 
@@ -126,17 +121,17 @@ def _running_max(x: Tensor, dim: int) -> Tensor:
 
 
 def _over_time(
-    step: Step, start: Tensor, inputs: tuple[Tensor, ...], *constants: Tensor, reverse: bool
+    step: Step, start: Tensor, inputs: tuple[Tensor, ...], *, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the state after the last step, and all outputs (B, T, ...), of inputs (B, T, ...)."""
     T = inputs[0].shape[1]
     if isinstance(T, int) and T == 1:
-        last, y = step(start, *(x.squeeze(1) for x in inputs), *constants)
+        last, y = step(start, *(x.squeeze(1) for x in inputs))
         return last, y.unsqueeze(1)
     if isinstance(T, int) and T <= MOST_UNROLLED:
         h, outputs = start, []
         for t in reversed(range(T)) if reverse else range(T):
-            h, y = step(h, *(x[:, t] for x in inputs), *constants)
+            h, y = step(h, *(x[:, t] for x in inputs))
             outputs.append(y)
         return h, torch.stack(outputs[::-1] if reverse else outputs, 1)
 
@@ -145,5 +140,5 @@ def _over_time(
         return [h, y.clone()]  # the operator's outputs must not share memory
 
     by_time = [x.movedim(1, 0).flip(0) if reverse else x.movedim(1, 0) for x in inputs]
-    last, y = scan_operator()(combine, [start], by_time, constants)
+    last, y = scan_operator()(combine, [start], by_time, ())
     return last, (y.flip(0) if reverse else y).movedim(0, 1)
