@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -312,18 +313,27 @@ def test_the_suffix_is_the_format(step: Exported, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+class Turned(nn.Module):
+    """A module that computes with complex numbers inside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (torch.complex(x, x) * torch.complex(x, -x)).real
+
+
 def test_what_a_format_cannot_hold_is_said(step: Exported) -> None:
     kept = export_step(decision_model(), batch=1, keeps_state=True)
     assert kept.is_stateful
-    inputs, outputs = {"x": torch.randn(2, 5, 4), "h_in": torch.randn(2, 2, 8)}, ["y", "h_out"]
-    fixed = export_sequence(Net(), inputs, outputs, dynamic={"x": {1: "time"}})
-    free = export_sequence(Net(), inputs, outputs, dynamic={"x": {0: "batch"}, "h_in": {1: "batch"}})
+    timed = replace(step, inputs=(replace(step.inputs[0], axes=("time",)),))
     for suffix, program, message in (
         (".onnx", kept, "cannot keep a state between calls"),
-        (".onnx", export_sequence(language_model("s4d")), "no complex numbers, with which S4D"),
+        (
+            ".onnx",
+            export_step(Turned(), {"x": torch.ones(2)}, ["y"]),
+            "has no complex numbers, with which S4D",
+        ),
         (".pte", step, "needs a fixed batch"),
-        (".pte", fixed, "needs a longest sequence"),
-        (".pt2", free, "needs a fixed batch for sequences"),
+        (".pte", timed, "needs a longest sequence"),
+        (".pt2", replace(step, form="sequence"), "needs a fixed batch for sequences"),
     ):
         with pytest.raises(ValueError, match=f"{suffix} {message}"):
             FORMATS[suffix].convert(program)
