@@ -340,12 +340,13 @@ def test_what_a_format_cannot_hold_is_said(step: Exported) -> None:
 
 
 def test_a_missing_extra_is_named(step: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed = replace(step, inputs=tuple(replace(port, axes=tuple(port.example.shape)) for port in step.inputs))
     for suffix, module, extra in ((".onnx", "onnx", "export"), (".pte", "executorch.exir", "executorch")):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(
             RuntimeError, match=rf"{suffix} needs {module} \(pip install 'minrnn\[{extra}\]'\)"
         ):
-            step.save(tmp_path / f"model{suffix}")
+            fixed.save(tmp_path / f"model{suffix}")
     assert not list(tmp_path.iterdir())
 
 
