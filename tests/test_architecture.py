@@ -33,6 +33,7 @@ FLOORS = {
     "ops": 1,
     "mixers": 2,
     "models": 3,
+    "export": 4,
     "tasks": 4,
     "training": 5,
     "benchmarks": 6,
@@ -46,12 +47,15 @@ ROOF = 9  # the package's own __init__ and __main__
 
 # The one place of each third party; torch is everywhere.
 HOMES = {
+    "executorch": ("export/executorch.py",),
     "gymnasium": ("tasks/",),
     "h5py": ("tasks/recordings.py",),
     "imageio": ("tasks/film.py",),
     "matplotlib": ("training/log.py", "benchmarks/", "experiments/"),
     "mujoco": ("tasks/environments.py",),
     "numpy": ("tasks/", "demonstrations/", "benchmarks/", "experiments/"),
+    "onnx": ("export/onnx.py",),
+    "onnxruntime": ("export/onnx.py",),
     "platformdirs": ("tasks/downloads.py",),
     "pooch": ("tasks/downloads.py",),
     "rich": ("cli/", "training/log.py", "benchmarks/", "tasks/downloads.py"),

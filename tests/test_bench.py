@@ -21,6 +21,7 @@ from minrnn.benchmarks import BENCHES, plots, scan, timing
 from minrnn.benchmarks.options import lengths, parse_shapes
 from minrnn.benchmarks.peers import LAYER_PEERS, SCAN_PEERS, LayerPeer, Scan, ScanPeer
 from minrnn.cli.main import main
+from minrnn.export import FORMATS, Format
 from minrnn.ops import GATES, gated_scan
 
 FAST = ["--seconds", "0.01", "--samples", "3"]
@@ -174,6 +175,21 @@ def test_a_models_step_is_that_of_torch(cell: str) -> None:
             assert record["seconds"].keys() == {"step"}
             assert "share" not in record
     assert "| rows | width | layers | in one call, ms |" in BENCHES["step"].load().render(document)
+
+
+def test_an_exported_step_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A format that keeps the program in torch stands for those whose packages may be missing."""
+    kept = Format(
+        "kept", lambda _: b"12345", lambda _, program: lambda given: program.call(*given), (), False
+    )
+    monkeypatch.setitem(FORMATS, ".pt2", kept)
+    document = bench("export", "--shapes", "2x8x1", "--peers", "torch", "aotinductor", *FAST)
+    (result,) = document["results"]
+    assert list(result["systems"]) == ["minrnn", "torch", "aotinductor"]
+    for name, record in result["systems"].items():
+        assert record["status"] == "equal"
+        assert record["seconds"].keys() == {"step"}
+        assert record.get("bytes") == (5 if name == "aotinductor" else None)
 
 
 def test_a_selective_scan_beside_mambapys(plotting: None) -> None:

@@ -15,11 +15,12 @@ import torch
 from minrnn.benchmarks import BENCHES
 from minrnn.benchmarks.bench import Bench
 from minrnn.benchmarks.scan import ScanBench
-from minrnn.cli import act, demo, engines, evaluate, make_data, sample, train
+from minrnn.cli import act, demo, engines, evaluate, export, make_data, sample, train
 from minrnn.cli.act import ActCommand
 from minrnn.cli.arguments import check_range
 from minrnn.cli.demo import DemoCommand
 from minrnn.cli.evaluate import EvaluateCommand
+from minrnn.cli.export import ExportCommand
 from minrnn.cli.main import main
 from minrnn.cli.make_data import MakeDataCommand
 from minrnn.cli.reproduce import ReportCommand, ReproduceCommand
@@ -54,6 +55,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "checkpoint": "last",
         "device": "cpu",
     },
+    "export": {
+        "form": "sequence",
+        "batch": 3,
+        "longest": 77,
+        "keeps_state": True,
+        "target_return": -7.5,
+        "checkpoint": "last",
+    },
     "evaluate": {"checkpoint": "last", "window": 7, "max_tokens": 9, "device": "cpu"},
     "demo": {"prompt": "ab", "tokens": 5},
     "make-data": {
@@ -85,6 +94,7 @@ COMMANDS = {
     "act": ActCommand,
     "sample": SampleCommand,
     "evaluate": EvaluateCommand,
+    "export": ExportCommand,
     "demo": DemoCommand,
     "make-data": MakeDataCommand,
     "reproduce": ReproduceCommand,
@@ -112,7 +122,7 @@ def arguments(command: str, *without: str) -> list[str]:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_has_a_value_here_that_is_not_its_default(command: str) -> None:
     kind = COMMANDS[command]
-    positional = {"run", "environment", "recipe"}
+    positional = {"run", "environment", "recipe"} | ({"output"} if command == "export" else set())
     defaults = {field.name: field.default for field in fields(kind) if field.name not in positional}
     assert defaults.keys() == OPTIONS[command].keys()
     assert not [name for name, value in OPTIONS[command].items() if value == defaults[name]]
@@ -259,6 +269,102 @@ def test_act(
         assert (found["mean_return"], found["spread"]) == (3.0, pytest.approx(7**0.5))
         assert (found["seed"], found["step"], found["checkpoint"]) == (11, 7, "last")
         assert (found["returns"], found["lengths"]) == ([1.0, 2.0, 6.0], [4, 5, 6])
+
+
+def exporting(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let exports end where the program is traced."""
+    for name in ("export_step", "export_sequence"):
+        monkeypatch.setattr(export, name, calls.spy(name, Chosen()))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options", "name", "expected"),
+    [
+        (".onnx", "", "export_step", {"batch": None, "keeps_state": False}),
+        (".pt2", "--batch 3", "export_step", {"batch": 3, "keeps_state": False}),
+        (".pte", "", "export_step", {"batch": 1, "keeps_state": False}),
+        (".onnx", "--keeps-state", "export_step", {"batch": 1, "keeps_state": True}),
+        (".onnx", "--form sequence", "export_sequence", {"batch": None, "longest": None}),
+        (".pt2", "--form sequence", "export_sequence", {"batch": 1, "longest": None}),
+        (".pte", "--form sequence", "export_sequence", {"batch": 1, "longest": 1024}),
+        (".pte", "--form sequence --longest 77 --batch 3", "export_sequence", {"batch": 3, "longest": 77}),
+    ],
+)
+def test_export_of_text(
+    suffix: str,
+    options: str,
+    name: str,
+    expected: dict[str, Any],
+    calls: Calls,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trained = text_run(here)
+    monkeypatch.setattr(export, "load_trained", calls.spy("load", trained))
+    exporting(calls, monkeypatch)
+    with pytest.raises(Chosen):
+        main(["export", "run", f"out{suffix}", "--checkpoint", "last", *options.split()])
+    assert calls.of["load"][0] == (Path("run"), "last", torch.device("cpu"))
+    (model,), named = calls.of[name]
+    assert model is trained.model
+    assert trained.vocabulary is not None
+    metadata = {"checkpoint": "last", "step": 7, "vocabulary": trained.vocabulary.to_dict()}
+    assert named == {**expected, "metadata": metadata}
+
+
+def test_export_of_a_policy(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = DecisionModel(DecisionConfig(ModelConfig(d_model=8, num_layers=1), 3, 1, target_return=2.0))
+    monkeypatch.setattr(export, "load_trained", calls.spy("load", Trained(model, None, 7, "")))
+    exporting(calls, monkeypatch)
+    for said, target in (([], 2.0), (["--target-return", "-7.5"], -7.5)):
+        with pytest.raises(Chosen):
+            main(["export", "run", "out.onnx", *said])
+        (policy,), named = calls.of["export_step"]
+        assert (policy.model, policy.target_return) == (model, target)
+        assert named["metadata"] == {"checkpoint": "best", "step": 7}
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("out.onx", "must end in .onnx, .pte, .pt2, got 'out.onx'; did you mean '.onnx'?"),
+        ("nowhere/out.onnx", "nowhere is no directory"),
+        ("out.pte --form sequence --keeps-state", "--keeps-state goes with --form step"),
+        ("out.onnx --target-return 3", "--target-return goes with a policy"),
+        ("out.onnx --batch -1", "--batch must be 0 to 1048576, got -1"),
+        ("out.onnx --longest -1", "--longest must be 0 to 16777216, got -1"),
+    ],
+)
+def test_export_refuses_in_one_line(
+    said: str,
+    message: str,
+    calls: Calls,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(export, "load_trained", calls.spy("load", text_run(here)))
+    exporting(calls, monkeypatch)
+    assert main(["export", "run", *said.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_export_writes_and_says_what_the_file_takes(
+    calls: Calls, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(export, "load_trained", calls.spy("load", text_run(here)))
+    kept = export.FORMATS[".pt2"]._replace(convert=lambda program: program.describe().encode())
+    monkeypatch.setitem(export.FORMATS, ".pt2", kept)
+    assert main(["export", "run", "out.pt2"]) == 0
+    known = json.loads((here / "out.pt2").read_text())
+    assert known["vocabulary"]["kind"] == "characters"
+    said = capsys.readouterr().out
+    assert said.startswith(
+        f"out.pt2: AOTInductor, step, {(here / 'out.pt2').stat().st_size:,} bytes; inputs tokens (batch), "
+    )
+    assert said.endswith("; outputs logits, conv_out, h_out\n")
 
 
 @pytest.mark.parametrize("seed", [2**64 - 4, 2**64 - 3])

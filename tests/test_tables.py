@@ -1001,6 +1001,20 @@ def test_scans_with_several_threads_are_shown_by_their_share_and_the_time_of_one
     assert rows == [["8, 256, 512", "mingru", "float32", "1.00", "2.00", "20", "50%", "75%", "75%"]]
 
 
+def test_exported_steps_are_shown_with_their_files() -> None:
+    ours = system((0.00003,), ("step",), 1.0)
+    file = system((0.0012,), ("step",), 40.0, bytes=3_456_000)
+    head, *rows = rendered(
+        "export", case({"B": 64, "D": 192, "L": 4}, {"minrnn": ours, "onnxruntime": file, "peer": FAILED})
+    )
+    assert head == ["rows", "width", "layers", "runtime", "step, us", "file, MB"]
+    assert rows == [
+        ["64", "192", "4", "a Decoder", "30", ""],
+        ["64", "192", "4", "onnxruntime", "1,200", "3.46"],
+        ["64", "192", "4", "peer", "failed", ""],
+    ]
+
+
 def test_layers_are_shown_by_length_where_nothing_else_varies() -> None:
     ours = system((0.001, 0.002, 0.0104), PHASES, 1.0, peak_bytes=5_400_000)
     peer = system((0.001, 0.002, 0.026), PHASES, 2.5, peak_bytes=1_600_000)
@@ -1126,7 +1140,17 @@ def test_the_page_of_a_gpu_has_a_table_for_each_stage_and_what_was_left_out() ->
 
 
 def test_every_benchmark_has_a_table_here() -> None:
-    assert set(BENCHES) == {"scan", "layer", "decode", "step", "selective", "accuracy", "gpu", "kernels"}
+    assert set(BENCHES) == {
+        "scan",
+        "layer",
+        "decode",
+        "step",
+        "export",
+        "selective",
+        "accuracy",
+        "gpu",
+        "kernels",
+    }
 
 
 # --- learning curves -------------------------------------------------------------------------------------

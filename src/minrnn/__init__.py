@@ -14,6 +14,9 @@ call by name: immediately if torch is already imported, otherwise when it is.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from minrnn.export import Exported as Exported
+    from minrnn.export import export_sequence as export_sequence
+    from minrnn.export import export_step as export_step
     from minrnn.mixers import MIXERS as MIXERS
     from minrnn.mixers import MinEMA as MinEMA
     from minrnn.mixers import MinEMACell as MinEMACell
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from minrnn.models import save_checkpoint as save_checkpoint
     from minrnn.ops import CANDIDATES as CANDIDATES
     from minrnn.ops import GATES as GATES
+    from minrnn.ops import decompositions as decompositions
     from minrnn.ops import engines as engines
     from minrnn.ops import gated_scan as gated_scan
     from minrnn.ops import release_memory as release_memory
@@ -56,6 +60,7 @@ else:
 
     # The names above, by subpackage.
     _ROOMS = {
+        "export": ("Exported", "export_sequence", "export_step"),
         "mixers": (
             "MIXERS",
             "MinEMA",
@@ -80,7 +85,16 @@ else:
             "load_checkpoint",
             "save_checkpoint",
         ),
-        "ops": ("CANDIDATES", "GATES", "engines", "gated_scan", "release_memory", "scan", "selective_scan"),
+        "ops": (
+            "CANDIDATES",
+            "GATES",
+            "decompositions",
+            "engines",
+            "gated_scan",
+            "release_memory",
+            "scan",
+            "selective_scan",
+        ),
         "tasks": ("TASKS", "TextConfig", "TextTask"),
         "training": ("RunConfig", "RunLog", "TrainConfig", "train"),
     }

@@ -7,6 +7,9 @@ BENCHES: dict[str, Entry] = {
     "layer": Entry("minrnn.benchmarks.layer", "training steps of layers, compared with GRU, LSTM and Linear"),
     "decode": Entry("minrnn.benchmarks.decode", "latency of single steps of a layer from a carried state"),
     "step": Entry("minrnn.benchmarks.step", "latency of a model's single step, by a Decoder and in torch"),
+    "export": Entry(
+        "minrnn.benchmarks.export", "a model's single step in other runtimes, and its file's size"
+    ),
     "selective": Entry("minrnn.benchmarks.selective", "Mamba's selective scan, compared with mambapy's"),
     "accuracy": Entry("minrnn.benchmarks.accuracy", "error against a float64 loop by sequence length"),
     "gpu": Entry("minrnn.benchmarks.gpu", "on a GPU: the engine's tests, then scans, layers and peers"),

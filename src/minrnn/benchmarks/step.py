@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from minrnn.benchmarks.bench import OURS, Bench, Document
 from minrnn.benchmarks.check import errors
@@ -18,7 +17,7 @@ from minrnn.benchmarks.peers import Peer
 from minrnn.benchmarks.report import Report
 from minrnn.benchmarks.session import Case, Kind, run
 from minrnn.benchmarks.tables import Table
-from minrnn.benchmarks.workloads import Step, run_steps, steps_in_a_row
+from minrnn.benchmarks.workloads import Step, forward_step, keeping_time, run_steps, steps_in_a_row
 from minrnn.models import Decoder, ModelConfig, SequenceModel
 
 __all__ = ["BENCH", "StepBench"]
@@ -88,14 +87,14 @@ def _systems(case: Case, peers: Mapping[str, Peer]) -> dict[str, System]:
 
     def system(step: Step, is_comparable: bool = True) -> System:
         def compare() -> dict[str, float]:
-            return errors({"h": run_steps(_keeping_time(step), tokens)}, exact)
+            return errors({"h": run_steps(keeping_time(step), tokens)}, exact)
 
         return System(steps_in_a_row(step, tokens[:, 0]), compare if is_comparable else None)
 
     systems = {OURS: system(_fused(model).step)}
     for name in peers:
         own = name == TORCH
-        systems[name] = system(_forward(model if own else _model(name, case)), is_comparable=own)
+        systems[name] = system(forward_step(model if own else _model(name, case)), is_comparable=own)
     return systems
 
 
@@ -105,26 +104,6 @@ def _fused(model: SequenceModel) -> Decoder:
     if decoder.backend != "cpp":
         raise RuntimeError(f"bench step: the compiled engine must take the steps, but {decoder.reason}")
     return decoder
-
-
-def _forward(model: SequenceModel) -> Step:
-    """Return the step of the model itself, (B,) -> (B, V) like a Decoder's."""
-
-    def step(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
-        logits, state = model(tokens.unsqueeze(1), state)
-        return logits[:, 0], state
-
-    return step
-
-
-def _keeping_time(step: Step) -> Step:
-    """Convert a step from (B,) -> (B, V) to (B, 1) -> (B, 1, V)."""
-
-    def stepped(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
-        logits, state = step(tokens[:, 0], state)
-        return logits.unsqueeze(1), state
-
-    return stepped
 
 
 def _model(mixer: str, case: Case) -> SequenceModel:

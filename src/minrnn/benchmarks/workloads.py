@@ -11,7 +11,16 @@ from torch import Tensor
 
 from minrnn.benchmarks.timing import Phases, Workload, clock
 
-__all__ = ["Step", "calls_in_a_row", "copies", "run_steps", "steps_in_a_row", "training_step"]
+__all__ = [
+    "Step",
+    "calls_in_a_row",
+    "copies",
+    "forward_step",
+    "keeping_time",
+    "run_steps",
+    "steps_in_a_row",
+    "training_step",
+]
 
 Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
 """(x, state) -> (y, state), for one step; state None is the empty state."""
@@ -80,6 +89,26 @@ def steps_in_a_row(step: Step, x: Tensor) -> Workload:
         _, state = step(x, state)
 
     return torch.inference_mode()(calls_in_a_row({"step": call}, x.device))
+
+
+def forward_step(model: Callable[..., tuple[Tensor, Any]]) -> Step:
+    """Return the step of a language model's forward, (B,) -> (B, V) like a Decoder's."""
+
+    def step(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        logits, state = model(tokens.unsqueeze(1), state)
+        return logits[:, 0], state
+
+    return step
+
+
+def keeping_time(step: Step) -> Step:
+    """Convert a step from (B,) -> (B, V) to (B, 1) -> (B, 1, V)."""
+
+    def stepped(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        logits, state = step(tokens[:, 0], state)
+        return logits.unsqueeze(1), state
+
+    return stepped
 
 
 def copies(moved: Mapping[str, int], device: torch.device) -> Workload:

@@ -118,33 +118,49 @@ class S4DMixer(Mixer):
             return y[:0], (h[:0],)
         dtype = torch.promote_types(x.dtype, torch.float32)
         with without_autocast(x):  # it would compute kernels in 16 bits
-            h0 = None if state is None else torch.view_as_complex(state[0].to(dtype).contiguous())
+            h0 = None if state is None else state[0].to(dtype)
             run = self._step if x.shape[1] == 1 else self._convolve
             u, h = run(x.to(dtype), h0, reset)
             u = (u + self.D.to(dtype) * x).to(x.dtype)
-        return functional.glu(self.output(functional.gelu(u)), dim=-1), (torch.view_as_real(h).to(dtype),)
+        return functional.glu(self.output(functional.gelu(u)), dim=-1), (h.to(dtype),)
 
     def _discretize(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dt A, the discretized B, and C; each `(d_model, d_state / 2)`, complex and wide."""
+        """Return dt A, the discretized B, and C; each `(d_model, d_state / 2, 2)`, pairs of wide floats.
+
+        B is (exp(dt A) - 1) / A, of which nothing cancels: cos w - 1 = -2 sin(w / 2)^2. The arithmetic is
+        that of real numbers, because other runtimes, to which a step is exported, have no complex ones.
+        """
         wide = widest_float(self.log_dt.device)
-        A = torch.complex(-self.log_decay.to(wide).exp(), self.frequency.to(wide))
-        rate = self.log_dt.to(wide).exp().unsqueeze(1) * A
-        return rate, torch.expm1(rate) / A, torch.view_as_complex(self.C.to(wide))
+        decay, frequency = self.log_decay.to(wide).exp(), self.frequency.to(wide)
+        dt = self.log_dt.to(wide).exp().unsqueeze(1)
+        real, imag = -dt * decay, dt * frequency
+        above_real = torch.expm1(real) * imag.cos() - 2 * (imag / 2).sin().square()
+        above_imag = real.exp() * imag.sin()
+        below = decay.square() + frequency.square()
+        B_real = (frequency * above_imag - decay * above_real) / below
+        B_imag = -(decay * above_imag + frequency * above_real) / below
+        return torch.stack([real, imag], -1), torch.stack([B_real, B_imag], -1), self.C.to(wide)
 
     def _step(self, x: Tensor, h0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Advance the state h0 `(B, d_model, d_state / 2)` by the recurrence; x is `(B, 1, d_model)`."""
+        """Advance the state h0 `(B, d_model, d_state / 2, 2)` by the recurrence; x is `(B, 1, d_model)`."""
         rate, B_bar, C = self._discretize()
-        h = B_bar * x[:, 0].unsqueeze(-1)
+        h = B_bar * x[:, 0, :, None, None]
         if h0 is not None:
-            h = h + rate.exp() * (h0 if reset is None else h0.masked_fill(reset.unsqueeze(-1), 0))
-        u = 2 * (C * h).sum(-1).real
+            size, angle = rate[..., 0].exp(), rate[..., 1]
+            real, imag = size * angle.cos(), size * angle.sin()
+            h0 = h0 if reset is None else h0.masked_fill(reset[..., None, None], 0)
+            before, turned = h0[..., 0], h0[..., 1]
+            h = h + torch.stack([real * before - imag * turned, real * turned + imag * before], -1)
+        u = 2 * (C[..., 0] * h[..., 0] - C[..., 1] * h[..., 1]).sum(-1)
         return u.unsqueeze(1).to(x.dtype), h
 
     def _convolve(self, x: Tensor, h0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """Compute repeated steps over x `(B, T, d_model)` by convolution."""
-        response = _Response(*self._discretize(), length=x.shape[1], dtype=x.dtype)
+        response = _Response(
+            *map(torch.view_as_complex, self._discretize()), length=x.shape[1], dtype=x.dtype
+        )
         x = x.permute(2, 0, 1).contiguous()  # (d_model, B, T): an FFT along an inner axis takes twice as long
-        h0 = None if h0 is None else h0.transpose(0, 1)
+        h0 = None if h0 is None else torch.view_as_complex(h0.contiguous()).transpose(0, 1)
         if reset is None:
             u, carried = convolve(x, response.to_impulse()), h0
         else:
@@ -156,7 +172,7 @@ class S4DMixer(Mixer):
             free = response.to_state(h0)
             u = u + (free if reset is None else free.masked_fill(number > 0, 0))
         h = response.last_state(x, carried)
-        return u.permute(1, 2, 0), h.transpose(0, 1).contiguous()
+        return u.permute(1, 2, 0), torch.view_as_real(h.transpose(0, 1).contiguous())
 
 
 def _with_a_row(
@@ -179,7 +195,7 @@ class _Response:
     as the state has numbers, so that a state for each chunk takes no more memory than the input.
 
     Args:
-        rate, B_bar, C: see `S4DMixer._discretize`.
+        rate, B_bar, C: see `S4DMixer._discretize`; complex.
         length: T.
         dtype: of inputs and results.
     """

@@ -1,5 +1,6 @@
 """The recurrence h[t] = a[t] h[t-1] + b[t], and Mamba's selective scan, which has N states per channel."""
 
+from minrnn.ops.decompositions import decompositions as decompositions
 from minrnn.ops.gates import CANDIDATES as CANDIDATES
 from minrnn.ops.gates import GATES as GATES
 from minrnn.ops.memory import release_memory as release_memory

@@ -21,6 +21,7 @@ __all__ = [
     "add_batch_dim",
     "associative_scan",
     "below_autograd",
+    "compile_package",
     "enable_single_level_autograd_function",
     "forward_mode_is_active",
     "functorch_is_active",
@@ -28,8 +29,10 @@ __all__ = [
     "has_dispatch_modes",
     "is_batched",
     "jit_tracing_state",
+    "load_package",
     "old_vmap_level",
     "remove_batch_dim",
+    "scan_operator",
     "set_forward_mode",
     "storage_use_count",
     "tree_flatten",
@@ -90,3 +93,24 @@ def storage_use_count(storage: torch.UntypedStorage) -> int:
 def associative_scan() -> Any:
     """Import torch's prototype of an associative scan; the import takes a second."""
     return import_module("torch._higher_order_ops").associative_scan
+
+
+def scan_operator() -> Any:
+    """Import torch's prototype of a loop over time as one operator of a graph; the import takes a second.
+
+    Its function of the same purpose would call the compiler, which cannot trace every view.
+    """
+    return import_module("torch._higher_order_ops.scan").scan_op
+
+
+def compile_package(program: Any, path: str, metadata: dict[str, str]) -> None:
+    """Compile an exported program to machine code in a file; the import takes seconds."""
+    settings = {"aot_inductor.metadata": metadata}
+    import_module("torch._inductor").aoti_compile_and_package(
+        program, package_path=path, inductor_configs=settings
+    )
+
+
+def load_package(path: str) -> Any:
+    """Load a file that `compile_package` wrote; calls of the result run it."""
+    return import_module("torch._inductor").aoti_load_package(path)
