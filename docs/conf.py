@@ -46,7 +46,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 default_role = "py:obj"  # what is in backticks: a link if it names something documented, else code
 add_module_names = False
-autodoc_default_options = {"members": True, "show-inheritance": False}
+toc_object_entries_show_parents = "hide"
+autodoc_default_options = {"members": True, "exclude-members": "extra_repr"}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
@@ -68,5 +69,6 @@ html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#2a6f97", "color-brand-content": "#2a6f97"},
     "dark_css_variables": {"color-brand-primary": "#7cc0e8", "color-brand-content": "#7cc0e8"},
 }
+highlight_language = "none"  # of equations in docstrings
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"

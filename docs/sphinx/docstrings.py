@@ -13,7 +13,7 @@ from sphinx.pycode import ModuleAnalyzer
 
 EQUATION = re.compile(r" {4}\S")
 SECTION = re.compile(r"(Args|Returns|Raises|Yields|Example|Examples|Attributes):$")
-NAMED = re.compile(r"^( {4})(\w+): ")
+RETURNED = re.compile(r"^( {4})(\w+): ")
 
 
 def mark_equations(lines: list[str]) -> Iterator[str]:
@@ -36,7 +36,7 @@ def mark_returns(lines: list[str]) -> Iterator[str]:
     for line in lines:
         if line and not line.startswith(" "):
             in_returns = line == "Returns:"
-        yield NAMED.sub(r"\1- **\2** – ", line) if in_returns else line
+        yield RETURNED.sub(r"\1- **\2** – ", line).replace(" " * 8, " " * 6, 1) if in_returns else line
 
 
 def origin(module: ModuleType, name: str) -> str:
@@ -59,7 +59,7 @@ def _process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: l
         lines[:] = attribute_docstring(name)
     lines[:] = mark_returns(list(mark_equations(lines)))
     if what in ("attribute", "data", "property"):
-        lines.insert(0, "")  # napoleon would read the first line's words before a colon as a type
+        lines[:0] = ["..", ""]  # a comment, as napoleon reads a first line's words before a colon as a type
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

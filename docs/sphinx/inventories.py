@@ -25,7 +25,7 @@ def entries(project: str) -> Iterator[str]:
         if line and not line.startswith("#"):
             owner, kind, name, page = line.split()
             if owner == project:
-                yield f"{name} py:{kind} 1 {page}#$ -"
+                yield f"{name} py:{kind} 1 {page} -"
 
 
 def inventory(project: str) -> bytes:
