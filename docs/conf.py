@@ -32,15 +32,15 @@ myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
 myst_heading_anchors = 4
 myst_links_external_new_tab = False
 
-# Every code cell runs, and an error in one fails the build. Cells run beside their page, with few threads, and
+# Every code cell runs, and an error in one fails the build. Cells run beside their page, with one thread, and
 # keep what they make in a folder of their own.
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
-nb_execution_timeout = 120
+nb_execution_timeout = 600  # of a cell, on a machine that does other work too
 nb_merge_streams = True
 os.environ.setdefault("MINRNN_CACHE", tempfile.mkdtemp(prefix="minrnn-docs-"))
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # --- docstrings ----------------------------------------------------------------------------------------------
 

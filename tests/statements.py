@@ -478,7 +478,7 @@ DEFINITIONS: dict[str, list[tuple[str, str]]] = {
             "derived from the shape and an H100's data sheet, not measured",
         ),
     ],
-    "docs/idea.md": [("(x + 0.5 for x >= 0", "the paper's equation")],
+    "docs/recurrence.md": [("(x + 0.5 for x >= 0", "the paper's equation")],
     "docs/models-and-decoding.md": [
         ("`forget_bias` (1.0)", "a default"),
         ("nears overflow (1e36)", "a threshold"),

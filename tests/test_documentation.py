@@ -68,11 +68,11 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_dead_links_are_found() -> None:
     page = DOCS / "index.md"
-    assert not dead(page, "idea.md#the-laws")
+    assert not dead(page, "recurrence.md#the-laws")
     assert not dead(page, "../README.md")
-    assert dead(page, "idea.md#no-such-heading")
+    assert dead(page, "recurrence.md#no-such-heading")
     assert dead(page, "no-such-page.md")
-    assert {"idea.md", "../RESULTS.md"} <= set(links(page))
+    assert {"recurrence.md", "../RESULTS.md"} <= set(links(page))
 
 
 @every_guide
