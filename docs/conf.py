@@ -26,7 +26,7 @@ extensions = [
 ]
 exclude_patterns = ["sphinx", "images"]
 
-# --- pages ---------------------------------------------------------------------------------------------------
+# --- pages ----------------------------------------------------------------------------------------------
 
 myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
 myst_heading_anchors = 4
@@ -42,7 +42,7 @@ nb_merge_streams = True
 os.environ.setdefault("MINRNN_CACHE", tempfile.mkdtemp(prefix="minrnn-docs-"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# --- docstrings ----------------------------------------------------------------------------------------------
+# --- docstrings -----------------------------------------------------------------------------------------
 
 default_role = "py:obj"  # what is in backticks: a link if it names something documented, else code
 add_module_names = False
@@ -57,7 +57,7 @@ python_maximum_signature_line_length = 100
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
-# --- appearance ----------------------------------------------------------------------------------------------
+# --- appearance -----------------------------------------------------------------------------------------
 
 html_theme = "furo"
 html_title = f"minrnn {version}"

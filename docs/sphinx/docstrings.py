@@ -1,15 +1,18 @@
-"""The package's docstrings in Sphinx's markup: equations are literal blocks, tables are documented where made."""
+"""The package's docstrings in Sphinx's markup: equations as literal blocks, variables' docstrings."""
+
+from __future__ import annotations
 
 import ast
 import inspect
 import re
 from collections.abc import Iterator
 from importlib import import_module
+from itertools import pairwise
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sphinx.application import Sphinx
-from sphinx.pycode import ModuleAnalyzer
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 EQUATION = re.compile(r" {4}\S")
 SECTION = re.compile(r"(Args|Returns|Raises|Yields|Example|Examples|Attributes):$")
@@ -36,27 +39,33 @@ def mark_returns(lines: list[str]) -> Iterator[str]:
     for line in lines:
         if line and not line.startswith(" "):
             in_returns = line == "Returns:"
-        yield RETURNED.sub(r"\1- **\2** – ", line).replace(" " * 8, " " * 6, 1) if in_returns else line
+        yield RETURNED.sub(r"\1- **\2** -- ", line).replace(" " * 8, " " * 6, 1) if in_returns else line
 
 
-def origin(module: ModuleType, name: str) -> str:
+def origin(module: ModuleType, name: str) -> ModuleType:
     """Return the module in which an exported name is defined, by the imports of its package."""
     for node in ast.walk(ast.parse(inspect.getsource(module))):
         if isinstance(node, ast.ImportFrom) and any((a.asname or a.name) == name for a in node.names):
             return origin(import_module(node.module or ""), name)
-    return module.__name__
+    return module
 
 
-def attribute_docstring(path: str) -> list[str]:
-    """Return the docstring below a module's variable, which autodoc looks for only where it is exported."""
+def variable_docstring(path: str) -> list[str]:
+    """Return the lines of the docstring below a variable, where it is defined; none if there is none."""
     package, _, name = path.rpartition(".")
-    analyzer = ModuleAnalyzer.for_module(origin(import_module(package), name))
-    return analyzer.find_attr_docs().get(("", name), [])
+    body = ast.parse(inspect.getsource(origin(import_module(package), name))).body
+    for node, below in pairwise(body):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                return inspect.cleandoc(str(below.value.value)).splitlines()
+            break
+    return []
 
 
 def _process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     if what == "data":
-        lines[:] = attribute_docstring(name)
+        lines[:] = variable_docstring(name)
     lines[:] = mark_returns(list(mark_equations(lines)))
     if what in ("attribute", "data", "property"):
         lines[:0] = ["..", ""]  # a comment, as napoleon reads a first line's words before a colon as a type

@@ -1,15 +1,19 @@
-"""Links into other projects' documentation without the network: inventories made of a committed list of names.
+"""Links into other projects' documentation without the network, from a committed list of names.
 
 `names.txt` lists the few names that docstrings and signatures use: one line each with the project, the kind,
-the name and the page. Sphinx reads an inventory file, which is made from them in the build's folder.
+the name and the page with its anchor. Sphinx reads inventory files, which are made of them.
 """
+
+from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sphinx.application import Sphinx
-from sphinx.config import Config
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+    from sphinx.config import Config
 
 NAMES = Path(__file__).with_name("names.txt")
 ADDRESSES = {

@@ -1,14 +1,18 @@
 """Links to the repository's own pages lead to their copies on the site: `../RESULTS.md` to `project/results`.
 
-In the repository the pages link each other by their paths, as GitHub shows them. Some of them lie outside of docs;
-a page in docs/project includes each.
+In the repository the pages link each other by their paths, as GitHub shows them. Some of them lie outside of
+docs; a page in docs/project includes each.
 """
+
+from __future__ import annotations
 
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sphinx.application import Sphinx
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 PROJECT_PAGES = {
     "RESULTS.md": "project/results.md",
@@ -31,7 +35,7 @@ def redirect(text: str, source: str, shown: str) -> str:
     """
 
     def target(link: re.Match[str]) -> str:
-        path = os.path.normpath(os.path.join(source, link[1]))
+        path = os.path.normpath(f"{source}/{link[1]}")
         page = PROJECT_PAGES.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else "")
         return f"]({os.path.relpath(page, shown or '.')}{link[2] or ''})" if page else link[0]
 
@@ -40,12 +44,11 @@ def redirect(text: str, source: str, shown: str) -> str:
 
 def _redirect_page(app: Sphinx, name: str, content: list[str]) -> None:
     folder = str(Path(name).parent)
-    content[0] = redirect(content[0], os.path.join("docs", folder), folder)
+    content[0] = redirect(content[0], f"docs/{folder}", folder)
 
 
 def _redirect_included(app: Sphinx, path: Path, parent: str, content: list[str]) -> None:
-    source = os.path.normpath(os.path.join("docs", path.parent))
-    content[0] = redirect(content[0], source, "project")
+    content[0] = redirect(content[0], f"docs/{path.parent}", "project")
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
