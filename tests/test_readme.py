@@ -85,7 +85,9 @@ def test_its_commands_run_one_after_the_other(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINRNN_CACHE", str(tmp_path / "cache"))
     (tmp_path / "corpus.txt").write_text("ROMEO: but soft, what light\n" * 30, encoding="utf-8")
-    commands = [command for command in shell_lines("minrnn", README + TRAINING + OWN_TEXT) if not acts(command)]
+    commands = [
+        command for command in shell_lines("minrnn", README + TRAINING + OWN_TEXT) if not acts(command)
+    ]
     assert {arguments[0] for arguments in commands} >= TINY.keys()
     for arguments in commands:
         verb = arguments[0]

@@ -63,12 +63,12 @@ def test_what_is_returned_under_names_is_a_list() -> None:
     ]
     lines += ["    ValueError: no"]
     marked = ["    - **y** -- out, which", "      goes on", "    - **h_n** -- state"]
-    assert list(mark_returns(lines)) == [*lines[:3], *marked, *lines[6:]]
+    assert list(mark_returns(lines)) == [*lines[:3], "    ..", "", *marked, *lines[6:]]
 
 
 def test_what_is_returned_without_a_name_is_left_alone() -> None:
-    lines = ["Returns:", "    The module; `(B,)`: a shape."]
-    assert list(mark_returns(lines)) == lines
+    lines = ["Yields:", "    The module; `(B,)`: a shape."]
+    assert list(mark_returns(lines)) == ["Yields:", "    ..", "", lines[1]]
 
 
 def test_variables_are_documented_where_they_are_defined() -> None:
@@ -83,8 +83,8 @@ def test_variables_of_the_reference_have_a_docstring(path: str) -> None:
 
 
 def test_links_lead_to_the_pages_of_the_site() -> None:
-    text = "[a](../RESULTS.md#speed) [b](numerics.md#x) [c](../tests/costs.py) [d](https://x.org/RESULTS.md)"
-    ours = "[a](project/results.md#speed) [b](numerics.md#x) [c](../tests/costs.py) [d](https://x.org/RESULTS.md)"
+    text = "[a](../RESULTS.md#speed) [b](numerics.md#x) [c](../tests/costs.py) [d](https://x.org/RESULTS.md) [e](../tests/x.md)"
+    ours = "[a](project/results.md#speed) [b](numerics.md#x) [c](../tests/costs.py) [d](https://x.org/RESULTS.md) [e](../tests/x.md)"
     assert redirect(text, "docs", ".") == ours
     assert redirect("[a](docs/numerics.md) [b](CHANGELOG.md)", ".", "project") == (
         "[a](../numerics.md) [b](changelog.md)"

@@ -34,12 +34,17 @@ def mark_equations(lines: list[str]) -> Iterator[str]:
 
 
 def mark_returns(lines: list[str]) -> Iterator[str]:
-    """Yield a docstring's lines with what is returned under names, `output: ...`, as a list."""
+    """Yield a docstring's lines with what is returned under names, `output: ...`, as a list.
+
+    A comment comes first, as napoleon would read the words before the first line's colon as a type.
+    """
     in_returns = False
     for line in lines:
         if line and not line.startswith(" "):
-            in_returns = line == "Returns:"
+            in_returns = line in ("Returns:", "Yields:")
         yield RETURNED.sub(r"\1- **\2** -- ", line).replace(" " * 8, " " * 6, 1) if in_returns else line
+        if in_returns and not line.startswith(" ") and line:
+            yield from ("    ..", "")
 
 
 def origin(module: ModuleType, name: str) -> ModuleType:
@@ -59,7 +64,6 @@ def variable_docstring(path: str) -> list[str]:
         if any(isinstance(target, ast.Name) and target.id == name for target in targets):
             if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
                 return inspect.cleandoc(str(below.value.value)).splitlines()
-            break
     return []
 
 
@@ -68,7 +72,7 @@ def _process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: l
         lines[:] = variable_docstring(name)
     lines[:] = mark_returns(list(mark_equations(lines)))
     if what in ("attribute", "data", "property"):
-        lines[:0] = ["..", ""]  # a comment, as napoleon reads a first line's words before a colon as a type
+        lines[:0] = ["..", ""]  # as in mark_returns
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
