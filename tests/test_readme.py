@@ -1,4 +1,4 @@
-"""The README and the pages on training, on one's own text and on policies: their Python and their commands run, and what they name is there."""
+"""The README and the pages that show commands: what they run works, and what they name is there."""
 
 from __future__ import annotations
 

@@ -61,9 +61,9 @@ def variable_docstring(path: str) -> list[str]:
     body = ast.parse(inspect.getsource(origin(import_module(package), name))).body
     for node, below in pairwise(body):
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
-            if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-                return inspect.cleandoc(str(below.value.value)).splitlines()
+        found = any(isinstance(target, ast.Name) and target.id == name for target in targets)
+        if found and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            return inspect.cleandoc(str(below.value.value)).splitlines()
     return []
 
 
