@@ -485,7 +485,6 @@ DEFINITIONS: dict[str, list[tuple[str, str]]] = {
         ),
     ],
     "docs/coming-from-torch.md": [("forgets half of its state", "a gate of 0.5")],
-    "docs/index.md": [("In ten minutes:", "the path was followed and timed")],
     "docs/install.md": [
         ("You need Python 3.11 or newer", "a version"),
         ("compute capability 7.0", "a version"),
@@ -512,7 +511,6 @@ DEFINITIONS: dict[str, list[tuple[str, str]]] = {
         ("half of a batch's rows continue and half start empty", "the setting"),
     ],
     "docs/your-text.md": [
-        ("has read my texts, in ten minutes?", "the path was followed and timed"),
         ("with Python 3.11 or newer", "a version"),
         ("its last tenth)", "a part of the data"),
         ("100 kB are enough to see something; 10 MB are not too much", "advice"),
