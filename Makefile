@@ -4,6 +4,7 @@
 #   make demo PYTHON=python3.12     with another interpreter
 #   make test ARGS="-k scan -x"     with arguments for pytest
 #   make test VENV=/tmp/venv        in another environment
+#   make docs                       the documentation's site, in build/docs
 #   make sanitize                   the compiled engine's tests, under AddressSanitizer and UBSan
 #   make mutants                    which planted faults the tests notice; ARGS="--room ops": those of a package
 
@@ -22,7 +23,7 @@ ENGINE_TESTS := $(addprefix tests/test_,infinities.py border.py selective_scan.p
   layouts restart extremes nan_propagates_from_its_step_on half_conversions_are_torchs)
 NOT_SANITIZED := where_there_is_no_memory or instruction_set or compile or export or opcheck or gradcheck
 
-.PHONY: demo test slow mutants sanitize lint clean
+.PHONY: demo test slow mutants docs sanitize lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -41,6 +42,16 @@ slow: $(VENV)/.installed
 # Faults are planted in copies of the checkout, one at a time: tests/mutants. Those of csrc are compiled there.
 mutants: $(VENV)/.installed
 	$(BIN)/python tests/mutants/run.py $(ARGS)
+
+# Every code cell of the pages runs, and a warning is an error. Nothing is kept from an earlier build but its pages.
+docs: $(VENV)/.documented
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet --doctree-dir build/doctrees $(ARGS) \
+	  docs build/docs
+	@echo "the site's first page is build/docs/index.html"
+
+$(VENV)/.documented: $(VENV)/.installed
+	@$(PIP) --no-build-isolation --config-settings=build-dir=$(abspath $(VENV))/build --editable '.[docs]'
+	@touch $@
 
 # The extension is built anew, with checks, into an environment of its own, which borrows all else from $(VENV). The
 # sanitizer's library has to be loaded first, and the C++ library with it, so that it finds what it replaces there;

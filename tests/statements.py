@@ -68,7 +68,7 @@ from measurements import (
 
 from minrnn.experiments.scores import HIGHEST, MEAN
 from minrnn.ops import chunks, cpu, memory, projected
-from minrnn.training import load_recipe
+from minrnn.training import load_recipe, recipe_names
 
 Statement = tuple[str, Callable[[], Values]]
 
@@ -132,6 +132,12 @@ STATEMENTS: dict[str, list[Statement]] = {
         ("what is unused for {ten} seconds", lambda: memory.IDLE),
         ("pre-activations fill {32} MiB or more", lambda: projected.LARGE_BYTES / 2**20),
     ],
+    "docs/coming-from-torch.md": [
+        (
+            "The recipes that were tuned here use {1e-3} to {3e-3} with AdamW",
+            lambda: ends(load_recipe(name).train.learning_rate for name in recipe_names()),
+        ),
+    ],
     "docs/gpu-backend.md": [
         (
             "minGRU's forward in bfloat16 moves {6} bytes an element with {60} instructions a step",
@@ -146,7 +152,7 @@ STATEMENTS: dict[str, list[Statement]] = {
     "docs/numerics.md": [
         ("cut float32 and float64 only, at {512} steps or more", lambda: chunks.MIN_STEPS),
     ],
-    "docs/tasks-and-training.md": [
+    "docs/policies.md": [
         ("with {800} steps in place of", lambda: hopper("step")[0]),
         ("place of {2,000}, such", lambda: load_recipe("decisions").train.steps),
         ("that return {2,736} on average", lambda: hopper("data", "mean_return")[0]),
@@ -478,7 +484,13 @@ DEFINITIONS: dict[str, list[tuple[str, str]]] = {
             "derived from the shape and an H100's data sheet, not measured",
         ),
     ],
-    "docs/idea.md": [("(x + 0.5 for x >= 0", "the paper's equation")],
+    "docs/coming-from-torch.md": [("forgets half of its state", "a gate of 0.5")],
+    "docs/install.md": [
+        ("You need Python 3.11 or newer", "a version"),
+        ("compute capability 7.0", "a version"),
+    ],
+    "docs/policies.md": [("that hold a tenth of the steps", "a part of the data")],
+    "docs/recurrence.md": [("(x + 0.5 for x >= 0", "the paper's equation")],
     "docs/models-and-decoding.md": [
         ("`forget_bias` (1.0)", "a default"),
         ("nears overflow (1e36)", "a threshold"),
@@ -496,8 +508,12 @@ DEFINITIONS: dict[str, list[tuple[str, str]]] = {
     "docs/tasks-and-training.md": [
         ("any file (the last tenth validates)", "a part of the data"),
         ("leaves the last tenth for a test", "a part of the data"),
-        ("that hold a tenth of the steps", "a part of the data"),
         ("half of a batch's rows continue and half start empty", "the setting"),
+    ],
+    "docs/your-text.md": [
+        ("with Python 3.11 or newer", "a version"),
+        ("its last tenth)", "a part of the data"),
+        ("100 kB are enough to see something; 10 MB are not too much", "advice"),
     ],
     "docs/results.md.template": [
         ("the first nine tenths to train on and the last tenth to validate on", "a part of the data"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,10 @@ PAGES = [
 ]
 
 LONGEST_PAGE = 120
-"""Lines of a page in docs, which answers one question."""
+"""Lines of a page in docs, which answers one question, without code cells and lists of pages."""
+
+FRONT_MATTER = "---\nfile_format: mystnb\nkernelspec:\n  name: python3\n---\n"
+"""What makes a page a notebook, whose code cells run when the site is built."""
 
 SOURCES = ("src", "csrc", "tests", "docs", "benchmarks", "results")
 """Folders whose files are named in full."""
@@ -28,6 +32,12 @@ SOURCES = ("src", "csrc", "tests", "docs", "benchmarks", "results")
 def name_of(page: Path) -> str:
     return page.relative_to(REPOSITORY).as_posix()
 
+
+CELL = re.compile(r"^```\{code-cell\} ipython3\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+"""A code cell; the site's build runs it."""
+
+TREE = re.compile(r"^```\{toctree\}\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+"""A list of pages below the one that holds it."""
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 every_guide = pytest.mark.parametrize("page", GUIDES, ids=name_of)
@@ -68,27 +78,40 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_dead_links_are_found() -> None:
     page = DOCS / "index.md"
-    assert not dead(page, "idea.md#the-laws")
+    assert not dead(page, "recurrence.md#the-laws")
     assert not dead(page, "../README.md")
-    assert dead(page, "idea.md#no-such-heading")
+    assert dead(page, "recurrence.md#no-such-heading")
     assert dead(page, "no-such-page.md")
-    assert {"idea.md", "../RESULTS.md"} <= set(links(page))
+    assert {"recurrence.md", "../RESULTS.md"} <= set(links(page))
 
 
 @every_guide
 def test_a_page_is_short_and_has_one_title(page: Path) -> None:
-    lines = page.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= LONGEST_PAGE
-    assert re.sub(r"```.*?```", "", "\n".join(lines), flags=re.DOTALL).count("\n# ") == 0
-    assert lines[0].startswith("# ")
+    text = page.read_text(encoding="utf-8").removeprefix(FRONT_MATTER)
+    assert len(TREE.sub("", CELL.sub("", text)).splitlines()) <= LONGEST_PAGE
+    assert re.sub(r"```.*?```", "", text, flags=re.DOTALL).count("\n# ") == 0
+    assert text.startswith("# ")
+
+
+@every_guide
+def test_a_page_with_code_cells_is_a_notebook(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert bool(CELL.search(text)) == text.startswith(FRONT_MATTER)
+
+
+@every_guide
+def test_its_code_cells_are_python(page: Path) -> None:
+    for cell in CELL.findall(page.read_text(encoding="utf-8")):
+        ast.parse(re.sub(r"^(:tags:.*|%.*)\n", "", cell, flags=re.MULTILINE), name_of(page))
 
 
 def test_every_page_is_listed() -> None:
-    listed = set(links(DOCS / "index.md"))
-    assert {page.name for page in GUIDES} - {"index.md"} <= listed
-    assert {f"docs/{page.name}" for page in GUIDES} - {"docs/index.md"} <= set(
-        links(REPOSITORY / "README.md")
-    )
+    listed, names = set(links(DOCS / "index.md")), {page.name for page in GUIDES} - {"index.md"}
+    assert names <= listed
+    index = (DOCS / "index.md").read_text(encoding="utf-8")
+    trees = "".join(TREE.findall(index))
+    assert {Path(name).stem for name in names} <= set(trees.split())
+    assert "docs/index.md" in set(links(REPOSITORY / "README.md"))
 
 
 @every_guide

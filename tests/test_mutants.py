@@ -28,6 +28,9 @@ from mutants.outcomes import (
 
 FAULTS = read_lists()
 RESULT = LISTS / "result.json"
+SITE = "site"
+"""The room of what the documentation's build does to pages."""
+
 LEAST_IN_ALL, LEAST_IN_A_ROOM = 300, 15
 
 PARTS = {"ops/triton": TRITON, "ops/selective/triton": TRITON, "ops/selective": "selective"}
@@ -46,14 +49,16 @@ def room_of(file: str) -> str:
     """Return the room of a source file: its package, or the part of one."""
     if file.startswith(f"{COMPILED}/"):
         return COMPILED
+    if file.startswith("docs/sphinx/"):
+        return SITE
     folder = Path(file).relative_to("src/minrnn").parent.as_posix()
     return PARTS.get(folder, folder)
 
 
 def rooms() -> set[str]:
-    """Return the packages of the architecture's table, the parts of `ops` with own lists, and `csrc`."""
+    """Return the packages of the architecture's table, parts of `ops` with own lists, `csrc` and the site."""
     page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
-    return {*re.findall(r"^\| `(\w+)` \| \d+ \|", page, re.MULTILINE), *PARTS.values(), COMPILED}
+    return {*re.findall(r"^\| `(\w+)` \| \d+ \|", page, re.MULTILINE), *PARTS.values(), COMPILED, SITE}
 
 
 def test_each_room_has_its_faults() -> None:

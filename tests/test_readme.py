@@ -1,4 +1,4 @@
-"""The README and the page on training: their Python and their commands run, and what they name is there."""
+"""The README and the pages that show commands: what they run works, and what they name is there."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from minrnn.experiments import EXPERIMENTS
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 TRAINING = (REPOSITORY / "docs" / "tasks-and-training.md").read_text(encoding="utf-8")
+OWN_TEXT = (REPOSITORY / "docs" / "your-text.md").read_text(encoding="utf-8")
+POLICIES = (REPOSITORY / "docs" / "policies.md").read_text(encoding="utf-8")
 ARCHITECTURE = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 TINY = {  # what makes a command quick, after what the page gives it
@@ -83,7 +85,9 @@ def test_its_commands_run_one_after_the_other(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINRNN_CACHE", str(tmp_path / "cache"))
     (tmp_path / "corpus.txt").write_text("ROMEO: but soft, what light\n" * 30, encoding="utf-8")
-    commands = [command for command in shell_lines("minrnn", README + TRAINING) if not acts(command)]
+    commands = [
+        command for command in shell_lines("minrnn", README + TRAINING + OWN_TEXT) if not acts(command)
+    ]
     assert {arguments[0] for arguments in commands} >= TINY.keys()
     for arguments in commands:
         verb = arguments[0]
@@ -93,7 +97,7 @@ def test_its_commands_run_one_after_the_other(
         elif "--resume" in arguments:  # whose settings are those of the run
             assert main(arguments) == 0
         else:
-            if verb == "train":  # both pages train the same run
+            if verb == "train":  # two pages train the same run
                 shutil.rmtree("runs", ignore_errors=True)
             assert main([*arguments, *shlex.split(TINY[verb])]) == 0
     assert "ROMEO:" in capsys.readouterr().out
@@ -105,7 +109,7 @@ def test_its_policy_hops(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINRNN_CACHE", str(tmp_path / "cache"))
-    commands = [command for command in shell_lines("minrnn", TRAINING) if acts(command)]
+    commands = [command for command in shell_lines("minrnn", POLICIES) if acts(command)]
     assert [command for command in shell_lines("minrnn") if acts(command)] == commands[-1:]
     assert [arguments[0] for arguments in commands] == list(TINY_POLICY)
     undrawn = ""

@@ -1,4 +1,4 @@
-"""The laws of the recurrence (docs/idea.md), swept over gates, candidates, engines, dtypes and layouts."""
+"""The laws of the recurrence (docs/recurrence.md), swept over gates, candidates, engines and layouts."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from minrnn.ops.recurrence import check_tensor
 from minrnn.ops.transforms import in_autocast
 
 State = tuple[Tensor, ...]
+"""A mixer's state: tensors whose first axis is the batch."""
 
 PartForm = tuple[tuple[int | None, ...], torch.dtype]
 """The form of one tensor of a state: its sizes after the batch, None where any size is allowed, and the dtype

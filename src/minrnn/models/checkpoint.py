@@ -24,6 +24,7 @@ from minrnn.models.rebuilding import describe, misfits, tensors_to_keep, unwrap
 from minrnn.models.sequence import ModelConfig, SequenceModel
 
 Model = SequenceModel | DecisionModel
+"""What a checkpoint can hold."""
 
 KINDS: dict[str, Callable[[Mapping[str, Any]], Model]] = {
     "sequence": lambda values: SequenceModel(ModelConfig.from_dict(values)),

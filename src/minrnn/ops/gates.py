@@ -43,6 +43,7 @@ CANDIDATES: dict[str, Candidate] = {
     "linear": Candidate(lambda x: x, torch.ones_like),
     "tanh": Candidate(torch.tanh, lambda x: 1 - torch.tanh(x) ** 2),
 }
+"""The functions of the candidate, by the name that `gated_scan` takes."""
 
 
 class Shares(NamedTuple):
@@ -265,3 +266,4 @@ GATES: dict[str, Gate] = {
         keeps=("delta", -1),
     ),
 }
+"""The gates, by the name that `gated_scan` takes."""

@@ -81,6 +81,7 @@ LANGUAGES: dict[str, Language] = {
     "majority-count": Language(63, MAX_COUNT + 1, majority_count),
     "parity": Language(2, 2, parity),
 }
+"""The formal languages, by name."""
 
 
 @dataclass(frozen=True)

@@ -232,6 +232,7 @@ class CharacterVocabulary(Vocabulary):
 
 
 VOCABULARIES: dict[str, type[Vocabulary]] = {"bytes": ByteVocabulary, "characters": CharacterVocabulary}
+"""The kinds of tokens, by name."""
 
 
 def _names(characters: list[str], at_most: int = 8) -> str:

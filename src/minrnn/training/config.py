@@ -28,6 +28,7 @@ from minrnn.tasks import TASKS, TaskConfig, TextConfig
 from minrnn.training.threads import MOST_THREADS
 
 Precision = Literal["float32", "bfloat16-products", "bfloat16"]
+"""Arithmetic of training: see `TrainConfig.precision`."""
 PRECISIONS: tuple[Precision, ...] = typing.get_args(Precision)
 
 OptimizerName = Literal["adamw", "muon"]
