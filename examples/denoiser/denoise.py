@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, stdev
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from minrnn import MinGRU, MinLSTM
 
 SIZE, HOP = 512, 256  # samples of a frame, and from one frame to the next: 23 and 12 ms
 RNNS = {"gru": nn.GRU, "lstm": nn.LSTM, "mingru": MinGRU, "minlstm": MinLSTM}
+RATES = {"gru": 3e-3, "lstm": 3e-3, "mingru": 6e-3, "minlstm": 6e-3}  # of 1.5e-3, 3e-3, 6e-3 and 12e-3
 
 
 class Denoiser(nn.Module):
@@ -118,3 +119,108 @@ def latency(model: Denoiser, frames: int = 500) -> float:
         times.append(time.perf_counter() - start)
     torch.set_num_threads(threads)
     return 1000 * median(times)
+
+
+class Data:
+    """Training mixtures, drawn anew for every batch, and fixed test mixtures by kind of noise."""
+
+    def __init__(self, seconds: float, tests: int) -> None:
+        rng = np.random.default_rng(0)
+        self.samples = int(seconds * sounds.RATE)
+        self.voices = sounds.speech(sounds.TRAIN_VOICES, sounds.SENTENCES)
+        self.noises = sounds.several(sounds.TRAIN_NOISES, self.voices, rng)
+        voices = sounds.speech(sounds.TEST_VOICES, sounds.TEST_SENTENCES)
+        noises = {"seen kinds": sounds.several(sounds.TRAIN_NOISES, voices, rng)}
+        noises |= {noise.__name__: sounds.recordings(noise, rng) for noise in sounds.TEST_NOISES}
+        self.tests = {
+            name: as_tensors(sounds.mixtures(tests, voices, some, 3 * sounds.RATE, rng))
+            for name, some in noises.items()
+        }
+
+    def batches(self, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield noisy and clean sounds, `(size, samples)`, without end."""
+        rng = np.random.default_rng([1, seed])
+        while True:
+            yield as_tensors(sounds.mixtures(size, self.voices, self.noises, self.samples, rng))
+
+
+def as_tensors(pair: tuple[sounds.Sound, sounds.Sound]) -> tuple[Tensor, Tensor]:
+    """Convert noisy and clean sounds."""
+    return torch.from_numpy(pair[0]), torch.from_numpy(pair[1])
+
+
+def listen(folder: Path, model: Denoiser, name: str, tests: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Write the first sound of every test: noisy, clean, and as the model streams it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for noise, (noisy, clean) in tests.items():
+        stream, hops = Stream(model), nn.functional.pad(noisy[0], (0, HOP + -noisy.shape[1] % HOP)).split(HOP)
+        denoised = torch.cat([stream.step(samples) for samples in hops])[HOP:]
+        for kind, sound in (("noisy", noisy[0]), ("clean", clean[0]), (name, denoised)):
+            sounds.write_wav(folder / f"{noise.replace(' ', '-')}-{kind.replace(':', '-')}.wav", sound.numpy())
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Return a Markdown table: a row for each model, means over the seeds, deviations where there are some."""
+    tests = list(records[0]["improvement"])
+    lines = [
+        f"| model | parameters | {' | '.join(tests)} | ms a frame | training seconds |",
+        "|" + "---|" * (len(tests) + 4),
+    ]
+    for model in dict.fromkeys(record["model"] for record in records):
+        rows = [record for record in records if record["model"] == model]
+        gains = [spread([row["improvement"][test] for row in rows]) for test in tests]
+        step, seconds = (mean(row[key] for row in rows) for key in ("milliseconds", "seconds"))
+        lines.append(
+            f"| {model} | {rows[0]['parameters']:,} | {' | '.join(gains)} | {step:.2f} | {seconds:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def spread(numbers: Sequence[float]) -> str:
+    """Return the mean, and the standard deviation if there are several."""
+    return f"{mean(numbers):.1f}" + (f" ± {stdev(numbers):.1f}" if len(numbers) > 1 else "")
+
+
+def main(
+    models: tuple[str, ...] = ("gru:128", "mingru:128", "mingru:201"),
+    seeds: tuple[int, ...] = (0,),
+    steps: int = 300,
+    batch: int = 16,
+    seconds: float = 2.0,
+    tests: int = 48,
+    output: Path | None = None,
+    listening: Path | None = None,
+) -> None:
+    """Train denoisers and print their improvement of the signal-to-distortion ratio (SI-SDR) in dB.
+
+    Args:
+        models: kinds (gru, lstm, mingru, minlstm) and widths.
+        seeds: of the weights and of the order of the data.
+        steps: training steps of each model.
+        batch: sounds of a step.
+        seconds: length of each.
+        tests: sounds of each test.
+        output: a JSON file for the results.
+        listening: a folder for sounds before and after.
+    """
+    data, records = Data(seconds, tests), []
+    for seed in seeds:
+        for name in models:
+            kind, _, width = name.partition(":")
+            torch.manual_seed(seed)
+            model = Denoiser(kind, int(width))
+            took = train(model, data.batches(batch, seed), steps, RATES[kind])
+            record = {"model": name, "seed": seed, "parameters": sum(p.numel() for p in model.parameters())}
+            record |= {"improvement": {test: improvement(model, *pair) for test, pair in data.tests.items()}}
+            records.append({**record, "milliseconds": latency(model), "seconds": took})
+            print(json.dumps(records[-1]), flush=True)
+            if listening is not None:
+                listen(listening, model, name, data.tests)
+    print(table(records))
+    if output is not None:
+        machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "system": platform.platform()}
+        output.write_text(json.dumps({"steps": steps, "machine": machine, "records": records}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 RATE = 22050  # samples a second, as espeak-ng writes them
 
+RECORDING, RECORDINGS = 10 * RATE, 6  # samples of a noise, and how many there are of each kind
+
 Sound = NDArray[np.float32]
 
 # A voice is a language, a variant of the speaker, words a minute, and a pitch from 0 to 99.
@@ -163,6 +165,7 @@ def engine(size: int, rng: Generator) -> NDArray[np.float64]:
     return colored(size, rng, 2.0) * (0.3 + np.abs(np.sin(np.pi * turns)) ** 3)
 
 
+Noise = Callable[[int, Generator], NDArray[np.float64]]
 TRAIN_NOISES = (white, pink, hum, keyboard)
 TEST_NOISES = (rain, siren, engine)
 
@@ -173,9 +176,15 @@ def babble(speakers: Sequence[Sound], size: int, rng: Generator) -> Sound:
     return np.sum([np.roll(np.resize(speakers[i], size), rng.integers(size)) for i in chosen], axis=0)
 
 
-def recordings(noise: Callable[..., NDArray[Any]], rng: Generator, *speakers: Sequence[Sound]) -> list[Sound]:
-    """Return six noises of a kind, of ten seconds each."""
-    return [noise(*speakers, 10 * RATE, rng).astype(np.float32) for _ in range(6)]
+def recordings(noise: Noise, rng: Generator) -> list[Sound]:
+    """Return RECORDINGS noises of a kind."""
+    return [noise(RECORDING, rng).astype(np.float32) for _ in range(RECORDINGS)]
+
+
+def several(noises: Sequence[Noise], speakers: Sequence[Sound], rng: Generator) -> list[Sound]:
+    """Return recordings of each kind, and of voices at once."""
+    made = [sound for noise in noises for sound in recordings(noise, rng)]
+    return made + [babble(speakers, RECORDING, rng) for _ in range(RECORDINGS)]
 
 
 def cut(sound: Sound, size: int, rng: Generator) -> Sound:
