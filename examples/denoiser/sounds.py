@@ -23,15 +23,18 @@ Sound = NDArray[np.float32]
 
 # A voice is a language, a variant of the speaker, words a minute, and a pitch from 0 to 99.
 TRAIN_VOICES = [
-    ("en-us", "m1", 160, 45), ("en-us", "f2", 175, 60), ("en-us", "m7", 190, 30), ("en-us", "klatt2", 165, 50),
-    ("en-gb", "f4", 150, 55), ("en-gb", "m3", 180, 40), ("en-gb", "f1", 200, 65), ("en-gb", "croak", 170, 35),
-    ("de", "m2", 160, 45), ("de", "f3", 185, 60), ("de", "Andy", 170, 50), ("de", "linda", 150, 55),
-    ("fr", "m4", 170, 40), ("fr", "f2", 160, 65), ("fr", "robert", 190, 50), ("fr", "anika", 175, 50),
-    ("es", "m5", 175, 45), ("es", "f5", 165, 60), ("es", "pedro", 190, 50), ("es", "belinda", 155, 55),
+    ("en-us", "m1", 160, 45), ("en-us", "f2", 175, 60), ("en-us", "m7", 190, 30),
+    ("en-us", "klatt2", 165, 50), ("en-gb", "f4", 150, 55), ("en-gb", "m3", 180, 40),
+    ("en-gb", "f1", 200, 65), ("en-gb", "croak", 170, 35), ("de", "m2", 160, 45),
+    ("de", "f3", 185, 60), ("de", "Andy", 170, 50), ("de", "linda", 150, 55),
+    ("fr", "m4", 170, 40), ("fr", "f2", 160, 65), ("fr", "robert", 190, 50),
+    ("fr", "anika", 175, 50), ("es", "m5", 175, 45), ("es", "f5", 165, 60),
+    ("es", "pedro", 190, 50), ("es", "belinda", 155, 55),
 ]  # fmt: skip
 TEST_VOICES = [
-    ("en-us", "Diogo", 170, 55), ("en-gb", "Annie", 165, 45), ("en-us", "f3", 195, 50), ("en-gb", "m6", 155, 60),
-    ("it", "m8", 180, 35), ("it", "steph", 160, 55), ("nl", "Gene", 170, 45), ("nl", "aunty", 185, 60),
+    ("en-us", "Diogo", 170, 55), ("en-gb", "Annie", 165, 45), ("en-us", "f3", 195, 50),
+    ("en-gb", "m6", 155, 60), ("it", "m8", 180, 35), ("it", "steph", 160, 55),
+    ("nl", "Gene", 170, 45), ("nl", "aunty", 185, 60),
 ]  # fmt: skip
 
 SENTENCES = {
@@ -69,7 +72,10 @@ TEST_SENTENCES = {
         "Can you read the number on the back of the machine?",
     ],
     "it": ["Il treno per Torino parte tra dieci minuti.", "Questa sera ceniamo in terrazza con gli amici."],
-    "nl": ["De fiets staat achter het huis naast de schuur.", "Morgen wordt het zonnig en een beetje warmer."],
+    "nl": [
+        "De fiets staat achter het huis naast de schuur.",
+        "Morgen wordt het zonnig en een beetje warmer.",
+    ],
 }
 
 
@@ -84,7 +90,9 @@ def speak(text: str, language: str, variant: str, speed: int, pitch: int) -> Sou
         subprocess.run([program, *voice, "-w", str(path), text], check=True)
         with wave.open(str(path), "rb") as file:
             if file.getframerate() != RATE:
-                sys.exit(f"denoise.py: espeak-ng must write {RATE} samples a second, not {file.getframerate()}")
+                sys.exit(
+                    f"denoise.py: espeak-ng must write {RATE} samples a second, not {file.getframerate()}"
+                )
             samples = np.frombuffer(file.readframes(file.getnframes()), np.int16)
     return samples.astype(np.float32) / 32768
 
@@ -127,11 +135,15 @@ def pink(size: int, rng: Generator) -> NDArray[np.float64]:
 def hum(size: int, rng: Generator) -> NDArray[np.float64]:
     """The mains and its harmonics."""
     time, base = np.arange(size) / RATE, rng.choice([50.0, 60.0])
-    waves = [rng.exponential() / n * np.sin(2 * np.pi * (n * base * time + rng.random())) for n in range(1, 25)]
+    waves = [
+        rng.exponential() / n * np.sin(2 * np.pi * (n * base * time + rng.random())) for n in range(1, 25)
+    ]
     return np.sum(waves, axis=0) + 0.01 * rng.standard_normal(size)
 
 
-def strokes(size: int, rng: Generator, rate: float, low: float, high: float, decay: float) -> NDArray[np.float64]:
+def strokes(
+    size: int, rng: Generator, rate: float, low: float, high: float, decay: float
+) -> NDArray[np.float64]:
     """Return decaying oscillations that start at random times, `rate` a second."""
     sound, time = np.zeros(size), np.arange(int(5 * decay * RATE)) / RATE
     for start in rng.integers(0, size, rng.poisson(rate * size / RATE) + 1):
@@ -154,9 +166,13 @@ def rain(size: int, rng: Generator) -> NDArray[np.float64]:
 def siren(size: int, rng: Generator) -> NDArray[np.float64]:
     """A tone with harmonics that rises and falls."""
     time = np.arange(size) / RATE
-    pitch = rng.uniform(500, 900) * 2 ** (0.5 * np.sin(2 * np.pi * (rng.uniform(0.3, 1.5) * time + rng.random())))
+    pitch = rng.uniform(500, 900) * 2 ** (
+        0.5 * np.sin(2 * np.pi * (rng.uniform(0.3, 1.5) * time + rng.random()))
+    )
     phase = 2 * np.pi * np.cumsum(pitch) / RATE
-    return np.sum([np.sin(n * phase) / n**1.5 for n in range(1, 6)], axis=0) + 0.02 * rng.standard_normal(size)
+    return np.sum([np.sin(n * phase) / n**1.5 for n in range(1, 6)], axis=0) + 0.02 * rng.standard_normal(
+        size
+    )
 
 
 def engine(size: int, rng: Generator) -> NDArray[np.float64]:

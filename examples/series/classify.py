@@ -1,8 +1,8 @@
 """Classify multivariate series of unequal length with missing values, with torch.nn.GRU and with MinGRU.
 
-    pip install aeon                                      # its wheel holds the data
-    python examples/series/classify.py                    # the table of docs/examples/series.md
-    python examples/series/classify.py --datasets JapaneseVowels --removed 0.5 --seeds 0
+pip install aeon                                      # its wheel holds the data
+python examples/series/classify.py                    # the table of docs/examples/series.md
+python examples/series/classify.py --datasets JapaneseVowels --removed 0.5 --seeds 0
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def load(name: str) -> tuple[Split, Split]:
     try:
         from aeon.datasets import load_japanese_vowels, load_pickup_gesture_wiimoteZ
     except ImportError as error:
-        sys.exit(f"classify.py: aeon, whose wheel holds the data, cannot be imported ({error}): pip install aeon")
+        sys.exit(
+            f"classify.py: aeon, whose wheel holds the data, cannot be imported ({error}): pip install aeon"
+        )
     loaders = {"JapaneseVowels": load_japanese_vowels, "PickupGestureWiimoteZ": load_pickup_gesture_wiimoteZ}
     if name not in loaders:
         sys.exit(f"classify.py: --datasets must be of {', '.join(loaders)}, not {name}")
@@ -162,11 +164,11 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     lines = [f"| data | model | parameters | {heads} | CPU seconds |", "|" + "---|" * (len(shares) + 4)]
     for data, name in dict.fromkeys((record["data"], record["model"]) for record in records):
         rows = [record for record in records if (record["data"], record["model"]) == (data, name)]
-        cells = [spread([100 * row["accuracy"] for row in rows if row["removed"] == share]) for share in shares]
+        cells = [
+            spread([100 * row["accuracy"] for row in rows if row["removed"] == share]) for share in shares
+        ]
         seconds = mean(row["seconds"] for row in rows)
-        lines.append(
-            f"| {data} | {name} | {rows[0]['parameters']:,} | {' | '.join(cells)} | {seconds:.1f} |"
-        )
+        lines.append(f"| {data} | {name} | {rows[0]['parameters']:,} | {' | '.join(cells)} | {seconds:.1f} |")
     return "\n".join(lines)
 
 
@@ -213,8 +215,14 @@ def main(
                 print(json.dumps(records[-1]), flush=True)
     print(table(records))
     if output is not None:
-        machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "system": platform.platform()}
-        output.write_text(json.dumps({"steps": steps, "machine": machine, "records": records}, indent=1) + "\n")
+        machine = {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "system": platform.platform(),
+        }
+        output.write_text(
+            json.dumps({"steps": steps, "machine": machine, "records": records}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":
