@@ -32,7 +32,7 @@ TRAIN_VOICES = [
     ("es", "pedro", 190, 50), ("es", "belinda", 155, 55),
 ]  # fmt: skip
 TEST_VOICES = [
-    ("en-us", "Diogo", 170, 55), ("en-gb", "Annie", 165, 45), ("en-us", "f3", 195, 50),
+    ("en-us", "Diogo", 170, 55), ("en-gb", "Annie", 165, 45), ("en-us", "Alicia", 195, 50),
     ("en-gb", "m6", 155, 60), ("it", "m8", 180, 35), ("it", "steph", 160, 55),
     ("nl", "Gene", 170, 45), ("nl", "aunty", 185, 60),
 ]  # fmt: skip
