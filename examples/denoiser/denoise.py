@@ -191,7 +191,7 @@ def spread(numbers: Sequence[float]) -> str:
 def main(
     models: tuple[str, ...] = ("gru:128", "mingru:128", "mingru:201"),
     seeds: tuple[int, ...] = (0,),
-    steps: int = 300,
+    steps: int = 250,
     batch: int = 16,
     seconds: float = 2.0,
     tests: int = 48,
