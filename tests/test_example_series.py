@@ -185,7 +185,7 @@ def test_the_script_runs_on_the_data_that_aeon_ships(script: ModuleType, tmp_pat
     assert {x.shape[1] for x in train.series} == {12}
     assert len({len(x) for x in train.series}) > 10
     assert train.classes.unique().tolist() == test.classes.unique().tolist() == list(range(9))
-    with pytest.raises(SystemExit, match="--datasets must be of JapaneseVowels, .*, not No"):
+    with pytest.raises(SystemExit, match=r"--datasets must be of JapaneseVowels, .*, not No"):
         script.load("No")
     options = (
         "--models",
