@@ -33,6 +33,9 @@ LEAST_IN_ALL, LEAST_IN_A_ROOM = 300, 15
 PARTS = {"ops/triton": TRITON, "ops/selective/triton": TRITON, "ops/selective": "selective"}
 """Folders of a package that are rooms of their own."""
 
+OUTSIDE = (COMPILED, "examples")
+"""Folders beside the package that are rooms."""
+
 
 every_list = pytest.mark.parametrize("path", sorted(LISTS.glob("*.toml")), ids=lambda path: path.stem)
 
@@ -43,17 +46,17 @@ def read(file: str) -> str:
 
 
 def room_of(file: str) -> str:
-    """Return the room of a source file: its package, or the part of one."""
-    if file.startswith(f"{COMPILED}/"):
-        return COMPILED
+    """Return the room of a source file: its package, or the part of one; of what is outside, its folder."""
+    if (folder := file.partition("/")[0]) in OUTSIDE:
+        return folder
     folder = Path(file).relative_to("src/minrnn").parent.as_posix()
     return PARTS.get(folder, folder)
 
 
 def rooms() -> set[str]:
-    """Return the packages of the architecture's table, the parts of `ops` with own lists, and `csrc`."""
+    """Return the packages of the architecture's table, the parts of `ops` with own lists, and OUTSIDE."""
     page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
-    return {*re.findall(r"^\| `(\w+)` \| \d+ \|", page, re.MULTILINE), *PARTS.values(), COMPILED}
+    return {*re.findall(r"^\| `(\w+)` \| \d+ \|", page, re.MULTILINE), *PARTS.values(), *OUTSIDE}
 
 
 def test_each_room_has_its_faults() -> None:
