@@ -107,8 +107,14 @@ def test_training_improves(script: ModuleType) -> None:
 def test_steps_are_timed(script: ModuleType) -> None:
     models = {kind: script.Denoiser(kind, 4) for kind in ("gru", "mingru")}
     threads = torch.get_num_threads()
-    assert all(milliseconds > 0 for milliseconds in script.latencies(models, frames=3).values())
-    assert torch.get_num_threads() == threads
+    torch.set_num_threads(2)
+    try:
+        found = script.latencies(models, frames=3)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert found.keys() == models.keys()
+    assert min(found.values()) > 0
 
 
 def test_the_ratio_is_known(script: ModuleType) -> None:
@@ -209,7 +215,7 @@ def test_babble_is_of_several_voices(sounds: ModuleType, rng: np.random.Generato
     spectrum = np.abs(np.fft.rfft(sounds.babble(tones, 30_000, rng)))
     for step in (0.05, 0.1, 0.2, 0.4, 0.8):
         line = round(step * 30_000 / (2 * np.pi))
-        assert spectrum[line - 20 : line + 20].max() > 20 * np.median(spectrum)
+        assert spectrum[line - 20 : line + 20].max() > 0.3 * spectrum.max()
 
 
 def test_a_piece_is_of_the_sound(sounds: ModuleType, rng: np.random.Generator) -> None:
