@@ -94,16 +94,12 @@ def speak(text: str, language: str, variant: str, speed: int, pitch: int) -> Sou
                     f"denoise.py: espeak-ng must write {RATE} samples a second, not {file.getframerate()}"
                 )
             samples = np.frombuffer(file.readframes(file.getnframes()), np.int16)
-    return samples.astype(np.float32) / 32768
+    return np.divide(samples, 32768, dtype=np.float32)
 
 
 def speech(voices: Sequence[tuple[str, str, int, int]], sentences: dict[str, list[str]]) -> list[Sound]:
     """Return every sentence of its language in every voice."""
-    return [
-        speak(text, language, *options)
-        for language, *options in voices
-        for text in sentences[language.partition("-")[0]]
-    ]
+    return [speak(text, *voice) for voice in voices for text in sentences[voice[0].partition("-")[0]]]
 
 
 def write_wav(path: Path, sound: NDArray[Any]) -> None:
@@ -217,8 +213,8 @@ def mixtures(
     """Return noisy and clean sounds, both `(count, size)`, with 5 dB more noise to 10 dB more speech."""
     noisy, clean = np.zeros((2, count, size), np.float32)
     for row in range(count):
-        voice = cut(voices[rng.integers(len(voices))], size, rng)
-        noise = cut(noises[rng.integers(len(noises))], size, rng)
+        voice = cut(voices[int(rng.integers(len(voices)))], size, rng)
+        noise = cut(noises[int(rng.integers(len(noises)))], size, rng)
         level = 10 ** rng.uniform(-1.5, -1.0)
         clean[row] = voice * level / rms(voice)
         noisy[row] = clean[row] + noise * level / rms(noise) * 10 ** (-rng.uniform(-5, 10) / 20)
