@@ -20,7 +20,8 @@ def draw(paths: list[Path], output: Path) -> None:
     for axes, path in zip(figure.subplots(len(paths), sharex=True, squeeze=False)[:, 0], paths, strict=True):
         with wave.open(str(path), "rb") as file:
             sound, rate = np.frombuffer(file.readframes(file.getnframes()), np.int16), file.getframerate()
-        axes.specgram(sound / 32768 + 1e-9, NFFT=512, Fs=rate, noverlap=256, vmin=-110, vmax=-30)
+        with np.errstate(divide="ignore"):  # of silence
+            axes.specgram(sound / 32768, NFFT=512, Fs=rate, noverlap=256, vmin=-110, vmax=-30)
         axes.set(title=path.stem, ylabel="Hz")
     axes.set_xlabel("seconds")
     figure.savefig(output, dpi=90)
