@@ -247,6 +247,16 @@ def test_a_written_sound_is_read_as_it_was(sounds: ModuleType, tmp_path: Path) -
     np.testing.assert_allclose(read, [0.5, -0.25, 1, -1], atol=1e-4)
 
 
+def test_spectrograms_are_drawn(sounds: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: the extra plots")
+    for name, scale in (("loud", 0.5), ("silent", 0.0)):
+        sounds.write_wav(tmp_path / f"{name}.wav", scale * noise(5000).numpy())
+    names = (tmp_path / "loud.wav", tmp_path / "silent.wav")
+    done = run("denoiser/picture.py", *names, "--output", tmp_path / "both.png")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+
+
 # --- the script ------------------------------------------------------------------------------------------
 
 TINY = ("--steps", "2", "--batch", "2", "--seconds", "0.3", "--tests", "2", "--models", "gru:4", "mingru:4")
