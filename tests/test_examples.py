@@ -53,7 +53,7 @@ def test_every_example_has_a_page_and_its_commands_exist(name: str) -> None:
     lines = [
         shlex.split(line, comments=True)
         for block in re.findall(r"^```sh\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-        for line in block.splitlines()
+        for line in block.replace("\\\n", " ").splitlines()
     ]
     scripts = [word for line in lines for word in line if word.endswith(".py")]
     assert scripts
