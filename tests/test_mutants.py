@@ -28,13 +28,14 @@ from mutants.outcomes import (
 
 FAULTS = read_lists()
 RESULT = LISTS / "result.json"
-SITE = "site"
-"""The room of what the documentation's build does to pages."""
 
 LEAST_IN_ALL, LEAST_IN_A_ROOM = 300, 15
 
 PARTS = {"ops/triton": TRITON, "ops/selective/triton": TRITON, "ops/selective": "selective"}
 """Folders of a package that are rooms of their own."""
+
+OUTSIDE = {COMPILED: COMPILED, "examples": "examples", "docs": "site"}
+"""Folders beside the package, and their rooms."""
 
 
 every_list = pytest.mark.parametrize("path", sorted(LISTS.glob("*.toml")), ids=lambda path: path.stem)
@@ -46,19 +47,17 @@ def read(file: str) -> str:
 
 
 def room_of(file: str) -> str:
-    """Return the room of a source file: its package, or the part of one."""
-    if file.startswith(f"{COMPILED}/"):
-        return COMPILED
-    if file.startswith("docs/sphinx/"):
-        return SITE
+    """Return the room of a source file: its package, or the part of one; of what is outside, its folder."""
+    if (folder := file.partition("/")[0]) in OUTSIDE:
+        return OUTSIDE[folder]
     folder = Path(file).relative_to("src/minrnn").parent.as_posix()
     return PARTS.get(folder, folder)
 
 
 def rooms() -> set[str]:
-    """Return the packages of the architecture's table, parts of `ops` with own lists, `csrc` and the site."""
+    """Return the packages of the architecture's table, the parts of `ops` with own lists, and OUTSIDE."""
     page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
-    return {*re.findall(r"^\| `(\w+)` \| \d+ \|", page, re.MULTILINE), *PARTS.values(), COMPILED, SITE}
+    return {*re.findall(r"^\| `(\w+)` \| \d+ \|", page, re.MULTILINE), *PARTS.values(), *OUTSIDE.values()}
 
 
 def test_each_room_has_its_faults() -> None:

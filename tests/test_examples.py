@@ -1,0 +1,81 @@
+"""The examples: they import public names, their pages hold what was measured, their commands exist."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from example_scripts import EXAMPLES, PAGES, REPOSITORY, imported
+
+import minrnn
+
+SCRIPTS = sorted(EXAMPLES.glob("*/*.py"))
+NAMES = sorted(folder.name for folder in EXAMPLES.iterdir() if folder.is_dir() and any(folder.glob("*.py")))
+MEASURED = {"denoiser": "denoiser/denoise.py", "series": "series/classify.py"}
+"""The scripts that write results, whose table their page holds."""
+
+every_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+every_name = pytest.mark.parametrize("name", NAMES)
+
+
+def page_of(name: str) -> str:
+    return (PAGES / f"{name}.md").read_text(encoding="utf-8")
+
+
+@every_script
+def test_scripts_use_public_names(script: Path) -> None:
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            assert not [alias.name for alias in node.names if alias.name.startswith("minrnn.")]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "minrnn":
+            assert node.module == "minrnn"
+            assert {alias.name for alias in node.names} <= set(minrnn.__all__)
+
+
+@every_script
+def test_scripts_are_short(script: Path) -> None:
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 60, node.name
+
+
+@every_name
+def test_every_example_has_a_page_and_its_commands_exist(name: str) -> None:
+    page = page_of(name)
+    assert page.startswith("# ")
+    assert len(page.splitlines()) <= 120
+    lines = [
+        shlex.split(line, comments=True)
+        for block in re.findall(r"^```sh\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+        for line in block.replace("\\\n", " ").splitlines()
+    ]
+    scripts = [word for line in lines for word in line if word.endswith(".py")]
+    assert scripts
+    assert [path for path in scripts if not (REPOSITORY / path).is_file()] == []
+
+
+@every_name
+def test_a_page_leads_somewhere(name: str) -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)", page_of(name))
+    local = [target.partition("#")[0] for target in targets if "://" not in target]
+    assert [target for target in local if not (PAGES / target).exists()] == []
+
+
+@pytest.mark.parametrize("name", sorted(MEASURED))
+def test_a_page_holds_the_committed_results(name: str) -> None:
+    found = sorted((EXAMPLES / name).glob("results*.json"))
+    assert found
+    with imported(MEASURED[name]) as script:
+        for path in found:
+            results = json.loads(path.read_text(encoding="utf-8"))
+            assert script.table(results["records"]) in page_of(name), path.name
+
+
+def test_three_examples() -> None:
+    assert NAMES == ["denoiser", "policy", "series"]
