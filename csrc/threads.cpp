@@ -14,7 +14,7 @@
 namespace minrnn {
 namespace {
 
-// Of one of the libraries that the process has loaded for all to use; nothing is loaded.
+// What torch itself would call; nothing is loaded.
 void *symbol(const char *name) {
 #ifdef _WIN32
     for (const char *library : {"libiomp5md.dll", "libomp140.x86_64.dll", "libomp.dll"})
@@ -22,7 +22,11 @@ void *symbol(const char *name) {
             return reinterpret_cast<void *>(GetProcAddress(loaded, name));
     return nullptr;
 #else
-    return dlsym(RTLD_DEFAULT, name);
+    // What was preloaded serves torch too. A torch for the CPU offers its libgomp to all, a torch for CUDA does not:
+    // there it is found among the libraries that torch's own is linked with.
+    if (void *found = dlsym(RTLD_DEFAULT, name)) return found;
+    void *torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+    return torch ? dlsym(torch, name) : nullptr;
 #endif
 }
 
