@@ -78,7 +78,9 @@ print(repr(module.threads_by))
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="only Linux lists a processor's features")
 def test_the_widest_instruction_set_is_what_the_system_lists() -> None:
-    flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2].partition("\n")[0].split())
+    flags = set(
+        Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2].partition("\n")[0].split()
+    )
     needs = {
         "avx2": {"avx2", "fma", "f16c"},
         "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl"},
@@ -87,5 +89,7 @@ def test_the_widest_instruction_set_is_what_the_system_lists() -> None:
     expected = ["baseline", *(name for name, wanted in needs.items() if wanted <= flags)][-1]
     code = "from minrnn.ops import cpu; print(cpu.ISA)"
     settings = {name: value for name, value in os.environ.items() if name != "MINRNN_ISA"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=settings)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=settings
+    )
     assert done.stdout.strip() == expected

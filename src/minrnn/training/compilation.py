@@ -58,7 +58,10 @@ def _reason(error: BaseException) -> str:
 
     >>> _reason(RuntimeError("Unsupported call\\n  Explanation: It is an RNN.\\n  Hint: wait\\n"))
     'Unsupported call: It is an RNN.'
+    >>> _reason(RuntimeError("backend raised:\\nOSError: disk full\\n\\nSet TORCHDYNAMO_VERBOSE=1\\n"))
+    'backend raised: OSError: disk full'
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     explained = (line.partition(":")[2].strip() for line in lines if line.startswith("Explanation:"))
-    return ": ".join([lines[0], *explained])
+    head = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return ": ".join([head, *explained])
