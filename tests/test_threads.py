@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from minrnn.ops.registry import load
+from minrnn.ops.registry import engines, load
 
 pytestmark = pytest.mark.skipif(
     isinstance(load("cpp"), ImportError), reason=f"no compiled engine: {load('cpp')}"
@@ -93,3 +94,13 @@ def test_the_widest_instruction_set_is_what_the_system_lists() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=settings
     )
     assert done.stdout.strip() == expected
+
+
+def test_what_is_said_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    from minrnn.ops import cpu
+
+    monkeypatch.delenv("MINRNN_ENGINE", raising=False)
+    detail = f"compiled C++, {cpu.ISA} instructions"
+    assert engines()[0].detail == detail
+    monkeypatch.setattr(cpu, "compiled", SimpleNamespace(threads_by=""))
+    assert engines()[0].detail == f"{detail}, one thread: torch's OpenMP was not found"

@@ -25,7 +25,9 @@ class Compilation:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model: nn.Module = torch.compile(model, fullgraph=True, backend=BACKEND)
+        compiled = torch.compile(model, fullgraph=True, backend=BACKEND)
+        assert isinstance(compiled, nn.Module)  # torch annotates a function
+        self.model: nn.Module = compiled
         self._seconds = 0.0
 
     @contextmanager
