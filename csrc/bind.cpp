@@ -4,6 +4,7 @@
 #include "isa.h"
 #include "memory.h"
 #include "tensor.h"
+#include "threads.h"
 
 namespace minrnn {
 
@@ -17,6 +18,7 @@ NB_MODULE(_cpu, m) {
     using namespace minrnn;
     const Isa isa = choose_isa();
     m.attr("isa") = kIsaNames[static_cast<int>(isa)];
+    m.attr("threads_by") = threads_by();
     nb::set_leak_warnings(false);  // a model that lives until the interpreter ends is no leak
     translate_bad_alloc();
     m.def("prefer_huge_pages", &prefer_huge_pages);

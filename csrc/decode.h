@@ -19,6 +19,7 @@
 #include "isa.h"
 #include "rows.h"
 #include "scan.h"
+#include "threads.h"
 
 namespace minrnn {
 
@@ -101,11 +102,10 @@ inline void project(const DecodeKernels &kernels, const Projection &p, int64_t r
                     const float *base, float *y) {
     const int64_t parts = ceil_div(p.out, kOutputsAtOnce);
     if (rows * p.in * p.out < kBranchSerialBelow || threads == 1) return kernels.project(p, rows, 0, p.out, x, base, y);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t part = 0; part < parts; ++part) {
+    for_shares(parts, threads, [&](int64_t part) {
         const int64_t begin = part * kOutputsAtOnce;
         kernels.project(p, rows, begin, std::min(p.out, begin + kOutputsAtOnce), x, base, y);
-    }
+    });
 }
 
 // Which row of the states before the step belongs to row r of the batch.

@@ -8,6 +8,7 @@
 
 #include "arrays.h"
 #include "rows.h"
+#include "threads.h"
 
 namespace minrnn {
 
@@ -370,10 +371,10 @@ template <class P> void run_in_chunks(const P &pass, int64_t B, int64_t T, int64
         return {unit / cut.tiles, d, std::min(cut.width, D - d), chunk * cut.length,
                 std::min(T, (chunk + 1) * cut.length)};
     };
-#pragma omp parallel for num_threads(cut.threads) schedule(dynamic, 1)
-    for (int64_t job = 0; job < jobs; ++job)
+    for_each(jobs, cut.threads, [&](int64_t job, int) {
         if (job % cut.chunks + 1 < cut.chunks)  // the last chunk's prefix is not needed
             find_prefix(pass, tile(job), row(ends, job), row(decays, job));
+    });
     std::vector<char> unsure(jobs);  // whether a chunk's initial state may wrongly be NaN
     for (int64_t unit = 0; unit < units; ++unit) {
         const int64_t first = unit * cut.chunks;
@@ -387,8 +388,7 @@ template <class P> void run_in_chunks(const P &pass, int64_t B, int64_t T, int64
             unsure[job] = !pass.finite(tile(job), row(ends, job));
         }
     }
-#pragma omp parallel for num_threads(cut.threads) schedule(dynamic, 1)
-    for (int64_t job = 0; job < jobs; ++job) pass.run(tile(job), row(ends, job));
+    for_each(jobs, cut.threads, [&](int64_t job, int) { pass.run(tile(job), row(ends, job)); });
     for (int64_t job = 0; job < jobs; ++job) {
         const int64_t chunk = job % cut.chunks;
         // An infinity or a NaN is never forgotten, but a prefix computed from some of the steps may have missed it.
@@ -403,16 +403,14 @@ template <class P> void run_in_chunks(const P &pass, int64_t B, int64_t T, int64
 template <class P> void run(const P &pass, int64_t B, int64_t T, int64_t D, int threads) {
     const Partition cut = partition(B, T, D, threads);
     if (cut.chunks > 1) return run_in_chunks(pass, B, T, D, cut);
-    const int64_t units = B * cut.tiles;
-#pragma omp parallel for num_threads(cut.threads) schedule(dynamic, 1) if (cut.threads > 1)
-    for (int64_t unit = 0; unit < units; ++unit) {
+    for_each(B * cut.tiles, cut.threads, [&](int64_t unit, int) {
         const int64_t d = (unit % cut.tiles) * cut.width;
         const Tile tile{unit / cut.tiles, d, std::min(cut.width, D - d), 0, T};
         TileCarry<typename P::Real> carry;
         pass.initial(tile, carry.row());
         pass.run(tile, carry.row());
         pass.finish(tile, carry.row());
-    }
+    });
 }
 
 }  // namespace minrnn

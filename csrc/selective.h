@@ -11,15 +11,11 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <new>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include "arrays.h"
 #include "isa.h"
+#include "threads.h"
 
 namespace minrnn::selective {
 
@@ -82,22 +78,16 @@ inline int64_t num_groups(int64_t batch, int64_t channels) { return ceil_div(cha
 
 template <class Real> class Workspaces {  // one for each thread
   public:
-    Workspaces(int threads, int64_t size) : stride_((size * sizeof(Real) + 63) / 64 * 64) {
-        data_ = static_cast<char *>(std::aligned_alloc(64, stride_ * threads));
-        if (data_ == nullptr) throw std::bad_alloc();
-    }
-    ~Workspaces() { std::free(data_); }
+    Workspaces(int threads, int64_t size)
+        : stride_((size * sizeof(Real) + 63) / 64 * 64),
+          data_(static_cast<char *>(::operator new(stride_ * threads, kLine))) {}
+    ~Workspaces() { ::operator delete(data_, kLine); }
     Workspaces(const Workspaces &) = delete;
     Workspaces &operator=(const Workspaces &) = delete;
-    Real *mine() const {
-#ifdef _OPENMP
-        return reinterpret_cast<Real *>(data_ + stride_ * omp_get_thread_num());
-#else
-        return reinterpret_cast<Real *>(data_);
-#endif
-    }
+    Real *of(int thread) const { return reinterpret_cast<Real *>(data_ + stride_ * thread); }
 
   private:
+    static constexpr std::align_val_t kLine{64};
     std::size_t stride_;
     char *data_;
 };
@@ -108,11 +98,10 @@ void for_each_job(const Inputs<Real> &in, int64_t width, int threads, int64_t wo
     const bool small = in.batch * in.T * in.channels * in.N < 2 * kSerialBelow;  // a state is half an element's work
     threads = small ? 1 : static_cast<int>(std::min<int64_t>(threads, jobs));
     const Workspaces<Real> workspaces(threads, workspace);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
-    for (int64_t j = 0; j < jobs; ++j) {
+    for_each(jobs, threads, [&](int64_t j, int thread) {
         const int64_t d = (j % groups) * width;
-        job(j / groups, d, std::min(width, in.channels - d), j % groups, workspaces.mine());
-    }
+        job(j / groups, d, std::min(width, in.channels - d), j % groups, workspaces.of(thread));
+    });
 }
 
 template <class Real> void forward(const ForwardCall<Real> &call, const Kernels<Real> &kernels, int threads) {

@@ -79,11 +79,11 @@ template <class X, std::size_t n> View<X, n> view(const char *what, nb::handle x
     View<X, n> found;
     if (x.is_none()) return found;
     const nb::object strides = ask(x, Methods::get().stride);
-    if (!PyTuple_Check(strides.ptr()) || PyTuple_GET_SIZE(strides.ptr()) != Py_ssize_t(n))
+    if (!PyTuple_Check(strides.ptr()) || PyTuple_Size(strides.ptr()) != Py_ssize_t(n))
         throw std::runtime_error(std::string("minrnn: ") + what + " must have " + std::to_string(n) + " axes");
     int64_t extent = 1;
     for (std::size_t i = 0; i < n; ++i) {
-        found.strides[i] = number(PyTuple_GET_ITEM(strides.ptr(), i));
+        found.strides[i] = number(PyTuple_GetItem(strides.ptr(), i));
         extent = sizes[i] == 0 ? -1 : extent + (sizes[i] - 1) * found.strides[i];
         if (extent < 0) return found;  // no elements, no address
     }

@@ -114,11 +114,25 @@ def check_engine(engine: str) -> None:
     say(f"the engine {engine} serves the CPU and agrees with the reference")
 
 
+def check_threads() -> None:
+    """The engine's threads are those of torch's OpenMP, of which the process has one."""
+    from minrnn.ops import cpu
+
+    assert cpu.compiled.threads_by, "torch's OpenMP was not found: the compiled engine has one thread"
+    maps = Path("/proc/self/maps")
+    if maps.is_file():  # on Linux
+        found = set(re.findall(r"\S*/lib(?:gomp|iomp5|omp)\b\S*", maps.read_text()))
+        assert len(found) == 1, f"one OpenMP runtime must be loaded, found {sorted(found)}"
+    say(f"the engine's threads are torch's, started by {cpu.compiled.threads_by}")
+
+
 def main() -> None:
     source, engine = Path(sys.argv[1]), sys.argv[2]
     check_files(source)
     check_imports()
     check_engine(engine)
+    if engine == "cpp":
+        check_threads()
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "text").write_text("To be, or not to be, that is the question.\n" * 50)
         verbs = re.findall(r"^  ([a-z-]+)  ", minrnn("--help", folder).partition("environment:")[0], re.M)

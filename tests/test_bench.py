@@ -23,6 +23,7 @@ from minrnn.benchmarks.peers import LAYER_PEERS, SCAN_PEERS, LayerPeer, Scan, Sc
 from minrnn.cli.main import main
 from minrnn.export import FORMATS, Format
 from minrnn.ops import GATES, gated_scan
+from minrnn.training import compilation
 
 FAST = ["--seconds", "0.01", "--samples", "3"]
 EAGER_SCANS = [name for name, peer in SCAN_PEERS.items() if not peer.compiled and "cpu" in peer.devices]
@@ -175,6 +176,24 @@ def test_a_models_step_is_that_of_torch(cell: str) -> None:
             assert record["seconds"].keys() == {"step"}
             assert "share" not in record
     assert "| rows | width | layers | in one call, ms |" in BENCHES["step"].load().render(document)
+
+
+def test_a_training_step_as_it_is_and_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    document = bench("train", "--shapes", "2x8x8x1", *FAST)
+    (result,) = document["results"]
+    assert list(result["systems"]) == ["minrnn", "compiled"]
+    for record in result["systems"].values():
+        assert record["status"] == "equal"
+        assert record["seconds"].keys() == {"forward", "backward", "step"}
+    assert result["systems"]["compiled"]["compile_seconds"] > 0
+    result["systems"]["compiled"]["compile_seconds"] = 3.0
+    for record, median in zip(result["systems"].values(), (0.004, 0.003), strict=True):
+        record["seconds"]["step"]["median"] = median
+    render = BENCHES["train"].load().render
+    assert "| mingru | 2 | 8 | 8 | 1 | 4 | 3 | 0.75 | 3 | 3,000 steps |" in render(document)
+    result["systems"]["compiled"]["seconds"]["step"]["median"] = 0.005
+    assert "| 1.25 | 3 | never |" in render(document)
 
 
 def test_an_exported_step_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:

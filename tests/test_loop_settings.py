@@ -18,7 +18,16 @@ from torch import nn
 from minrnn.mixers import MIXERS
 from minrnn.models import DecisionConfig, DecisionModel, ModelConfig, SequenceModel, load_checkpoint
 from minrnn.tasks import TASKS, TaskConfig, TextTask
-from minrnn.training import Precision, RunConfig, RunLog, TrainConfig, read_config, read_metrics, train
+from minrnn.training import (
+    Precision,
+    RunConfig,
+    RunLog,
+    TrainConfig,
+    compilation,
+    read_config,
+    read_metrics,
+    train,
+)
 from minrnn.training.config import OPTIMIZERS, OptimizerName
 from minrnn.training.loop import Run
 from minrnn.training.optim import decayed_parameters, learning_rate_at, make_optimizers
@@ -508,6 +517,7 @@ MAY_CHANGE = {
     "final_eval_tokens",
     "checkpoint_every",
     "log_every",
+    "compile",
     "device",
     "threads",
 }
@@ -524,6 +534,7 @@ OTHERS: dict[str, Any] = {
     "beta2": 0.9,
     "grad_clip": 2.0,
     "precision": "bfloat16",
+    "compile": True,
     "carry_state": False,
     "fresh_share": 0.3,
     "eval_every": 1,
@@ -546,7 +557,10 @@ def threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("threads")
-def test_every_training_setting_is_kept_or_may_change(corpus: Path, tmp_path: Path) -> None:
+def test_every_training_setting_is_kept_or_may_change(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
     config = run_config(corpus, steps=3, carry_state=True, threads=1)
     assert OTHERS.keys() == {entry.name for entry in dataclasses.fields(TrainConfig)}
     run_dir = tmp_path / "run"

@@ -80,6 +80,7 @@ def test_each_does_what_its_name_says() -> None:
     with torch_private.below_autograd():
         assert not (y * 2).requires_grad
     seen: list[tuple[bool, int]] = []
+    seconds: list[float] = []
 
     class Watch(torch.autograd.Function):
         @staticmethod
@@ -93,6 +94,12 @@ def test_each_does_what_its_name_says() -> None:
 
     torch.autograd.grad(Watch.apply(y), y, torch.ones(4, 2, 3), is_grads_batched=True)
     assert seen == [(True, 1)]
+    with torch_private.timing_compilation(seconds.append):
+        torch.compile(torch.neg, backend="eager")(x)
+    torch.compile(torch.abs, backend="eager")(x)
+    assert len(seconds) == 1
+    assert seconds[0] > 0
+    assert all(issubclass(error, Exception) for error in torch_private.compile_errors())
     storage = x.untyped_storage()
     before = torch_private.storage_use_count(storage)
     view = x[0]

@@ -10,6 +10,7 @@ from types import ModuleType
 from torch import Tensor
 
 isa: str
+threads_by: str  # the function that starts threads; empty: there is none
 
 def prefer_huge_pages(address: int, nbytes: int, /) -> None: ...
 

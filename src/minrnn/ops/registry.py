@@ -195,4 +195,5 @@ def _detail(name: str, module: ModuleType) -> str:
         return "parallel over time in PyTorch; serves every device without an engine of its own"
     if name == "triton":
         return f"Triton {module.VERSION}, compiled when first used"
-    return f"compiled C++, {module.ISA} instructions"
+    alone = "" if module.compiled.threads_by else ", one thread: torch's OpenMP was not found"
+    return f"compiled C++, {module.ISA} instructions{alone}"

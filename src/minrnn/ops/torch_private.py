@@ -5,6 +5,9 @@ tests/test_torch_private.py checks that each exists, so that a torch version wit
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -21,6 +24,7 @@ __all__ = [
     "add_batch_dim",
     "associative_scan",
     "below_autograd",
+    "compile_errors",
     "compile_package",
     "enable_single_level_autograd_function",
     "forward_mode_is_active",
@@ -35,6 +39,7 @@ __all__ = [
     "scan_operator",
     "set_forward_mode",
     "storage_use_count",
+    "timing_compilation",
     "tree_flatten",
     "tree_map",
     "tree_map_only",
@@ -93,6 +98,33 @@ def storage_use_count(storage: torch.UntypedStorage) -> int:
 def associative_scan() -> Any:
     """Import torch's prototype of an associative scan; the import takes a second."""
     return import_module("torch._higher_order_ops").associative_scan
+
+
+def compile_errors() -> tuple[type[Exception], ...]:
+    """Return what torch.compile raises where it cannot compile; the import takes a second."""
+    errors = import_module("torch._dynamo.exc")
+    return errors.TorchDynamoException, errors.FailOnRecompileLimitHit
+
+
+@contextmanager
+def timing_compilation(add: Callable[[float], object]) -> Iterator[None]:
+    """Context manager that calls `add` with the seconds of each compilation by torch.compile in the block."""
+    handler = import_module("torch._dynamo.callback").callback_handler
+    began: list[float] = []
+
+    def start(_: object) -> None:
+        began.append(time.perf_counter())
+
+    def end(_: object) -> None:
+        add(time.perf_counter() - began.pop())
+
+    handler.register_start_callback(start)
+    handler.register_end_callback(end)
+    try:
+        yield
+    finally:
+        handler.remove_start_callback(start)
+        handler.remove_end_callback(end)
 
 
 def scan_operator() -> Any:

@@ -87,6 +87,9 @@ class TrainConfig:
     precision: Precision = "float32"
     """Arithmetic of training; bfloat16-products rounds the factors of matrix products to bfloat16 and keeps
     all else in float32; bfloat16 is autocast, which rounds activations too. Parameters stay in float32."""
+    compile: bool = False
+    """Compile the model for training steps by torch.compile. That takes seconds to minutes at the start, and
+    again for a carried state and for another length; evaluations and checkpoints are not affected."""
     carry_state: bool = False
     """Read the corpus as `batch_size` streams and carry the hidden state from step to step, instead of
     sampling random windows that start from the empty state."""

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from minrnn.models import map_state, save_checkpoint
 from minrnn.ops import engines
 from minrnn.tasks import Batch, make_task
 from minrnn.tasks.task import evaluation_mode
+from minrnn.training.compilation import Compilation
 from minrnn.training.config import Precision, RunConfig, read_config
 from minrnn.training.log import RunLog, check_written, plot_losses, read_metrics
 from minrnn.training.memory import keep_freed_memory
@@ -152,6 +153,7 @@ class Run:
         self.task = make_task(config.task)
         self.config = dataclasses.replace(config, model=self.task.model_config(config.model))
         self.model = self.task.make_model(self.config.model).to(self.device)
+        self._compilation = Compilation(self.model) if self.settings.compile else None
         self.carries_state = self.settings.carry_state or self.task.carries_state
         self.optimizers = make_optimizers(self.model, self.settings)
         self.state = TrainState()
@@ -203,13 +205,15 @@ class Run:
     def step(self) -> None:
         """Take one optimizer step with the clipped mean gradient of `accumulate` batches."""
         set_learning_rate(self.optimizers, learning_rate_at(self.state.step, self.settings))
-        losses = [self._gradients(part) for part in range(self.settings.accumulate)]
+        with self._compilation.watch() if self._compilation else nullcontext():
+            losses = [self._gradients(part) for part in range(self.settings.accumulate)]
         norm = clip_gradients(self.model, self.settings.grad_clip)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
         self._pending.append(torch.stack([torch.stack(losses).mean(), norm]))
+        self._note_compilation()
 
     def report(self) -> None:
         """Log the means over the steps since the last report."""
@@ -339,8 +343,9 @@ class Run:
         settings, state = self.settings, self.state
         batches = self._batches(state.step * settings.accumulate + part)
         targets = sum(batch.num_targets for batch in batches)
+        model = self._compilation.model if self._compilation else self.model
         with self._autocast():
-            parts = [self.task.loss(self.model, batch, state.carry) for batch in batches]
+            parts = [self.task.loss(model, batch, state.carry) for batch in batches]
         weights = (batch.num_targets / targets for batch in batches)
         loss = torch.stack([weight * each for weight, (each, _) in zip(weights, parts, strict=True)]).sum()
         (loss / settings.accumulate).backward()
@@ -348,6 +353,14 @@ class Run:
         state.tokens += targets
         self._tokens_since_report += targets
         return loss.detach()
+
+    def _note_compilation(self) -> None:
+        """Log how long compiling took in the step that was just taken, if it did."""
+        seconds = self._compilation.take_seconds() if self._compilation else 0.0
+        if seconds:
+            self._report_started += seconds  # not part of tokens_per_second
+            with self.interruption.guard_output():
+                self.log.note(f"step {self.state.step}: compiling the model took {seconds:.1f} s")
 
     @torch.no_grad()
     def _carried(self, steps: int) -> CarriedState:

@@ -28,6 +28,7 @@ CHANGEABLE = frozenset(
         "final_eval_tokens",
         "checkpoint_every",
         "log_every",
+        "compile",
         "device",
         "threads",
     }
