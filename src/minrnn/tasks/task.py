@@ -1,9 +1,9 @@
 """The interface of a task: deterministic batches, a loss and an evaluation."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,8 @@ class TaskConfig:
     """The task's name in TASKS."""
     verb: ClassVar[str] = "evaluate"
     """The command that uses a trained model: `minrnn VERB RUN`."""
+    earlier: ClassVar[Mapping[str, Any]] = {}
+    """Values of settings that runs of earlier versions do not record, where they differ from the defaults."""
 
     def resolved(self, model: ModelConfig) -> Self:
         """Return the configuration with the settings filled in that depend on the model."""
@@ -176,7 +178,8 @@ class Task(ABC):
 class TokenTask(Task):
     """Base class of the tasks on tokens, which a SequenceModel learns.
 
-    Models are called as `logits, state = model(tokens, state)`: tokens (B, T) int64, logits (B, T, V).
+    Models are called as `logits, state = model(tokens, state)`: tokens (B, T) int64, logits (B, T, V); and
+    with `reset=`, (B, T) bool, where sequences start within a row.
     """
 
     @property
@@ -210,8 +213,15 @@ class TokenTask(Task):
             The loss, a scalar in at least float32, and the state, not detached.
         """
         batch = batch.to(device_of(model))
-        logits, state = model(batch.inputs, None if batch.fresh else state)
+        logits, state = call(model, batch.inputs, None if batch.fresh else state, batch.reset)
         return nats(logits, batch.targets, "mean"), state
+
+
+def call(
+    model: nn.Module, inputs: Tensor, state: ModelState | None, reset: Tensor | None
+) -> tuple[Tensor, ModelState]:
+    """Call a model of tokens; without resets it need not know them."""
+    return model(inputs, state) if reset is None else model(inputs, state, reset=reset)
 
 
 def check_batch(function: str, step: int, batch_size: int, seed: int = 0, *, seeds: int = 1 << 64) -> None:

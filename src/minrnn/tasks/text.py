@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from minrnn.tasks.task import (
     TaskConfig,
     Tell,
     TokenTask,
+    call,
     check_batch,
     check_max_tokens,
     device_of,
@@ -38,7 +39,13 @@ class TextConfig(TaskConfig):
 
     source: str = "python"
     """Text to learn: python (this interpreter's standard library), shakespeare (downloaded once), or the path
-    of a file or a folder (without hidden and binary files, runs, caches and virtual environments)."""
+    of a file or a folder (without hidden and binary files, runs, caches and virtual environments). A file of
+    text is a document, and so is a line of .jsonl and a row of .parquet; .gz and .zst are decompressed."""
+    documents: Literal["separate", "joined"] = "separate"
+    """Documents: separate, with the token <|endoftext|> before each, at which the state is reset; or joined:
+    files are read as they are, one after the other, without a mark and without resets."""
+    text_column: str = "text"
+    """Key of the text in lines of .jsonl, or its column in .parquet."""
     vocabulary: Literal["bytes", "characters"] = "bytes"
     """Tokens: the 256 bytes, or the characters that occur in the text."""
     window: int = 256
@@ -58,9 +65,11 @@ class TextConfig(TaskConfig):
 
     task = "text"
     verb = "sample"
+    earlier: ClassVar[Mapping[str, Any]] = {"documents": "joined"}
 
     def __post_init__(self) -> None:
         require(self, "vocabulary", self.vocabulary in VOCABULARIES, f"one of {', '.join(VOCABULARIES)}")
+        require(self, "documents", self.documents in ("separate", "joined"), "separate or joined")
         check_bounds(self, {"window": (1, 1 << 24), "eval_chunk": (1, 1 << 30)}, " token")
         require(self, "held_out", 0 <= self.held_out < 1, "a fraction in [0, 1)")
         choices = ("validation", "test") if self.held_out else ("validation",)
@@ -75,7 +84,7 @@ class TextTask(TokenTask):
     Args:
         config: the configuration.
         vocabulary: a vocabulary, such as a checkpoint's; by default that of `config`, built from the whole
-            text, validation part included.
+            text, validation part included. It has an end of text unless documents are joined.
 
     Raises:
         ValueError: the text is missing, empty, or too short for one window in either part; it is not UTF-8
@@ -87,7 +96,8 @@ class TextTask(TokenTask):
 
     def __init__(self, config: TextConfig, vocabulary: Vocabulary | None = None) -> None:
         self.config = config
-        corpus = find_corpus(config.source)
+        is_joined = config.documents == "joined"
+        corpus = find_corpus(config.source, is_joined=is_joined, column=config.text_column)
         self._left_out = corpus.left_out
         self._corpus: TokenizedCorpus = tokenize(corpus, vocabulary or config.vocabulary)
         for part, tokens in (("training", self.train_tokens), ("validation", self.val_tokens)):
@@ -168,7 +178,7 @@ class TextTask(TokenTask):
     def batch(self, step: int, batch_size: int, seed: int) -> Batch:
         """Return `batch_size` random windows of the training part, (B, T).
 
-        The batch is a pure function of the arguments, the same on every machine and in a resumed run.
+        Windows start anywhere; where a document starts inside one, the state is reset. The batch is a pure function of the arguments, the same on every machine and in a resumed run.
 
         Args:
             step: index of the batch, >= 0.
@@ -223,10 +233,12 @@ class TextTask(TokenTask):
             tell: progress callback.
 
         Returns:
-            val_loss: nats per token, with the text as one stream whose state is carried from chunk to chunk.
+            val_loss: nats per token, with the text as one stream whose state is carried from chunk to chunk,
+                and reset where a document starts.
             val_loss_windowed: nats per token, with each window of T tokens starting from the empty state, as
                 usual for models without a carried state.
-            bits_per_byte: val_loss / ln 2 * tokens / bytes of UTF-8; comparable between vocabularies.
+            bits_per_byte: val_loss / ln 2 * tokens / bytes of UTF-8; comparable between vocabularies. The
+                ends of documents are predicted, and have no bytes.
             val_tokens: number of predicted tokens.
 
         Raises:
@@ -256,14 +268,26 @@ class TextTask(TokenTask):
 
     def _gather(self, starts: NDArray[np.int64], *, fresh: bool) -> Batch:
         tokens = torch.from_numpy(self._windows[starts].astype(np.int64))  # (B, T + 1)
-        return Batch(tokens[:, :-1], tokens[:, 1:], fresh)
+        inputs = tokens[:, :-1]
+        return Batch(inputs, tokens[:, 1:], fresh, self._resets(inputs, fresh=fresh))
+
+    def _resets(self, inputs: Tensor, *, fresh: bool) -> Tensor | None:
+        """Return where documents start in inputs (B, T): at their mark, after which the state is their own."""
+        mark = self.vocabulary.end_of_text
+        if mark is None:
+            return None
+        reset = inputs == mark
+        if fresh:
+            reset[:, 0] = False  # the state is empty anyway, and a call without resets is faster
+        return reset if reset.any() else None
 
     def _stream_nats(self, model: nn.Module, tokens: NDArray[np.integer], tell: Tell) -> float:
         """Return the total loss with the tokens as one stream, chunk by chunk with a carried state."""
         device, total, state = device_of(model), 0.0, None
         for start in range(0, tokens.size - 1, self.config.eval_chunk):
             chunk = _to_tensor(tokens[None, start : start + self.config.eval_chunk + 1], device)
-            logits, state = model(chunk[:, :-1], state)
+            inputs = chunk[:, :-1]
+            logits, state = call(model, inputs, state, self._resets(inputs, fresh=state is None))
             total += nats(logits, chunk[:, 1:], "sum").item()
             tell(min(1.0, (start + self.config.eval_chunk) / (tokens.size - 1)))
         return total
@@ -272,7 +296,8 @@ class TextTask(TokenTask):
         """Return the total loss with each window starting from the empty state."""
         total, done = 0.0, 0
         for inputs, targets in self._evaluation_windows(tokens, device_of(model)):
-            total += nats(model(inputs, None)[0], targets, "sum").item()
+            logits, _ = call(model, inputs, None, self._resets(inputs, fresh=True))
+            total += nats(logits, targets, "sum").item()
             done += targets.numel()
             tell(done / (tokens.size - 1))
         return total

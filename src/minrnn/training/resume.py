@@ -272,7 +272,7 @@ def _read_state(path: Path, config: RunConfig, is_old: bool) -> tuple[TrainState
         if min(state.step, state.tokens, state.seconds) < 0 or len(state.losses) != len(state.grad_norms):
             raise ValueError("its counts must be 0 or more, and it must have as many losses as norms")
         if run is not None:
-            check_unchanged(RunConfig.from_dict(convert(run, dict[str, Any], "run")), config)
+            check_unchanged(RunConfig.from_record(convert(run, dict[str, Any], "run")), config)
     return state, nesting
 
 
