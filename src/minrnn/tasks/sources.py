@@ -79,13 +79,9 @@ class Corpus:
 
     def read(self, index: int) -> Iterator[Piece]:
         """Yield the documents of the file of this index in pieces."""
-        path = self.files[index]
-        if self.is_joined:
-            yield from read_text(path)
-        elif index < len(self.train) + len(self.rows):
-            yield from read_pieces(path, self.column)
-        else:
-            yield from (piece._replace(is_held_out=True) for piece in read_pieces(path, self.column))
+        path, is_validation = self.files[index], index >= len(self.train) + len(self.rows)
+        pieces = read_text(path) if self.is_joined else read_pieces(path, self.column)
+        yield from (piece._replace(is_held_out=True) for piece in pieces) if is_validation else pieces
 
 
 def find_corpus(source: str, *, is_joined: bool = False, column: str = "text") -> Corpus:

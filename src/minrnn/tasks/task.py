@@ -218,7 +218,7 @@ class TokenTask(Task):
 
 
 def call(
-    model: nn.Module, inputs: Tensor, state: ModelState | None, reset: Tensor | None
+    model: nn.Module, inputs: Tensor | Steps, state: ModelState | None, reset: Tensor | None
 ) -> tuple[Tensor, ModelState]:
     """Call a model of tokens; without resets it need not know them."""
     return model(inputs, state) if reset is None else model(inputs, state, reset=reset)

@@ -41,11 +41,6 @@ class TextConfig(TaskConfig):
     """Text to learn: python (this interpreter's standard library), shakespeare (downloaded once), or the path
     of a file or a folder (without hidden and binary files, runs, caches and virtual environments). A file of
     text is a document, and so is a line of .jsonl and a row of .parquet; .gz and .zst are decompressed."""
-    documents: Literal["separate", "joined"] = "separate"
-    """Documents: separate, with the token <|endoftext|> before each, at which the state is reset; or joined:
-    files are read as they are, one after the other, without a mark and without resets."""
-    text_column: str = "text"
-    """Key of the text in lines of .jsonl, or its column in .parquet."""
     vocabulary: Literal["bytes", "characters"] = "bytes"
     """Tokens: the 256 bytes, or the characters that occur in the text."""
     window: int = 256
@@ -62,6 +57,11 @@ class TextConfig(TaskConfig):
     best_in_windows: bool = False
     """Select a run's best weights by val_loss_windowed instead of val_loss; for mixers whose state is not
     useful beyond the lengths they were trained on."""
+    documents: Literal["separate", "joined"] = "separate"
+    """Documents: separate, with the token <|endoftext|> before each, at which the state is reset; or joined:
+    files are read as they are, one after the other, without a mark and without resets."""
+    text_column: str = "text"
+    """Key of the text in lines of .jsonl, or its column in .parquet."""
 
     task = "text"
     verb = "sample"
@@ -272,7 +272,7 @@ class TextTask(TokenTask):
         return Batch(inputs, tokens[:, 1:], fresh, self._resets(inputs, fresh=fresh))
 
     def _resets(self, inputs: Tensor, *, fresh: bool) -> Tensor | None:
-        """Return where documents start in inputs (B, T): at their mark, after which the state is their own."""
+        """Return where documents start in inputs (B, T): at their mark."""
         mark = self.vocabulary.end_of_text
         if mark is None:
             return None

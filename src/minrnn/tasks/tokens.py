@@ -2,8 +2,8 @@
 
 A cache entry is a folder, `tokens/<corpus>/<state>`, with `tokens.bin` (ids, training then validation),
 `tokens.json` and `checked.json`. It is created by a rename and never changes: if the corpus's files change,
-<state> does, and the earlier entry is removed. Until then the folder is `.building-<state>`, with a lock: other
-processes wait for it, and after a kill the next one continues it.
+<state> does, and the earlier entry is removed. Until the rename the folder is `.building-<state>`, with a
+lock: other processes wait for it, and after a kill the next one continues it.
 
 An entry is valid if its digest is. Hashing takes a second or more per GB, so it is done once: `checked.json`
 keeps the size, inode and times of the two verified files, and the digest is computed again only if these
@@ -73,7 +73,8 @@ def tokenize(corpus: Corpus, vocabulary: str | Vocabulary) -> TokenizedCorpus:
             of text unless the corpus is joined.
 
     Raises:
-        ValueError: the corpus is empty, is not UTF-8 (bytes need not be), or holds characters without a token.
+        ValueError: the corpus is empty, is not UTF-8 (which bytes need not be), or has characters
+            without a token.
         OSError: a file cannot be read, or the cache cannot be written.
     """
     if isinstance(vocabulary, Vocabulary) and vocabulary.is_marked == corpus.is_joined:
