@@ -43,7 +43,8 @@ class Bar:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+        if self._progress.live.is_started:  # otherwise it prints an empty line
+            self._progress.stop()
 
     def update(self, done: int) -> None:
         """Show that so many bytes are done, those of an earlier session included."""

@@ -178,7 +178,8 @@ class TextTask(TokenTask):
     def batch(self, step: int, batch_size: int, seed: int) -> Batch:
         """Return `batch_size` random windows of the training part, (B, T).
 
-        Windows start anywhere; where a document starts inside one, the state is reset. The batch is a pure function of the arguments, the same on every machine and in a resumed run.
+        Windows start anywhere; where a document starts inside one, the state is reset. The batch is a pure
+        function of the arguments, the same on every machine and in a resumed run.
 
         Args:
             step: index of the batch, >= 0.
