@@ -67,6 +67,11 @@ class Corpus:
         """All files in reading order: training, rows, validation."""
         return self.train + self.rows + self.val
 
+    @property
+    def is_split_by_tokens(self) -> bool:
+        """Whether there is one file of text only, whose last tenth of tokens is for validation."""
+        return not (self.val or self.rows)
+
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Bytes of each file, compressed if it is."""

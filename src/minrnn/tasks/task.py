@@ -88,6 +88,11 @@ class Task(ABC):
         """The vocabulary that is saved in checkpoints; None if tokens are not text."""
         return None
 
+    @property
+    def saved_files(self) -> dict[str, str]:
+        """Names and texts of further files that are saved in checkpoints."""
+        return {}
+
     @abstractmethod
     def describe(self) -> str:
         """Return a one-line description of the data and their size, for a log."""

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from minrnn.files import check_bounds, require
+from minrnn.files import NoEffect, check_bounds, check_choice, require, warn_without_effect
 from minrnn.models import ModelConfig
+from minrnn.models.sequence import LARGEST
 from minrnn.tasks.draws import Draws, Part
 from minrnn.tasks.sources import find_corpus
 from minrnn.tasks.task import (
@@ -28,9 +30,16 @@ from minrnn.tasks.task import (
     nats,
 )
 from minrnn.tasks.tokens import TokenizedCorpus, tokenize
-from minrnn.tasks.vocabulary import VOCABULARIES, Vocabulary
+from minrnn.tasks.vocabulary import VOCABULARIES, SubwordVocabulary, Vocabulary
 
 _COUNTED_TOKENS = 1 << 22  # tokens per bincount, which converts them to 64 bits, 32 MiB
+
+
+LEAST_SUBWORDS = 257
+"""The bytes and the end of a text, without which a text might have no tokens."""
+
+WITHOUT_EFFECT = (NoEffect("vocab_size", "vocabulary", lambda s: s["vocabulary"] != "bpe"),)
+"""Fields of TextConfig that have no effect with some values of another."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +50,9 @@ class TextConfig(TaskConfig):
     """Text to learn: python (this interpreter's standard library), shakespeare (downloaded once), or the path
     of a file or a folder (without hidden and binary files, runs, caches and virtual environments). A file of
     text is a document, and so is a line of .jsonl and a row of .parquet; .gz and .zst are decompressed."""
-    vocabulary: Literal["bytes", "characters"] = "bytes"
-    """Tokens: the 256 bytes, or the characters that occur in the text."""
+    vocabulary: str = "bytes"
+    """Tokens: bytes; characters that occur in the text; bpe, subwords that are learned from the training
+    part by byte-pair encoding; or the path of a byte-level tokenizer.json."""
     window: int = 256
     """Length T of a training sequence, in tokens, and of the windows of val_loss_windowed."""
     eval_chunk: int = 4096
@@ -62,20 +72,25 @@ class TextConfig(TaskConfig):
     files are read as they are, one after the other, without a mark and without resets."""
     text_column: str = "text"
     """Key of the text in lines of .jsonl, or its column in .parquet."""
+    vocab_size: int = 4096
+    """Most tokens of the vocabulary bpe."""
 
     task = "text"
     verb = "sample"
     earlier: ClassVar[Mapping[str, Any]] = {"documents": "joined"}
 
     def __post_init__(self) -> None:
-        require(self, "vocabulary", self.vocabulary in VOCABULARIES, f"one of {', '.join(VOCABULARIES)}")
+        if Path(self.vocabulary).suffix != ".json":
+            check_choice(self, "vocabulary", VOCABULARIES)
         require(self, "documents", self.documents in ("separate", "joined"), "separate or joined")
         check_bounds(self, {"window": (1, 1 << 24), "eval_chunk": (1, 1 << 30)}, " token")
+        check_bounds(self, {"vocab_size": (LEAST_SUBWORDS, LARGEST["vocab_size"])}, " tokens")
         require(self, "held_out", 0 <= self.held_out < 1, "a fraction in [0, 1)")
         choices = ("validation", "test") if self.held_out else ("validation",)
         without = "" if self.held_out else " where nothing is held out"
         require(self, "held_out_for", self.held_out_for in choices, " or ".join(choices) + without)
         require(self, "part", self.part in choices, " or ".join(choices) + without)
+        warn_without_effect(type(self), vars(self), WITHOUT_EFFECT, stacklevel=4)
 
 
 class TextTask(TokenTask):
@@ -99,7 +114,11 @@ class TextTask(TokenTask):
         is_joined = config.documents == "joined"
         corpus = find_corpus(config.source, is_joined=is_joined, column=config.text_column)
         self._left_out = corpus.left_out
-        self._corpus: TokenizedCorpus = tokenize(corpus, vocabulary or config.vocabulary)
+        is_learned = vocabulary is None and config.vocabulary in VOCABULARIES
+        if vocabulary is None and not is_learned:
+            vocabulary = SubwordVocabulary.read(Path(config.vocabulary).expanduser(), not is_joined)
+        size = config.vocab_size if is_learned and config.vocabulary == SubwordVocabulary.kind else 0
+        self._corpus: TokenizedCorpus = tokenize(corpus, vocabulary or config.vocabulary, size)
         for part, tokens in (("training", self.train_tokens), ("validation", self.val_tokens)):
             if tokens.size <= config.window:
                 raise ValueError(
@@ -123,6 +142,11 @@ class TextTask(TokenTask):
     def saved_vocabulary(self) -> dict[str, str]:
         """The vocabulary as a dict, for `Vocabulary.from_dict`."""
         return self.vocabulary.to_dict()
+
+    @property
+    def saved_files(self) -> dict[str, str]:
+        """The files of the vocabulary, such as tokenizer.json."""
+        return self.vocabulary.files
 
     @property
     def train_tokens(self) -> NDArray[np.unsignedinteger]:
@@ -160,7 +184,7 @@ class TextTask(TokenTask):
         """Return the source and the sizes of its parts in one line, for a log."""
         left_out = f"; binary files, {self._left_out:,} of them, are left out" if self._left_out else ""
         return (
-            f"{self.config.source}: {self.train_tokens.size:,} {self.vocabulary.kind} to train on, "
+            f"{self.config.source}: {self.train_tokens.size:,} {self.vocabulary.unit} to train on, "
             f"{self.val_tokens.size:,} to validate on, {self.vocabulary.size} symbols{left_out}"
         )
 

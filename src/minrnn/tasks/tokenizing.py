@@ -15,13 +15,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from itertools import chain
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Self, TypedDict
 
 import numpy as np
 
-from minrnn.files import read_json, write_json
+from minrnn.files import read_json, replace_text, write_json
 from minrnn.tasks.documents import PIECE_BYTES, Piece, shortened
 from minrnn.tasks.progress import Bar
 from minrnn.tasks.sources import Corpus
@@ -59,26 +59,27 @@ class Tokens(NamedTuple):
     """Digest of the ids, which the caller completes."""
 
 
-def write_tokens(folder: Path, corpus: Corpus, vocabulary: str | Vocabulary) -> Tokens:
+def write_tokens(folder: Path, corpus: Corpus, vocabulary: str | Vocabulary, vocab_size: int = 0) -> Tokens:
     """Write the token ids of a corpus, training then validation, to `folder / IDS`.
 
     Args:
         folder: the folder, which nobody else writes to; what an interrupted call left there is continued.
         corpus: the documents, unchanged since that call.
-        vocabulary: a name in VOCABULARIES, or a vocabulary.
+        vocabulary: a name in VOCABULARIES, or a vocabulary; its `files` are written too.
+        vocab_size: most tokens of subwords that are learned.
 
     Raises:
         ValueError: a document cannot be encoded.
         OSError: a file cannot be read, or the disk has not enough space, which is estimated first.
     """
-    learned = _learned(folder, corpus, vocabulary)
+    learned = _learned(folder, corpus, vocabulary, vocab_size)
     with _Writer(folder, learned) as writer, Bar(f"tokenizing {corpus.name}", corpus.size) as bar:
         _check_space(folder, corpus, learned, writer.num_bytes)
         portions = _portions(corpus, writer.position)
         for portion, ids in _encoded(portions, lambda portion: _encode(portion, learned)):
             writer.append(portion, ids)
             bar.update(portion.place)
-        return writer.finish(is_split_by_tokens=not (corpus.val or corpus.rows))
+        return writer.finish(is_split_by_tokens=corpus.is_split_by_tokens)
 
 
 def stored_type(vocabulary: Vocabulary) -> np.dtype:
@@ -86,18 +87,34 @@ def stored_type(vocabulary: Vocabulary) -> np.dtype:
     return vocabulary.dtype.newbyteorder("<")
 
 
-def _learned(folder: Path, corpus: Corpus, vocabulary: str | Vocabulary) -> Vocabulary:
-    """Return the vocabulary; one that is learned is kept in the folder, to be the same after a kill."""
-    if isinstance(vocabulary, Vocabulary):
-        return vocabulary
-    try:
-        return Vocabulary.from_dict(read_json(folder / _VOCABULARY, dict[str, str]))
-    except (OSError, ValueError):  # not there yet
-        pass
-    pieces = chain.from_iterable(map(corpus.read, range(len(corpus.files))))
-    learned = VOCABULARIES[vocabulary].learn(pieces, is_marked=not corpus.is_joined)
-    write_json(folder / _VOCABULARY, learned.to_dict())
-    return learned
+def _learned(folder: Path, corpus: Corpus, vocabulary: str | Vocabulary, vocab_size: int) -> Vocabulary:
+    """Return the vocabulary, and keep it in the folder, so that it is the same after a kill."""
+    if isinstance(vocabulary, str):
+        try:
+            return Vocabulary.from_dict(read_json(folder / _VOCABULARY, dict[str, str]), folder)
+        except (OSError, ValueError):  # not there yet
+            pass
+        kind = VOCABULARIES[vocabulary]
+        with Bar(f"learning the {kind.unit} of {corpus.name}", corpus.size) as bar:
+            pieces = _to_learn(corpus, kind.most_learned, bar)
+            vocabulary = kind.learn(pieces, vocab_size, is_marked=not corpus.is_joined)
+    for name, text in vocabulary.files.items():
+        replace_text(folder / name, text)
+    write_json(folder / _VOCABULARY, vocabulary.to_dict())
+    return vocabulary
+
+
+def _to_learn(corpus: Corpus, most: int | None, bar: Bar) -> Iterator[Piece]:
+    """Yield the pieces to learn a vocabulary from: all, or evenly spaced ones of the training part."""
+    before, every = 0, max(1, -(-corpus.size // most)) if most else 1
+    numbers = count()
+    for index, size in enumerate(corpus.sizes):
+        for piece in corpus.read(index):
+            bar.update(before + piece.place)
+            is_cut_off = corpus.is_split_by_tokens and piece.place > size * 9 // 10 and piece.offset
+            if most is None or not (piece.is_held_out or is_cut_off or next(numbers) % every):
+                yield piece
+        before += size
 
 
 # reading and encoding

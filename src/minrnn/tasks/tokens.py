@@ -62,7 +62,7 @@ class TokenizedCorpus:
     """Digest of the ids, the vocabulary and the split."""
 
 
-def tokenize(corpus: Corpus, vocabulary: str | Vocabulary) -> TokenizedCorpus:
+def tokenize(corpus: Corpus, vocabulary: str | Vocabulary, vocab_size: int = 0) -> TokenizedCorpus:
     """Return the token ids of a corpus, cached unless one of its files changed (path, size or times).
 
     Where the vocabulary has an end of text, it stands before each document and at the end of each part.
@@ -71,6 +71,7 @@ def tokenize(corpus: Corpus, vocabulary: str | Vocabulary) -> TokenizedCorpus:
         corpus: the documents.
         vocabulary: a name in VOCABULARIES, which is learned from the documents; or a vocabulary, with an end
             of text unless the corpus is joined.
+        vocab_size: most tokens of subwords that are learned.
 
     Raises:
         ValueError: the corpus is empty, is not UTF-8 (which bytes need not be), or has characters
@@ -89,9 +90,9 @@ def tokenize(corpus: Corpus, vocabulary: str | Vocabulary) -> TokenizedCorpus:
         )
     wanted = vocabulary if isinstance(vocabulary, str) else vocabulary.to_dict()
     read_as = corpus.is_joined, corpus.column
-    named = [FORMAT_VERSION, str(corpus.origin), corpus.name, read_as, wanted]
+    named = [FORMAT_VERSION, str(corpus.origin), corpus.name, read_as, wanted, vocab_size]
     entry = cache_folder() / "tokens" / _digest(named) / _digest([len(corpus.train), len(corpus.rows), state])
-    return _find(entry) or _make(entry, corpus, vocabulary)
+    return _find(entry) or _make(entry, corpus, vocabulary, vocab_size)
 
 
 def _file_state(file: Path) -> tuple[str, int, int, int]:
@@ -125,7 +126,7 @@ def _load(entry: Path) -> TokenizedCorpus | None:
     """Memory-map an entry; return None if it is missing, unreadable or damaged."""
     try:
         header = read_json(entry / _HEADER, _Header)
-        vocabulary = Vocabulary.from_dict(header["vocabulary"])
+        vocabulary = Vocabulary.from_dict(header["vocabulary"], entry)
         dtype, sizes = stored_type(vocabulary), (header["num_train"], header["num_val"])
         if min(sizes) < 0 or sum(sizes) * dtype.itemsize != (entry / IDS).stat().st_size:
             return None
@@ -170,7 +171,7 @@ def _state_of(entry: Path) -> list[list[int]]:
     return [[each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns] for each in found]
 
 
-def _make(entry: Path, corpus: Corpus, vocabulary: str | Vocabulary) -> TokenizedCorpus:
+def _make(entry: Path, corpus: Corpus, vocabulary: str | Vocabulary, vocab_size: int) -> TokenizedCorpus:
     """Write an entry, rename it into place, and remove the entries of earlier states of the corpus."""
     shelf = entry.parent
     try:
@@ -181,7 +182,7 @@ def _make(entry: Path, corpus: Corpus, vocabulary: str | Vocabulary) -> Tokenize
                 return found
             if not _is_public(corpus):
                 building.chmod(stat.S_IRWXU)
-            _write_files(building, corpus, vocabulary)
+            _write_files(building, corpus, vocabulary, vocab_size)
             shutil.rmtree(entry, ignore_errors=True)  # exists only if it is invalid
             place = entry
             if entry.exists():  # owned by another user
@@ -318,13 +319,13 @@ def _lock_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}{_LOCK}")
 
 
-def _write_files(folder: Path, corpus: Corpus, vocabulary: str | Vocabulary) -> None:
-    tokens = write_tokens(folder, corpus, vocabulary)
+def _write_files(folder: Path, corpus: Corpus, vocabulary: str | Vocabulary, vocab_size: int) -> None:
+    tokens = write_tokens(folder, corpus, vocabulary, vocab_size)
     described = _described(tokens.vocabulary.to_dict(), tokens.num_train, tokens.num_val)
     tokens.sha256.update(described.encode())
     header = json.loads(described) | {"sha256": tokens.sha256.hexdigest()}
     (folder / _HEADER).write_text(json.dumps(header), encoding="utf-8")
-    for name in (IDS, _HEADER):
+    for name in (IDS, _HEADER, *tokens.vocabulary.files):
         _open_like_parent(folder / name)
     (folder / _CHECKED).write_text(json.dumps(_state_of(folder)), encoding="utf-8")
     _open_like_parent(folder / _CHECKED)

@@ -1,10 +1,12 @@
-"""Conversion between text and token ids: a token is a byte or a character, or marks the end of a text."""
+"""Conversion between text and token ids: a token is a byte, a character or a subword, or ends a text."""
 
 import codecs
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import ClassVar, Self
 
 import numpy as np
@@ -12,6 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from minrnn.files import shown
 from minrnn.tasks.documents import Piece
+from minrnn.tasks.subwords import Subwords, learn_tokenizer
+
+TOKENIZER_FILE = "tokenizer.json"
 
 END_OF_TEXT = "<|endoftext|>"
 """The token before, between and after documents. No text is encoded to it, not even these characters."""
@@ -21,14 +26,24 @@ class Vocabulary(ABC):
     """A one-to-one map between text and token ids 0 .. size - 1, of which one may mark the end of a text."""
 
     kind: ClassVar[str]
+    unit: ClassVar[str]
+    """What its tokens are, in the plural."""
+    most_learned: ClassVar[int | None] = None
+    """Bytes of the training part that it is learned from, about; None for all of both parts."""
 
     is_marked: bool
     """Whether there is a token for the end of a text; in the vocabularies of joined streams there is none."""
 
     @classmethod
     @abstractmethod
-    def learn(cls, pieces: Iterable[Piece], *, is_marked: bool = True) -> Self:
-        """Return the vocabulary of documents; raise ValueError if one cannot be encoded."""
+    def learn(cls, pieces: Iterable[Piece], size: int = 0, *, is_marked: bool = True) -> Self:
+        """Return the vocabulary of documents; raise ValueError if one cannot be encoded.
+
+        Args:
+            pieces: the documents.
+            size: most tokens; for subwords only.
+            is_marked: whether it has an end of text.
+        """
 
     @property
     @abstractmethod
@@ -63,7 +78,12 @@ class Vocabulary(ABC):
 
     @abstractmethod
     def to_dict(self) -> dict[str, str]:
-        """Return the vocabulary as a dict for `from_dict`, to be saved as JSON."""
+        """Return the vocabulary as a dict for `from_dict`, to be saved as JSON beside `files`."""
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Names and texts of the files that `from_dict` reads."""
+        return {}
 
     @property
     def dtype(self) -> np.dtype:
@@ -71,8 +91,8 @@ class Vocabulary(ABC):
         return np.min_scalar_type(self.size - 1)
 
     @staticmethod
-    def from_dict(saved: Mapping[str, str]) -> "Vocabulary":
-        """Return the vocabulary of a dict returned by `to_dict`.
+    def from_dict(saved: Mapping[str, str], folder: Path | None = None) -> "Vocabulary":
+        """Return the vocabulary of a dict returned by `to_dict`, and of its `files` in `folder`.
 
         Those of earlier versions, and of joined streams, have no `end_of_text`.
 
@@ -87,9 +107,12 @@ class Vocabulary(ABC):
                     return ByteVocabulary(is_marked)
                 case {"kind": CharacterVocabulary.kind, "characters": str(characters), **rest} if not rest:
                     return CharacterVocabulary(characters, is_marked)
+                case {"kind": SubwordVocabulary.kind, "sha256": str(sha256), **rest} if folder and not rest:
+                    return SubwordVocabulary.read(folder / TOKENIZER_FILE, is_marked, sha256=sha256)
         raise ValueError(
             "Vocabulary.from_dict: saved must be {'kind': 'bytes'} or {'kind': 'characters', 'characters': "
-            f"'...'}}, with 'end_of_text': {END_OF_TEXT!r} or without, got {shown(saved)}"
+            f"'...'}} or {{'kind': 'bpe', 'sha256': '...'}}, with 'end_of_text': {END_OF_TEXT!r} or without, "
+            f"got {shown(saved)}"
         )
 
     def _saved(self, **values: str) -> dict[str, str]:
@@ -125,9 +148,10 @@ class ByteVocabulary(Vocabulary):
     """Whether there is a token for the end of a text, 256."""
 
     kind: ClassVar[str] = "bytes"
+    unit: ClassVar[str] = "bytes"
 
     @classmethod
-    def learn(cls, pieces: Iterable[Piece], *, is_marked: bool = True) -> Self:
+    def learn(cls, pieces: Iterable[Piece], size: int = 0, *, is_marked: bool = True) -> Self:
         """Return the vocabulary; the documents are not read."""
         return cls(is_marked)
 
@@ -185,6 +209,7 @@ class CharacterVocabulary(Vocabulary):
     """Whether there is a token for the end of a text, the last."""
 
     kind: ClassVar[str] = "characters"
+    unit: ClassVar[str] = "characters"
 
     def __post_init__(self) -> None:
         if not self.characters or list(self.characters) != sorted(set(self.characters)):
@@ -194,7 +219,7 @@ class CharacterVocabulary(Vocabulary):
             )
 
     @classmethod
-    def learn(cls, pieces: Iterable[Piece], *, is_marked: bool = True) -> Self:
+    def learn(cls, pieces: Iterable[Piece], size: int = 0, *, is_marked: bool = True) -> Self:
         """Return the vocabulary of the characters in documents; raise ValueError if one is not UTF-8."""
         seen: set[str] = set()
         for piece in pieces:
@@ -250,7 +275,105 @@ class CharacterVocabulary(Vocabulary):
         return ids
 
 
-VOCABULARIES: dict[str, type[Vocabulary]] = {"bytes": ByteVocabulary, "characters": CharacterVocabulary}
+@dataclass(frozen=True)
+class SubwordVocabulary(Vocabulary):
+    """The tokens of a byte-level tokenizer.json, learned by byte-pair encoding or given."""
+
+    tokenizer: str
+    """The content of tokenizer.json."""
+
+    is_marked: bool = True
+    """Whether its token for the end of a text is used; it is added if it is missing."""
+
+    origin: str = field(default=TOKENIZER_FILE, compare=False)
+    """The file, for error messages."""
+
+    kind: ClassVar[str] = "bpe"
+    unit: ClassVar[str] = "subwords"
+    most_learned: ClassVar[int | None] = 1 << 27
+
+    @classmethod
+    def learn(cls, pieces: Iterable[Piece], size: int = 4096, *, is_marked: bool = True) -> Self:
+        """Return the vocabulary of the most frequent subwords; raise ValueError for what is not UTF-8."""
+        texts = (decode_piece(piece, cls.kind) for piece in pieces)
+        return cls(learn_tokenizer(texts, size, [END_OF_TEXT] * is_marked), is_marked)
+
+    @classmethod
+    def read(cls, path: Path, is_marked: bool = True, *, sha256: str | None = None) -> Self:
+        """Return the vocabulary of a tokenizer.json.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+            ValueError: it is no tokenizer.json or not byte-level, or has another digest.
+        """
+        try:
+            text = path.read_bytes().decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no tokenizer.json ({error})") from error
+        vocabulary = cls(text, is_marked, str(path))
+        if sha256 is not None and vocabulary._sha256 != sha256:
+            raise ValueError(f"{path} was cut short or altered: its SHA-256 is not the recorded one")
+        _ = vocabulary.subwords
+        return vocabulary
+
+    @cached_property
+    def subwords(self) -> Subwords:
+        """The tokenizer."""
+        return Subwords(self.tokenizer, self.origin, END_OF_TEXT if self.is_marked else None)
+
+    @property
+    def size(self) -> int:
+        """Number of tokens, END_OF_TEXT among them."""
+        return len(self.subwords.tokens)
+
+    @property
+    def end_of_text(self) -> int | None:
+        """Id of the token END_OF_TEXT; None if it is not used."""
+        return self.subwords.mark
+
+    @cached_property
+    def byte_lengths(self) -> NDArray[np.int64]:
+        """Length in bytes of each token, (V,); 0 for special ones."""
+        return np.array([len(token) for token in self.subwords.tokens], dtype=np.int64)
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """Return the ids of `text`, (T,); lone surrogates raise ValueError."""
+        text.encode()  # the tokenizer would raise an error of its own
+        return np.array(self.subwords.encode([text])[0], dtype=np.int64)
+
+    def decode(self, ids: ArrayLike) -> str:
+        """Return the text of `ids`, (T,), with U+FFFD for bytes that are not UTF-8."""
+        return "".join(self.decode_stream(self._checked(ids).tolist()))
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yield the text of each id, each character once its last byte has arrived."""
+        tokens, end = self.subwords.tokens, self.end_of_text
+        return decode_bytes(None if token == end else tokens[token] for token in ids)
+
+    def encode_pieces(self, pieces: Sequence[Piece]) -> list[NDArray[np.integer]]:
+        """Return the ids of each piece; raise ValueError if one is not UTF-8."""
+        encoded = self.subwords.encode([decode_piece(piece, self.kind) for piece in pieces])
+        return [np.array(ids, dtype=self.dtype) for ids in encoded]
+
+    def to_dict(self) -> dict[str, str]:
+        """Return {"kind": "bpe", "sha256": the digest of `files`' tokenizer.json, "end_of_text": ...}."""
+        return self._saved(sha256=self._sha256)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """tokenizer.json, as transformers and tokenizers read it."""
+        return {TOKENIZER_FILE: self.tokenizer}
+
+    @cached_property
+    def _sha256(self) -> str:
+        return hashlib.sha256(self.tokenizer.encode()).hexdigest()
+
+
+VOCABULARIES: dict[str, type[Vocabulary]] = {
+    "bytes": ByteVocabulary,
+    "characters": CharacterVocabulary,
+    "bpe": SubwordVocabulary,
+}
 
 
 def _names(characters: list[str], at_most: int = 8) -> str:

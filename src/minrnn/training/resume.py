@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minrnn.files import convert, find_directory, naming, read_json, write_directory
 from minrnn.models import Model, load_checkpoint
-from minrnn.models.checkpoint import check_files, load_tensors, save_tensors, write_model
+from minrnn.models.checkpoint import check_files, load_tensors, save_tensors, write_model, write_texts
 from minrnn.tasks import Vocabulary
 from minrnn.training.config import RunConfig, read_config
 
@@ -77,6 +77,7 @@ def save_last(
     state: TrainState,
     config: RunConfig,
     extra: Mapping[str, Any],
+    files: Mapping[str, str],
 ) -> None:
     """Write the checkpoint for resuming a run, atomically.
 
@@ -91,6 +92,7 @@ def save_last(
         state: the state of the run.
         config: the configuration of the run.
         extra: JSON values saved with the model, `step` among them.
+        files: names and texts of further files, such as a tokenizer.
 
     Raises:
         OSError: the checkpoint cannot be written (a full disk, for example); the previous one is intact.
@@ -109,6 +111,7 @@ def save_last(
     with write_directory(directory) as folder:
         save_tensors(folder / TENSORS_FILE, tensors)
         (folder / STATE_FILE).write_text(json.dumps(scalars, indent=1), encoding="utf-8")
+        write_texts(folder, files)
         write_model(folder, model, extra=extra)  # last, as it lists all files
 
 
@@ -223,7 +226,7 @@ def load_trained(run_dir: Path, which: str, device: torch.device) -> Trained:
     match extra:
         case {"vocabulary": dict(vocabulary), "step": int(step), "corpus": str(corpus)}:
             with naming(directory):
-                return Trained(model, Vocabulary.from_dict(vocabulary), step, corpus)
+                return Trained(model, Vocabulary.from_dict(vocabulary, folder), step, corpus)
         case {"vocabulary": None, "step": int(step), "corpus": str(corpus)}:
             return Trained(model, None, step, corpus)
     raise ValueError(f"{directory} must have vocabulary, step and corpus in its config.json; no run wrote it")
