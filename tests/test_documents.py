@@ -33,8 +33,8 @@ from minrnn.training import RunConfig, load_recipe, read_config
 END = 256
 TEXTS = [f"Document {n}:\n{'word ' * (n % 7)}née {n * n}\n" for n in range(60)]
 
-zstandard = pytest.importorskip("zstandard", reason="the extra text is not installed")
-pyarrow = pytest.importorskip("pyarrow", reason="the extra text is not installed")
+zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed: the extra text")
+pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: the extra text")
 
 
 @pytest.fixture(autouse=True)
