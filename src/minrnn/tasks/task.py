@@ -9,11 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from minrnn.mixers.calls import is_plain
 from minrnn.models import Model, ModelConfig, ModelState, SequenceModel, Steps
 from minrnn.models.evaluation import evaluation_mode as evaluation_mode
 
 IGNORED = -100
 """Target of positions without a prediction: the default `ignore_index` of torch's cross_entropy."""
+
+LARGE_VOCABULARY = 2048
+"""Size of a vocabulary from which on the logits of a batch are not held all at once."""
 
 Tell = Callable[[float], object]
 """A progress callback; it receives the completed fraction, between 0 and 1."""
@@ -218,8 +222,8 @@ class TokenTask(Task):
             The loss, a scalar in at least float32, and the state, not detached.
         """
         batch = batch.to(device_of(model))
-        logits, state = call(model, batch.inputs, None if batch.fresh else state, batch.reset)
-        return nats(logits, batch.targets, "mean"), state
+        state = None if batch.fresh else state
+        return token_nats(model, batch.inputs, batch.targets, state, batch.reset, "mean")
 
 
 def call(
@@ -227,6 +231,29 @@ def call(
 ) -> tuple[Tensor, ModelState]:
     """Call a model of tokens; without resets it need not know them."""
     return model(inputs, state) if reset is None else model(inputs, state, reset=reset)
+
+
+def token_nats(
+    model: nn.Module,
+    inputs: Tensor | Steps,
+    targets: Tensor,
+    state: ModelState | None,
+    reset: Tensor | None,
+    reduction: str,
+) -> tuple[Tensor, ModelState]:
+    """Return the cross-entropy of a model's predictions of tokens, and its state.
+
+    Where the vocabulary is large, the logits are not held all at once; a wrapped model has to return them.
+    """
+    if isinstance(model, SequenceModel) and isinstance(inputs, Tensor) and _is_large(model):
+        return model.loss(inputs, targets, state, reset=reset, reduction=reduction, ignore_index=IGNORED)
+    logits, state = call(model, inputs, state, reset)
+    return nats(logits, targets, reduction), state
+
+
+def _is_large(model: SequenceModel) -> bool:
+    """Whether a model has a large vocabulary, and no hooks that a call would run."""
+    return model.config.vocab_size >= LARGE_VOCABULARY and is_plain(model, SequenceModel)
 
 
 def check_batch(function: str, step: int, batch_size: int, seed: int = 0, *, seeds: int = 1 << 64) -> None:

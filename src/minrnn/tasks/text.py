@@ -22,12 +22,11 @@ from minrnn.tasks.task import (
     TaskConfig,
     Tell,
     TokenTask,
-    call,
     check_batch,
     check_max_tokens,
     device_of,
     evaluation_mode,
-    nats,
+    token_nats,
 )
 from minrnn.tasks.tokens import TokenizedCorpus, tokenize
 from minrnn.tasks.vocabulary import VOCABULARIES, SubwordVocabulary, Vocabulary
@@ -312,8 +311,9 @@ class TextTask(TokenTask):
         for start in range(0, tokens.size - 1, self.config.eval_chunk):
             chunk = _to_tensor(tokens[None, start : start + self.config.eval_chunk + 1], device)
             inputs = chunk[:, :-1]
-            logits, state = call(model, inputs, state, self._resets(inputs, fresh=state is None))
-            total += nats(logits, chunk[:, 1:], "sum").item()
+            reset = self._resets(inputs, fresh=state is None)
+            loss, state = token_nats(model, inputs, chunk[:, 1:], state, reset, "sum")
+            total += loss.item()
             tell(min(1.0, (start + self.config.eval_chunk) / (tokens.size - 1)))
         return total
 
@@ -321,8 +321,8 @@ class TextTask(TokenTask):
         """Return the total loss with each window starting from the empty state."""
         total, done = 0.0, 0
         for inputs, targets in self._evaluation_windows(tokens, device_of(model)):
-            logits, _ = call(model, inputs, None, self._resets(inputs, fresh=True))
-            total += nats(logits, targets, "sum").item()
+            loss, _ = token_nats(model, inputs, targets, None, self._resets(inputs, fresh=True), "sum")
+            total += loss.item()
             done += targets.numel()
             tell(done / (tokens.size - 1))
         return total
