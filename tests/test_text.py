@@ -454,7 +454,7 @@ def test_a_text_with_characters_that_a_given_vocabulary_lacks_is_refused(tmp_pat
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"vocabulary": "words"}, "vocabulary must be one of bytes, characters, got 'words'"),
+        ({"vocabulary": "words"}, "vocabulary must be one of bytes, characters, bpe, got 'words'"),
         ({"documents": "apart"}, "documents must be separate or joined, got 'apart'"),
         ({"window": 0}, "window must be at least 1 token, got 0"),
         ({"eval_chunk": -1}, "eval_chunk must be at least 1 token, got -1"),

@@ -30,7 +30,8 @@ print(json.dumps({
 def test_a_step_of_16_by_512_tokens_out_of_32768() -> None:
     found = {}
     for how in ("chunks", "all"):
-        done = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True)
+        command = [sys.executable, "-c", PROGRAM, how]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         found[how] = json.loads(done.stdout)
         print(f"\n{how}: {found[how]['mb']:.0f} MB, {found[how]['cpu_seconds']:.1f} CPU seconds")
     assert abs(found["chunks"]["loss"] - found["all"]["loss"]) < 1e-4

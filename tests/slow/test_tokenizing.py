@@ -53,7 +53,8 @@ def write_texts(folder: Path, megabytes: int) -> None:
                 size += file.write(json.dumps({"text": text}) + "\n")
                 if size >= megabytes * 1e6:
                     break
-        (folder / f"{number:08}.txt").write_text(f"# {number}\n{texts[number % len(texts)]}", encoding="utf-8")
+        text = f"# {number}\n{texts[number % len(texts)]}"
+        (folder / f"{number:08}.txt").write_text(text, encoding="utf-8")
 
 
 def start(folder: Path, cache: Path) -> subprocess.Popen[str]:
