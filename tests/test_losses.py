@@ -167,6 +167,9 @@ def test_wrong_arguments_are_named(changed: dict[str, Any], message: str) -> Non
         model_of().loss(**{"tokens": tokens, "targets": targets, **changed})
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason="torch is older than 2.13"
+)
 def test_torchs_own_function_is_there() -> None:
     """Where it goes, or changes its arguments, chunks are computed twice, and nobody would notice."""
     assert "options" in inspect.signature(functional.linear_cross_entropy).parameters

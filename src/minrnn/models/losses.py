@@ -32,7 +32,7 @@ def linear_loss(
     Returns:
         The loss, a scalar; None where this torch has no such function, or the dtype has not enough digits.
     """
-    options = getattr(nn, "LinearCrossEntropyOptions", None)  # since torch 2.13
+    options = getattr(nn, "LinearCrossEntropyOptions", None)  # torch 2.13 has it; earlier ones may not
     is_exact = y.dtype == weight.dtype and y.dtype.itemsize >= 4
     if options is None or not is_exact or torch.is_autocast_enabled(y.device.type):
         return None
