@@ -37,6 +37,7 @@ COMMANDS = [
 MISSING = {
     "make-data Hopper-v5": "minrnn[rl]",
     f"train decisions --task.data data.hdf5 {TINY} --run third": "minrnn[rl]",
+    f"train demo --task.source text --task.vocabulary bpe {TINY} --run fifth": "minrnn[text]",
 }
 """What cannot be done without an extra, and the extra that the one line of the error names."""
 

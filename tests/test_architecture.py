@@ -58,14 +58,17 @@ HOMES = {
     "onnxruntime": ("export/onnx.py",),
     "platformdirs": ("tasks/downloads.py",),
     "pooch": ("tasks/downloads.py",),
-    "rich": ("cli/", "training/log.py", "benchmarks/", "tasks/downloads.py"),
+    "pyarrow": ("tasks/documents.py",),
+    "rich": ("cli/", "training/log.py", "benchmarks/", "tasks/downloads.py", "tasks/progress.py"),
     "safetensors": ("models/checkpoint.py",),
     "sb3_contrib": ("demonstrations/trainers.py",),
     "stable_baselines3": ("demonstrations/trainers.py",),
     "tensorboard": ("training/log.py",),
+    "tokenizers": ("tasks/subwords.py",),
     "torch": ("",),
     "triton": ("ops/triton/", "ops/selective/triton/", "benchmarks/compiled.py"),
     "tyro": ("cli/",),
+    "zstandard": ("tasks/documents.py",),
 }
 
 NO_ROOMS = {"utils", "util", "common", "helpers", "helper", "misc", "core", "base", "lib", "tools"}

@@ -418,7 +418,7 @@ def test_results_are_there_before_the_picture_is_drawn(
 @pytest.fixture
 def run_dir(corpus: Path, tmp_path: Path) -> Path:
     config = run_config(corpus, steps=2)
-    task = dataclasses.replace(config.task, vocabulary="characters")
+    task = dataclasses.replace(config.task, vocabulary="characters", documents="joined")
     trained(dataclasses.replace(config, task=task), tmp_path / "run")
     return tmp_path / "run"
 

@@ -79,7 +79,7 @@ def test_the_baseline_uses_the_tasks_parts_and_units(
     monkeypatch.setenv("MINRNN_CACHE", str(tmp_path / "cache"))
     text = "né" * 1000
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    task = TextTask(TextConfig(str(tmp_path / "text.txt"), kind, window=10))
+    task = TextTask(TextConfig(str(tmp_path / "text.txt"), kind, window=10, documents="joined"))
     metrics = ngram_baseline(task)
     nats = NGramModel(task.train_tokens, task.vocabulary.size).nats(task.val_tokens)
     assert metrics["val_tokens"] == task.val_tokens.size - 1

@@ -151,7 +151,8 @@ def calls() -> Calls:
 
 def text_run(folder: Path, **task: Any) -> Trained:
     (folder / "text.txt").write_text("abc def " * 100)
-    config = RunConfig(task=TextConfig(str(folder / "text.txt"), "characters", window=5, **task))
+    joined = TextConfig(str(folder / "text.txt"), "characters", window=5, documents="joined")
+    config = RunConfig(task=replace(joined, **task))
     (folder / "run" / "config.json").write_text(json.dumps(config.to_dict()))
     vocabulary = Vocabulary.from_dict(
         {"kind": "characters", "characters": " abcdefgh"}
@@ -170,7 +171,7 @@ def test_sample(
     (_, prompt, tokens), named = calls.of["generate"]
     assert (prompt.tolist(), tokens) == ([[1, 2]], 5)
     assert named.pop("generator").initial_seed() == 11
-    assert named == {"temperature": 0.5, "top_k": 3, "top_p": 0.25}
+    assert named == {"temperature": 0.5, "top_k": 3, "top_p": 0.25, "end": None}
     assert capsys.readouterr().out == "abbc\n"
     monkeypatch.setattr(sample, "generate", calls.spy("generate", iter(torch.tensor([[4]]))))
     assert main(["sample", "run"]) == 0
@@ -187,7 +188,9 @@ def test_evaluate(
 ) -> None:
     run = text_run(here)
     vocabulary = {"kind": "characters", "characters": " abcdefgh"}
-    made = evaluate.TextTask(TextConfig("text.txt", "characters", window=7), Vocabulary.from_dict(vocabulary))
+    made = evaluate.TextTask(
+        TextConfig("text.txt", "characters", window=7, documents="joined"), Vocabulary.from_dict(vocabulary)
+    )
     monkeypatch.setattr(evaluate, "load_trained", calls.spy("load", run._replace(corpus=made.sha256)))
     assert main(["evaluate", "run", *arguments("evaluate")]) == 0
     assert calls.of["load"][0] == (Path("run"), "last", torch.device("cpu"))

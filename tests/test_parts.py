@@ -85,10 +85,12 @@ def of_text(source: Path) -> Parts:
     """Parts of a text in which each character occurs once, so that a token tells where it stands."""
     parts: Parts = {}
     for held_out, name in ((0.0, "validation"), (0.25, "held out")):
-        task = make_task(TextConfig(str(source), vocabulary="characters", window=5, held_out=held_out))
+        config = TextConfig(str(source), vocabulary="characters", window=5, held_out=held_out)
+        task = make_task(config)
+        mark = {task.vocabulary.end_of_text}  # type: ignore[attr-defined]
         read = evaluated(task, task.vocab_size)  # type: ignore[attr-defined]
-        parts[name] = {token for row in read for token in row}
-        parts["train"] = {token for row in trained(task, streams=True) for token in row}
+        parts[name] = {token for row in read for token in row} - mark
+        parts["train"] = {token for row in trained(task, streams=True) for token in row} - mark
         assert not parts["train"] & parts[name]
     return parts  # those of training without what is held out
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,9 @@ from minrnn.tasks.vocabulary import CharacterVocabulary
 
 WINDOW = 5
 
+joined = partial(TextConfig, documents="joined")
+"""A text as one stream; what marks and resets change is in test_documents.py."""
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,7 +40,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> TextTask:
     (folder / "text.bin").write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINRNN_CACHE", str(folder / "cache"))
-        return TextTask(TextConfig(source=str(folder / "text.bin"), window=WINDOW))
+        return TextTask(joined(source=str(folder / "text.bin"), window=WINDOW))
 
 
 def write(path: Path, text: str | bytes) -> str:
@@ -255,7 +259,7 @@ def test_a_negative_number_of_tokens_is_refused(task: TextTask) -> None:
 
 def test_bits_per_byte_counts_bytes_not_characters(tmp_path: Path) -> None:
     source = write(tmp_path / "text.txt", "aé漢" * 100)
-    task = TextTask(TextConfig(source, vocabulary="characters", window=WINDOW))
+    task = TextTask(joined(source, vocabulary="characters", window=WINDOW))
     metrics = task.evaluate(small_model(task))
     num_bytes = len(task.vocabulary.decode(task.val_tokens[1:]).encode())
     assert num_bytes == task.num_bytes(task.val_tokens[1:]) > task.val_tokens.size
@@ -270,7 +274,7 @@ def test_binary_files_that_are_left_out_are_said(tmp_path: Path) -> None:
     for name in "ab":
         write(tmp_path / "texts" / name, name * 50)
     write(tmp_path / "texts" / "c", b"\0\1")
-    task = TextTask(TextConfig(str(tmp_path / "texts"), window=WINDOW))
+    task = TextTask(joined(str(tmp_path / "texts"), window=WINDOW))
     assert task.describe().endswith("256 symbols; binary files, 1 of them, are left out")
 
 
@@ -278,7 +282,7 @@ def test_the_model_gets_as_many_symbols_as_the_text_has(tmp_path: Path) -> None:
     source = write(tmp_path / "text.txt", "abc" * 100)
     config = ModelConfig(d_model=8, num_layers=1)
     sizes = {
-        kind: TextTask(TextConfig(source, kind, window=WINDOW)).model_config(config)
+        kind: TextTask(joined(source, kind, window=WINDOW)).model_config(config)
         for kind in ("bytes", "characters")
     }
     assert sizes["bytes"].vocab_size == 256
@@ -288,7 +292,7 @@ def test_the_model_gets_as_many_symbols_as_the_text_has(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["bytes", "characters"])
 def test_a_file_is_divided_nine_to_one(kind: str, tmp_path: Path) -> None:
     text = "".join(map(chr, np.random.default_rng(0).integers(32, 300, 1234)))
-    task = TextTask(TextConfig(write(tmp_path / "text.txt", text), kind, window=WINDOW))
+    task = TextTask(joined(write(tmp_path / "text.txt", text), kind, window=WINDOW))
     whole = np.concatenate([task.train_tokens, task.val_tokens])
     assert task.vocabulary.decode(whole) == text
     assert task.train_tokens.size == whole.size * 9 // 10
@@ -298,7 +302,7 @@ def test_a_folder_is_divided_by_file(tmp_path: Path) -> None:
     folder = tmp_path / "texts"
     for i in range(12):
         write(folder / f"part{i:02}.txt", f"<{i}>" * 10)
-    task = TextTask(TextConfig(str(folder), window=WINDOW))
+    task = TextTask(joined(str(folder), window=WINDOW))
     train, val = (task.vocabulary.decode(part) for part in (task.train_tokens, task.val_tokens))
     numbers = {i for i in range(12) if f"<{i}>" in train}, {i for i in range(12) if f"<{i}>" in val}
     assert len(numbers[1]) == 1
@@ -309,8 +313,8 @@ def test_a_folder_is_divided_by_file(tmp_path: Path) -> None:
 
 def test_characters_of_the_validation_part_have_tokens(tmp_path: Path) -> None:
     source = write(tmp_path / "text.txt", "ab" * 90 + "cd" * 10)
-    task = TextTask(TextConfig(source, "characters", window=WINDOW))
-    assert task.vocabulary == CharacterVocabulary("abcd")
+    task = TextTask(joined(source, "characters", window=WINDOW))
+    assert task.vocabulary == CharacterVocabulary("abcd", is_marked=False)
     assert task.val_tokens.max() == 3
 
 
@@ -319,7 +323,7 @@ def test_characters_of_the_validation_part_have_tokens(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize(("kind", "symbols"), [("bytes", 256), ("characters", 65)])
 def test_shakespeare_has_the_published_parts(kind: str, symbols: int) -> None:
-    task = TextTask(TextConfig("shakespeare", kind))
+    task = TextTask(joined("shakespeare", kind))
     assert (task.train_tokens.size, task.val_tokens.size, task.vocabulary.size) == (1003854, 111540, symbols)
     assert task.vocabulary.decode(task.train_tokens[:14]) == "First Citizen:"
     assert "65 symbols" in task.describe() or kind == "bytes"
@@ -329,10 +333,10 @@ def test_shakespeare_has_the_published_parts(kind: str, symbols: int) -> None:
 
 
 def test_tokens_are_kept_and_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = TextConfig(write(tmp_path / "text.txt", "some text " * 20), "characters", window=WINDOW)
+    config = joined(write(tmp_path / "text.txt", "some text " * 20), "characters", window=WINDOW)
     first = TextTask(config)
     monkeypatch.setattr(CharacterVocabulary, "learn", None)  # would fail if it read the text again
-    monkeypatch.setattr(CharacterVocabulary, "encode_file", None)
+    monkeypatch.setattr(CharacterVocabulary, "encode_pieces", None)
     second = TextTask(config)
     assert second.sha256 == first.sha256
     assert np.array_equal(second.train_tokens, first.train_tokens)
@@ -342,7 +346,7 @@ def test_tokens_are_kept_and_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_changed_text_is_tokenised_again_and_the_old_tokens_go(tmp_path: Path) -> None:
-    config = TextConfig(write(tmp_path / "text.txt", "some text " * 20), window=WINDOW)
+    config = joined(write(tmp_path / "text.txt", "some text " * 20), window=WINDOW)
     first = TextTask(config)
     status = (tmp_path / "text.txt").stat()
     write(tmp_path / "text.txt", "same size " * 20)
@@ -356,7 +360,7 @@ def test_a_changed_text_is_tokenised_again_and_the_old_tokens_go(tmp_path: Path)
 def test_a_folder_that_grew_is_tokenised_again(tmp_path: Path) -> None:
     for name in "abc":
         write(tmp_path / "texts" / name, name * 50)
-    config = TextConfig(str(tmp_path / "texts"), window=WINDOW)
+    config = joined(str(tmp_path / "texts"), window=WINDOW)
     first = TextTask(config)
     write(tmp_path / "texts" / "d", "d" * 50)
     second = TextTask(config)
@@ -366,11 +370,11 @@ def test_a_folder_that_grew_is_tokenised_again(tmp_path: Path) -> None:
 
 def test_vocabularies_do_not_share_tokens(tmp_path: Path) -> None:
     source = write(tmp_path / "text.txt", "bcd" * 50)
-    given = CharacterVocabulary("abcdef")
+    given = CharacterVocabulary("abcdef", is_marked=False)
     tasks = [
-        TextTask(TextConfig(source, "characters", window=WINDOW)),
-        TextTask(TextConfig(source, "characters", window=WINDOW), given),
-        TextTask(TextConfig(source, "bytes", window=WINDOW)),
+        TextTask(joined(source, "characters", window=WINDOW)),
+        TextTask(joined(source, "characters", window=WINDOW), given),
+        TextTask(joined(source, "bytes", window=WINDOW)),
     ]
     assert [task.train_tokens[0] for task in tasks] == [0, 1, ord("b")]
     assert tasks[1].vocabulary == given
@@ -380,7 +384,7 @@ def test_vocabularies_do_not_share_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["tokens.bin", "tokens.json"])
 @pytest.mark.parametrize("left", [0, 10])
 def test_damaged_tokens_are_made_again(damage: str, left: int, tmp_path: Path) -> None:
-    config = TextConfig(write(tmp_path / "text.txt", "some text " * 20), window=WINDOW)
+    config = joined(write(tmp_path / "text.txt", "some text " * 20), window=WINDOW)
     sha256 = TextTask(config).sha256
     (damaged,) = cache_folder().rglob(damage)
     damaged.write_bytes(damaged.read_bytes()[:left])
@@ -391,9 +395,9 @@ def test_damaged_tokens_are_made_again(damage: str, left: int, tmp_path: Path) -
 def test_a_failed_tokenisation_leaves_nothing_behind(tmp_path: Path) -> None:
     source = write(tmp_path / "text.txt", b"ab\xff" * 50)
     with pytest.raises(ValueError, match="needs UTF-8"):
-        TextTask(TextConfig(source, "characters", window=WINDOW))
+        TextTask(joined(source, "characters", window=WINDOW))
     with pytest.raises(ValueError, match="needs UTF-8"):
-        TextTask(TextConfig(source, "characters", window=WINDOW), CharacterVocabulary("ab"))
+        TextTask(joined(source, "characters", window=WINDOW), CharacterVocabulary("ab", is_marked=False))
     assert [path for path in cache_folder().rglob("*") if path.is_file()] == []
 
 
@@ -401,7 +405,7 @@ def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch: pyt
     source = write(tmp_path / "text.txt", "some text " * 20)
     monkeypatch.setenv("MINRNN_CACHE", write(tmp_path / "a file", ""))
     with pytest.raises(OSError, match=r"cannot write the tokens .* \(MINRNN_CACHE can name another folder\)"):
-        TextTask(TextConfig(source, window=WINDOW))
+        TextTask(joined(source, window=WINDOW))
 
 
 # errors
@@ -409,12 +413,12 @@ def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch: pyt
 
 def test_an_empty_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must hold text, got an empty file: .*empty\.txt"):
-        TextTask(TextConfig(write(tmp_path / "empty.txt", "")))
+        TextTask(joined(write(tmp_path / "empty.txt", "")))
 
 
 def test_a_missing_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="source must be"):
-        TextTask(TextConfig(str(tmp_path / "missing.txt")))
+        TextTask(joined(str(tmp_path / "missing.txt")))
 
 
 @pytest.mark.parametrize(
@@ -423,11 +427,11 @@ def test_a_missing_text_is_refused(tmp_path: Path) -> None:
 def test_a_text_shorter_than_a_window_is_refused(tmp_path: Path, length: int, window: int, part: str) -> None:
     source = write(tmp_path / "short.txt", "x" * length)
     with pytest.raises(ValueError, match=rf"at least window \+ 1 = {window + 1} tokens for {part}"):
-        TextTask(TextConfig(source, window=window))
+        TextTask(joined(source, window=window))
 
 
 def test_a_text_of_one_window_is_enough(tmp_path: Path) -> None:
-    task = TextTask(TextConfig(write(tmp_path / "short.txt", "abcdefghij" * 2), window=1))
+    task = TextTask(joined(write(tmp_path / "short.txt", "abcdefghij" * 2), window=1))
     assert task.val_tokens.size == 2
     assert task.batch(0, 3, 0).inputs.shape == (3, 1)
     assert task.evaluate(small_model(task))["val_tokens"] == 1
@@ -435,22 +439,23 @@ def test_a_text_of_one_window_is_enough(tmp_path: Path) -> None:
 
 def test_a_text_that_is_not_utf8_can_be_read_as_bytes_only(tmp_path: Path) -> None:
     source = write(tmp_path / "latin.txt", "é".encode("latin-1") * 100)
-    assert TextTask(TextConfig(source, window=WINDOW)).vocabulary.size == 256
+    assert TextTask(joined(source, window=WINDOW)).vocabulary.size == 256
     with pytest.raises(ValueError, match=r"needs UTF-8, got byte 0xe9 at offset 0 of .*latin\.txt; use"):
-        TextTask(TextConfig(source, "characters", window=WINDOW))
+        TextTask(joined(source, "characters", window=WINDOW))
 
 
 def test_a_text_with_characters_that_a_given_vocabulary_lacks_is_refused(tmp_path: Path) -> None:
     vocabulary = Vocabulary.from_dict({"kind": "characters", "characters": "ab"})
     source = write(tmp_path / "text.txt", "abc" * 50)
     with pytest.raises(ValueError, match=r"text\.txt must use the vocabulary's 2 characters only, got 'c'"):
-        TextTask(TextConfig(source, "characters", window=WINDOW), vocabulary)
+        TextTask(joined(source, "characters", window=WINDOW), vocabulary)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"vocabulary": "words"}, "vocabulary must be one of bytes, characters, got 'words'"),
+        ({"vocabulary": "words"}, "vocabulary must be one of bytes, characters, bpe, got 'words'"),
+        ({"documents": "apart"}, "documents must be separate or joined, got 'apart'"),
         ({"window": 0}, "window must be at least 1 token, got 0"),
         ({"eval_chunk": -1}, "eval_chunk must be at least 1 token, got -1"),
     ],
@@ -470,7 +475,7 @@ def test_attention_sees_the_tasks_window_unless_told(
 
 def test_a_held_out_end_is_validated_on_and_the_validation_part_stays_untouched(tmp_path: Path) -> None:
     text = "to train on " * 150 + "x" * 200  # the first 1,800 are the training part
-    config = TextConfig(write(tmp_path / "text.txt", text), window=WINDOW)
+    config = joined(write(tmp_path / "text.txt", text), window=WINDOW)
     whole, cut = TextTask(config), TextTask(dataclasses.replace(config, held_out=0.25))
     assert whole.train_tokens.size == 1800
     assert cut.train_tokens.tolist() == whole.train_tokens[:1350].tolist()

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minrnn.files import claims
+from minrnn.files import claims, write_json
 from minrnn.tasks import tokens
 from minrnn.tasks.downloads import cache_folder
 from minrnn.tasks.sources import Corpus, find_corpus
@@ -41,7 +42,7 @@ def text(tmp_path: Path) -> str:
 
 
 def read(source: str) -> TokenizedCorpus:
-    return tokenize(find_corpus(source), "characters")
+    return tokenize(find_corpus(source, is_joined=True), "characters")
 
 
 def entries() -> list[Path]:
@@ -138,20 +139,25 @@ def test_an_entry_is_hashed_again_only_where_it_may_have_changed(
 def test_what_a_killed_tokenisation_left_goes_but_a_living_ones_stays(text: str, tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from minrnn.tasks import tokens\n"
-        "shelf = tokens.cache_folder() / 'tokens' / sys.argv[1]; shelf.mkdir(parents=True)\n"
-        "with tokens._building(shelf) as folder:\n"
+        "entry = tokens.cache_folder() / 'tokens' / sys.argv[1] / 'state'; entry.parent.mkdir(parents=True)\n"
+        "with tokens._building(entry) as folder:\n"
         "    (folder / 'tokens.bin').write_bytes(b'half'); print(folder, flush=True); time.sleep(60)\n"
     )
     makers = {
         name: subprocess.Popen([sys.executable, "-c", code, name], stdout=subprocess.PIPE, text=True)
-        for name in ("dead", "alive")
+        for name in ("dead", "recent", "old", "alive")
     }
     folders = {name: Path((maker.stdout or sys.stdin).readline().strip()) for name, maker in makers.items()}
-    makers["dead"].send_signal(signal.SIGKILL)
-    makers["dead"].communicate()
+    for name in ("recent", "old"):
+        write_json(folders[name] / "progress.json", {})
+    past = time.time() - 86400 * tokens.KEPT_DAYS
+    os.utime(folders["old"] / "progress.json", (past, past))
+    for name in ("dead", "recent", "old"):
+        makers[name].send_signal(signal.SIGKILL)
+        makers[name].communicate()
     assert all((folder / "tokens.bin").is_file() for folder in folders.values())
     read(text)
-    assert not folders["dead"].exists()
+    assert {name for name, folder in folders.items() if folder.exists()} == {"recent", "alive"}
     assert (folders["alive"] / "tokens.bin").is_file()
     makers["alive"].kill()
     makers["alive"].communicate()
@@ -273,8 +279,8 @@ def test_the_same_files_divided_otherwise_are_other_tokens(tmp_path: Path) -> No
     files = [tmp_path / name for name in ("a.txt", "b.txt")]
     for file in files:
         file.write_text(file.name * 20)
-    both = Corpus("mine", tmp_path, tuple(files))
-    apart = Corpus("mine", tmp_path, (files[0],), (files[1],))
+    both = Corpus("mine", tmp_path, tuple(files), is_joined=True)
+    apart = Corpus("mine", tmp_path, (files[0],), (files[1],), is_joined=True)
     sizes = [tokenize(corpus, "bytes").val.size for corpus in (both, apart, both)]
     assert sizes == [20, 100, 20]
 

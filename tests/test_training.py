@@ -359,7 +359,7 @@ def test_a_run_learns_and_leaves_its_directory(corpus: Path, tmp_path: Path) -> 
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
     saved = read_config(tmp_path / "run")
     assert (saved.task, saved.train) == (config.task, config.train)
-    assert saved.model.vocab_size == 256
+    assert saved.model.vocab_size == 257
     metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
     losses = [record["loss"] for record in metrics if "loss" in record]
     assert losses[-1] < losses[0] - 0.5

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import minrnn.tasks.vocabulary as vocabulary_module
-from minrnn.tasks import VOCABULARIES, Vocabulary
-from minrnn.tasks.vocabulary import ByteVocabulary, CharacterVocabulary
+from minrnn.tasks import VOCABULARIES, Vocabulary, documents
+from minrnn.tasks.documents import Piece, read_pieces
+from minrnn.tasks.vocabulary import END_OF_TEXT, ByteVocabulary, CharacterVocabulary, SubwordVocabulary
 
 TEXT = "né → 漢字 😀\r\n\tend"  # one to four bytes a character
 
@@ -21,11 +21,20 @@ every_kind = pytest.mark.parametrize("kind", VOCABULARIES)
 def learn(kind: str, text: str, folder: Path) -> Vocabulary:
     path = folder / "text.txt"
     path.write_bytes(text.encode())
-    return VOCABULARIES[kind].learn([path])
+    if kind == "bpe":
+        pytest.importorskip("tokenizers", reason="tokenizers is not installed: the extra text")
+    return VOCABULARIES[kind].learn(read_pieces(path, "text"), 300)
 
 
-def built(kind: str, text: str) -> Vocabulary:
-    return ByteVocabulary() if kind == "bytes" else CharacterVocabulary("".join(sorted(set(text))))
+def built(kind: str, text: str, is_marked: bool = True) -> Vocabulary:
+    if kind == "bytes":
+        return ByteVocabulary(is_marked)
+    if kind == "bpe":
+        pytest.importorskip("tokenizers", reason="tokenizers is not installed: the extra text")
+        return SubwordVocabulary.learn(
+            [Piece(text.encode(), True, False, "a text", 0, 0)], 300, is_marked=is_marked
+        )
+    return CharacterVocabulary("".join(sorted(set(text))), is_marked)
 
 
 @every_kind
@@ -73,7 +82,38 @@ def test_an_unfinished_character_ends_as_a_replacement() -> None:
 @every_kind
 def test_saving_and_loading_keeps_the_vocabulary(kind: str, tmp_path: Path) -> None:
     vocabulary = learn(kind, TEXT, tmp_path)
-    assert Vocabulary.from_dict(vocabulary.to_dict()) == vocabulary
+    for each in (vocabulary, built(kind, TEXT, False)):
+        for name, text in each.files.items():
+            (tmp_path / name).write_text(text, encoding="utf-8")
+        assert Vocabulary.from_dict(each.to_dict(), tmp_path) == each
+
+
+@pytest.mark.parametrize(
+    "saved", [{"kind": "bytes"}, {"kind": "characters", "characters": "abc"}], ids=["bytes", "characters"]
+)
+def test_vocabularies_of_earlier_versions_have_no_end_of_text(saved: dict[str, str]) -> None:
+    vocabulary = Vocabulary.from_dict(saved)
+    assert vocabulary.end_of_text is None
+    assert vocabulary.size == {"bytes": 256, "characters": 3}[saved["kind"]]
+    assert vocabulary.to_dict() == saved
+
+
+@every_kind
+def test_the_end_of_text_is_a_token_that_no_text_has(kind: str) -> None:
+    text = f"n{END_OF_TEXT}é"
+    vocabulary = built(kind, text)
+    end = vocabulary.end_of_text
+    assert end is not None
+    assert built(kind, text, False).end_of_text is None
+    assert end not in vocabulary.encode(text)
+    assert vocabulary.byte_lengths[end] == 0
+    ids = [*vocabulary.encode("né").tolist(), end, *vocabulary.encode("n").tolist()]
+    assert vocabulary.decode(ids) == "".join(vocabulary.decode_stream(ids)) == f"né{END_OF_TEXT}n"
+
+
+def test_a_character_that_a_document_ends_in_is_a_replacement_before_its_mark() -> None:
+    ids = [0xC3, 256, 0xA9]
+    assert "".join(ByteVocabulary().decode_stream(ids)) == f"\ufffd{END_OF_TEXT}\ufffd"
 
 
 @pytest.mark.parametrize(
@@ -84,6 +124,8 @@ def test_saving_and_loading_keeps_the_vocabulary(kind: str, tmp_path: Path) -> N
         {"kind": "characters"},
         {"kind": "bytes", "size": "256"},
         {"kind": "characters", "characters": 3},
+        {"kind": "bytes", "end_of_text": "</s>"},
+        {"kind": "bytes", "end_of_text": None},
     ],
 )
 def test_a_malformed_saved_vocabulary_is_refused(saved: dict[str, str]) -> None:
@@ -97,15 +139,18 @@ def test_characters_must_be_sorted_and_distinct(characters: str) -> None:
         CharacterVocabulary(characters)
 
 
-@every_kind
-@pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 5, 1 << 20])
-def test_files_are_encoded_alike_however_they_are_chunked(
-    kind: str, chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["bytes", "characters"])
+@pytest.mark.parametrize("read_bytes", [1, 2, 5, 1 << 20])
+@pytest.mark.parametrize("piece_bytes", [4, 5, 7, 1 << 20])
+def test_files_are_encoded_alike_however_they_are_cut(
+    kind: str, piece_bytes: int, read_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vocabulary_module, "BLOCK_BYTES", chunk_bytes)  # cuts characters in their middle
+    monkeypatch.setattr(documents, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(documents, "PIECE_BYTES", piece_bytes)
     vocabulary = learn(kind, TEXT, tmp_path)
-    pieces = list(vocabulary.encode_file(tmp_path / "text.txt"))
-    assert np.array_equal(np.concatenate(pieces), vocabulary.encode(TEXT))
+    pieces = list(read_pieces(tmp_path / "text.txt", "text"))
+    assert len(pieces) > 2 or piece_bytes > 100
+    assert np.array_equal(np.concatenate(vocabulary.encode_pieces(pieces)), vocabulary.encode(TEXT))
     assert vocabulary == built(kind, TEXT)
 
 
@@ -114,7 +159,8 @@ def test_files_are_encoded_alike_however_they_are_chunked(
 )
 def test_ids_are_stored_in_the_smallest_type(size: int, dtype: str) -> None:
     characters = "".join(map(chr, range(0x10000, 0x10000 + size)))
-    vocabulary = CharacterVocabulary(characters)
+    assert CharacterVocabulary(characters).dtype == np.min_scalar_type(size)  # one more: the end of text
+    vocabulary = CharacterVocabulary(characters, is_marked=False)
     assert vocabulary.dtype == np.dtype(dtype)
     assert vocabulary.decode([size - 1]) == characters[-1]
 
@@ -130,7 +176,7 @@ def test_unknown_characters_are_named() -> None:
 @pytest.mark.parametrize("bad", [-1, 1000])
 def test_decoding_refuses_an_id_that_is_no_token(kind: str, bad: int) -> None:
     vocabulary = built(kind, "abc")
-    assert vocabulary.decode([vocabulary.size - 1])
+    assert vocabulary.decode([vocabulary.end_of_text]) == END_OF_TEXT
     for each in (bad, vocabulary.size):
         with pytest.raises(ValueError, match=r"ids must lie in 0 \.\. \d+, got"):
             vocabulary.decode([0, each])
@@ -140,16 +186,17 @@ def test_bytes_of_a_command_line_that_are_not_utf8_survive() -> None:
     assert ByteVocabulary().encode(b"a\xff".decode("utf-8", "surrogateescape")).tolist() == [0x61, 0xFF]
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 4, 1 << 20])
+@pytest.mark.parametrize("piece_bytes", [4, 5, 1 << 20])
 @pytest.mark.parametrize(
-    ("content", "offset"), [(b"ab\xff", 2), ("né".encode() + b"\xc3x", 3), (b"abc\xc3", 3)]
+    ("content", "offset"),
+    [(b"ab\xff", 2), ("né".encode() + b"\xc3x", 3), (b"abc\xc3", 3), (b"abcdefgh\xc3ijkl", 8)],
 )
 def test_a_file_that_is_not_utf8_is_named_with_the_place(
-    content: bytes, offset: int, chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    content: bytes, offset: int, piece_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vocabulary_module, "BLOCK_BYTES", chunk_bytes)
+    monkeypatch.setattr(documents, "PIECE_BYTES", piece_bytes)
     path = tmp_path / "latin.txt"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"needs UTF-8, got byte 0x.. at offset {offset} of .*latin\.txt"):
-        CharacterVocabulary.learn([path])
-    assert ByteVocabulary.learn([path]).size == 256
+        CharacterVocabulary.learn(read_pieces(path, "text"))
+    assert ByteVocabulary.learn(read_pieces(path, "text")).size == 257

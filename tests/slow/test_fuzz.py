@@ -363,7 +363,7 @@ def write_text(folder: Path) -> None:
 
 def read_text(folder: Path) -> object:
     os.environ["MINRNN_CACHE"] = str(folder / "cache")
-    corpus = tokenize(find_corpus(str(folder / "text.txt")), "characters")
+    corpus = tokenize(find_corpus(str(folder / "text.txt"), is_joined=True), "characters")
     assert corpus.vocabulary.decode(np.concatenate([corpus.train, corpus.val])) == TEXT
     return corpus
 

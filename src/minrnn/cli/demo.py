@@ -71,7 +71,7 @@ def _comparison(run_dir: Path, task: TextTask) -> Table:
     results = read_json(run_dir / "results.json", _Results)
     baseline = ngram_baseline(task, BASELINE_ORDER)
     bits_per_byte = {
-        f"order-{BASELINE_ORDER} n-gram of {task.vocabulary.kind}": baseline["bits_per_byte"],
+        f"order-{BASELINE_ORDER} n-gram of {task.vocabulary.unit}": baseline["bits_per_byte"],
         f"{results['mixer']}, {results['parameters']:,} parameters": results["bits_per_byte"],
     }
     table = Table("model", "bits per byte", title="validation, lower is better")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -29,14 +30,14 @@ WITHOUT_EFFECT = (
 
 @dataclass(frozen=True)
 class SampleCommand:
-    """Generate text with a trained model, character by character, in constant memory."""
+    """Generate text with a trained model, token by token, in constant memory, up to the end of a document."""
 
     run: tyro.conf.Positional[Path]
     """Run directory."""
     prompt: str = ""
-    """Prompt (empty: a new line, or another symbol in the vocabulary)."""
+    """Beginning of a document (empty: none, or a new line where the model does not know documents)."""
     tokens: int = 500
-    """Number of tokens to generate after the prompt."""
+    """Most tokens to generate after the prompt."""
     temperature: float = 1.0
     """Divisor of the logits; 0 for greedy decoding."""
     top_k: int = 0
@@ -60,8 +61,7 @@ def run(args: Sequence[str]) -> int:
     model, vocabulary, *_ = load_trained(command.run, command.checkpoint, device)
     if vocabulary is None or not isinstance(model, SequenceModel):
         raise ValueError(f"sample: {command.run} must be a run of the text task, got one of another task")
-    given = command.prompt or default_prompt(vocabulary, PROMPTS)
-    prompt = torch.from_numpy(vocabulary.encode(given))[None].to(device)  # (1, T)
+    prompt = torch.tensor([prompt_ids(vocabulary, command.prompt)], device=device)  # (1, T)
     warn_without_effect(SampleCommand, vars(command), WITHOUT_EFFECT)
     is_random = command.temperature != 0 and command.top_k != 1
     tokens = generate(
@@ -72,12 +72,24 @@ def run(args: Sequence[str]) -> int:
         top_k=command.top_k,
         top_p=command.top_p,
         generator=torch.Generator(device).manual_seed(command.seed) if is_random else None,
+        end=vocabulary.end_of_text,
     )
     _write(command.prompt)
-    for text in vocabulary.decode_stream(int(token) for token in tokens):
+    ids = takewhile(lambda token: token != vocabulary.end_of_text, map(int, tokens))
+    for text in vocabulary.decode_stream(ids):
         _write(text)
     _write("\n")
     return 0
+
+
+def prompt_ids(vocabulary: Vocabulary, prompt: str) -> list[int]:
+    """Return the ids of a prompt as the beginning of a document, which starts with the end of the one before.
+
+    Where documents are joined, there is no such token, and a first symbol takes the place of an empty prompt.
+    """
+    if vocabulary.end_of_text is None:
+        return vocabulary.encode(prompt or default_prompt(vocabulary, PROMPTS)).tolist()
+    return [vocabulary.end_of_text, *vocabulary.encode(prompt).tolist()]
 
 
 def default_prompt(vocabulary: Vocabulary, prompts: Sequence[str]) -> str:

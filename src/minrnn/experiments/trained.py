@@ -160,7 +160,7 @@ class TrainedExperiment(Experiment, Generic[SizeT]):
 
     def resolved(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return a run's configuration, with defaults for newer settings that it lacks."""
-        return _without_place(RunConfig.from_dict(config))
+        return _without_place(RunConfig.from_record(config))
 
     def measure(self, trial: Trial, place: Workplace, tell: Tell) -> dict[str, Any]:
         config = _placed(trial, place.choice)

@@ -47,7 +47,13 @@ LONGEST = 200
 JSON = None | bool | int | float | str | list[Any] | dict[str, Any]
 
 
-def save_checkpoint(directory: Path, model: Model, *, extra: Mapping[str, JSON] | None = None) -> None:
+def save_checkpoint(
+    directory: Path,
+    model: Model,
+    *,
+    extra: Mapping[str, JSON] | None = None,
+    files: Mapping[str, str] | None = None,
+) -> None:
     """Save a model as a directory; an existing checkpoint is replaced when the new one is complete.
 
     Args:
@@ -55,6 +61,7 @@ def save_checkpoint(directory: Path, model: Model, *, extra: Mapping[str, JSON] 
         model: the model, whose config and tensors are saved. Wrappers such as those of torch.compile and
             DistributedDataParallel are removed.
         extra: JSON values saved beside the config, which `load_checkpoint` returns.
+        files: names and texts of further files, which config.json lists with their digests.
 
     Raises:
         OSError: the directory cannot be written, or is not a checkpoint; it is left unchanged.
@@ -65,6 +72,7 @@ def save_checkpoint(directory: Path, model: Model, *, extra: Mapping[str, JSON] 
     """
     contents = _Contents(model, extra)  # before anything is written: it checks that the model can be loaded
     with write_directory(Path(directory).expanduser()) as folder:
+        write_texts(folder, files or {})
         contents.write(folder)
 
 
@@ -119,6 +127,12 @@ def _load(folder: Path, device: torch.device) -> tuple[Model, dict[str, JSON]]:
         model = _build(config)
     _fill(model, path, tensors)
     return model, config["extra"]
+
+
+def write_texts(folder: Path, files: Mapping[str, str]) -> None:
+    """Write text files into a new checkpoint, before `write_model`."""
+    for name, text in files.items():
+        (folder / name).write_bytes(text.encode())
 
 
 def write_model(folder: Path, model: Model, *, extra: Mapping[str, JSON] | None = None) -> None:

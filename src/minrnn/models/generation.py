@@ -1,6 +1,7 @@
 """Sampling: one token at a time from a carried state, in constant memory."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    end: int | None = None,
 ) -> Iterator[Tensor]:
     """Continue prompts, and yield each step's tokens as soon as they are drawn.
 
@@ -52,9 +54,11 @@ def generate(
         top_k: number of most likely tokens to sample from; 0 is all.
         top_p: least total probability of the tokens to sample from; 1 is all.
         generator: random number generator on the model's device; None is torch's global one.
+        end: the token that ends a row, such as a vocabulary's end of text; None for `num_tokens` always.
 
     Yields:
-        `(B,)`, int64: the next token of each row.
+        `(B,)`, int64: the next token of each row; `end` where the row has ended. The last tokens are those
+        with which the last row ends.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -77,11 +81,16 @@ def generate(
         raise TypeError(
             f"generate: generator must be a torch.Generator or None, got {type(generator).__name__}"
         )
+    if end is not None:
+        end = read_size("generate", "end", end, least=0)
+        if end >= config.vocab_size:
+            raise ValueError(f"generate: end must lie in 0 .. {config.vocab_size - 1}, got {end}")
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
     warn_without_effect(generate, settings, WITHOUT_EFFECT)
     # Arguments are checked here, because the generator below does not run before its first token is
     # requested.
-    return _stream(Decoder(model), prompt_ids, num_tokens, temperature, top_k, top_p, generator)
+    pick = partial(choose, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    return _stream(Decoder(model), prompt_ids, num_tokens, pick, end)
 
 
 def choose(
@@ -108,20 +117,19 @@ def choose(
 
 @torch.no_grad()
 def _stream(
-    decoder: Decoder,
-    prompt_ids: Tensor,
-    num_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    generator: torch.Generator | None,
+    decoder: Decoder, prompt_ids: Tensor, num_tokens: int, pick: Callable[[Tensor], Tensor], end: int | None
 ) -> Iterator[Tensor]:
     logits, state = decoder.prefill(prompt_ids)
+    has_ended = torch.zeros_like(prompt_ids[:, 0], dtype=torch.bool)  # (B,)
     for step in range(num_tokens):
-        token = choose(logits.float(), temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        token = pick(logits.float())
+        if end is not None:
+            token = token.masked_fill(has_ended, end)
+            has_ended = token == end
         yield token
-        if step + 1 < num_tokens:
-            logits, state = decoder.step(token, state)
+        if step + 1 == num_tokens or (end is not None and has_ended.all()):
+            return
+        logits, state = decoder.step(token, state)
 
 
 def _check_prompt(prompt_ids: Tensor, vocab_size: int) -> None:

@@ -13,11 +13,12 @@ from torch.nn import functional
 
 from minrnn.files import NoEffect, check_choice, check_types, convert, require, warn_without_effect
 from minrnn.mixers import MIXERS
-from minrnn.mixers.calls import runs
+from minrnn.mixers.calls import is_plain, runs
 from minrnn.mixers.convolution import CausalConv
 from minrnn.mixers.mixer import check_reset
 from minrnn.models.block import ACTIVATIONS, MLP, Block, BlockState
 from minrnn.models.dropout import Dropout
+from minrnn.models.losses import chunked_loss, linear_loss
 from minrnn.ops.recurrence import check_tensor
 
 ModelState = tuple[BlockState, ...]
@@ -215,9 +216,72 @@ class SequenceModel(nn.Module):
             ValueError: a shape is not as above, or the state is of another model.
         """
         self._check(tokens, state, reset)
+        y, state = self._outputs(tokens, state, reset)
+        return self._predict(y), state
+
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        state: ModelState | None = None,
+        *,
+        reset: Tensor | None = None,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+    ) -> tuple[Tensor, ModelState]:
+        """Return the cross-entropy of the targets, without holding all logits at once.
+
+            loss = -mean(log softmax(logits)[target])
+
+        Memory does not grow with the number of tokens times `vocab_size`, unlike that of `forward`, as the
+        logits are computed in chunks. torch's `linear_cross_entropy` does so where the head is a plain linear
+        layer; any other head is called, and called again in the backward pass.
+
+        Args:
+            tokens: `(B, T)`, int64, below vocab_size.
+            targets: `(B, T)`, int64, below vocab_size, or `ignore_index`.
+            state: as of `forward`.
+            reset: as of `forward`.
+            reduction: mean, over the targets that are not ignored, or sum.
+            ignore_index: target of steps without one.
+
+        Returns:
+            The loss, a scalar in at least float32, and the state after the last token.
+
+        Raises:
+            TypeError: as of `forward`.
+            ValueError: as of `forward`, or the shape of the targets is another.
+        """
+        self._check(tokens, state, reset)
+        check_tensor("SequenceModel.loss", "targets", targets)
+        if targets.shape != tokens.shape:
+            raise ValueError(
+                f"SequenceModel.loss: targets must be {tuple(tokens.shape)}, as tokens, got "
+                f"{tuple(targets.shape)}"
+            )
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"SequenceModel.loss: reduction must be mean or sum, got {reduction!r}")
+        y, state = self._outputs(tokens, state, reset)
+        y, targets, how = y.flatten(0, 1), targets.flatten(), (reduction, ignore_index)
+        weight = self._plain_weight()
+        loss = None if weight is None else linear_loss(y, weight, targets, *how)
+        if loss is None:
+            loss = chunked_loss(self._predict, y, targets, self.config.vocab_size, *how)
+        return loss, state
+
+    def _outputs(
+        self, tokens: Tensor, state: ModelState | None, reset: Tensor | None
+    ) -> tuple[Tensor, ModelState]:
+        """Return what the head reads, (B, T, d_model), and the state."""
         x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
         x, state = run_blocks(self.blocks, x, state, reset=reset)
-        return self._predict(self.norm(x)), state
+        return self.norm(x), state
+
+    def _plain_weight(self) -> Tensor | None:
+        """Return the matrix of the head, if it is a linear layer as it was made, without hooks."""
+        head = self.embedding if self.head is None else self.head
+        is_own = is_plain(head, nn.Embedding if self.head is None else nn.Linear)
+        return head.weight if is_own and getattr(head, "bias", None) is None else None
 
     def _predict(self, y: Tensor) -> Tensor:
         head, embedding = self.head, self.embedding

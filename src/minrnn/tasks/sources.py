@@ -1,7 +1,8 @@
 """Sources of text: this interpreter's standard library, Tiny Shakespeare, or any file or folder.
 
-`SOURCES` names the corpora that need no path. A corpus of one file is split by tokens, the first nine tenths
-for training; a corpus of several files is split by file.
+`SOURCES` names the corpora that need no path. Files of text are split by file, and the documents in files of
+rows (JSON Lines, Parquet) by document. One file of text alone is split by tokens, the first nine tenths for
+training.
 """
 
 import hashlib
@@ -9,9 +10,11 @@ import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from minrnn.files import nearest
+from minrnn.tasks.documents import Piece, first_block, has_rows, read_pieces, read_text
 from minrnn.tasks.downloads import cache_folder, check_digest, download, supplied_file
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -47,16 +50,46 @@ class Corpus:
     val: tuple[Path, ...] = ()
     """Validation files, in reading order; empty if a single file is split by tokens."""
 
+    rows: tuple[Path, ...] = ()
+    """Files of rows, each a document for training or validation, in reading order."""
+
     left_out: int = 0
     """Number of binary files that were left out."""
 
+    is_joined: bool = False
+    """Whether the files are read as they are, end to end, without a mark between documents."""
+
+    column: str = "text"
+    """The key or column of the text in files of rows."""
+
     @property
     def files(self) -> tuple[Path, ...]:
-        """All files: training, then validation."""
-        return self.train + self.val
+        """All files in reading order: training, rows, validation."""
+        return self.train + self.rows + self.val
+
+    @property
+    def is_split_by_tokens(self) -> bool:
+        """Whether there is one file of text only, whose last tenth of tokens is for validation."""
+        return not (self.val or self.rows)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of each file, compressed if it is."""
+        return tuple(file.stat().st_size for file in self.files)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(self.sizes)
+
+    def read(self, index: int) -> Iterator[Piece]:
+        """Yield the documents of the file of this index in pieces."""
+        path, is_validation = self.files[index], index >= len(self.train) + len(self.rows)
+        pieces = read_text(path) if self.is_joined else read_pieces(path, self.column)
+        yield from (piece._replace(is_held_out=True) for piece in pieces) if is_validation else pieces
 
 
-def find_corpus(source: str) -> Corpus:
+def find_corpus(source: str, *, is_joined: bool = False, column: str = "text") -> Corpus:
     """Return the corpus that `source` names.
 
     A folder is read recursively, without hidden files (their name begins with a dot), binary files (a NUL
@@ -65,18 +98,22 @@ def find_corpus(source: str) -> Corpus:
 
     Args:
         source: a name in SOURCES, or the path of a file or folder (./python for a folder named python).
+        is_joined: read every file as it is; otherwise JSON Lines and Parquet are read by row, and .gz and
+            .zst are decompressed.
+        column: the key or column of the text in files of rows.
 
     Raises:
         ValueError: there is no such source, file or folder, or the folder holds no text.
         OSError: the source cannot be downloaded.
     """
-    if source in SOURCES:
-        return SOURCES[source]()
     path = Path(source).expanduser()
+    if source in SOURCES:
+        return replace(SOURCES[source](), is_joined=is_joined)
     if path.is_file():
-        return Corpus(source, path.resolve(), (path.resolve(),))
+        found = _of_files(source, path.resolve(), [path.resolve()], is_joined)
+        return replace(found, is_joined=is_joined, column=column)
     if path.is_dir():
-        return _text_corpus(source, path.resolve())
+        return replace(_text_corpus(source, path.resolve(), is_joined), is_joined=is_joined, column=column)
     hint = nearest(source, SOURCES) or "; check the path"
     raise ValueError(
         f"find_corpus: source must be {', '.join(map(repr, SOURCES))}, or an existing file or folder, got "
@@ -92,7 +129,8 @@ def python_corpus() -> Corpus:
     file in ten is used for validation, selected by a hash of its relative path.
     """
     library = Path(sysconfig.get_path("stdlib"))
-    return _split_by_file("python", library, _walk_library(library), "Python files")
+    files = _with_content("python", library, _walk_library(library), "Python files")
+    return _of_files("python", library, files)
 
 
 def shakespeare_corpus() -> Corpus:
@@ -124,31 +162,37 @@ def fetch_shakespeare(url: str | None = None) -> Path:
 SOURCES: dict[str, Callable[[], Corpus]] = {"python": python_corpus, "shakespeare": shakespeare_corpus}
 
 
-def _text_corpus(source: str, folder: Path) -> Corpus:
-    files = list(_walk_text(folder))
-    texts = [file for file in files if not _is_binary(file)]
-    corpus = _split_by_file(source, folder, texts, "visible files of text")
-    return replace(corpus, left_out=len(files) - len(texts))
+def _text_corpus(source: str, folder: Path, is_joined: bool) -> Corpus:
+    found = list(_walk_text(folder))
+    texts = [file for file in found if not _is_binary(file, is_joined)]
+    files = _with_content(source, folder, texts, "visible files of text")
+    return replace(_of_files(source, folder, files, is_joined), left_out=len(found) - len(texts))
 
 
-def _split_by_file(name: str, folder: Path, found: Iterable[Path], what: str) -> Corpus:
-    """Return the files as a corpus; the tenth with the smallest hashes of their paths is the validation part.
-
-    The hash spreads each folder over both parts, is the same on every machine, and moves few files between
-    the parts when files are added. Empty files are left out, as one could be the only validation file.
-    """
+def _with_content(name: str, folder: Path, found: Iterable[Path], what: str) -> list[Path]:
+    """Return the files that are not empty, sorted; an empty one could be the only validation file."""
     whole = [file for file in found if file.is_file() and file.stat().st_size]  # not sockets, dead links
-    files = sorted(whole, key=lambda file: file.relative_to(folder).as_posix())
-    if not files:
+    if not whole:
         raise ValueError(
             f"find_corpus: source {name!r} must hold text, got no {what} with content in {folder}"
         )
-    if len(files) == 1:
-        return Corpus(name, folder, tuple(files))
-    ranked = sorted(files, key=lambda file: _path_hash(file.relative_to(folder)))
-    held_out = set(ranked[: max(1, len(files) // FILES_PER_VALIDATION_FILE)])
-    train = tuple(file for file in files if file not in held_out)
-    return Corpus(name, folder, train, tuple(file for file in files if file in held_out))
+    return sorted(whole, key=lambda file: file.relative_to(folder).as_posix())
+
+
+def _of_files(name: str, origin: Path, files: list[Path], is_joined: bool = True) -> Corpus:
+    """Return the files as a corpus; of text, the tenth with the smallest hashes of their paths validates.
+
+    The hash spreads each folder over both parts, is the same on every machine, and moves few files between
+    the parts when files are added.
+    """
+    rows = tuple(file for file in files if not is_joined and has_rows(file))
+    texts = [file for file in files if is_joined or not has_rows(file)]
+    if len(texts) == 1 and not rows:
+        return Corpus(name, origin, tuple(texts))
+    ranked = sorted(texts, key=lambda file: _path_hash(file.relative_to(origin)))
+    held_out = set(ranked[: max(not rows, len(texts) // FILES_PER_VALIDATION_FILE)])
+    train = tuple(file for file in texts if file not in held_out)
+    return Corpus(name, origin, train, tuple(file for file in texts if file in held_out), rows)
 
 
 def _walk_library(library: Path) -> Iterator[Path]:
@@ -208,7 +252,9 @@ def _is_excluded(path: Path) -> bool:
     return bool(is_ours or names & set(_MARKS)) or path.resolve() == cache_folder().resolve()
 
 
-def _is_binary(file: Path) -> bool:
+def _is_binary(file: Path, is_joined: bool) -> bool:
+    if not is_joined:
+        return not has_rows(file) and b"\0" in first_block(file, _FIRST_BLOCK)
     with file.open("rb") as opened:
         return b"\0" in opened.read(_FIRST_BLOCK)
 

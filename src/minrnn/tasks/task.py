@@ -1,19 +1,23 @@
 """The interface of a task: deterministic batches, a loss and an evaluation."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from minrnn.mixers.calls import is_plain
 from minrnn.models import Model, ModelConfig, ModelState, SequenceModel, Steps
 from minrnn.models.evaluation import evaluation_mode as evaluation_mode
 
 IGNORED = -100
 """Target of positions without a prediction: the default `ignore_index` of torch's cross_entropy."""
+
+LARGE_VOCABULARY = 2048
+"""Size of a vocabulary from which on the logits of a batch are not held all at once."""
 
 Tell = Callable[[float], object]
 """A progress callback; it receives the completed fraction, between 0 and 1."""
@@ -62,6 +66,8 @@ class TaskConfig:
     """The task's name in TASKS."""
     verb: ClassVar[str] = "evaluate"
     """The command that uses a trained model: `minrnn VERB RUN`."""
+    earlier: ClassVar[Mapping[str, Any]] = {}
+    """Values of settings that runs of earlier versions do not record, where they differ from the defaults."""
 
     def resolved(self, model: ModelConfig) -> Self:
         """Return the configuration with the settings filled in that depend on the model."""
@@ -85,6 +91,11 @@ class Task(ABC):
     def saved_vocabulary(self) -> dict[str, str] | None:
         """The vocabulary that is saved in checkpoints; None if tokens are not text."""
         return None
+
+    @property
+    def saved_files(self) -> dict[str, str]:
+        """Names and texts of further files that are saved in checkpoints."""
+        return {}
 
     @abstractmethod
     def describe(self) -> str:
@@ -176,7 +187,8 @@ class Task(ABC):
 class TokenTask(Task):
     """Base class of the tasks on tokens, which a SequenceModel learns.
 
-    Models are called as `logits, state = model(tokens, state)`: tokens (B, T) int64, logits (B, T, V).
+    Models are called as `logits, state = model(tokens, state)`: tokens (B, T) int64, logits (B, T, V); and
+    with `reset=`, (B, T) bool, where sequences start within a row.
     """
 
     @property
@@ -210,8 +222,38 @@ class TokenTask(Task):
             The loss, a scalar in at least float32, and the state, not detached.
         """
         batch = batch.to(device_of(model))
-        logits, state = model(batch.inputs, None if batch.fresh else state)
-        return nats(logits, batch.targets, "mean"), state
+        state = None if batch.fresh else state
+        return token_nats(model, batch.inputs, batch.targets, state, batch.reset, "mean")
+
+
+def call(
+    model: nn.Module, inputs: Tensor | Steps, state: ModelState | None, reset: Tensor | None
+) -> tuple[Tensor, ModelState]:
+    """Call a model of tokens; without resets it need not know them."""
+    return model(inputs, state) if reset is None else model(inputs, state, reset=reset)
+
+
+def token_nats(
+    model: nn.Module,
+    inputs: Tensor | Steps,
+    targets: Tensor,
+    state: ModelState | None,
+    reset: Tensor | None,
+    reduction: str,
+) -> tuple[Tensor, ModelState]:
+    """Return the cross-entropy of a model's predictions of tokens, and its state.
+
+    Where the vocabulary is large, the logits are not held all at once; a wrapped model has to return them.
+    """
+    if isinstance(model, SequenceModel) and isinstance(inputs, Tensor) and _is_large(model):
+        return model.loss(inputs, targets, state, reset=reset, reduction=reduction, ignore_index=IGNORED)
+    logits, state = call(model, inputs, state, reset)
+    return nats(logits, targets, reduction), state
+
+
+def _is_large(model: SequenceModel) -> bool:
+    """Whether a model has a large vocabulary, and no hooks that a call would run."""
+    return model.config.vocab_size >= LARGE_VOCABULARY and is_plain(model, SequenceModel)
 
 
 def check_batch(function: str, step: int, batch_size: int, seed: int = 0, *, seeds: int = 1 << 64) -> None:

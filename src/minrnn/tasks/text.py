@@ -2,17 +2,19 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from minrnn.files import check_bounds, require
+from minrnn.files import NoEffect, check_bounds, check_choice, require, warn_without_effect
 from minrnn.models import ModelConfig
+from minrnn.models.sequence import LARGEST
 from minrnn.tasks.draws import Draws, Part
 from minrnn.tasks.sources import find_corpus
 from minrnn.tasks.task import (
@@ -24,12 +26,19 @@ from minrnn.tasks.task import (
     check_max_tokens,
     device_of,
     evaluation_mode,
-    nats,
+    token_nats,
 )
 from minrnn.tasks.tokens import TokenizedCorpus, tokenize
-from minrnn.tasks.vocabulary import VOCABULARIES, Vocabulary
+from minrnn.tasks.vocabulary import VOCABULARIES, SubwordVocabulary, Vocabulary
 
 _COUNTED_TOKENS = 1 << 22  # tokens per bincount, which converts them to 64 bits, 32 MiB
+
+
+LEAST_SUBWORDS = 257
+"""The bytes and the end of a text, without which a text might have no tokens."""
+
+WITHOUT_EFFECT = (NoEffect("vocab_size", "vocabulary", lambda s: s["vocabulary"] != "bpe"),)
+"""Fields of TextConfig that have no effect with some values of another."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +47,11 @@ class TextConfig(TaskConfig):
 
     source: str = "python"
     """Text to learn: python (this interpreter's standard library), shakespeare (downloaded once), or the path
-    of a file or a folder (without hidden and binary files, runs, caches and virtual environments)."""
-    vocabulary: Literal["bytes", "characters"] = "bytes"
-    """Tokens: the 256 bytes, or the characters that occur in the text."""
+    of a file or a folder (without hidden and binary files, runs, caches and virtual environments). A file of
+    text is a document, and so is a line of .jsonl and a row of .parquet; .gz and .zst are decompressed."""
+    vocabulary: str = "bytes"
+    """Tokens: bytes; characters that occur in the text; bpe, subwords that are learned from the training
+    part by byte-pair encoding; or the path of a byte-level tokenizer.json."""
     window: int = 256
     """Length T of a training sequence, in tokens, and of the windows of val_loss_windowed."""
     eval_chunk: int = 4096
@@ -55,18 +66,30 @@ class TextConfig(TaskConfig):
     best_in_windows: bool = False
     """Select a run's best weights by val_loss_windowed instead of val_loss; for mixers whose state is not
     useful beyond the lengths they were trained on."""
+    documents: Literal["separate", "joined"] = "separate"
+    """Documents: separate, with the token <|endoftext|> before each, at which the state is reset; or joined:
+    files are read as they are, one after the other, without a mark and without resets."""
+    text_column: str = "text"
+    """Key of the text in lines of .jsonl, or its column in .parquet."""
+    vocab_size: int = 4096
+    """Most tokens of the vocabulary bpe."""
 
     task = "text"
     verb = "sample"
+    earlier: ClassVar[Mapping[str, Any]] = {"documents": "joined"}
 
     def __post_init__(self) -> None:
-        require(self, "vocabulary", self.vocabulary in VOCABULARIES, f"one of {', '.join(VOCABULARIES)}")
+        if Path(self.vocabulary).suffix != ".json":
+            check_choice(self, "vocabulary", VOCABULARIES)
+        require(self, "documents", self.documents in ("separate", "joined"), "separate or joined")
         check_bounds(self, {"window": (1, 1 << 24), "eval_chunk": (1, 1 << 30)}, " token")
+        check_bounds(self, {"vocab_size": (LEAST_SUBWORDS, LARGEST["vocab_size"])}, " tokens")
         require(self, "held_out", 0 <= self.held_out < 1, "a fraction in [0, 1)")
         choices = ("validation", "test") if self.held_out else ("validation",)
         without = "" if self.held_out else " where nothing is held out"
         require(self, "held_out_for", self.held_out_for in choices, " or ".join(choices) + without)
         require(self, "part", self.part in choices, " or ".join(choices) + without)
+        warn_without_effect(type(self), vars(self), WITHOUT_EFFECT, stacklevel=4)
 
 
 class TextTask(TokenTask):
@@ -75,7 +98,7 @@ class TextTask(TokenTask):
     Args:
         config: the configuration.
         vocabulary: a vocabulary, such as a checkpoint's; by default that of `config`, built from the whole
-            text, validation part included.
+            text, validation part included. It has an end of text unless documents are joined.
 
     Raises:
         ValueError: the text is missing, empty, or too short for one window in either part; it is not UTF-8
@@ -87,9 +110,14 @@ class TextTask(TokenTask):
 
     def __init__(self, config: TextConfig, vocabulary: Vocabulary | None = None) -> None:
         self.config = config
-        corpus = find_corpus(config.source)
+        is_joined = config.documents == "joined"
+        corpus = find_corpus(config.source, is_joined=is_joined, column=config.text_column)
         self._left_out = corpus.left_out
-        self._corpus: TokenizedCorpus = tokenize(corpus, vocabulary or config.vocabulary)
+        is_learned = vocabulary is None and config.vocabulary in VOCABULARIES
+        if vocabulary is None and not is_learned:
+            vocabulary = SubwordVocabulary.read(Path(config.vocabulary).expanduser(), not is_joined)
+        size = config.vocab_size if is_learned and config.vocabulary == SubwordVocabulary.kind else 0
+        self._corpus: TokenizedCorpus = tokenize(corpus, vocabulary or config.vocabulary, size)
         for part, tokens in (("training", self.train_tokens), ("validation", self.val_tokens)):
             if tokens.size <= config.window:
                 raise ValueError(
@@ -113,6 +141,11 @@ class TextTask(TokenTask):
     def saved_vocabulary(self) -> dict[str, str]:
         """The vocabulary as a dict, for `Vocabulary.from_dict`."""
         return self.vocabulary.to_dict()
+
+    @property
+    def saved_files(self) -> dict[str, str]:
+        """The files of the vocabulary, such as tokenizer.json."""
+        return self.vocabulary.files
 
     @property
     def train_tokens(self) -> NDArray[np.unsignedinteger]:
@@ -150,7 +183,7 @@ class TextTask(TokenTask):
         """Return the source and the sizes of its parts in one line, for a log."""
         left_out = f"; binary files, {self._left_out:,} of them, are left out" if self._left_out else ""
         return (
-            f"{self.config.source}: {self.train_tokens.size:,} {self.vocabulary.kind} to train on, "
+            f"{self.config.source}: {self.train_tokens.size:,} {self.vocabulary.unit} to train on, "
             f"{self.val_tokens.size:,} to validate on, {self.vocabulary.size} symbols{left_out}"
         )
 
@@ -168,7 +201,8 @@ class TextTask(TokenTask):
     def batch(self, step: int, batch_size: int, seed: int) -> Batch:
         """Return `batch_size` random windows of the training part, (B, T).
 
-        The batch is a pure function of the arguments, the same on every machine and in a resumed run.
+        Windows start anywhere; where a document starts inside one, the state is reset. The batch is a pure
+        function of the arguments, the same on every machine and in a resumed run.
 
         Args:
             step: index of the batch, >= 0.
@@ -223,10 +257,12 @@ class TextTask(TokenTask):
             tell: progress callback.
 
         Returns:
-            val_loss: nats per token, with the text as one stream whose state is carried from chunk to chunk.
+            val_loss: nats per token, with the text as one stream whose state is carried from chunk to chunk,
+                and reset where a document starts.
             val_loss_windowed: nats per token, with each window of T tokens starting from the empty state, as
                 usual for models without a carried state.
-            bits_per_byte: val_loss / ln 2 * tokens / bytes of UTF-8; comparable between vocabularies.
+            bits_per_byte: val_loss / ln 2 * tokens / bytes of UTF-8; comparable between vocabularies. The
+                ends of documents are predicted, and have no bytes.
             val_tokens: number of predicted tokens.
 
         Raises:
@@ -256,15 +292,28 @@ class TextTask(TokenTask):
 
     def _gather(self, starts: NDArray[np.int64], *, fresh: bool) -> Batch:
         tokens = torch.from_numpy(self._windows[starts].astype(np.int64))  # (B, T + 1)
-        return Batch(tokens[:, :-1], tokens[:, 1:], fresh)
+        inputs = tokens[:, :-1]
+        return Batch(inputs, tokens[:, 1:], fresh, self._resets(inputs, fresh=fresh))
+
+    def _resets(self, inputs: Tensor, *, fresh: bool) -> Tensor | None:
+        """Return where documents start in inputs (B, T): at their mark."""
+        mark = self.vocabulary.end_of_text
+        if mark is None:
+            return None
+        reset = inputs == mark
+        if fresh:
+            reset[:, 0] = False  # the state is empty anyway, and a call without resets is faster
+        return reset if reset.any() else None
 
     def _stream_nats(self, model: nn.Module, tokens: NDArray[np.integer], tell: Tell) -> float:
         """Return the total loss with the tokens as one stream, chunk by chunk with a carried state."""
         device, total, state = device_of(model), 0.0, None
         for start in range(0, tokens.size - 1, self.config.eval_chunk):
             chunk = _to_tensor(tokens[None, start : start + self.config.eval_chunk + 1], device)
-            logits, state = model(chunk[:, :-1], state)
-            total += nats(logits, chunk[:, 1:], "sum").item()
+            inputs = chunk[:, :-1]
+            reset = self._resets(inputs, fresh=state is None)
+            loss, state = token_nats(model, inputs, chunk[:, 1:], state, reset, "sum")
+            total += loss.item()
             tell(min(1.0, (start + self.config.eval_chunk) / (tokens.size - 1)))
         return total
 
@@ -272,7 +321,8 @@ class TextTask(TokenTask):
         """Return the total loss with each window starting from the empty state."""
         total, done = 0.0, 0
         for inputs, targets in self._evaluation_windows(tokens, device_of(model)):
-            total += nats(model(inputs, None)[0], targets, "sum").item()
+            loss, _ = token_nats(model, inputs, targets, None, self._resets(inputs, fresh=True), "sum")
+            total += loss.item()
             done += targets.numel()
             tell(done / (tokens.size - 1))
         return total

@@ -2,7 +2,8 @@
 
 A cache entry is a folder, `tokens/<corpus>/<state>`, with `tokens.bin` (ids, training then validation),
 `tokens.json` and `checked.json`. It is created by a rename and never changes: if the corpus's files change,
-<state> does, and the earlier entry is removed.
+<state> does, and the earlier entry is removed. Until the rename the folder is `.building-<state>`, with a
+lock: other processes wait for it, and after a kill the next one continues it.
 
 An entry is valid if its digest is. Hashing takes a second or more per GB, so it is done once: `checked.json`
 keeps the size, inode and times of the two verified files, and the digest is computed again only if these
@@ -14,27 +15,34 @@ MINRNN_CACHE, they share its entries, except those of texts that are not world-r
 
 import hashlib
 import json
+import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypedDict
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from minrnn.files import lock, read_json
+from minrnn.files import InUseError, lock, read_json
 from minrnn.tasks.downloads import cache_folder
 from minrnn.tasks.sources import Corpus
-from minrnn.tasks.vocabulary import VOCABULARIES, Vocabulary
+from minrnn.tasks.tokenizing import IDS, PROGRESS, stored_type, write_tokens
+from minrnn.tasks.vocabulary import Vocabulary
 
-FORMAT_VERSION = 1  # part of an entry's name, so that entries of other versions are ignored
+FORMAT_VERSION = 2  # part of an entry's name, so that entries of other versions are ignored
+KEPT_DAYS = 7
+"""Days after which what a killed call left is removed, if no other call has continued it."""
 _UNFINISHED = ".building-"  # prefix of folders that are being written
 _LOCK = ".lock"  # suffix of the lock file of such a folder
-_IDS, _HEADER, _CHECKED = "tokens.bin", "tokens.json", "checked.json"
+_HEADER, _CHECKED = "tokens.json", "checked.json"
+_SILENT_WAIT, _LONGEST_WAIT = 1.0, 7 * 86400.0  # seconds that another process is waited for
 _BLOCK_BYTES = 1 << 20  # hashed at once
 
 
@@ -54,29 +62,37 @@ class TokenizedCorpus:
     """Digest of the ids, the vocabulary and the split."""
 
 
-def tokenize(corpus: Corpus, vocabulary: str | Vocabulary) -> TokenizedCorpus:
+def tokenize(corpus: Corpus, vocabulary: str | Vocabulary, vocab_size: int = 0) -> TokenizedCorpus:
     """Return the token ids of a corpus, cached unless one of its files changed (path, size or times).
 
+    Where the vocabulary has an end of text, it stands before each document and at the end of each part.
+
     Args:
-        corpus: the files to read.
-        vocabulary: a name in VOCABULARIES, which is built from all files; or a vocabulary.
+        corpus: the documents.
+        vocabulary: a name in VOCABULARIES, which is learned from the documents; or a vocabulary, with an end
+            of text unless the corpus is joined.
+        vocab_size: most tokens of subwords that are learned.
 
     Raises:
-        ValueError: the corpus is empty, is not UTF-8 (characters only), or holds characters without a token.
+        ValueError: the corpus is empty, is not UTF-8 (which bytes need not be), or has characters
+            without a token.
         OSError: a file cannot be read, or the cache cannot be written.
     """
+    if isinstance(vocabulary, Vocabulary) and vocabulary.is_marked == corpus.is_joined:
+        raise ValueError(
+            "tokenize: vocabulary must have an end of text, and none for a joined corpus, got one "
+            f"{'with' if vocabulary.is_marked else 'without'}"
+        )
     state = [_file_state(file) for file in corpus.files]
     if not any(size for _, size, *_ in state):
         raise ValueError(
             f"tokenize: source {corpus.name!r} must hold text, got an empty file: {corpus.origin}"
         )
     wanted = vocabulary if isinstance(vocabulary, str) else vocabulary.to_dict()
-    shelf = cache_folder() / "tokens" / _digest([FORMAT_VERSION, str(corpus.origin), corpus.name, wanted])
-    entry = shelf / _digest([len(corpus.train), state])
-    if (found := _find(entry)) is None:
-        learned = VOCABULARIES[vocabulary].learn(corpus.files) if isinstance(vocabulary, str) else vocabulary
-        found = _make(entry, corpus, learned)
-    return found
+    read_as = corpus.is_joined, corpus.column
+    named = [FORMAT_VERSION, str(corpus.origin), corpus.name, read_as, wanted, vocab_size]
+    entry = cache_folder() / "tokens" / _digest(named) / _digest([len(corpus.train), len(corpus.rows), state])
+    return _find(entry) or _make(entry, corpus, vocabulary, vocab_size)
 
 
 def _file_state(file: Path) -> tuple[str, int, int, int]:
@@ -110,9 +126,9 @@ def _load(entry: Path) -> TokenizedCorpus | None:
     """Memory-map an entry; return None if it is missing, unreadable or damaged."""
     try:
         header = read_json(entry / _HEADER, _Header)
-        vocabulary = Vocabulary.from_dict(header["vocabulary"])
-        dtype, sizes = _stored(vocabulary), (header["num_train"], header["num_val"])
-        if min(sizes) < 0 or sum(sizes) * dtype.itemsize != (entry / _IDS).stat().st_size:
+        vocabulary = Vocabulary.from_dict(header["vocabulary"], entry)
+        dtype, sizes = stored_type(vocabulary), (header["num_train"], header["num_val"])
+        if min(sizes) < 0 or sum(sizes) * dtype.itemsize != (entry / IDS).stat().st_size:
             return None
         files = _state_of(entry)
         if not _was_checked(entry, files):
@@ -120,16 +136,17 @@ def _load(entry: Path) -> TokenizedCorpus | None:
                 return None
             with suppress(OSError):  # not writable: the digest is computed again next time
                 (entry / _CHECKED).write_text(json.dumps(files), encoding="utf-8")
-        ids = np.asarray(np.memmap(entry / _IDS, dtype, mode="r"))
+        ids = np.asarray(np.memmap(entry / IDS, dtype, mode="r"))
     except (OSError, ValueError):
         return None
-    return TokenizedCorpus(vocabulary, ids[: sizes[0]], ids[sizes[0] :], header["sha256"])
+    parts = ids[: sizes[0]], ids[sizes[0] :]
+    return TokenizedCorpus(vocabulary, *parts, header["sha256"])
 
 
 def _hash_entry(entry: Path, header: _Header) -> str:
     """Compute the digest of an entry as `_write_files` does."""
     sha256 = hashlib.sha256()
-    with (entry / _IDS).open("rb") as file:  # not the map: truncating a mapped file kills the process
+    with (entry / IDS).open("rb") as file:  # not the map: truncating a mapped file kills the process
         while block := file.read(_BLOCK_BYTES):
             sha256.update(block)
     sha256.update(_described(header["vocabulary"], header["num_train"], header["num_val"]).encode())
@@ -150,30 +167,34 @@ def _was_checked(entry: Path, files: list[list[int]]) -> bool:
 
 def _state_of(entry: Path) -> list[list[int]]:
     """Return inode, size and times of an entry's files."""
-    found = [(entry / name).stat() for name in (_IDS, _HEADER)]
+    found = [(entry / name).stat() for name in (IDS, _HEADER)]
     return [[each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns] for each in found]
 
 
-def _make(entry: Path, corpus: Corpus, vocabulary: Vocabulary) -> TokenizedCorpus:
+def _make(entry: Path, corpus: Corpus, vocabulary: str | Vocabulary, vocab_size: int) -> TokenizedCorpus:
     """Write an entry, rename it into place, and remove the entries of earlier states of the corpus."""
     shelf = entry.parent
     try:
         _make_folders(shelf)
-        _clear_unfinished(shelf.parent)
-        with _building(shelf) as building:
+        _clear_unfinished(entry)
+        with _building(entry) as building:
+            if (found := _find(entry)) is not None:  # another process has written it meanwhile
+                return found
             if not _is_public(corpus):
                 building.chmod(stat.S_IRWXU)
-            _write_files(building, corpus, vocabulary)
+            _write_files(building, corpus, vocabulary, vocab_size)
             shutil.rmtree(entry, ignore_errors=True)  # exists only if it is invalid
             place = entry
             if entry.exists():  # owned by another user
                 place = entry.with_name(f"{entry.name}-{secrets.token_hex(4)}")
             with suppress(FileExistsError):
                 building.rename(place)
+            shutil.rmtree(building, ignore_errors=True)  # exists only if another place appeared meanwhile
     except OSError as error:
         if (found := _find(entry)) is None:  # otherwise another process has written it
+            reason = error.strerror if error.filename is None and error.strerror else error
             raise OSError(
-                f"tokenize: cannot write the tokens of {corpus.name!r} to {shelf}: {error} (MINRNN_CACHE "
+                f"tokenize: cannot write the tokens of {corpus.name!r} to {shelf}: {reason} (MINRNN_CACHE "
                 "can name another folder)"
             ) from error
         return found
@@ -215,7 +236,31 @@ def _is_public(corpus: Corpus) -> bool:
 
 
 @contextmanager
-def _building(shelf: Path) -> Iterator[Path]:
+def _building(entry: Path) -> Iterator[Path]:
+    """Lock a folder for the block: that of an interrupted call with this entry, or a new one.
+
+    It is kept where the block is interrupted, and removed where the corpus cannot be encoded. Where it cannot
+    be locked, or is another user's, the folder has a name of its own, and is always removed.
+    """
+    shared = entry.with_name(f"{_UNFINISHED}{entry.name}")
+    unlocked: list[str] = []
+    with _waiting(_lock_of(shared), unlocked.append):
+        if unlocked or not _is_own(shared):
+            with _building_alone(entry.parent) as folder:
+                yield folder
+            return
+        if not shared.exists():
+            shared.mkdir()
+            _open_like_parent(shared)
+        try:
+            yield shared
+        except ValueError:
+            shutil.rmtree(shared, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _building_alone(shelf: Path) -> Iterator[Path]:
     """Create a locked temporary folder for the block, and remove it at the end."""
     folder = shelf / f"{_UNFINISHED}{secrets.token_hex(8)}"
     with lock(_lock_of(folder)):  # before the folder exists, so that it never looks abandoned
@@ -227,52 +272,60 @@ def _building(shelf: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _clear_unfinished(shelves: Path) -> None:
-    """Remove the temporary folders left behind by killed processes: those whose lock is free."""
-    for path in shelves.glob(f"*/{_UNFINISHED}*"):
+@contextmanager
+def _waiting(path: Path, say: Callable[[str], object]) -> Iterator[None]:
+    """Hold a lock file while the block runs; wait for another process, and tell so on stderr."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock(path, wait=_SILENT_WAIT, say=say))
+        except InUseError as error:
+            print(
+                f"waiting: the same text is being tokenized ({error.strerror})", file=sys.stderr, flush=True
+            )
+            stack.enter_context(lock(path, wait=_LONGEST_WAIT, say=say))
+        yield
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether a folder does not exist or is this user's."""
+    return not folder.exists() or not hasattr(os, "geteuid") or folder.stat().st_uid == os.geteuid()
+
+
+def _clear_unfinished(entry: Path) -> None:
+    """Remove what killed processes left, except this entry's and recent ones of other corpora.
+
+    A folder whose lock is not free is in use.
+    """
+    for path in entry.parent.parent.glob(f"*/{_UNFINISHED}*"):
         folder = path.with_name(path.name.removesuffix(_LOCK))
+        is_this = folder == entry.with_name(f"{_UNFINISHED}{entry.name}")
+        if is_this or (folder.parent != entry.parent and _is_recent(folder)):
+            continue
         unlocked: list[str] = []
         with suppress(OSError), lock(_lock_of(folder), say=unlocked.append):  # InUseError: still in use
             if not unlocked:  # without locks it may still be in use
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def _is_recent(folder: Path) -> bool:
+    """Whether a killed call committed something here in the last KEPT_DAYS."""
+    try:
+        return time.time() - (folder / PROGRESS).stat().st_mtime < KEPT_DAYS * 86400
+    except OSError:
+        return False
+
+
 def _lock_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}{_LOCK}")
 
 
-def _write_files(folder: Path, corpus: Corpus, vocabulary: Vocabulary) -> None:
-    sha256 = hashlib.sha256()
-    with (folder / _IDS).open("wb") as output:
-        num_train, num_val = (
-            sum(_append(output, sha256, file, vocabulary) for file in files)
-            for files in (corpus.train, corpus.val)
-        )
-    if not corpus.val:
-        num_tokens = num_train
-        num_train = num_tokens * 9 // 10
-        num_val = num_tokens - num_train
-    described = _described(vocabulary.to_dict(), num_train, num_val)
-    sha256.update(described.encode())
-    header = json.loads(described) | {"sha256": sha256.hexdigest()}
+def _write_files(folder: Path, corpus: Corpus, vocabulary: str | Vocabulary, vocab_size: int) -> None:
+    tokens = write_tokens(folder, corpus, vocabulary, vocab_size)
+    described = _described(tokens.vocabulary.to_dict(), tokens.num_train, tokens.num_val)
+    tokens.sha256.update(described.encode())
+    header = json.loads(described) | {"sha256": tokens.sha256.hexdigest()}
     (folder / _HEADER).write_text(json.dumps(header), encoding="utf-8")
-    for name in (_IDS, _HEADER):
+    for name in (IDS, _HEADER, *tokens.vocabulary.files):
         _open_like_parent(folder / name)
     (folder / _CHECKED).write_text(json.dumps(_state_of(folder)), encoding="utf-8")
     _open_like_parent(folder / _CHECKED)
-
-
-def _append(output: BinaryIO, sha256: "hashlib._Hash", file: Path, vocabulary: Vocabulary) -> int:
-    """Append the ids of `file` to `output`; return their number."""
-    num_tokens = 0
-    for ids in vocabulary.encode_file(file):
-        stored = ids.astype(_stored(vocabulary)).tobytes()
-        output.write(stored)
-        sha256.update(stored)
-        num_tokens += ids.size
-    return num_tokens
-
-
-def _stored(vocabulary: Vocabulary) -> np.dtype:
-    """Return the dtype on disk: little-endian, so that digests are the same on every machine."""
-    return vocabulary.dtype.newbyteorder("<")

@@ -184,6 +184,19 @@ class RunConfig:
             return config
         return dataclasses.replace(config, task=_convert_task(values["task"], "task"))
 
+    @classmethod
+    def from_record(cls, values: Mapping[str, Any]) -> RunConfig:
+        """Return the configuration that a run recorded with `to_dict`, perhaps by an earlier version.
+
+        As `from_dict`, but settings that did not exist yet have the values that keep what the run did.
+        """
+        table = values.get("task")
+        if not isinstance(table, Mapping):
+            return cls.from_dict(values)
+        kind = TASKS.get(table.get("name", TextConfig.task))
+        earlier = kind.config_type.earlier if kind else {}
+        return cls.from_dict({**values, "task": {**earlier, **table}})
+
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as nested dicts of JSON values: the inverse of `from_dict`."""
         values = dataclasses.asdict(self)
@@ -257,7 +270,7 @@ def read_config(run_dir: Path) -> RunConfig:
         raise FileNotFoundError(f"{run_dir} is not a run directory: it has no config.json")
     values = read_json(path, dict[str, Any])
     with naming(path):
-        return RunConfig.from_dict(values)
+        return RunConfig.from_record(values)
 
 
 def _recipe_text(name: str) -> str:

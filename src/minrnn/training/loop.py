@@ -244,7 +244,8 @@ class Run:
         chosen_by = self.task.chosen_by
         is_best = metrics[chosen_by] < self.state.best.get(chosen_by, math.inf)
         if is_best:
-            save_checkpoint(self.run_dir / "checkpoints" / "best", self.model, extra=self._extra())
+            best = self.run_dir / "checkpoints" / "best"
+            save_checkpoint(best, self.model, extra=self._extra(), files=self.task.saved_files)
             self.state.best = {"step": self.state.step, **metrics}
         with self.interruption.guard_output():
             self.log.evaluation(self.state.step, metrics, is_best)
@@ -260,7 +261,8 @@ class Run:
         self.state.unwritten = self.log.unwritten
         self.log.flush()
         last = self.run_dir / "checkpoints" / "last"
-        save_last(last, self.model, self.optimizers, self.state, self.config, self._extra())
+        files = self.task.saved_files
+        save_last(last, self.model, self.optimizers, self.state, self.config, self._extra(), files)
         self._report_started += time.perf_counter() - began
 
     def finish(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minrnn.files import convert, find_directory, naming, read_json, write_directory
 from minrnn.models import Model, load_checkpoint
-from minrnn.models.checkpoint import check_files, load_tensors, save_tensors, write_model
+from minrnn.models.checkpoint import check_files, load_tensors, save_tensors, write_model, write_texts
 from minrnn.tasks import Vocabulary
 from minrnn.training.config import RunConfig, read_config
 
@@ -78,6 +78,7 @@ def save_last(
     state: TrainState,
     config: RunConfig,
     extra: Mapping[str, Any],
+    files: Mapping[str, str],
 ) -> None:
     """Write the checkpoint for resuming a run, atomically.
 
@@ -92,6 +93,7 @@ def save_last(
         state: the state of the run.
         config: the configuration of the run.
         extra: JSON values saved with the model, `step` among them.
+        files: names and texts of further files, such as a tokenizer.
 
     Raises:
         OSError: the checkpoint cannot be written (a full disk, for example); the previous one is intact.
@@ -110,6 +112,7 @@ def save_last(
     with write_directory(directory) as folder:
         save_tensors(folder / TENSORS_FILE, tensors)
         (folder / STATE_FILE).write_text(json.dumps(scalars, indent=1), encoding="utf-8")
+        write_texts(folder, files)
         write_model(folder, model, extra=extra)  # last, as it lists all files
 
 
@@ -224,7 +227,7 @@ def load_trained(run_dir: Path, which: str, device: torch.device) -> Trained:
     match extra:
         case {"vocabulary": dict(vocabulary), "step": int(step), "corpus": str(corpus)}:
             with naming(directory):
-                return Trained(model, Vocabulary.from_dict(vocabulary), step, corpus)
+                return Trained(model, Vocabulary.from_dict(vocabulary, folder), step, corpus)
         case {"vocabulary": None, "step": int(step), "corpus": str(corpus)}:
             return Trained(model, None, step, corpus)
     raise ValueError(f"{directory} must have vocabulary, step and corpus in its config.json; no run wrote it")
@@ -273,7 +276,7 @@ def _read_state(path: Path, config: RunConfig, is_old: bool) -> tuple[TrainState
         if min(state.step, state.tokens, state.seconds) < 0 or len(state.losses) != len(state.grad_norms):
             raise ValueError("its counts must be 0 or more, and it must have as many losses as norms")
         if run is not None:
-            check_unchanged(RunConfig.from_dict(convert(run, dict[str, Any], "run")), config)
+            check_unchanged(RunConfig.from_record(convert(run, dict[str, Any], "run")), config)
     return state, nesting
 
 
