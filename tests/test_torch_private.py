@@ -74,6 +74,8 @@ def test_each_does_what_its_name_says() -> None:
     assert not torch_private.has_dispatch_modes()
     with torch.device("meta"):  # a TorchFunctionMode
         assert torch_private.has_dispatch_modes()
+    assert torch_private.computes_on_onednn(torch.bfloat16) in (True, False)
+    assert torch_private.computes_on_onednn(torch.float16) in (True, False)
     assert not torch_private.is_batched(x)
     assert not torch_private.has_any_global_hook()
     y = x.clone().requires_grad_()

@@ -9,12 +9,8 @@ from torch import Tensor, nn
 from minrnn.mixers.arguments import read_flag, read_number
 from minrnn.mixers.graphs import may_vary, refuse_export
 from minrnn.mixers.mixer import Mixer, PartForm, State
+from minrnn.ops.torch_private import computes_on_onednn
 from minrnn.ops.transforms import in_autocast, without_autocast
-
-_SUPPORTED = {
-    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-}
 
 
 class ClassicMixer(Mixer):
@@ -124,7 +120,7 @@ class LSTMMixer(GatedClassicMixer):
 
         torch.autocast hands an LSTM on the CPU to oneDNN, which raises without AVX-512 or AMX (torch 2.13).
         """
-        if _autocast_reaches_onednn(x):
+        if _runs_under_autocast(x):
             return super()._run(x, state)
         dtype = self.rnn.get_parameter("weight_ih_l0").dtype
         state = None if state is None else tuple(part.to(dtype) for part in state)
@@ -139,9 +135,8 @@ def _forget(state: State | None, rows: Tensor) -> State | None:
     return tuple(part.masked_fill(rows.unsqueeze(1), 0) for part in state)
 
 
-def _autocast_reaches_onednn(x: Tensor) -> bool:
-    """Whether an LSTM of x runs under the autocast that is on, if one is."""
-    if x.device.type != "cpu" or not in_autocast(x):
+def _runs_under_autocast(x: Tensor) -> bool:
+    """Whether torch's LSTM of x runs in autocast's dtype, where autocast is on."""
+    if x.device.type != "cpu" or not in_autocast(x) or not torch.backends.mkldnn.is_available():
         return True
-    supported: bool = _SUPPORTED[torch.get_autocast_dtype("cpu")]()
-    return supported
+    return computes_on_onednn(torch.get_autocast_dtype("cpu"))

@@ -26,6 +26,7 @@ __all__ = [
     "below_autograd",
     "compile_errors",
     "compile_package",
+    "computes_on_onednn",
     "enable_single_level_autograd_function",
     "forward_mode_is_active",
     "functorch_is_active",
@@ -93,6 +94,13 @@ def old_vmap_level() -> int:
 def storage_use_count(storage: torch.UntypedStorage) -> int:
     """Return how many tensors and Python objects hold a storage."""
     return torch._C._storage_Use_Count(storage._cdata)
+
+
+def computes_on_onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes in a 16-bit dtype on this processor."""
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    found: bool = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
+    return found
 
 
 def associative_scan() -> Any:
