@@ -521,7 +521,6 @@ DEFINITIONS: dict[str, list[tuple[str, str]]] = {
         ("half of a batch's rows continue and half start empty", "the setting"),
     ],
     "docs/your-text.md": [
-        ("has read my texts, in ten minutes?", "the path was followed and timed"),
         ("with Python 3.11 or newer", "a version"),
         ("its last tenth)", "a part of the data"),
         ("100 kB are enough to see something; 10 MB are not too much", "advice"),

@@ -111,9 +111,7 @@ def test_every_page_is_listed() -> None:
     index = (DOCS / "index.md").read_text(encoding="utf-8")
     trees = "".join(TREE.findall(index))
     assert {Path(name).stem for name in names} <= set(trees.split())
-    assert {f"docs/{page.name}" for page in GUIDES} - {"docs/index.md"} <= set(
-        links(REPOSITORY / "README.md")
-    )
+    assert "docs/index.md" in set(links(REPOSITORY / "README.md"))
 
 
 @every_guide

@@ -15,7 +15,14 @@ import minrnn
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "api"
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(REFERENCE.glob("*.rst"))}
-ROOMS = {"layers": "mixers", "operators": "ops", "models": "models", "tasks": "tasks", "training": "training"}
+ROOMS = {
+    "layers": "mixers",
+    "operators": "ops",
+    "models": "models",
+    "tasks": "tasks",
+    "training": "training",
+    "export": "export",
+}
 """The reference's pages, and the subpackage that each is about."""
 
 DIRECTIVE = re.compile(r"^\.\. (auto\w+):: (\S+)$", re.MULTILINE)

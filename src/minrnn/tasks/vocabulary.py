@@ -374,6 +374,7 @@ VOCABULARIES: dict[str, type[Vocabulary]] = {
     "characters": CharacterVocabulary,
     "bpe": SubwordVocabulary,
 }
+"""The kinds of tokens, by name."""
 
 
 def _names(characters: list[str], at_most: int = 8) -> str:
