@@ -1015,6 +1015,27 @@ def test_exported_steps_are_shown_with_their_files() -> None:
     ]
 
 
+def test_compiled_training_steps_are_shown_with_the_steps_that_regain_compiling() -> None:
+    shape, before = {"B": 8, "T": 256, "D": 192, "L": 4}, system((0.3,), ("step",), 1.0)
+    faster = system((0.25,), ("step",), 0.8, compile_seconds=100)
+    slower = system((0.36,), ("step",), 1.2, compile_seconds=100)
+    head, *rows = rendered(
+        "train",
+        case(shape, {"minrnn": before, "compiled": faster}),
+        case(shape, {"minrnn": before, "compiled": slower}),
+        case(shape, {"minrnn": before, "compiled": FAILED}),
+    )
+    assert head == [
+        *("mixer", "batch", "steps", "width", "layers", "plain, ms", "compiled, ms", "compiled / plain"),
+        *("compiling, s", "regained after"),
+    ]
+    named = ["mingru", "8", "256", "192", "4"]
+    assert rows == [
+        [*named, "300", "250", "0.83", "100", "2,000 steps"],
+        [*named, "300", "360", "1.20", "100", "never"],
+    ]
+
+
 def test_layers_are_shown_by_length_where_nothing_else_varies() -> None:
     ours = system((0.001, 0.002, 0.0104), PHASES, 1.0, peak_bytes=5_400_000)
     peer = system((0.001, 0.002, 0.026), PHASES, 2.5, peak_bytes=1_600_000)
@@ -1146,6 +1167,7 @@ def test_every_benchmark_has_a_table_here() -> None:
         "decode",
         "step",
         "export",
+        "train",
         "selective",
         "accuracy",
         "gpu",

@@ -67,8 +67,8 @@ class TextConfig(TaskConfig):
     """Select a run's best weights by val_loss_windowed instead of val_loss; for mixers whose state is not
     useful beyond the lengths they were trained on."""
     documents: Literal["separate", "joined"] = "separate"
-    """Documents: separate, with the token <|endoftext|> before each, at which the state is reset; or joined:
-    files are read as they are, one after the other, without a mark and without resets."""
+    """Documents: separate, with the token `<|endoftext|>` before each, at which the state is reset; or
+    joined: files are read as they are, one after the other, without a mark and without resets."""
     text_column: str = "text"
     """Key of the text in lines of .jsonl, or its column in .parquet."""
     vocab_size: int = 4096
@@ -77,6 +77,7 @@ class TextConfig(TaskConfig):
     task = "text"
     verb = "sample"
     earlier: ClassVar[Mapping[str, Any]] = {"documents": "joined"}
+    """Runs of earlier versions read documents joined."""
 
     def __post_init__(self) -> None:
         if Path(self.vocabulary).suffix != ".json":
