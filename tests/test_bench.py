@@ -15,13 +15,16 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from minrnn.benchmarks import BENCHES, plots, scan, timing
 from minrnn.benchmarks.options import lengths, parse_shapes
 from minrnn.benchmarks.peers import LAYER_PEERS, SCAN_PEERS, LayerPeer, Scan, ScanPeer
+from minrnn.benchmarks.report import Report
 from minrnn.cli.main import main
 from minrnn.ops import GATES, gated_scan
+from minrnn.ops.registry import load
 
 FAST = ["--seconds", "0.01", "--samples", "3"]
 EAGER_SCANS = [name for name, peer in SCAN_PEERS.items() if not peer.compiled and "cpu" in peer.devices]
@@ -238,6 +241,19 @@ def test_forgetting_is_as_fast_as_it_says() -> None:
         kept = gated_scan(gate, *middle, h0=torch.ones(3, 1)).flatten()
         expected = [0.5 ** (1 / _half_life(bias)) for bias in FORGETTING.values()]
         torch.testing.assert_close(kept, torch.tensor(expected), rtol=0.1, atol=0.02)
+
+
+@pytest.mark.parametrize("engine", ["portable", "reference"])
+def test_the_engine_that_serves_is_named(
+    engine: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MINRNN_ENGINE", engine)
+    Report("scan", Path("it.json"), [], {}, torch.device("cpu"), Console())
+    assert f"bench scan on cpu: {engine} (" in capsys.readouterr().out
+    monkeypatch.delenv("MINRNN_ENGINE")
+    Report("scan", Path("it.json"), [], {}, torch.device("cpu"), Console())
+    expected = "portable" if isinstance(load("cpp"), ImportError) else "cpp"
+    assert f"bench scan on cpu: {expected} (" in capsys.readouterr().out
 
 
 def test_output_has_a_default_place(plotting: None) -> None:
