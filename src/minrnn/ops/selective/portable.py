@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import silu, softplus
 
 from minrnn.ops.reference import output_like, state_dtype
-from minrnn.ops.selective.reference import CHUNK, Inputs, empty_borders
+from minrnn.ops.selective.reference import CHUNK, Inputs, empty_borders, silu_slope
 from minrnn.ops.spans import Walk, back_over_steps, over_steps, scan, steps_at_once
 
 __all__ = ["backward", "forward"]
@@ -113,9 +113,8 @@ class _Block:
         x, delta, h = self.x, self.delta, self.states(start)
         dz = None
         if x.z is not None:
-            share = torch.sigmoid(x.z)
-            dz = dy * self.ungated(h) * (share + x.z * share * torch.sigmoid(-x.z))
-            dy = dy * x.z * share
+            dz = dy * self.ungated(h) * silu_slope(x.z)
+            dy = dy * silu(x.z)
         inflow = dy.unsqueeze(-1) * x.C.unsqueeze(2)
         g, reaching = _scan_channels(self, back_over_steps, inflow, reaching)
         before = torch.cat([start.unsqueeze(1), h[:, :-1]], 1)
