@@ -13,7 +13,7 @@ from torch.nn.functional import silu, softplus
 
 from minrnn.ops.reference import output_like, state_dtype
 from minrnn.ops.selective.reference import CHUNK, Inputs, empty_borders, silu_slope
-from minrnn.ops.spans import Walk, back_over_steps, over_steps, scan, steps_at_once
+from minrnn.ops.spans import Rule, back_over_steps, in_three_passes, over_steps, steps_at_once
 
 __all__ = ["backward", "forward"]
 
@@ -94,7 +94,7 @@ class _Block:
     def states(self, start: Tensor) -> Tensor:
         """Compute h, (B, steps, D, N)."""
         term = (self.delta * self.x.u).unsqueeze(-1) * self.x.B.unsqueeze(2)
-        h, _ = _scan_channels(self, over_steps, term, start)
+        h, _ = _scan_channels(self, over_steps, term, start, reverse=False)
         return h
 
     def ungated(self, h: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class _Block:
             dz = dy * self.ungated(h) * silu_slope(x.z)
             dy = dy * silu(x.z)
         inflow = dy.unsqueeze(-1) * x.C.unsqueeze(2)
-        g, reaching = _scan_channels(self, back_over_steps, inflow, reaching)
+        g, reaching = _scan_channels(self, back_over_steps, inflow, reaching, reverse=True)
         before = torch.cat([start.unsqueeze(1), h[:, :-1]], 1)
         if x.reset is not None:
             before = before.masked_fill(x.reset[:, :, None, None], 0)
@@ -136,11 +136,12 @@ class _Block:
         ), reaching
 
 
-def _scan_channels(block: _Block, walk: Walk, b: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+def _scan_channels(
+    block: _Block, rule: Rule, b: Tensor, start: Tensor, *, reverse: bool
+) -> tuple[Tensor, Tensor]:
     """Scan all N numbers of all channels at once."""
     a, loss, term = (x.flatten(2) for x in (block.a, block.loss, b))
-    back = walk is back_over_steps
-    h, last = scan(a, loss, term, start.flatten(1), block.x.reset, walk=walk, reverse=back)
+    h, last = in_three_passes(a, loss, term, start.flatten(1), block.x.reset, rule=rule, reverse=reverse)
     return h.unflatten(2, b.shape[2:]), last.unflatten(1, b.shape[2:])
 
 
