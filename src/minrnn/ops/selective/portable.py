@@ -39,41 +39,51 @@ def forward(given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
 def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[Tensor]:
     """Compute `reference.backward`."""
     dtype, empty = borders.dtype, given.u.new_empty(0)
-    sequences = [output_like(given.u, given.u.shape[2]) for _ in ("u", "delta_pre", "z")]
-    sequences += [given.B.new_empty(given.B.shape), given.C.new_empty(given.C.shape)]
+    channels = given.u.shape[2]
+    whole = _Sequences(
+        u=output_like(given.u, channels),
+        delta_pre=output_like(given.u, channels),
+        B=given.B.new_empty(given.B.shape),
+        C=given.C.new_empty(given.C.shape),
+        z=None if given.z is None else output_like(given.u, channels),
+    )
     reaching, sums = dlast.to(dtype), []
     for times in reversed(_blocks(given)):
         block = _Block(given, times, dtype)
         start = _borders(borders, times, given)[:, 0].mT
-        found, reaching = block.gradients(dy[:, times].to(dtype), start, reaching)
-        for whole, part in zip(sequences, found[:5], strict=True):
-            if part is not None:
-                whole[:, times] = part
-        sums.append(found[5:])
+        part, some, reaching = block.gradients(dy[:, times].to(dtype), start, reaching)
+        for x, d in zip(whole, part, strict=True):
+            if x is not None and d is not None:
+                x[:, times] = d
+        sums.append(some)
     # The sum of few sums is as exact as they are; one running sum would round at every step.
-    dA, dD, dbias = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
-    du, ddelta_pre, dz, dB, dC = sequences
+    total = _Sums(*(torch.stack(parts).sum(0) for parts in zip(*sums, strict=True)))
     return [
-        du,
-        ddelta_pre,
-        dA,
-        dB,
-        dC,
-        empty if given.D is None else dD,
-        empty if given.z is None else dz,
-        empty if given.delta_bias is None else dbias,
+        whole.u,
+        whole.delta_pre,
+        total.A,
+        whole.B,
+        whole.C,
+        empty if given.D is None else total.D,
+        empty if whole.z is None else whole.z,
+        empty if given.delta_bias is None else total.delta_bias,
         reaching,
     ]
 
 
-class _Gradients(NamedTuple):
-    """The gradients of a block's sequences, then of parameters, summed over the block."""
+class _Sequences(NamedTuple):
+    """The gradients of sequences."""
 
     u: Tensor
     delta_pre: Tensor
-    z: Tensor | None
     B: Tensor
     C: Tensor
+    z: Tensor | None
+
+
+class _Sums(NamedTuple):
+    """The gradients of parameters, summed over steps."""
+
     A: Tensor
     D: Tensor
     delta_bias: Tensor
@@ -102,8 +112,8 @@ class _Block:
         y = torch.einsum("btdn,btn->btd", h, self.x.C)
         return y if self.x.D is None else y.addcmul(self.x.D, self.x.u)
 
-    def gradients(self, dy: Tensor, start: Tensor, reaching: Tensor) -> tuple[_Gradients, Tensor]:
-        """Compute the block's gradients, and a[t] g[t] of its first step.
+    def gradients(self, dy: Tensor, start: Tensor, reaching: Tensor) -> tuple[_Sequences, _Sums, Tensor]:
+        """Compute the gradients of the block's sequences, its sums, and a[t] g[t] of its first step.
 
         Args:
             dy: gradient of the output.
@@ -124,16 +134,19 @@ class _Block:
         to_term = torch.einsum("btdn,btn->btd", g, x.B)
         to_delta = torch.einsum("btdn,dn->btd", to_exponent, x.A) + to_term * x.u
         ddelta_pre = to_delta * torch.sigmoid(x.delta_pre)
-        return _Gradients(
+        sequences = _Sequences(
             u=to_term * delta if x.D is None else to_term * delta + dy * x.D,
             delta_pre=ddelta_pre,
-            z=dz,
             B=torch.einsum("btdn,btd->btn", g, delta * x.u),
             C=torch.einsum("btd,btdn->btn", dy, h),
+            z=dz,
+        )
+        sums = _Sums(
             A=torch.einsum("btdn,btd->dn", to_exponent, delta),
             D=(dy * x.u).sum((0, 1)),
             delta_bias=ddelta_pre.sum((0, 1)),
-        ), reaching
+        )
+        return sequences, sums, reaching
 
 
 def _scan_channels(
