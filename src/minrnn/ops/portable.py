@@ -22,9 +22,8 @@ def _positive_slope(x: Tensor) -> Tensor:
     return s.addcmul_(s, s, value=-1).add_(at_least_zero, alpha=0.75)  # s - s^2, and 0.25 + 0.75
 
 
-_CANDIDATES = CANDIDATES | {
-    "positive": Candidate(_positive, _positive_slope)
-}  # torch.where takes twice as long
+# The reference's torch.where is slower.
+_CANDIDATES = CANDIDATES | {"positive": Candidate(_positive, _positive_slope)}
 
 
 def forward(
@@ -77,6 +76,7 @@ def backward(
         passes.add(block, a, loss, dh[:, block.times].to(dtype))
     passes.join()
     for block in passes.blocks:
+        # Shares are computed again: held for all blocks, they would take more memory than the gradients do.
         some = [x[:, block.times].to(dtype) for x in parts]
         shares, given = record.shares(*some), dh[:, block.times].to(dtype)
         g = passes.walk(block, shares.decay(signed)[0], given, out=torch.empty_like(given))
