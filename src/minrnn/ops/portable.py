@@ -76,7 +76,7 @@ def backward(
         passes.add(block, a, loss, dh[:, block.times].to(dtype))
     passes.join()
     for block in passes.blocks:
-        # Shares are computed again: held for all blocks, they would take more memory than the gradients do.
+        # Shares are computed again: held for all blocks, they would take as much memory as the gradients.
         some = [x[:, block.times].to(dtype) for x in parts]
         shares, given = record.shares(*some), dh[:, block.times].to(dtype)
         g = passes.walk(block, shares.decay(signed)[0], given, out=torch.empty_like(given))
