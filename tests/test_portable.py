@@ -17,6 +17,7 @@ from minrnn import Decoder, ModelConfig, SequenceModel, generate
 from minrnn.mixers import MIXERS
 from minrnn.ops import devices, portable, spans
 from minrnn.ops.selective import portable as selective
+from minrnn.ops.selective.reference import CHUNK, Inputs
 from minrnn.ops.spans import RADIX
 
 LENGTHS = (1, RADIX - 1, RADIX, 2 * RADIX + 3, 3 * RADIX * RADIX + RADIX + 5)
@@ -155,6 +156,30 @@ class _WithoutFloat64(TorchDispatchMode):
         for x in outputs:
             assert not isinstance(x, Tensor) or x.dtype not in (torch.float64, torch.complex128), func
         return result
+
+
+@pytest.mark.parametrize(("gate", "candidate"), CELLS)
+@pytest.mark.parametrize("given", ["resets and a state", "neither"])
+@directions
+def test_no_float64_is_made(gate: str, candidate: str, given: str, reverse: bool) -> None:
+    pre, h0, reset, dh = inputs(gate, 2, 3 * RADIX * RADIX + 3, 3, torch.float32)
+    start, forget = (None, None) if given == "neither" else (h0, reset)
+    options = mode(gate, candidate, reverse)
+    with _WithoutFloat64():
+        h = portable.forward(pre, start, forget, *options)
+        gradients = portable.backward(dh, pre, h, start, forget, *options)
+    assert {x.dtype for x in (h, *gradients)} == {torch.float32}
+
+
+@pytest.mark.parametrize("absent", ["", *Inputs._fields[5:]])
+def test_no_float64_is_made_by_the_selective_scan(absent: str) -> None:
+    x = selective_laws.draw(2, 2 * CHUNK + 5, 3, 2, torch.float32)
+    x = x._replace(**{absent: None}) if absent else x
+    dy, dlast = selective_laws.gradients_like(x)
+    with _WithoutFloat64():
+        y, last, borders = selective.forward(x, True)
+        gradients = selective.backward(dy, dlast, borders, x)
+    assert {t.dtype for t in (y, last, borders, *gradients)} == {torch.float32}
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
