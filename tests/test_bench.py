@@ -28,6 +28,7 @@ from minrnn.ops.registry import load
 
 FAST = ["--seconds", "0.01", "--samples", "3"]
 EAGER_SCANS = [name for name, peer in SCAN_PEERS.items() if not peer.compiled and "cpu" in peer.devices]
+OUR_ENGINES = ("minrnn", "portable", "reference")
 EAGER_LAYERS = [name for name, peer in LAYER_PEERS.items() if not peer.compiled]
 HAS_MINGRU_PYTORCH = importlib.util.find_spec("minGRU_pytorch") is not None
 
@@ -120,9 +121,24 @@ def test_every_peer_computes_every_gate_that_it_claims(gate: str, options: list[
     assert systems.keys() == {"copy", "minrnn"} | {n for n in installed if gate in SCAN_PEERS[n].gates}
     for name, record in systems.items():
         allowed = {"other function"} if name == "copy" else {"equal"}
-        if "bfloat16" in options and name != "minrnn":
+        if "bfloat16" in options and name not in OUR_ENGINES:
             allowed |= {"inexact"}
         assert record["status"] in allowed, (name, record["detail"], record["error"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_our_engines_are_peers_in_every_dtype(dtype: str) -> None:
+    """Equal to the reference, values and gradients, at a length of many spans; no reason excuses them."""
+    args = ["--shapes", "2x300x3", "--gates", *GATES, "--dtypes", dtype, "--peers", *OUR_ENGINES[1:]]
+    document = bench("scan", *args, *FAST)
+    assert document["peers"].keys() == {"portable", "reference"}
+    assert {peer["package"] for peer in document["peers"].values()} == {"minrnn"}
+    for result in document["results"]:
+        assert list(result["systems"]) == ["copy", *OUR_ENGINES]
+        for name in OUR_ENGINES:
+            record = result["systems"][name]
+            assert record["status"] == "equal", (result["gate"], name, record["error"])
+            check_record(record, ("forward", "backward", "step"))
 
 
 def test_layers_of_both_cells_and_any_input_size() -> None:
