@@ -77,6 +77,28 @@ def test_the_selective_scan_is_the_reference(dtype: torch.dtype, absent: str) ->
         selective_laws.compare(selective, x._replace(**{absent: None}) if absent else x)
 
 
+@pytest.mark.parametrize("slow", [4.0, 8.0])
+@pytest.mark.parametrize(("T", "block", "limit"), [(2**14, 2**18, 2e-6), (2**13, 32, 1e-5)])
+def test_the_selective_scans_error_in_equal_steps(
+    T: int, block: int, limit: float, slow: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All errors have one sign. Where blocks have 32 steps, a state is rounded in every span of 8."""
+    monkeypatch.setitem(spans.BLOCK, "cpu", block)
+    x = selective_laws.draw(1, T, 4, 8, torch.float32)._replace(reset=None, z=None)
+    steady = {name: getattr(x, name)[:, :1].expand(-1, T, -1) for name in ("u", "delta_pre", "B", "C")}
+    x = x._replace(**steady)._replace(delta_pre=steady["delta_pre"] - slow)
+    dy, dlast = selective_laws.gradients_like(x)
+    dy = dy[:, :1].expand(-1, T, -1)
+    exact = selective_laws.cast(x, torch.float64)
+    y, last, borders = selective.forward(exact, True)
+    expected = selective.backward(dy.double(), dlast.double(), borders, exact)
+    found, found_last, found_borders = selective.forward(x, True)
+    assert max(relative_error(found, y), relative_error(found_last, last)) < limit
+    actual = selective.backward(dy, dlast, found_borders, x)
+    for name, ours, theirs in zip(selective_laws.NAMES, actual, expected, strict=True):
+        assert relative_error(ours, theirs) < 2.5 * limit, name
+
+
 FORGETTING = {"fast": 0.0, "slow": -6.0, "a millionth a step": -13.8}
 """Log-odds of what a step forgets."""
 

@@ -27,19 +27,18 @@ def forward(given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         last = given.h0.to(dtype)
     for times in _blocks(given):
         block = _Block(given, times, dtype)
-        h = block.states(last)
+        h, following = block.states(last)
         y[:, times] = block.ungated(h) if block.x.z is None else block.ungated(h) * silu(block.x.z)
         if save:
             before = torch.cat([last.unsqueeze(1), h[:, CHUNK - 1 : -1 : CHUNK]], 1)
             _borders(borders, times, given).copy_(before.mT)
-        last = h[:, -1]
+        last = following  # not h[:, -1], which is h before it, rounded in each step of a span
     return y, last.clone(), borders
 
 
 def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[Tensor]:
     """Compute `reference.backward`."""
-    dtype, empty = borders.dtype, given.u.new_empty(0)
-    channels = given.u.shape[2]
+    dtype, channels = borders.dtype, given.u.shape[2]
     whole = _Sequences(
         u=output_like(given.u, channels),
         delta_pre=output_like(given.u, channels),
@@ -64,9 +63,9 @@ def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[
         total.A,
         whole.B,
         whole.C,
-        empty if given.D is None else total.D,
-        empty if whole.z is None else whole.z,
-        empty if given.delta_bias is None else total.delta_bias,
+        given.A.new_empty(0, dtype=dtype) if given.D is None else total.D,
+        given.u.new_empty(0) if whole.z is None else whole.z,
+        given.A.new_empty(0, dtype=dtype) if given.delta_bias is None else total.delta_bias,
         reaching,
     ]
 
@@ -101,11 +100,10 @@ class _Block:
         exponent = self.delta.unsqueeze(-1) * self.x.A
         self.a, self.loss = exponent.exp(), exponent.expm1_().neg_()
 
-    def states(self, start: Tensor) -> Tensor:
-        """Compute h, (B, steps, D, N)."""
+    def states(self, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute h, (B, steps, D, N), and the state after the block."""
         term = (self.delta * self.x.u).unsqueeze(-1) * self.x.B.unsqueeze(2)
-        h, _ = _scan_channels(self, over_steps, term, start, reverse=False)
-        return h
+        return _scan_channels(self, over_steps, term, start, reverse=False)
 
     def ungated(self, h: Tensor) -> Tensor:
         """Compute y before its gate."""
@@ -120,7 +118,8 @@ class _Block:
             start: the state before the block, (B, D, N).
             reaching: a[t] g[t] of the first step after the block.
         """
-        x, delta, h = self.x, self.delta, self.states(start)
+        x, delta = self.x, self.delta
+        h, _ = self.states(start)
         dz = None
         if x.z is not None:
             dz = dy * self.ungated(h) * silu_slope(x.z)
@@ -142,7 +141,8 @@ class _Block:
             z=dz,
         )
         sums = _Sums(
-            A=torch.einsum("btdn,btd->dn", to_exponent, delta),
+            # Not einsum: the error of a matrix product, which adds step after step, grows with T.
+            A=to_exponent.mul_(delta.unsqueeze(-1)).sum((0, 1)),
             D=(dy * x.u).sum((0, 1)),
             delta_bias=ddelta_pre.sum((0, 1)),
         )
