@@ -22,10 +22,12 @@ __all__ = [
     "CELLS",
     "GATES",
     "INFINITIES",
+    "SERVING",
     "TOLERANCE",
     "compare",
     "compare_candidate",
     "compare_decays",
+    "compiled_serves",
     "gated_scan",
     "inputs",
     "mode",
@@ -36,6 +38,14 @@ __all__ = [
     "spoiled",
     "threads",
 ]
+
+
+SERVING = next(e.name for e in minrnn.ops.engines() if e.serves and e.device in ("cpu", "any"))
+"""The engine to which calls on the CPU are dispatched."""
+
+compiled_serves = pytest.mark.skipif(
+    SERVING != "cpp", reason=f"holds for the compiled engine, and {SERVING} serves the CPU"
+)
 
 
 @dataclass(frozen=True)

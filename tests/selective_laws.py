@@ -14,6 +14,8 @@ from minrnn.ops.selective.reference import Inputs
 __all__ = ["NAMES", "cast", "compare", "draw", "gradients_like"]
 
 NAMES = ("u", "delta_pre", "A", "B", "C", "D", "z", "delta_bias", "h0")
+SHARED = ("A", "D", "delta_bias", "h0")
+"""Those without a time axis, whose gradients are in at least float32."""
 
 
 def draw(
@@ -68,5 +70,7 @@ def compare(module: ModuleType, x: Inputs) -> None:
     assert found.dtype == dtype
     assert relative_error(found, y) < TOLERANCE[dtype]
     assert relative_error(found_last, last) < min(TOLERANCE[dtype], TOLERANCE[torch.float32])
+    assert len({id(gradient) for gradient in actual}) == len(NAMES)  # an operator returns no tensor twice
     for name, ours, theirs in zip(NAMES, actual, expected, strict=True):
+        assert ours.dtype == (found_last.dtype if name in SHARED else dtype), name
         assert relative_error(ours, theirs) < 2.5 * TOLERANCE[dtype], name

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from laws import GATES, gated_scan
+from laws import GATES, SERVING, gated_scan
 from torch import Tensor
 
 from minrnn.ops import CANDIDATES
@@ -16,6 +16,8 @@ from minrnn.ops import CANDIDATES
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 LIMIT_H, LIMIT_GRADIENT = 2e-6, 5e-6  # largest error relative to the largest value, float32
+INEXACT = 10
+"""How much larger the portable engine's errors may be for signed gates: near -1 it knows 1 - a, not 1 + a."""
 
 # Added to the pre-activation that decides how fast the cell forgets: half-lives from under one step to 800.
 # Signed cells forget fastest in the middle: "fast" and "very fast" are decays near -1.
@@ -97,15 +99,16 @@ def test_error_does_not_grow_with_length(gate: str, T: int) -> None:
 def check_accuracy(gate: str, T: int) -> None:
     """As many rows at a time as have a million steps: in float64 each of their arrays is 16 MB."""
     pre, h0, dh = inputs(gate, T)
+    times = INEXACT if SERVING == "portable" and GATES[gate].signed else 1
     for rows in torch.arange(len(CASES)).split(max(1, 2**20 // T)):
         leaves = [x[rows].requires_grad_() for x in (*pre, h0)]
         h = gated_scan(gate, *leaves[:-1], h0=leaves[-1])
         gradients = torch.autograd.grad(h, leaves, dh[rows])
         exact, expected = loop(gate, [x.detach() for x in leaves[:-1]], h0[rows], dh[rows])
         for row, case in enumerate(CASES[i] for i in rows):
-            assert error(h[row], exact[row]) <= LIMIT_H, case
+            assert error(h[row], exact[row]) <= times * LIMIT_H, case
             for name, x, y in zip((*GATES[gate].pre, "h0"), gradients, expected, strict=True):
-                assert error(x[row], y[row]) <= LIMIT_GRADIENT, (case, name)
+                assert error(x[row], y[row]) <= times * LIMIT_GRADIENT, (case, name)
 
 
 def error(actual: Tensor, expected: Tensor) -> float:

@@ -15,18 +15,22 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from minrnn.benchmarks import BENCHES, plots, scan, timing
 from minrnn.benchmarks.options import lengths, parse_shapes
 from minrnn.benchmarks.peers import LAYER_PEERS, SCAN_PEERS, LayerPeer, Scan, ScanPeer
+from minrnn.benchmarks.report import Report
 from minrnn.cli.main import main
 from minrnn.export import FORMATS, Format
 from minrnn.ops import GATES, gated_scan
+from minrnn.ops.registry import load
 from minrnn.training import compilation
 
 FAST = ["--seconds", "0.01", "--samples", "3"]
 EAGER_SCANS = [name for name, peer in SCAN_PEERS.items() if not peer.compiled and "cpu" in peer.devices]
+OUR_ENGINES = ("minrnn", "portable", "reference")
 EAGER_LAYERS = [name for name, peer in LAYER_PEERS.items() if not peer.compiled]
 HAS_MINGRU_PYTORCH = importlib.util.find_spec("minGRU_pytorch") is not None
 
@@ -119,9 +123,24 @@ def test_every_peer_computes_every_gate_that_it_claims(gate: str, options: list[
     assert systems.keys() == {"copy", "minrnn"} | {n for n in installed if gate in SCAN_PEERS[n].gates}
     for name, record in systems.items():
         allowed = {"other function"} if name == "copy" else {"equal"}
-        if "bfloat16" in options and name != "minrnn":
+        if "bfloat16" in options and name not in OUR_ENGINES:
             allowed |= {"inexact"}
         assert record["status"] in allowed, (name, record["detail"], record["error"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_our_engines_are_peers_in_every_dtype(dtype: str) -> None:
+    """Equal to the reference, values and gradients, at a length of many spans; no reason excuses them."""
+    args = ["--shapes", "2x300x3", "--gates", *GATES, "--dtypes", dtype, "--peers", *OUR_ENGINES[1:]]
+    document = bench("scan", *args, *FAST)
+    assert document["peers"].keys() == {"portable", "reference"}
+    assert {peer["package"] for peer in document["peers"].values()} == {"minrnn"}
+    for result in document["results"]:
+        assert list(result["systems"]) == ["copy", *OUR_ENGINES]
+        for name in OUR_ENGINES:
+            record = result["systems"][name]
+            assert record["status"] == "equal", (result["gate"], name, record["error"])
+            check_record(record, ("forward", "backward", "step"))
 
 
 def test_layers_of_both_cells_and_any_input_size() -> None:
@@ -273,6 +292,19 @@ def test_forgetting_is_as_fast_as_it_says() -> None:
         kept = gated_scan(gate, *middle, h0=torch.ones(3, 1)).flatten()
         expected = [0.5 ** (1 / _half_life(bias)) for bias in FORGETTING.values()]
         torch.testing.assert_close(kept, torch.tensor(expected), rtol=0.1, atol=0.02)
+
+
+@pytest.mark.parametrize("engine", ["portable", "reference"])
+def test_the_engine_that_serves_is_named(
+    engine: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MINRNN_ENGINE", engine)
+    Report("scan", Path("it.json"), [], {}, torch.device("cpu"), Console())
+    assert f"bench scan on cpu: {engine} (" in capsys.readouterr().out
+    monkeypatch.delenv("MINRNN_ENGINE")
+    Report("scan", Path("it.json"), [], {}, torch.device("cpu"), Console())
+    expected = "portable" if isinstance(load("cpp"), ImportError) else "cpp"
+    assert f"bench scan on cpu: {expected} (" in capsys.readouterr().out
 
 
 def test_output_has_a_default_place(plotting: None) -> None:

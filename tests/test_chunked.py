@@ -12,7 +12,7 @@ import torch
 from gated import LAYERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import GATES
+from laws import GATES, SERVING
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +22,7 @@ from minrnn.mixers import MinGRU
 from minrnn.mixers.layer import MinRNN
 from minrnn.ops import CANDIDATES, chunks, projected, projected_scan
 from minrnn.ops.chunks import Chunk, cut_batch, cut_sequences
+from minrnn.ops.spans import RADIX
 
 # The gates that layers have, with each candidate.
 CELLS = [(gate, candidate) for gate in GATES if GATES[gate].has_candidate for candidate in CANDIDATES]
@@ -314,8 +315,11 @@ def test_the_same_call_gives_the_same_bits(hidden_size: int, recompute: bool) ->
 def test_borders_do_not_cost_accuracy(T: int) -> None:
     """The state is rounded to float32 where it passes from chunk to chunk; h and gradients do not tell.
 
-    Where 1e-6 is forgotten a step, an error stays. The tolerances are those of the scan's own laws.
+    Where 1e-6 is forgotten a step, an error stays. The tolerances are those of the scan's own laws. But the
+    portable engine rounds a state's decay in each step of a chunk's outermost span, here always in the same
+    direction: by up to a unit in the last place of a number below 1.
     """
+    borders = 0.0 if SERVING == "cpp" else (T / chunks.MIN_STEPS) * RADIX * torch.finfo(torch.float32).eps / 2
     channels, generator = 16, torch.Generator().manual_seed(0)
     weight = torch.zeros(2 * channels, channels)
     weight[channels:] = torch.eye(channels)
@@ -330,8 +334,8 @@ def test_borders_do_not_cost_accuracy(T: int) -> None:
         with chunks_of(chunks.MIN_STEPS):
             h = Recurrence("mingru", "linear", False, weight, bias, recompute).scan(x)
             (actual,) = torch.autograd.grad(h, x, dh)
-        assert (h - expected).abs().max() / expected.abs().max() < 2e-6
-        assert (actual - dx).abs().max() / dx.abs().max() < 5e-6
+        assert (h - expected).abs().max() / expected.abs().max() < 2e-6 + borders
+        assert (actual - dx).abs().max() / dx.abs().max() < 5e-6 + borders
 
 
 # ----------------------------------------------------------------------------------------------------------

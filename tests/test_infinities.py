@@ -10,7 +10,7 @@ from typing import Any
 import laws
 import pytest
 import torch
-from laws import CELLS, GATES, INFINITIES, TOLERANCE, gated_scan, inputs, same, spoiled
+from laws import CELLS, GATES, INFINITIES, TOLERANCE, compiled_serves, gated_scan, inputs, same, spoiled
 from selective_laws import NAMES, draw, gradients_like
 
 from minrnn.models import Decoder, ModelConfig, SequenceModel
@@ -19,10 +19,6 @@ from minrnn.ops.registry import load
 from minrnn.ops.selective import reference as selective_reference
 from minrnn.ops.selective.operator import MODULES as SELECTIVE
 
-LOADED = load("cpp")
-compiled = pytest.mark.skipif(
-    not isinstance(LOADED, ModuleType), reason=f"no compiled engine to compare: {LOADED}"
-)
 every_engine = pytest.mark.parametrize("name", ["cpp", "portable"])
 directions = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 
@@ -153,7 +149,7 @@ def test_no_number_depends_on_a_later_infinity(name: str, gate: str) -> None:
     assert not after[0, 11:, 4].isfinite().any()
 
 
-@compiled
+@compiled_serves
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("mixer", ["mingru", "minlstm"])
 def test_a_models_step(mixer: str, signed: bool) -> None:

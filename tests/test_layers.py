@@ -395,7 +395,7 @@ def test_dropout_of_all_is_of_what_passes_between_layers(name: str, bidirectiona
     kept = layer.eval()(x)[1]
     assert torch.equal(h_n[:directions], kept[:directions])
     assert output.ne(0).any()
-    assert torch.equal(output[:, :1].expand_as(output), output)  # no row is told apart
+    torch.testing.assert_close(output[:, :1].expand_as(output), output)  # no row is told apart
     assert not torch.equal(h_n[directions:], kept[directions:])
 
 
@@ -486,4 +486,5 @@ def test_an_input_passes_through_few_files(name: str) -> None:
     finally:
         sys.setprofile(before)
     assert {"mixers/layer.py", "ops/operators.py"} <= files
-    assert len(files) <= 7, sorted(files)
+    # The portable engine uses two files of equations and algorithm, which C++ has in the kernel.
+    assert len(files) <= (7 if laws.SERVING == "cpp" else 9), sorted(files)

@@ -470,6 +470,7 @@ def test_16_bits_are_a_reason_to_differ() -> None:
     reasons = [peers.SCAN_PEERS["loop"].reason(dtype) for dtype in (torch.float32, torch.bfloat16)]
     assert reasons == ["", "gates and state are kept in 16 bits"]
     assert peers.SCAN_PEERS["log-space"].reason(torch.float32) == peers.LOG_SPACE
+    assert peers.SCAN_PEERS["portable"].reason(torch.bfloat16) == ""
 
 
 def test_their_projection_begins_with_the_candidate() -> None:

@@ -17,6 +17,7 @@ from minrnn import Decoder, ModelConfig, SequenceModel, generate
 from minrnn.mixers import MIXERS
 from minrnn.ops import devices, portable, spans
 from minrnn.ops.selective import portable as selective
+from minrnn.ops.selective.reference import CHUNK, Inputs
 from minrnn.ops.spans import RADIX
 
 LENGTHS = (1, RADIX - 1, RADIX, 2 * RADIX + 3, 3 * RADIX * RADIX + RADIX + 5)
@@ -74,6 +75,28 @@ def test_the_selective_scan_is_the_reference(dtype: torch.dtype, absent: str) ->
     for T in (1, 31, 32, 33, 100):
         x = selective_laws.draw(2, T, 5, 3, dtype)
         selective_laws.compare(selective, x._replace(**{absent: None}) if absent else x)
+
+
+@pytest.mark.parametrize("slow", [4.0, 8.0])
+@pytest.mark.parametrize(("T", "block", "limit"), [(2**14, 2**18, 2e-6), (2**13, 32, 1e-5)])
+def test_the_selective_scans_error_in_equal_steps(
+    T: int, block: int, limit: float, slow: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All errors have one sign. Where blocks have 32 steps, a state is rounded in every span of 8."""
+    monkeypatch.setitem(spans.BLOCK, "cpu", block)
+    x = selective_laws.draw(1, T, 4, 8, torch.float32)._replace(reset=None, z=None)
+    steady = {name: getattr(x, name)[:, :1].expand(-1, T, -1) for name in ("u", "delta_pre", "B", "C")}
+    x = x._replace(**steady)._replace(delta_pre=steady["delta_pre"] - slow)
+    dy, dlast = selective_laws.gradients_like(x)
+    dy = dy[:, :1].expand(-1, T, -1)
+    exact = selective_laws.cast(x, torch.float64)
+    y, last, borders = selective.forward(exact, True)
+    expected = selective.backward(dy.double(), dlast.double(), borders, exact)
+    found, found_last, found_borders = selective.forward(x, True)
+    assert max(relative_error(found, y), relative_error(found_last, last)) < limit
+    actual = selective.backward(dy, dlast, found_borders, x)
+    for name, ours, theirs in zip(selective_laws.NAMES, actual, expected, strict=True):
+        assert relative_error(ours, theirs) < 2.5 * limit, name
 
 
 FORGETTING = {"fast": 0.0, "slow": -6.0, "a millionth a step": -13.8}
@@ -155,6 +178,30 @@ class _WithoutFloat64(TorchDispatchMode):
         for x in outputs:
             assert not isinstance(x, Tensor) or x.dtype not in (torch.float64, torch.complex128), func
         return result
+
+
+@pytest.mark.parametrize(("gate", "candidate"), CELLS)
+@pytest.mark.parametrize("given", ["resets and a state", "neither"])
+@directions
+def test_no_float64_is_made(gate: str, candidate: str, given: str, reverse: bool) -> None:
+    pre, h0, reset, dh = inputs(gate, 2, 3 * RADIX * RADIX + 3, 3, torch.float32)
+    start, forget = (None, None) if given == "neither" else (h0, reset)
+    options = mode(gate, candidate, reverse)
+    with _WithoutFloat64():
+        h = portable.forward(pre, start, forget, *options)
+        gradients = portable.backward(dh, pre, h, start, forget, *options)
+    assert {x.dtype for x in (h, *gradients)} == {torch.float32}
+
+
+@pytest.mark.parametrize("absent", ["", *Inputs._fields[5:]])
+def test_no_float64_is_made_by_the_selective_scan(absent: str) -> None:
+    x = selective_laws.draw(2, 2 * CHUNK + 5, 3, 2, torch.float32)
+    x = x._replace(**{absent: None}) if absent else x
+    dy, dlast = selective_laws.gradients_like(x)
+    with _WithoutFloat64():
+        y, last, borders = selective.forward(x, True)
+        gradients = selective.backward(dy, dlast, borders, x)
+    assert {t.dtype for t in (y, last, borders, *gradients)} == {torch.float32}
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

@@ -48,10 +48,13 @@ class Peer:
     """Whether torch.compile is applied to it."""
     devices: tuple[str, ...] = ("cpu", "cuda")
     """The device types that it supports."""
+    widens: bool = False
+    """Whether it computes 16-bit inputs in a wider dtype."""
 
     def reason(self, dtype: torch.dtype) -> str:
         """Return why its results may differ from the reference's in this dtype; empty if they may not."""
-        return self.inexact or ("gates and state are kept in 16 bits" if dtype.itemsize == 2 else "")
+        narrow = "" if self.widens else "gates and state are kept in 16 bits"
+        return self.inexact or (narrow if dtype.itemsize == 2 else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +92,25 @@ def _make_loop() -> Scan:
         return torch.stack(states, 1)
 
     return loop
+
+
+def _make_engine(module: str) -> Scan:
+    engine = import_module(module)
+
+    class Engine(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, gate: str, *pre: Tensor) -> Tensor:
+            ctx.mode = gate, "positive", False, False
+            h = engine.forward([*pre], None, None, *ctx.mode)
+            ctx.save_for_backward(h, *pre)
+            return h
+
+        @staticmethod
+        def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+            h, *pre = ctx.saved_tensors
+            return None, *engine.backward(dh, pre, h, None, None, *ctx.mode)[:-1]
+
+    return lambda gate, pre: Engine.apply(gate, *pre)
 
 
 def _make_log_space() -> Scan:
@@ -180,6 +202,10 @@ def _make_associative_scan() -> Scan:
     return associative_scan
 
 
+def _engine(module: str) -> ScanPeer:
+    return ScanPeer(make=partial(_make_engine, module), package="minrnn", module=module, widens=True)
+
+
 _LOG_SPACE = ScanPeer(
     make=_make_log_space,
     package="minGRU-pytorch",
@@ -204,6 +230,9 @@ _ASSOCIATIVE_SCAN = ScanPeer(make=_make_associative_scan)
 SCAN_PEERS: dict[str, ScanPeer] = {
     # The same equations, one step after another, in eager torch.
     "loop": ScanPeer(make=_make_loop),
+    # Our engines in torch's own operations: one in parallel over time, and the loop that specifies the rest.
+    "portable": _engine("minrnn.ops.portable"),
+    "reference": _engine("minrnn.ops.reference"),
     # The paper's appendix B: cumsum and logcumsumexp.
     "log-space": _LOG_SPACE,
     "log-space-compiled": replace(_LOG_SPACE, compiled=True),

@@ -18,7 +18,7 @@ from rich.table import Table
 from minrnn.benchmarks.bench import OURS, Document, Timings
 from minrnn.benchmarks.plots import save_plot
 from minrnn.files import fresh_file, replace_text, write_json
-from minrnn.ops import engines
+from minrnn.ops import Engine, engines
 from minrnn.training import provenance
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ class Report:
         }
         if output is None:
             self.write()  # so that the file is valid before the first result
-        served = [f"{engine.name} ({engine.detail})" for engine in engines() if engine.device == device.type]
-        self.say(f"bench {benchmark} on {device}: {', '.join(served) or 'the portable engine'}")
+        engine = _serving(device)
+        self.say(f"bench {benchmark} on {device}: {engine.name} ({engine.detail})")
         load = self.document["load"]
         if load and load[0] > BUSY:
             self.say(f"the machine is busy (load {load[0]}): times will be distorted")
@@ -182,6 +182,11 @@ class CaseView:
 
     def _time(self, seconds: float) -> str:
         return f"{seconds * {'ms': 1e3, 'us': 1e6}[self._unit]:.3g}"
+
+
+def _serving(device: torch.device) -> Engine:
+    """Return the engine to which calls on a device are dispatched."""
+    return next(engine for engine in engines() if engine.serves and engine.device in (device.type, "any"))
 
 
 def _verdict(record: Timings) -> str:

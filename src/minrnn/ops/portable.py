@@ -7,7 +7,7 @@ from torch import Tensor
 
 from minrnn.ops.gates import CANDIDATES, GATES, Candidate
 from minrnn.ops.reference import output_like, split, state_dtype
-from minrnn.ops.spans import Scan, back_over_steps, over_steps
+from minrnn.ops.spans import ThreePasses, back_over_steps, over_steps
 
 __all__ = ["backward", "forward"]
 
@@ -22,9 +22,8 @@ def _positive_slope(x: Tensor) -> Tensor:
     return s.addcmul_(s, s, value=-1).add_(at_least_zero, alpha=0.75)  # s - s^2, and 0.25 + 0.75
 
 
-_CANDIDATES = CANDIDATES | {
-    "positive": Candidate(_positive, _positive_slope)
-}  # torch.where takes twice as long
+# The reference's torch.where is slower.
+_CANDIDATES = CANDIDATES | {"positive": Candidate(_positive, _positive_slope)}
 
 
 def forward(
@@ -38,21 +37,21 @@ def forward(
 ) -> Tensor:
     """Compute `reference.forward`."""
     record, parts, dtype = GATES[gate], split(gate, pre), state_dtype(pre[0].dtype)
-    scan, steps = Scan(parts[0], dtype, over_steps, h0, reset, reverse=reverse), []
-    for block in scan.blocks:
+    passes, steps = ThreePasses(parts[0], dtype, over_steps, h0, reset, reverse=reverse), []
+    for block in passes.blocks:
         some = [x[:, block.times].to(dtype) for x in parts]
         shares = record.shares(*some)
         b = record.term(_CANDIDATES[candidate], shares.update, *some)
         a, loss = shares.decay(signed)
-        scan.add(block, a, loss, b)
+        passes.add(block, a, loss, b)
         steps.append((block, a, b))
-    scan.join()
+    passes.join()
     h = output_like(pre[0], parts[0].shape[2])
     for block, a, b in steps:
         if dtype == h.dtype:  # and b may be an input
-            scan.walk(block, a, b, out=h[:, block.times])
+            passes.walk(block, a, b, out=h[:, block.times])
         else:
-            h[:, block.times] = scan.walk(block, a, b, out=b)
+            h[:, block.times] = passes.walk(block, a, b, out=b)
     return h
 
 
@@ -71,20 +70,21 @@ def backward(
     record, parts, dtype = GATES[gate], split(gate, pre), state_dtype(h.dtype)
     gradients = [output_like(x, x.shape[2]) for x in pre]
     outputs = split(gate, gradients)
-    scan = Scan(h, dtype, back_over_steps, None, reset, reverse=not reverse)
-    for block in scan.blocks:
+    passes = ThreePasses(h, dtype, back_over_steps, None, reset, reverse=not reverse)
+    for block in passes.blocks:
         a, loss = record.shares(*(x[:, block.times].to(dtype) for x in parts)).decay(signed)
-        scan.add(block, a, loss, dh[:, block.times].to(dtype))
-    scan.join()
-    for block in scan.blocks:
+        passes.add(block, a, loss, dh[:, block.times].to(dtype))
+    passes.join()
+    for block in passes.blocks:
+        # Shares are computed again: held for all blocks, they would take as much memory as the gradients.
         some = [x[:, block.times].to(dtype) for x in parts]
         shares, given = record.shares(*some), dh[:, block.times].to(dtype)
-        g = scan.walk(block, shares.decay(signed)[0], given, out=torch.empty_like(given))
+        g = passes.walk(block, shares.decay(signed)[0], given, out=torch.empty_like(given))
         da = g * _before(block.times, h, h0, reset, reverse)
         found = record.pullback(_CANDIDATES[candidate], some, da, g, signed=signed, shares=shares)
         for x, d in zip(outputs, found, strict=True):
             x[:, block.times] = d
-    return [*gradients, scan.last]
+    return [*gradients, passes.last]
 
 
 def _before(times: slice, h: Tensor, h0: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:

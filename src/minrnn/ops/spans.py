@@ -25,12 +25,12 @@ __all__ = [
     "RADIX",
     "Advance",
     "Block",
-    "Scan",
+    "Rule",
     "Spans",
-    "Walk",
+    "ThreePasses",
     "back_over_steps",
+    "in_three_passes",
     "over_steps",
-    "scan",
     "steps_at_once",
 ]
 
@@ -49,8 +49,8 @@ Steps = Sequence[Tensor]
 Advance = Callable[..., Tensor]
 """advance(k, state, out=None): the state after the k-th step of every span; a state of None is zero."""
 
-Walk = Callable[[Steps, Steps, Steps | None], Advance]
-"""walk(a, b, forget): how a state advances, given each step's decay, input, and whether it forgets."""
+Rule = Callable[[Steps, Steps, Steps | None], Advance]
+"""rule(a, b, forget): how a state advances, given each step's decay, input, and whether it forgets."""
 
 
 class Block(NamedTuple):
@@ -74,13 +74,13 @@ class Spans(NamedTuple):
     """The state after the span if the one before it is zero."""
 
 
-class Scan:
+class ThreePasses:
     """A scan whose inputs are given block by block: `add` every block, `join`, `walk` every block.
 
     Args:
         like: a (B, T, D) tensor.
         dtype: the dtype of all that is computed.
-        walk: how a state advances.
+        rule: how a state advances.
         start: (B, D), the state before the first step; zeros when None.
         reset: (B, T), bool: where a state is forgotten; nowhere when None.
         reverse: whether the recurrence runs from the last step to the first.
@@ -92,7 +92,7 @@ class Scan:
         self,
         like: Tensor,
         dtype: torch.dtype,
-        walk: Walk,
+        rule: Rule,
         start: Tensor | None,
         reset: Tensor | None,
         *,
@@ -101,7 +101,7 @@ class Scan:
         B, T, D = like.shape
         self._start = like.new_zeros(B, D, dtype=dtype) if start is None else start.to(dtype)
         self.blocks = _blocks(T, B * D, like.device, reverse)
-        self._step, self._reverse = walk, reverse
+        self._rule, self._reverse = rule, reverse
         self._reset = None if reset is None else reset.unsqueeze(-1)
         self._spans = Spans(*(like.new_empty(B, T // RADIX, D, dtype=dtype) for _ in Spans._fields))
 
@@ -110,7 +110,7 @@ class Scan:
         if block.spans is None:
             return
         decays = _views(a, self._reverse)
-        advance = self._step(decays, _views(b, self._reverse), self._forgets(block))
+        advance = self._rule(decays, _views(b, self._reverse), self._forgets(block))
         for whole, part in zip(
             self._spans, _summary(advance, decays, _views(loss, self._reverse)), strict=True
         ):
@@ -131,7 +131,7 @@ class Scan:
         if block.spans is not None:
             shift = int(self._reverse)
             state = self._states[:, block.spans.start + shift : block.spans.stop + shift]
-        advance = self._step(self._order(block, a), self._order(block, b), self._forgets(block))
+        advance = self._rule(self._order(block, a), self._order(block, b), self._forgets(block))
         for k, to in enumerate(self._order(block, out)):
             state = advance(k, state, out=to)
         if block.spans is None:
@@ -147,25 +147,25 @@ class Scan:
         return None if self._reset is None else self._order(block, self._reset[:, block.times])
 
 
-def scan(
+def in_three_passes(
     a: Tensor,
     loss: Tensor,
     b: Tensor,
     start: Tensor | None,
     reset: Tensor | None,
     *,
-    walk: Walk,
+    rule: Rule,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Compute a scan whose inputs are given at once: what is written for each step, and the last state."""
-    all_steps = Scan(b, b.dtype, walk, start, reset, reverse=reverse)
-    for block in all_steps.blocks:
-        all_steps.add(block, *(x[:, block.times] for x in (a, loss, b)))
-    all_steps.join()
+    passes = ThreePasses(b, b.dtype, rule, start, reset, reverse=reverse)
+    for block in passes.blocks:
+        passes.add(block, *(x[:, block.times] for x in (a, loss, b)))
+    passes.join()
     out = torch.empty_like(b)
-    for block in all_steps.blocks:
-        all_steps.walk(block, *(x[:, block.times] for x in (a, b, out)))
-    return out, all_steps.last
+    for block in passes.blocks:
+        passes.walk(block, *(x[:, block.times] for x in (a, b, out)))
+    return out, passes.last
 
 
 def steps_at_once(width: int, device: torch.device) -> int:

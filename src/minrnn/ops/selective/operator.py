@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import silu, softplus
 
 from minrnn.ops.gated import following, linear_scan
 from minrnn.ops.operators import Operator, Tensors
 from minrnn.ops.reference import output_like, state_dtype
 from minrnn.ops.registry import Functions
-from minrnn.ops.selective.reference import Inputs, discretize, empty_borders
+from minrnn.ops.selective.reference import Inputs, discretize, empty_borders, silu_slope
 
 __all__ = ["MODULES", "SELECTIVE_SCAN"]
 
@@ -106,8 +106,8 @@ class SelectiveScan(Operator):
         a, h, h_prev = _linearize(x)
         dz = x.u.new_zeros(0)
         if x.z is not None:
-            dz = dy * _ungated(x, h) * _silu_slope(x.z)
-            dy = dy * torch.nn.functional.silu(x.z)
+            dz = dy * _ungated(x, h) * silu_slope(x.z)
+            dy = dy * silu(x.z)
         inflow = dy.unsqueeze(-1) * x.C.unsqueeze(2)  # (B, T, D, N)
         inflow = torch.cat([inflow[:, :-1], (inflow[:, -1] + dlast).unsqueeze(1)], 1)
         reset_next = None if x.reset is None else following(x.reset)
@@ -151,7 +151,7 @@ class SelectiveScan(Operator):
         if x.D is not None and dx.D is not None:
             dy = dy + dx.D * x.u + x.D * dx.u
         if x.z is not None and dx.z is not None:
-            dy = dy * torch.nn.functional.silu(x.z) + _ungated(x, h) * _silu_slope(x.z) * dx.z
+            dy = dy * silu(x.z) + _ungated(x, h) * silu_slope(x.z) * dx.z
         return dy.to(narrow), dh[:, -1].to(last)
 
 
@@ -177,8 +177,3 @@ def _linear(a: Tensor, b: Tensor, h0: Tensor | None, reset: Tensor | None, *, re
 def _ungated(x: Inputs, h: Tensor) -> Tensor:
     y = torch.einsum("btdn,btn->btd", h, x.C)
     return y if x.D is None else y + x.D * x.u
-
-
-def _silu_slope(z: Tensor) -> Tensor:
-    share = torch.sigmoid(z)
-    return share + z * share * torch.sigmoid(-z)

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import silu, softplus
 
 from minrnn.ops.reference import output_like, state_dtype
-from minrnn.ops.selective.reference import CHUNK, Inputs, empty_borders
-from minrnn.ops.spans import Walk, back_over_steps, over_steps, scan, steps_at_once
+from minrnn.ops.selective.reference import CHUNK, Inputs, empty_borders, silu_slope
+from minrnn.ops.spans import Rule, back_over_steps, in_three_passes, over_steps, steps_at_once
 
 __all__ = ["backward", "forward"]
 
@@ -27,53 +27,62 @@ def forward(given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         last = given.h0.to(dtype)
     for times in _blocks(given):
         block = _Block(given, times, dtype)
-        h = block.states(last)
+        h, following = block.states(last)
         y[:, times] = block.ungated(h) if block.x.z is None else block.ungated(h) * silu(block.x.z)
         if save:
             before = torch.cat([last.unsqueeze(1), h[:, CHUNK - 1 : -1 : CHUNK]], 1)
             _borders(borders, times, given).copy_(before.mT)
-        last = h[:, -1]
+        last = following  # not h[:, -1], which is h before it, rounded in each step of a span
     return y, last.clone(), borders
 
 
 def backward(dy: Tensor, dlast: Tensor, borders: Tensor, given: Inputs) -> list[Tensor]:
     """Compute `reference.backward`."""
-    dtype, empty = borders.dtype, given.u.new_empty(0)
-    sequences = [output_like(given.u, given.u.shape[2]) for _ in ("u", "delta_pre", "z")]
-    sequences += [given.B.new_empty(given.B.shape), given.C.new_empty(given.C.shape)]
+    dtype, channels = borders.dtype, given.u.shape[2]
+    whole = _Sequences(
+        u=output_like(given.u, channels),
+        delta_pre=output_like(given.u, channels),
+        B=given.B.new_empty(given.B.shape),
+        C=given.C.new_empty(given.C.shape),
+        z=None if given.z is None else output_like(given.u, channels),
+    )
     reaching, sums = dlast.to(dtype), []
     for times in reversed(_blocks(given)):
         block = _Block(given, times, dtype)
         start = _borders(borders, times, given)[:, 0].mT
-        found, reaching = block.gradients(dy[:, times].to(dtype), start, reaching)
-        for whole, part in zip(sequences, found[:5], strict=True):
-            if part is not None:
-                whole[:, times] = part
-        sums.append(found[5:])
+        part, some, reaching = block.gradients(dy[:, times].to(dtype), start, reaching)
+        for x, d in zip(whole, part, strict=True):
+            if x is not None and d is not None:
+                x[:, times] = d
+        sums.append(some)
     # The sum of few sums is as exact as they are; one running sum would round at every step.
-    dA, dD, dbias = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
-    du, ddelta_pre, dz, dB, dC = sequences
+    total = _Sums(*(torch.stack(parts).sum(0) for parts in zip(*sums, strict=True)))
     return [
-        du,
-        ddelta_pre,
-        dA,
-        dB,
-        dC,
-        empty if given.D is None else dD,
-        empty if given.z is None else dz,
-        empty if given.delta_bias is None else dbias,
+        whole.u,
+        whole.delta_pre,
+        total.A,
+        whole.B,
+        whole.C,
+        given.A.new_empty(0, dtype=dtype) if given.D is None else total.D,
+        given.u.new_empty(0) if whole.z is None else whole.z,
+        given.A.new_empty(0, dtype=dtype) if given.delta_bias is None else total.delta_bias,
         reaching,
     ]
 
 
-class _Gradients(NamedTuple):
-    """The gradients of a block's sequences, then of parameters, summed over the block."""
+class _Sequences(NamedTuple):
+    """The gradients of sequences."""
 
     u: Tensor
     delta_pre: Tensor
-    z: Tensor | None
     B: Tensor
     C: Tensor
+    z: Tensor | None
+
+
+class _Sums(NamedTuple):
+    """The gradients of parameters, summed over steps."""
+
     A: Tensor
     D: Tensor
     delta_bias: Tensor
@@ -91,33 +100,32 @@ class _Block:
         exponent = self.delta.unsqueeze(-1) * self.x.A
         self.a, self.loss = exponent.exp(), exponent.expm1_().neg_()
 
-    def states(self, start: Tensor) -> Tensor:
-        """Compute h, (B, steps, D, N)."""
+    def states(self, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute h, (B, steps, D, N), and the state after the block."""
         term = (self.delta * self.x.u).unsqueeze(-1) * self.x.B.unsqueeze(2)
-        h, _ = _scan_channels(self, over_steps, term, start)
-        return h
+        return _scan_channels(self, over_steps, term, start, reverse=False)
 
     def ungated(self, h: Tensor) -> Tensor:
         """Compute y before its gate."""
         y = torch.einsum("btdn,btn->btd", h, self.x.C)
         return y if self.x.D is None else y.addcmul(self.x.D, self.x.u)
 
-    def gradients(self, dy: Tensor, start: Tensor, reaching: Tensor) -> tuple[_Gradients, Tensor]:
-        """Compute the block's gradients, and a[t] g[t] of its first step.
+    def gradients(self, dy: Tensor, start: Tensor, reaching: Tensor) -> tuple[_Sequences, _Sums, Tensor]:
+        """Compute the gradients of the block's sequences, its sums, and a[t] g[t] of its first step.
 
         Args:
             dy: gradient of the output.
             start: the state before the block, (B, D, N).
             reaching: a[t] g[t] of the first step after the block.
         """
-        x, delta, h = self.x, self.delta, self.states(start)
+        x, delta = self.x, self.delta
+        h, _ = self.states(start)
         dz = None
         if x.z is not None:
-            share = torch.sigmoid(x.z)
-            dz = dy * self.ungated(h) * (share + x.z * share * torch.sigmoid(-x.z))
-            dy = dy * x.z * share
+            dz = dy * self.ungated(h) * silu_slope(x.z)
+            dy = dy * silu(x.z)
         inflow = dy.unsqueeze(-1) * x.C.unsqueeze(2)
-        g, reaching = _scan_channels(self, back_over_steps, inflow, reaching)
+        g, reaching = _scan_channels(self, back_over_steps, inflow, reaching, reverse=True)
         before = torch.cat([start.unsqueeze(1), h[:, :-1]], 1)
         if x.reset is not None:
             before = before.masked_fill(x.reset[:, :, None, None], 0)
@@ -125,23 +133,28 @@ class _Block:
         to_term = torch.einsum("btdn,btn->btd", g, x.B)
         to_delta = torch.einsum("btdn,dn->btd", to_exponent, x.A) + to_term * x.u
         ddelta_pre = to_delta * torch.sigmoid(x.delta_pre)
-        return _Gradients(
+        sequences = _Sequences(
             u=to_term * delta if x.D is None else to_term * delta + dy * x.D,
             delta_pre=ddelta_pre,
-            z=dz,
             B=torch.einsum("btdn,btd->btn", g, delta * x.u),
             C=torch.einsum("btd,btdn->btn", dy, h),
-            A=torch.einsum("btdn,btd->dn", to_exponent, delta),
+            z=dz,
+        )
+        sums = _Sums(
+            # Not einsum: the error of a matrix product, which adds step after step, grows with T.
+            A=to_exponent.mul_(delta.unsqueeze(-1)).sum((0, 1)),
             D=(dy * x.u).sum((0, 1)),
             delta_bias=ddelta_pre.sum((0, 1)),
-        ), reaching
+        )
+        return sequences, sums, reaching
 
 
-def _scan_channels(block: _Block, walk: Walk, b: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+def _scan_channels(
+    block: _Block, rule: Rule, b: Tensor, start: Tensor, *, reverse: bool
+) -> tuple[Tensor, Tensor]:
     """Scan all N numbers of all channels at once."""
     a, loss, term = (x.flatten(2) for x in (block.a, block.loss, b))
-    back = walk is back_over_steps
-    h, last = scan(a, loss, term, start.flatten(1), block.x.reset, walk=walk, reverse=back)
+    h, last = in_three_passes(a, loss, term, start.flatten(1), block.x.reset, rule=rule, reverse=reverse)
     return h.unflatten(2, b.shape[2:]), last.unflatten(1, b.shape[2:])
 
 

@@ -10,12 +10,21 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import silu, softplus
 
 from minrnn.ops.devices import widest_float
 from minrnn.ops.reference import state_dtype
 
-__all__ = ["CHUNK", "Inputs", "backward", "discretize", "empty_borders", "forward", "num_chunks"]
+__all__ = [
+    "CHUNK",
+    "Inputs",
+    "backward",
+    "discretize",
+    "empty_borders",
+    "forward",
+    "num_chunks",
+    "silu_slope",
+]
 
 CHUNK = 32
 """Steps between the states that forward saves; backward recomputes the states in between."""
@@ -78,6 +87,12 @@ def discretize(x: Inputs) -> tuple[Tensor, Tensor]:
     """Compute the decay exp(delta A) and the input term delta B u of `biased` inputs, without resets."""
     delta = softplus(x.delta_pre).unsqueeze(-1)
     return (delta * x.A).exp(), delta * x.B.unsqueeze(2) * x.u.unsqueeze(-1)
+
+
+def silu_slope(z: Tensor) -> Tensor:
+    """Compute the derivative of silu, z sigmoid(z)."""
+    share = torch.sigmoid(z)
+    return share + z * share * torch.sigmoid(-z)
 
 
 def forward(given: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,9 +168,8 @@ class _Gradients:
         u, delta_pre = x.u[:, t], x.delta_pre[:, t]
         if x.z is not None:
             z = x.z[:, t]
-            share = torch.sigmoid(z)
-            self.z[:, t] = dy * _ungated(x, t, h) * (share + z * share * (1 - share))
-            dy = dy * z * share
+            self.z[:, t] = dy * _ungated(x, t, h) * silu_slope(z)
+            dy = dy * silu(z)
         delta = softplus(delta_pre)
         a = (delta.unsqueeze(-1) * x.A).exp()
         g = dy.unsqueeze(-1) * x.C[:, t].unsqueeze(1) + carried
@@ -197,4 +211,4 @@ def _ungated(x: Inputs, t: int, h: Tensor) -> Tensor:
 
 def _read(x: Inputs, t: int, h: Tensor) -> Tensor:
     y = _ungated(x, t, h)
-    return y if x.z is None else y * x.z[:, t] * torch.sigmoid(x.z[:, t])
+    return y if x.z is None else y * silu(x.z[:, t])
