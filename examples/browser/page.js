@@ -52,13 +52,17 @@ function describe(name, size) {
 /** Write a text with the settings of the form, until it ends or is stopped. */
 async function write() {
   writing = new AbortController();
-  enable({ choices: false, write: false, stop: true });
+  enable({ stop: true });
+  element("stop").focus(); // what is disabled would lose the keyboard's focus
+  enable({ choices: false, write: false });
   try {
     await show(writing.signal);
   } catch (error) {
     complain("Writing", error);
   }
-  enable({ choices: true, write: true, stop: false });
+  enable({ choices: true, write: true });
+  if (document.activeElement === element("stop")) element("write").focus();
+  enable({ stop: false });
 }
 
 async function show(signal) {
