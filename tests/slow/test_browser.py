@@ -30,7 +30,7 @@ from minrnn import ModelConfig, SequenceModel, export_sequence, export_step, gen
 from minrnn.cli.sample import prompt_ids
 from minrnn.mixers import MIXERS
 from minrnn.models.generation import choose
-from minrnn.tasks.vocabulary import ByteVocabulary, CharacterVocabulary, Vocabulary
+from minrnn.tasks.vocabulary import END_OF_TEXT, ByteVocabulary, CharacterVocabulary, Vocabulary
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = REPOSITORY / "examples" / "browser"
@@ -240,6 +240,20 @@ def test_a_seed_gives_one_text_and_stop_stops(site: Site) -> None:
     assert after["tokens"] == tokens_of(model, vocabulary, PROMPT, 30)
 
 
+MARK = {"end_of_text": END_OF_TEXT}
+
+
+def with_vocabulary(path: Path, vocabulary: dict[str, str]) -> bytes:
+    """Return a file with another vocabulary in its metadata; an empty one is none."""
+    import onnx
+
+    model = onnx.load(path)
+    (entry,) = model.metadata_props
+    known = {**json.loads(entry.value), "vocabulary": vocabulary or None}
+    entry.value = json.dumps(known)
+    return bytes(model.SerializeToString())
+
+
 def test_wrong_files_get_one_line_and_the_model_stays(site: Site, tmp_path: Path) -> None:
     vocabulary = VOCABULARIES[1]
     good = save(learned("mingru", vocabulary), site.folder / "model.onnx", vocabulary)
@@ -260,11 +274,10 @@ def test_wrong_files_get_one_line_and_the_model_stays(site: Site, tmp_path: Path
     export_step(decision_model()).save(tmp_path / "policy.onnx")
     export_sequence(language_model()).save(tmp_path / "sequence.onnx")
     model = learned("mingru", vocabulary)
-    save(model, tmp_path / "none.onnx")
-    save(model, tmp_path / "size.onnx", VOCABULARIES[0])
-    bpe = {"vocabulary": {"kind": "bpe", "sha256": "0" * 64}}
-    export_step(model, metadata=bpe).save(tmp_path / "bpe.onnx")
     export_step(model, batch=3, metadata={"vocabulary": vocabulary.to_dict()}).save(tmp_path / "batch.onnx")
+    described = {"none": {}, "bpe": {"kind": "bpe", "sha256": "0" * 64}, "size": {"kind": "bytes", **MARK}}
+    for name, other in described.items():
+        (tmp_path / f"{name}.onnx").write_bytes(with_vocabulary(good, other))
     visit = site.visit(
         *({"file": str(tmp_path / name)} for name in wrong),
         greedy(length=30),
