@@ -14,7 +14,7 @@ from example_scripts import EXAMPLES, PAGES, REPOSITORY, imported
 import minrnn
 
 SCRIPTS = sorted(EXAMPLES.glob("*/*.py"))
-NAMES = sorted(folder.name for folder in EXAMPLES.iterdir() if folder.is_dir() and any(folder.glob("*.py")))
+NAMES = sorted(folder.name for folder in EXAMPLES.iterdir() if folder.is_dir() and any(folder.glob("*.*")))
 MEASURED = {"denoiser": "denoiser/denoise.py", "series": "series/classify.py"}
 """The scripts that write results, whose table their page holds."""
 
@@ -55,9 +55,9 @@ def test_every_example_has_a_page_and_its_commands_exist(name: str) -> None:
         for block in re.findall(r"^```sh\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
         for line in block.replace("\\\n", " ").splitlines()
     ]
-    scripts = [word for line in lines for word in line if word.endswith(".py")]
-    assert scripts
-    assert [path for path in scripts if not (REPOSITORY / path).is_file()] == []
+    named = [word for line in lines for word in line if word.startswith("examples/")]
+    assert named
+    assert [path for path in named if not (path.endswith(".onnx") or (REPOSITORY / path).exists())] == []
 
 
 @every_name
@@ -77,5 +77,12 @@ def test_a_page_holds_the_committed_results(name: str) -> None:
             assert script.table(results["records"]) in page_of(name), path.name
 
 
-def test_three_examples() -> None:
-    assert NAMES == ["denoiser", "policy", "series"]
+def test_packages_of_npm_are_pinned() -> None:
+    for path in EXAMPLES.glob("*/package.json"):
+        package = json.loads(path.read_text(encoding="utf-8"))
+        versions = {**package["dependencies"], **package["devDependencies"]}
+        assert [name for name, version in versions.items() if not re.fullmatch(r"[\d.]+", version)] == []
+
+
+def test_four_examples() -> None:
+    assert NAMES == ["browser", "denoiser", "policy", "series"]
