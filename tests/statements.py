@@ -509,6 +509,8 @@ DEFINITIONS: dict[str, list[tuple[str, str]]] = {
         ("a state is rounded eight times at each of", "the algorithm"),
         ("loses a millionth in each step", "an example"),
         ("The tests hold it to 1e-6 of the largest", "a limit"),
+        ("by up to 5e-7 of it for each border", "eight roundings of 2^-24"),
+        ("allow errors ten times as large for signed", "a threshold"),
         ("a decay of 0.999 rounds to 1", "bfloat16"),
         ("hold the backends to 2e-6", "a threshold"),
         ("a decay above one half is", "the algorithm"),
