@@ -496,7 +496,6 @@ DEFINITIONS: dict[str, list[tuple[str, str]]] = {
         ),
     ],
     "docs/coming-from-torch.md": [("forgets half of its state", "a gate of 0.5")],
-    "docs/index.md": [("In ten minutes:", "the path was followed and timed")],
     "docs/install.md": [
         ("You need Python 3.11 or newer", "a version"),
         ("compute capability 7.0", "a version"),
