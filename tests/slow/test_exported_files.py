@@ -98,6 +98,21 @@ def test_ten_thousand_steps_are_the_sequence(suffix: str, tmp_path: Path) -> Non
         assert relative(torch.stack(logits, 1), expected) < CLOSE
 
 
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_inputs_may_be_views(suffix: str, tmp_path: Path) -> None:
+    needs(suffix)
+    model = language_model()
+    exported = export_step(model, batch=3)
+    path = tmp_path / f"step{suffix}"
+    exported.save(path)
+    run = FORMATS[suffix].load(path.read_bytes(), exported)
+    tokens = torch.randint(V, (3, 20), generator=torch.Generator().manual_seed(0))
+    logits = follow(exported, run, [{"tokens": tokens[:, t]} for t in range(tokens.shape[1])])
+    with torch.no_grad():
+        expected, _ = model(tokens)
+    assert relative(torch.stack(logits, 1), expected) < CLOSE
+
+
 @pytest.mark.parametrize("opset", [20, 23])
 def test_newer_operator_sets_are_written_too(opset: int) -> None:
     needs(".onnx")

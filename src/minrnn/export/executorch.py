@@ -53,7 +53,7 @@ def load(contents: bytes, program: Program) -> Run:
 
     def run(inputs: Sequence[Tensor]) -> Sequence[Any]:
         _ = loaded  # its memory is the method's
-        return [value.clone() for value in method.execute(list(inputs))]
+        return [value.clone() for value in method.execute([each.contiguous() for each in inputs])]
 
     return run
 

@@ -46,7 +46,8 @@ def load(contents: bytes, program: Program) -> Run:
         loaded = load_package(str(path))
 
     def run(inputs: Sequence[Tensor]) -> Sequence[Any]:
-        found = loaded(*inputs)
+        # It reads memory as if it were contiguous, and does not check.
+        found = loaded(*(value.contiguous() for value in inputs))
         return [found] if isinstance(found, Tensor) else list(found)
 
     return run
