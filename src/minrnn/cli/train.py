@@ -66,11 +66,13 @@ def run(args: Sequence[str]) -> int:
     launch = Launch.of(os.environ)
     if launch.most_restarts and command.run is None:
         raise ValueError("torchrun --max-restarts needs --run-dir DIR, the directory to go on in")
-    with join(config.train.device, config.train.timeout, launch) as ranks:
-        with _run_directory(config, command.run, ranks) as run_dir:
-            restarted = ranks.highest([launch.restarts])[0] > 0
-            begun = ranks.first_says(lambda: (run_dir / "config.json").is_file())
-            return _train(config, run_dir, command.resume or (restarted and begun), ranks)
+    with (
+        join(config.train.device, config.train.timeout, launch) as ranks,
+        _run_directory(config, command.run, ranks) as run_dir,
+    ):
+        restarted = ranks.highest([launch.restarts])[0] > 0
+        begun = ranks.first_says(lambda: (run_dir / "config.json").is_file())
+        return _train(config, run_dir, command.resume or (restarted and begun), ranks)
 
 
 @contextmanager
@@ -138,7 +140,9 @@ def _resumed_run(args: Sequence[str]) -> Path | None:
     """Return the run to resume, or None."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     # A missing value is reported by the parser of all options.
-    finder.add_argument("--run", "--run-dir", dest="run", type=lambda text: Path(text).expanduser(), nargs="?")
+    finder.add_argument(
+        "--run", "--run-dir", dest="run", type=lambda text: Path(text).expanduser(), nargs="?"
+    )
     finder.add_argument("--resume", action="store_true")
     found, _ = finder.parse_known_args(args)
     if found.resume and found.run is None:

@@ -78,16 +78,15 @@ class Failures(NamedTuple):
 
 
 def describe(lost: list[int], timeout: float) -> str:
-    """Return a sentence about ranks that do not answer.
+    """Return a sentence about ranks that do not answer; an empty list if it is not known which.
 
     >>> describe([2], 60)
-    'rank 2 has ended, or has not answered for 60 s (train.timeout); its own output, or that of torchrun, may say why'
+    'rank 2 has ended or has not answered for 60 s (train.timeout): see its output, or what torchrun says'
     """
-    one = len(lost) == 1
-    who = f"rank {lost[0]}" if one else f"ranks {', '.join(map(str, lost))}" if lost else "a rank"
-    verb = "has" if one or not lost else "have"
-    whose = "its own output" if verb == "has" else "their own output"
+    names = ", ".join(map(str, lost))
+    who = f"ranks {names} have" if len(lost) > 1 else f"rank {names} has" if lost else "another rank has"
+    verb, whose = who.split()[-1], "their" if len(lost) > 1 else "its"
     return (
-        f"{who} {verb} ended, or {verb} not answered for {timeout:g} s (train.timeout); {whose}, or that of "
-        "torchrun, may say why"
+        f"{who} ended or {verb} not answered for {timeout:g} s (train.timeout): see {whose} output, or what "
+        "torchrun says"
     )

@@ -54,8 +54,8 @@ class RankGroup(Ranks):
             return name if number else kind
         if number and self.local_size > 1:
             raise ValueError(
-                f"train.device must be auto, cpu or {kind} without a number, as {self.local_size} ranks share "
-                f"this machine, got {name!r}"
+                f"train.device must be auto, cpu or {kind} without a number where {self.local_size} ranks "
+                f"share a machine, got {name!r}"
             )
         return name if number else f"{kind}:{self.local_rank}"
 
@@ -113,9 +113,10 @@ class RankGroup(Ranks):
 
     def replicate(self, model: nn.Module) -> nn.Module:
         # Buffers do not change in training: no step sends them. later versions of torch rename the option.
-        options = inspect.signature(DistributedDataParallel).parameters
-        name = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, **{name: False})
+        known = inspect.signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options: dict[str, Any] = {"gradient_as_bucket_view": True, name: False}
+        return DistributedDataParallel(model, **options)
 
     def accumulating(self, replica: nn.Module) -> AbstractContextManager[None]:
         return cast("AbstractContextManager[None]", cast(DistributedDataParallel, replica).no_sync())

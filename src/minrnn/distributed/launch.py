@@ -76,7 +76,7 @@ class Launch:
             raise ValueError(REMEDY)
 
 
-class join:  # noqa: N801 - called like a function
+class join:  # noqa: N801  # called like a function
     """A context manager that joins the ranks of a run, and yields this one's `Ranks`.
 
     In a process that torchrun has not started, and in one that it has started alone, that is `ALONE`.
@@ -115,8 +115,8 @@ class join:  # noqa: N801 - called like a function
             self.store, _, _ = next(distributed.rendezvous("env://", timeout=limit))
         store = distributed.PrefixStore("minrnn", self.store)
         self.failures = Failures(store, launch.rank, launch.size)
-        ranks = RankGroup(launch.rank, launch.size, launch.local_rank, launch.local_size, store)
-        kind = ranks.device(self.device)
+        self.ranks = RankGroup(launch.rank, launch.size, launch.local_rank, launch.local_size, store)
+        kind = self.ranks.device(self.device)
         if kind.startswith("cuda"):
             torch.cuda.set_device(kind)
         distributed.init_process_group(
@@ -126,7 +126,7 @@ class join:  # noqa: N801 - called like a function
             world_size=launch.size,
             timeout=limit,
         )
-        return ranks
+        return self.ranks
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -134,13 +134,15 @@ class join:  # noqa: N801 - called like a function
         if self.launch.size == 1:
             return
         if error is None:
+            # Together: if one ends before another has, torchrun ends that.
+            self.ranks.highest([0])
             distributed.destroy_process_group()
         elif isinstance(error, RuntimeError) and _is_loss(error):
             told = self.failures.explain(self.timeout)
             if told is None:
                 raise Reported from error
             raise LostRanksError(told) from error
-        elif isinstance(error, Exception) and not self.failures.is_news(f"{kind.__name__}: {error}"):
+        elif isinstance(error, Exception) and not self.failures.is_news(f"{type(error).__name__}: {error}"):
             raise Reported from error
 
 

@@ -169,7 +169,7 @@ class Task(ABC):
         """
 
     def batch_rows(self, step: int, batch_size: int, seed: int, rows: slice) -> Batch:
-        """Return some rows of `batch(step, batch_size, seed)`, without computing the others where possible."""
+        """Return some rows of `batch(step, batch_size, seed)`; the others are not computed if possible."""
         return self.batch(step, batch_size, seed).rows(rows)
 
     def stream_batch(self, step: int, batch_size: int) -> Batch:
@@ -181,7 +181,7 @@ class Task(ABC):
         raise ValueError(f"{type(self).__name__}: train.carry_state must be off, as this task has no streams")
 
     def stream_rows(self, step: int, batch_size: int, rows: slice) -> Batch:
-        """Return some rows of `stream_batch(step, batch_size)`, without computing others where possible."""
+        """Return some rows of `stream_batch(step, batch_size)`; the others are not computed if possible."""
         return self.stream_batch(step, batch_size).rows(rows)
 
     @abstractmethod

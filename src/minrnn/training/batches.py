@@ -26,9 +26,10 @@ class Batches:
         self._fresh = settings.fresh_windows if settings.carry_state else 0
         self._rows = settings.batch_size - self._fresh  # of the batch whose state is carried, if one is
         if self._rows < ranks.size:
-            streams = " without train.fresh_share's windows" if self._fresh else ""
+            streams = " without the windows of train.fresh_share" if self._fresh else ""
             raise ValueError(
-                f"train.batch_size must be at least the number of ranks, {ranks.size}{streams}, got {self._rows}"
+                f"train.batch_size{streams} must be at least {ranks.size}, the number of ranks, got "
+                f"{self._rows}"
             )
 
     @property
@@ -37,7 +38,7 @@ class Batches:
         return self._rows
 
     def __call__(self, index: int) -> list[Batch]:
-        """Return this rank's rows for a backward pass: streams first if the state is carried, then windows."""
+        """Return this rank's rows for a backward pass: streams first if the run has any, then windows."""
         if self._ranks.size == 1:
             return self.whole(index)
         task, settings = self._task, self._settings
