@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,8 +13,8 @@ from typing import Any
 MISSING = "" if "forkserver" in multiprocessing.get_all_start_methods() else "this system forks no processes"
 """Why there can be no pool, or nothing."""
 
-LIMIT = 60
-"""Seconds of an exchange between ranks, and half of those of a job."""
+LIMIT = 250
+"""Seconds of an exchange between ranks, and of a job: a busy machine may take long."""
 
 Job = Callable[..., Any]
 """A function of a module, called with this rank's Ranks and further arguments."""
@@ -36,21 +35,33 @@ class Pool:
         pipes = [context.Pipe() for _ in range(most)]
         self._ends = [end for end, _ in pipes]
         self._processes = [context.Process(target=serve, args=(end,), daemon=True) for _, end in pipes]
-        for process in self._processes:
+        for process, (_, end) in zip(self._processes, pipes, strict=True):
             process.start()
+            end.close()  # this process's copy: a rank that is killed then closes the pipe
 
-    def run(self, size: int, job: Job, *arguments: Any, timeout: float = LIMIT) -> list[Any]:
+    def run(self, size: int, job: Job, *arguments: Any) -> list[Any]:
         """Return what the ranks of a job return, in their order; raise AssertionError if one fails."""
+        found = self._replies(size, job, arguments, LIMIT)
+        failed = [f"rank {rank}: {trace}" for rank, (_, _, trace) in enumerate(found) if trace]
+        assert not failed, "\n".join(failed)
+        return [result for result, _, _ in found]
+
+    def failures(self, size: int, job: Job, *arguments: Any, timeout: float = LIMIT) -> list[str]:
+        """Return what the ranks of a job fail with: type and text; "killed"; or an empty text."""
+        return [error for _, error, _ in self._replies(size, job, arguments, timeout)]
+
+    def _replies(self, size: int, job: Job, arguments: tuple[Any, ...], timeout: float) -> list[Any]:
         path = str(self._folder / f"store{next(self._numbers)}")
         for rank in range(size):
             self._ends[rank].send((rank, size, path, timeout, job, arguments))
         found = []
         for rank in range(size):
-            assert self._ends[rank].poll(2 * LIMIT), f"rank {rank} does not return"
-            found.append(self._ends[rank].recv())
-        failed = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(found) if error]
-        assert not failed, "\n".join(failed)
-        return [result for result, _ in found]
+            assert self._ends[rank].poll(LIMIT), f"rank {rank} does not return"
+            try:
+                found.append(self._ends[rank].recv())
+            except EOFError:
+                found.append((None, "killed", "killed"))
+        return found
 
     def close(self) -> None:
         """End the processes."""
@@ -77,9 +88,9 @@ def serve(end: Any) -> None:
     while True:
         rank, size, path, timeout, job, arguments = end.recv()
         try:
-            end.send((call(rank, size, path, timeout, job, arguments), ""))
-        except BaseException:
-            end.send((None, traceback.format_exc()))
+            end.send((call(rank, size, path, timeout, job, arguments), "", ""))
+        except BaseException as error:
+            end.send((None, f"{type(error).__name__}: {error}", traceback.format_exc()))
 
 
 def call(rank: int, size: int, path: str, timeout: float, job: Job, arguments: tuple[Any, ...]) -> Any:
@@ -94,8 +105,3 @@ def call(rank: int, size: int, path: str, timeout: float, job: Job, arguments: t
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
-
-
-def process_id(ranks: Any) -> int:
-    """Return the number of this process."""
-    return os.getpid()

@@ -33,6 +33,7 @@ FLOORS = {
     "ops": 1,
     "mixers": 2,
     "models": 3,
+    "distributed": 4,
     "tasks": 4,
     "training": 5,
     "benchmarks": 6,
