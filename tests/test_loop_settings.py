@@ -510,6 +510,7 @@ MAY_CHANGE = {
     "log_every",
     "device",
     "threads",
+    "timeout",
 }
 OTHERS: dict[str, Any] = {
     "steps": 4,
@@ -534,6 +535,7 @@ OTHERS: dict[str, Any] = {
     "seed": 1,
     "device": "auto",
     "threads": 2,
+    "timeout": 5,
 }
 """Another valid value of every training setting of the run below."""
 

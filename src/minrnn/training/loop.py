@@ -266,9 +266,9 @@ class Run:
             self._whole = self.state.step, metrics
         chosen_by = self.task.chosen_by
         is_best = metrics[chosen_by] < self.state.best.get(chosen_by, math.inf)
-        if is_best and self.ranks.is_first:
-            save_checkpoint(self.run_dir / "checkpoints" / "best", self.model, extra=self._extra())
         if is_best:
+            if self.ranks.is_first:
+                save_checkpoint(self.run_dir / "checkpoints" / "best", self.model, extra=self._extra())
             self.state.best = {"step": self.state.step, **metrics}
         with self.interruption.guard_output():
             self.log.evaluation(self.state.step, metrics, is_best)
