@@ -153,7 +153,7 @@ def test_help_of_train_lists_recipes_and_shows_their_values(capsys: pytest.Captu
         ("train demo --train.batch-size 0", "batch_size must be at least 1, got 0"),
         ("train demo --model.num-heads 4", "mixer 'mingru' has no option 'num_heads'"),
         ("train demo --task.vocabulary words", "'bytes', 'characters'"),
-        ("train demo --run", "'--run'"),
+        ("train demo --run", "argument '--run-dir/--run'"),
         ("train demo extra", "extra"),
         ("train --train.steps 5 shakespeare", "the recipe must come first: minrnn train shakespeare"),
         ("train --resume", "--resume needs --run DIR"),
