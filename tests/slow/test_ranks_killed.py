@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -50,9 +51,13 @@ def be_rank(rank: int, config: RunConfig, run_dir: Path, store: str) -> None:
     from torch.distributed import FileStore
 
     from minrnn.distributed import Launch, join
+    from minrnn.distributed.failures import LostRanksError
 
-    with join("cpu", LIMIT, Launch(rank, 2, rank, 2), FileStore(store, 2)) as ranks:
-        train(config, run_dir, resume=(run_dir / "config.json").is_file(), log=RunLog(), ranks=ranks)
+    try:
+        with join("cpu", LIMIT, Launch(rank, 2, rank, 2), FileStore(store, 2)) as ranks:
+            train(config, run_dir, resume=(run_dir / "config.json").is_file(), log=RunLog(), ranks=ranks)
+    except LostRanksError:
+        sys.exit(1)
 
 
 class Pair:
