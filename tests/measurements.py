@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from minrnn import MinGRU, export_step
 from minrnn.experiments.records import bests, by_kind, points
 from minrnn.experiments.results import ResultsFolder
 from minrnn.experiments.scores import BEST_TENTH
 from minrnn.experiments.stability import LEARNED, steps_to
 from minrnn.experiments.timed import exponent, series
+from minrnn.export import FORMATS
 from minrnn.tasks import FormalLanguageConfig, FormalLanguageTask
 
 REPOSITORY = Path(__file__).parents[1]
@@ -295,3 +297,17 @@ def playing_time(other: str) -> list[float]:
         average("locomotion", "seconds", mixer=m) / average("locomotion", "seconds", mixer=other)
         for m in OURS
     ]
+
+
+def exported_layer() -> tuple[float, float, int]:
+    """Return the kB of a layer's exported step and of its weights, and the number of its nodes."""
+    import onnx
+
+    layer = MinGRU(32, 96, batch_first=True)
+    inputs, names = {"x": torch.zeros(2, 1, 32), "h_in": torch.zeros(1, 2, 96)}, ["y", "h_out"]
+    step = export_step(layer, inputs, names, dynamic={"x": {0: "batch"}, "h_in": {1: "batch"}})
+    contents = FORMATS[".onnx"].convert(step)
+    weights = sum(weight.nbytes for weight in layer.parameters())
+    model = onnx.load_from_string(contents)
+    assert {node.domain for node in model.graph.node} == {""}
+    return len(contents) / 1e3, weights / 1e3, len(model.graph.node)

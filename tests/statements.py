@@ -30,6 +30,7 @@ from measurements import (
     counts,
     data_score,
     ends,
+    exported_layer,
     first_right,
     growths,
     guess,
@@ -149,6 +150,7 @@ STATEMENTS: dict[str, list[Statement]] = {
         ("(signed: {0.46} instead of 0)", lambda: 2 * sigmoid(1) - 1),
         ("this takes {0.12} to {0.38} of the time of torch's", lambda: ends(model_steps(128, 192))),
     ],
+    "docs/export.md": [("is a file of {29} kB: {25} kB of weights, and {19} nodes", exported_layer)],
     "docs/numerics.md": [
         ("cut float32 and float64 only, at {512} steps or more", lambda: chunks.MIN_STEPS),
     ],
@@ -494,7 +496,6 @@ DEFINITIONS: dict[str, list[tuple[str, str]]] = {
         ),
     ],
     "docs/coming-from-torch.md": [("forgets half of its state", "a gate of 0.5")],
-    "docs/index.md": [("In ten minutes:", "the path was followed and timed")],
     "docs/install.md": [
         ("You need Python 3.11 or newer", "a version"),
         ("compute capability 7.0", "a version"),

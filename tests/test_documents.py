@@ -329,6 +329,8 @@ def test_what_runs_of_earlier_versions_did_stays(tmp_path: Path) -> None:
     assert RunConfig.from_record({}).task == TextConfig()
     with pytest.raises(ValueError, match=r"task\.name must be one of"):
         RunConfig.from_record({"task": {"name": "nothing"}})
+    with pytest.raises(ValueError, match="name"):
+        RunConfig.from_record({"task": {"name": []}})
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert read_config(tmp_path).task.documents == "joined"
     for name in ("shakespeare", "shakespeare-cpu", "shakespeare-best"):

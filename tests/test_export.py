@@ -278,6 +278,17 @@ def test_a_users_module_is_exported_for_sequences() -> None:
                 assert relative(ours, theirs) < 1e-6
 
 
+def test_a_sequence_by_convolution_has_any_length_at_a_fixed_batch() -> None:
+    model = language_model("s4d")
+    exported = export_sequence(model, batch=2)
+    module, *_ = interface_of(model, exported.form, None)
+    for T in (2, 150):
+        inputs = draw(exported, {"time": T})
+        with torch.no_grad():
+            for ours, theirs in zip(exported.call(*inputs), module(*inputs), strict=True):
+                assert relative(ours, theirs) < 1e-5
+
+
 def test_misuse_is_one_line() -> None:
     net, x = Net(), example(5)
     for call, arguments, message in (

@@ -11,6 +11,7 @@ import torch
 from exported import V, decision_model, draw, follow, language_model, relative, run_elsewhere
 
 from minrnn.export import FORMATS, Exported, export_sequence, export_step
+from minrnn.export.converting import Run
 from minrnn.export.models import interface_of
 from minrnn.mixers import GATED_RNNS, MIXERS
 from minrnn.models import Policy
@@ -82,20 +83,35 @@ def test_sequences_are_a_file(suffix: str, mixer: str, tmp_path: Path) -> None:
     compare(exported, tmp_path / f"sequence{suffix}", model, sizes)
 
 
+def written(exported: Exported, path: Path) -> Run:
+    """Return the file of a program, written and loaded."""
+    exported.save(path)
+    return FORMATS[path.suffix].load(path.read_bytes(), exported)
+
+
+def check_steps(mixer: str, rows: int, steps: int, path: Path) -> None:
+    """Hold steps of a file, whose inputs are views if there are several rows, to the model's sequence."""
+    model = language_model(mixer)
+    exported = export_step(model, batch=rows)
+    run = written(exported, path)
+    tokens = torch.randint(V, (rows, steps), generator=torch.Generator().manual_seed(0))
+    logits = follow(exported, run, [{"tokens": tokens[:, t]} for t in range(steps)])
+    with torch.no_grad():
+        expected, _ = model(tokens)
+    assert relative(torch.stack(logits, 1), expected) < CLOSE
+
+
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_ten_thousand_steps_are_the_sequence(suffix: str, tmp_path: Path) -> None:
     needs(suffix)
     for mixer in ("mingru", "minlstm"):
-        model = language_model(mixer)
-        exported = export_step(model, batch=1)
-        path = tmp_path / f"{mixer}{suffix}"
-        exported.save(path)
-        run = FORMATS[suffix].load(path.read_bytes(), exported)
-        tokens = torch.randint(V, (1, 10_000), generator=torch.Generator().manual_seed(0))
-        logits = follow(exported, run, [{"tokens": tokens[:, t]} for t in range(tokens.shape[1])])
-        with torch.no_grad():
-            expected, _ = model(tokens)
-        assert relative(torch.stack(logits, 1), expected) < CLOSE
+        check_steps(mixer, 1, 10_000, tmp_path / f"{mixer}{suffix}")
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_inputs_may_be_views(suffix: str, tmp_path: Path) -> None:
+    needs(suffix)
+    check_steps("mingru", 3, 20, tmp_path / f"step{suffix}")
 
 
 @pytest.mark.parametrize("opset", [20, 23])
@@ -112,8 +128,7 @@ def test_a_kept_state_is_the_passed_one(tmp_path: Path) -> None:
     needs(".pte")
     model = language_model()
     exported = export_step(model, batch=1, keeps_state=True)
-    exported.save(tmp_path / "kept.pte")
-    run = FORMATS[".pte"].load((tmp_path / "kept.pte").read_bytes(), exported)
+    run = written(exported, tmp_path / "kept.pte")
     tokens, no, yes = torch.randint(V, (1, 20)), torch.tensor([False]), torch.tensor([True])
     with torch.no_grad():
         expected, _ = model(tokens)
@@ -128,9 +143,7 @@ def test_a_policys_file_acts_as_the_policy(suffix: str, options: dict[str, Any],
     needs(suffix)
     model = decision_model(**options)
     exported = export_step(model, batch=2)
-    path = tmp_path / f"policy{suffix}"
-    exported.save(path)
-    run, policy = FORMATS[suffix].load(path.read_bytes(), exported), Policy(model)
+    run, policy = written(exported, tmp_path / f"policy{suffix}"), Policy(model)
     generator = torch.Generator().manual_seed(1)
     steps, actions = [], []
     for t in range(40):
@@ -154,9 +167,7 @@ def test_a_policys_file_hops(tmp_path: Path) -> None:
     )
     model = DecisionModel(config).eval()
     exported = export_step(model)
-    path = tmp_path / "hopper.onnx"
-    exported.save(path)
-    run = FORMATS[".onnx"].load(path.read_bytes(), exported)
+    run = written(exported, tmp_path / "hopper.onnx")
     for seed in range(3):
         environments = [gymnasium.make("Hopper-v5") for _ in range(2)]
         policy = Policy(model)

@@ -8,13 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from minrnn.export.converting import Run, check, converting, require
-from minrnn.export.program import Program
+from minrnn.export.program import KEY, Program
 
 SUFFIX = ".pte"
 EXTRA = "executorch"
-
-KEY = "minrnn"
-"""The name of the method without arguments that returns the metadata, one line of JSON."""
 
 
 def convert(program: Program) -> bytes:
@@ -53,7 +50,7 @@ def load(contents: bytes, program: Program) -> Run:
 
     def run(inputs: Sequence[Tensor]) -> Sequence[Any]:
         _ = loaded  # its memory is the method's
-        return [value.clone() for value in method.execute(list(inputs))]
+        return [value.clone() for value in method.execute([each.contiguous() for each in inputs])]
 
     return run
 

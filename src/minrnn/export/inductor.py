@@ -10,13 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from minrnn.export.converting import Run, check, converting
-from minrnn.export.program import Program
+from minrnn.export.program import KEY, Program
 from minrnn.ops.torch_private import compile_package, load_package
 
 SUFFIX = ".pt2"
-
-KEY = "minrnn"
-"""The key of the metadata, one line of JSON."""
 
 
 def convert(program: Program) -> bytes:
@@ -46,7 +43,8 @@ def load(contents: bytes, program: Program) -> Run:
         loaded = load_package(str(path))
 
     def run(inputs: Sequence[Tensor]) -> Sequence[Any]:
-        found = loaded(*inputs)
+        # It reads memory as if it were contiguous, and does not check.
+        found = loaded(*(value.contiguous() for value in inputs))
         return [found] if isinstance(found, Tensor) else list(found)
 
     return run

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minrnn.export.converting import Run, check, converting, require
-from minrnn.export.program import Program
+from minrnn.export.program import KEY, Program
 
 SUFFIX = ".onnx"
 EXTRA = "export"
@@ -19,9 +19,6 @@ OPSET = 20
 
 LARGEST = (1 << 31) - 1
 """Bytes of the largest file: protobuf's limit."""
-
-KEY = "minrnn"
-"""The key of the metadata, one line of JSON."""
 
 
 def convert(program: Program, opset: int = OPSET) -> bytes:

@@ -18,6 +18,9 @@ from minrnn.ops.decompositions import decompositions
 FORMS = ("step", "sequence")
 """A program of one step (T = 1), and one of sequences of any length."""
 
+KEY = "minrnn"
+"""The key under which a file holds `Program.describe`; in ExecuTorch, the method that returns it."""
+
 FREE = {"batch": 2, "time": 5}
 """Names of axes of any size, and their sizes while a program is traced; torch would fix a size of 1."""
 

@@ -230,8 +230,7 @@ class _Response:
     def last_state(self, x: Tensor, h0: Tensor | None) -> Tensor:
         """The state after x `(D, B, T)`: sum_t exp(rate (T - 1 - t)) B_bar x[t] + exp(rate T) h0."""
         D, B, T = x.shape
-        padded = self._pad(x)
-        ends = padded.reshape(D, B * self.num_chunks, self.chunk) @ self.inner.flip(1)
+        ends = self._chunks(x).flatten(1, 2) @ self.inner.flip(1)
         ends = torch.view_as_complex(ends.reshape(D, B, self.num_chunks, self.rate.shape[1], 2))
         weights = (self.outer.flip(1) * self.B_bar.unsqueeze(1)).to(ends.dtype)
         h = (ends * weights.unsqueeze(1)).sum(2)
@@ -245,13 +244,14 @@ class _Response:
             return x.index_select(-1, torch.arange(self.length, device=x.device))
         return x[..., : self.length]
 
-    def _pad(self, x: Tensor) -> Tensor:
-        """x padded with zeros at the start, to all chunks."""
-        total = self.num_chunks * self.chunk
+    def _chunks(self, x: Tensor) -> Tensor:
+        """x padded with zeros at the start, in chunks: `(D, B, num_chunks, chunk)`."""
+        missing = self.num_chunks * self.chunk - self.length
         if self.varies:
-            place = torch.arange(self.length, device=x.device) + (total - self.length)
-            return x.new_zeros(*x.shape[:-1], total).index_copy(-1, place, x)
-        return functional.pad(x, (total - self.length, 0))
+            starts = self.chunk * torch.arange(self.num_chunks, device=x.device) - missing
+            place = starts.unsqueeze(1) + torch.arange(self.chunk, device=x.device)
+            return x[..., place.clamp(min=0)].masked_fill(place < 0, 0)
+        return functional.pad(x, (missing, 0)).unflatten(-1, (self.num_chunks, self.chunk))
 
 
 def _powers(rate: Tensor, count: int) -> Tensor:

@@ -77,7 +77,7 @@ def read_pieces(path: Path, column: str) -> Iterator[Piece]:
     if suffix in ROW_READERS:
         with path.open("rb") as raw, opener(path, raw) as file:
             for origin, text, place in ROW_READERS[suffix](path, raw, file, column):
-                yield from _pieces_of(_blocks(BytesIO(text)), origin, _is_held_out(text), partial(int, place))
+                yield from _pieces_of(blocks(BytesIO(text)), origin, _is_held_out(text), partial(int, place))
     else:
         yield from read_text(path, opener)
 
@@ -85,7 +85,7 @@ def read_pieces(path: Path, column: str) -> Iterator[Piece]:
 def read_text(path: Path, opener: Opener | None = None) -> Iterator[Piece]:
     """Yield a file, whatever its name, as one document in pieces."""
     with path.open("rb") as raw, (opener or _open_plain)(path, raw) as file:
-        yield from _pieces_of(_blocks(file), str(path), False, raw.tell)
+        yield from _pieces_of(blocks(file), str(path), False, raw.tell)
 
 
 def first_block(path: Path, size: int) -> bytes:
@@ -113,7 +113,8 @@ def _is_held_out(text: bytes) -> bool:
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") % _HELD_OUT == 0
 
 
-def _blocks(file: IO[bytes]) -> Iterator[bytes]:
+def blocks(file: IO[bytes]) -> Iterator[bytes]:
+    """Yield what a stream holds, READ_BYTES at a time."""
     while block := file.read(READ_BYTES):
         yield block
 
@@ -205,7 +206,7 @@ def _json_lines(path: Path, raw: IO[bytes], file: IO[bytes], column: str) -> Row
 def _lines(file: IO[bytes]) -> Iterator[bytes]:
     """Yield the lines of a stream; decompressors cannot iterate over lines themselves."""
     pending = b""
-    for block in _blocks(file):
+    for block in blocks(file):
         *whole, pending = (pending + block).split(b"\n")
         yield from whole
     yield pending

@@ -22,7 +22,7 @@ from typing import BinaryIO, NamedTuple, Self, TypedDict
 import numpy as np
 
 from minrnn.files import read_json, replace_text, write_json
-from minrnn.tasks.documents import PIECE_BYTES, Piece, shortened
+from minrnn.tasks.documents import PIECE_BYTES, Piece, blocks, shortened
 from minrnn.tasks.progress import Bar
 from minrnn.tasks.sources import Corpus
 from minrnn.tasks.vocabulary import VOCABULARIES, Vocabulary
@@ -45,8 +45,6 @@ SAMPLED_FILES, SAMPLED_BYTES = 16, 1 << 16
 
 MARGIN = 1.2
 """Bytes that must be free, as a multiple of the estimate: the validation part is there twice for a while."""
-
-_BLOCK_BYTES = 1 << 20  # hashed and copied at once
 
 
 class Tokens(NamedTuple):
@@ -224,7 +222,7 @@ class _Writer:
             self._open(name, size)
             for name, size in ((IDS, self._done["train"]), (_HELD_OUT, self._done["val"]))
         )
-        for block in _blocks(folder / IDS):
+        for block in blocks_of(folder / IDS):
             self._sha256.update(block)
 
     def __enter__(self) -> Self:
@@ -267,7 +265,7 @@ class _Writer:
         self._sha256.update(mark if self._done["train"] else b"")
         num_train = self._train.tell() // stored_type(self._vocabulary).itemsize
         self._val.flush()
-        for block in _blocks(self._folder / _HELD_OUT):
+        for block in blocks_of(self._folder / _HELD_OUT):
             self._train.write(block)
             self._sha256.update(block)
         num_tokens = self._train.tell() // stored_type(self._vocabulary).itemsize
@@ -304,10 +302,10 @@ class _Writer:
         return file
 
 
-def _blocks(path: Path) -> Iterator[bytes]:
+def blocks_of(path: Path) -> Iterator[bytes]:
+    """Yield the content of a file in blocks."""
     with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            yield block
+        yield from blocks(file)
 
 
 def _check_space(folder: Path, corpus: Corpus, vocabulary: Vocabulary, written: int) -> None:

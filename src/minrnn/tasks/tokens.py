@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from minrnn.files import InUseError, lock, read_json
 from minrnn.tasks.downloads import cache_folder
 from minrnn.tasks.sources import Corpus
-from minrnn.tasks.tokenizing import IDS, PROGRESS, stored_type, write_tokens
+from minrnn.tasks.tokenizing import IDS, PROGRESS, blocks_of, stored_type, write_tokens
 from minrnn.tasks.vocabulary import Vocabulary
 
 FORMAT_VERSION = 2  # part of an entry's name, so that entries of other versions are ignored
@@ -43,7 +43,6 @@ _UNFINISHED = ".building-"  # prefix of folders that are being written
 _LOCK = ".lock"  # suffix of the lock file of such a folder
 _HEADER, _CHECKED = "tokens.json", "checked.json"
 _SILENT_WAIT, _LONGEST_WAIT = 1.0, 7 * 86400.0  # seconds that another process is waited for
-_BLOCK_BYTES = 1 << 20  # hashed at once
 
 
 @dataclass(frozen=True)
@@ -146,9 +145,8 @@ def _load(entry: Path) -> TokenizedCorpus | None:
 def _hash_entry(entry: Path, header: _Header) -> str:
     """Compute the digest of an entry as `_write_files` does."""
     sha256 = hashlib.sha256()
-    with (entry / IDS).open("rb") as file:  # not the map: truncating a mapped file kills the process
-        while block := file.read(_BLOCK_BYTES):
-            sha256.update(block)
+    for block in blocks_of(entry / IDS):  # not the map: truncating a mapped file kills the process
+        sha256.update(block)
     sha256.update(_described(header["vocabulary"], header["num_train"], header["num_val"]).encode())
     return sha256.hexdigest()
 

@@ -196,8 +196,9 @@ class RunConfig:
         table = values.get("task")
         if not isinstance(table, Mapping):
             return cls.from_dict(values)
-        kind = TASKS.get(table.get("name", TextConfig.task))
-        earlier = kind.config_type.earlier if kind else {}
+        name = table.get("name", TextConfig.task)
+        known = isinstance(name, str) and name in TASKS  # if not, from_dict says so
+        earlier = TASKS[name].config_type.earlier if known else {}
         return cls.from_dict({**values, "task": {**earlier, **table}})
 
     def to_dict(self) -> dict[str, Any]:
