@@ -506,6 +506,15 @@ DEFINITIONS: dict[str, list[tuple[str, str]]] = {
         ("`forget_bias` (1.0)", "a default"),
         ("nears overflow (1e36)", "a threshold"),
     ],
+    "docs/distributed.md": [
+        ("a checkpoint 120 seconds before", "the setting"),
+        ("300 GB/s between the GPUs of a machine", "an assumption of the model of costs"),
+        ("and 45 GB/s for each GPU between machines", "an assumption of the model of costs"),
+        ("17,800 tokens at 45 GB/s; 2,200 where", "the model's arithmetic"),
+        ("P = 1.25 billion", "an example"),
+        ("computes for 153 ms and sends for 0, 29, 53 and 57 ms", "the model's arithmetic"),
+        ("0.05, 0.4, 3.4 and 55 million", "the model's arithmetic"),
+    ],
     "docs/numerics.md": [
         ("a state is rounded eight times at each of", "the algorithm"),
         ("loses a millionth in each step", "an example"),

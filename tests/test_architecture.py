@@ -34,6 +34,7 @@ FLOORS = {
     "mixers": 2,
     "models": 3,
     "export": 4,
+    "distributed": 4,
     "tasks": 4,
     "training": 5,
     "benchmarks": 6,

@@ -156,7 +156,7 @@ def test_help_of_train_lists_recipes_and_shows_their_values(capsys: pytest.Captu
             "train demo --task.vocabulary words",
             "vocabulary must be one of bytes, characters, bpe, got 'words'",
         ),
-        ("train demo --run", "'--run'"),
+        ("train demo --run", "argument '--run-dir/--run'"),
         ("train demo extra", "extra"),
         ("train --train.steps 5 shakespeare", "the recipe must come first: minrnn train shakespeare"),
         ("train --resume", "--resume needs --run DIR"),

@@ -520,6 +520,7 @@ MAY_CHANGE = {
     "compile",
     "device",
     "threads",
+    "timeout",
 }
 OTHERS: dict[str, Any] = {
     "steps": 4,
@@ -545,6 +546,7 @@ OTHERS: dict[str, Any] = {
     "seed": 1,
     "device": "auto",
     "threads": 2,
+    "timeout": 5,
 }
 """Another valid value of every training setting of the run below."""
 

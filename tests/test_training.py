@@ -130,7 +130,7 @@ def test_what_is_trained_unless_it_is_asked_for_otherwise() -> None:
         **{"min_learning_rate_ratio": 0.1, "warmup_steps": 100, "weight_decay": 0.1, "grad_clip": 1.0},
         **{"beta1": 0.9, "beta2": 0.95, "precision": "float32", "carry_state": False, "fresh_share": 0.0},
         **{"eval_every": 250, "eval_tokens": 0, "final_eval_tokens": 0, "checkpoint_every": 250},
-        **{"log_every": 10, "seed": 0, "device": "auto", "threads": 0, "compile": False},
+        **{"log_every": 10, "seed": 0, "device": "auto", "threads": 0, "compile": False, "timeout": 600},
     }
 
 

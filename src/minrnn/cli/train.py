@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import shlex
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 
 from minrnn.cli.arguments import parse
+from minrnn.distributed import Launch, Ranks, join
 from minrnn.files import fresh_directory
 from minrnn.models import ModelConfig
 from minrnn.tasks import TaskConfig
@@ -43,7 +45,7 @@ class TrainCommand(Generic[TaskConfigT]):
 
     recipe: tyro.conf.Positional[str]
     """Name of a recipe, or a path that ends in .toml; it must come first, and sets the defaults."""
-    run: Path | None
+    run: Annotated[Path | None, tyro.conf.arg(aliases=["--run-dir"])]
     """Run directory (None: runs/RECIPE-TIME)."""
     resume: tyro.conf.FlagCreatePairsOff[bool]
     """Resume from the last checkpoint in --run DIR, with its saved settings."""
@@ -61,26 +63,45 @@ def run(args: Sequence[str]) -> int:
     config = load_recipe(_named_recipe(args)) if resumed is None else read_config(resumed)
     command = _parse(args, config, config.recipe if resumed else _named_recipe(args))
     config = dataclasses.replace(config, model=command.model, task=command.task, train=command.train)
-    place = fresh_directory(default_run(config.recipe)) if command.run is None else nullcontext(command.run)
-    with place as run_dir:
-        return _train(config, run_dir, command.resume)
+    launch = Launch.of(os.environ)
+    if launch.most_restarts and command.run is None:
+        raise ValueError("torchrun --max-restarts needs --run-dir DIR, the directory to go on in")
+    with (
+        join(config.train.device, config.train.timeout, launch) as ranks,
+        _run_directory(config, command.run, ranks) as run_dir,
+    ):
+        restarted = ranks.highest([launch.restarts])[0] > 0
+        begun = ranks.first_says(lambda: (run_dir / "config.json").is_file())
+        return _train(config, run_dir, command.resume or (restarted and begun), ranks)
 
 
-def _train(config: RunConfig, run_dir: Path, resume: bool) -> int:
-    log = RunLog(Output())
+@contextmanager
+def _run_directory(config: RunConfig, named: Path | None, ranks: Ranks) -> Iterator[Path]:
+    """Yield the run's directory: the one that is named, or a new one of the first rank, on all ranks."""
+    if named is not None:
+        yield named
+        return
+    with contextlib.ExitStack() as stack:
+
+        def make() -> str:
+            return str(stack.enter_context(fresh_directory(default_run(config.recipe))))
+
+        yield Path(ranks.first_says(make))
+
+
+def _train(config: RunConfig, run_dir: Path, resume: bool, ranks: Ranks) -> int:
+    log = RunLog(Output() if ranks.is_first else None)
+    again = f"{_launcher(ranks)}minrnn train --run {_argument(run_dir)} --resume"
     try:
-        results = train(config, run_dir, resume=resume, log=log)
+        results = train(config, run_dir, resume=resume, log=log, ranks=ranks)
     except Interrupted as stop:
         with contextlib.suppress(OSError):  # the reader may have gone
-            log.note(f"{stop}; resume with: minrnn train --run {_argument(run_dir)} --resume")
+            log.note(f"{stop}; resume with: {again}")
         return 128 + stop.signum
     except KeyboardInterrupt:  # a second signal, or one outside the loop
         if (run_dir / "checkpoints" / "last").exists():
             with contextlib.suppress(OSError):
-                log.note(
-                    "stopped; resume from the last checkpoint with: "
-                    f"minrnn train --run {_argument(run_dir)} --resume"
-                )
+                log.note(f"stopped; resume from the last checkpoint with: {again}")
         raise
     log.note(_summary(config.task, results, run_dir))
     return 0
@@ -99,6 +120,11 @@ def default_run(recipe: str) -> Path:
     return Path("runs", f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
+def _launcher(ranks: Ranks) -> str:
+    """Return what starts a command on this many ranks of one machine, with a space; nothing for one rank."""
+    return "" if ranks.size == 1 else f"torchrun --nproc-per-node {ranks.local_size} -m -- "
+
+
 def _argument(path: Path) -> str:
     """Return a path quoted as an argument for a shell."""
     text = str(path)
@@ -114,7 +140,9 @@ def _resumed_run(args: Sequence[str]) -> Path | None:
     """Return the run to resume, or None."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     # A missing value is reported by the parser of all options.
-    finder.add_argument("--run", type=lambda text: Path(text).expanduser(), nargs="?")
+    finder.add_argument(
+        "--run", "--run-dir", dest="run", type=lambda text: Path(text).expanduser(), nargs="?"
+    )
     finder.add_argument("--resume", action="store_true")
     found, _ = finder.parse_known_args(args)
     if found.resume and found.run is None:

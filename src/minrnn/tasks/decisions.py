@@ -31,7 +31,9 @@ from minrnn.models import (
 from minrnn.tasks.draws import Draws
 from minrnn.tasks.episodes import Episodes
 from minrnn.tasks.task import (
+    WHOLE,
     Batch,
+    Split,
     Task,
     TaskConfig,
     Tell,
@@ -302,7 +304,7 @@ class DecisionsTask(Task):
         return self._errors(predicted, batch.targets).mean(), state
 
     def evaluate(
-        self, model: nn.Module, *, max_tokens: int = 0, tell: Tell | None = None
+        self, model: nn.Module, *, max_tokens: int = 0, tell: Tell | None = None, split: Split = WHOLE
     ) -> dict[str, float]:
         """Evaluate `model` on the validation episodes, read as in training.
 
@@ -312,6 +314,7 @@ class DecisionsTask(Task):
             model: a model returned by `make_model`.
             max_tokens: stop after the batch that reaches this number of steps; 0 for all.
             tell: progress callback.
+            split: division of the batches among processes; streams are read by each.
 
         Returns:
             val_loss: mean squared error of the numbers of an action, or nats per action.
@@ -324,20 +327,24 @@ class DecisionsTask(Task):
         check_max_tokens(max_tokens)
         total, right, count = 0.0, 0, 0
         state: ModelState | None = None
+        divided = WHOLE if self.config.carry else split
         with evaluation_mode(model), torch.inference_mode():
-            for batch in self.evaluation_batches():
-                batch = batch.to(device_of(model))
-                predicted, state = model(batch.inputs, None if batch.fresh else state, reset=batch.reset)
-                total += self._errors(predicted, batch.targets).double().mean().item() * batch.num_targets
-                if self.episodes.is_discrete:
-                    right += int((predicted.argmax(dim=-1) == batch.targets).sum())
+            for index, batch in enumerate(self.evaluation_batches()):
+                if divided.mine(index):
+                    batch = batch.to(device_of(model))
+                    predicted, state = model(batch.inputs, None if batch.fresh else state, reset=batch.reset)
+                    errors = self._errors(predicted, batch.targets).double()
+                    total += errors.mean().item() * batch.num_targets
+                    if self.episodes.is_discrete:
+                        right += int((predicted.argmax(dim=-1) == batch.targets).sum())
                 count += batch.num_targets
                 if tell is not None:
                     tell(min(1.0, count / (max_tokens or self._num_evaluated)))
                 if max_tokens and count >= max_tokens:
                     break
-        accuracy = {"accuracy": right / count} if self.episodes.is_discrete else {}
-        return {"val_loss": total / count, **accuracy, "val_tokens": count}
+        errors_of_all, right_of_all = divided.sums([total, right])
+        accuracy = {"accuracy": right_of_all / count} if self.episodes.is_discrete else {}
+        return {"val_loss": errors_of_all / count, **accuracy, "val_tokens": count}
 
     @property
     def _num_evaluated(self) -> int:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from minrnn.tasks.task import (
     IGNORED,
+    WHOLE,
     Batch,
+    Split,
     Tell,
     TokenTask,
     check_max_tokens,
@@ -26,12 +28,14 @@ BLOCK = 64
 class LabeledTask(TokenTask):
     """Base class of the tasks in which only some positions have a target; others do not count."""
 
+    ignores_targets = True
+
     @abstractmethod
     def evaluation_batches(self) -> Iterator[Batch]:
         """Yield the evaluated sequences, up to BLOCK at a time; always the same ones."""
 
     def evaluate(
-        self, model: nn.Module, *, max_tokens: int = 0, tell: Tell | None = None
+        self, model: nn.Module, *, max_tokens: int = 0, tell: Tell | None = None, split: Split = WHOLE
     ) -> dict[str, float]:
         """Evaluate `model` on the part that the configuration names.
 
@@ -39,6 +43,7 @@ class LabeledTask(TokenTask):
             model: maps tokens and state to logits and state.
             max_tokens: stop after the batch that reaches this number of targets; 0 for all.
             tell: unused, as these evaluations are short.
+            split: division of the batches among processes.
 
         Returns:
             val_loss: nats per target.
@@ -53,22 +58,24 @@ class LabeledTask(TokenTask):
         check_max_tokens(max_tokens)
         total_nats, answers, right, sequences, exact = 0.0, 0, 0, 0, 0
         with evaluation_mode(model), torch.inference_mode():
-            for batch in self.evaluation_batches():
-                batch = batch.to(device_of(model))
-                logits, _ = model(batch.inputs, None)
-                total_nats += nats(logits, batch.targets, "sum").item()
-                asked = batch.targets != IGNORED  # (B, T)
-                hit = (logits.argmax(dim=-1) == batch.targets) & asked
-                answers += int(asked.sum())
-                right += int(hit.sum())
-                exact += int((hit == asked).all(dim=1).sum())
-                sequences += len(asked)
+            for index, batch in enumerate(self.evaluation_batches()):
+                answers += batch.num_asked
+                sequences += len(batch.targets)
+                if split.mine(index):
+                    batch = batch.to(device_of(model))
+                    logits, _ = model(batch.inputs, None)
+                    total_nats += nats(logits, batch.targets, "sum").item()
+                    asked = batch.targets != IGNORED  # (B, T)
+                    hit = (logits.argmax(dim=-1) == batch.targets) & asked
+                    right += int(hit.sum())
+                    exact += int((hit == asked).all(dim=1).sum())
                 if max_tokens and answers >= max_tokens:
                     break
+        found = split.sums([total_nats, right, exact])
         return {
-            "val_loss": total_nats / answers,
-            "accuracy": right / answers,
-            "exact_match": exact / sequences,
+            "val_loss": found[0] / answers,
+            "accuracy": found[1] / answers,
+            "exact_match": found[2] / sequences,
             "val_tokens": answers,
             "val_sequences": sequences,
         }

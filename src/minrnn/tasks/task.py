@@ -1,9 +1,9 @@
 """The interface of a task: deterministic batches, a loss and an evaluation."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,31 @@ LARGE_VOCABULARY = 2048
 
 Tell = Callable[[float], object]
 """A progress callback; it receives the completed fraction, between 0 and 1."""
+
+
+class Split(Protocol):
+    """The division of an evaluation among processes."""
+
+    def mine(self, index: int) -> bool:
+        """Whether this process evaluates the batch of this index."""
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Return the sums over all processes."""
+
+
+class Whole:
+    """The division of an evaluation that one process does."""
+
+    def mine(self, index: int) -> bool:
+        """Return True: it evaluates every batch."""
+        return True
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Return the values: no other process has any."""
+        return list(values)
+
+
+WHOLE = Whole()
 
 
 @dataclass(frozen=True)
@@ -49,6 +74,20 @@ class Batch:
         """Return the batch on `device`."""
         reset = None if self.reset is None else self.reset.to(device)
         return Batch(self.inputs.to(device), self.targets.to(device), self.fresh, reset)
+
+    @property
+    def num_asked(self) -> int:
+        """Number of targets without ignored ones."""
+        if self.targets.is_floating_point():
+            return self.num_targets
+        return int((self.targets != IGNORED).sum())
+
+    def rows(self, rows: slice) -> "Batch":
+        """Return the batch of these rows."""
+        inputs, reset = self.inputs, None if self.reset is None else self.reset[rows]
+        if isinstance(inputs, Steps):
+            return Batch(Steps(*(part[rows] for part in inputs)), self.targets[rows], self.fresh, reset)
+        return Batch(inputs[rows], self.targets[rows], self.fresh, reset)
 
     def first(self, steps: int) -> "Batch":
         """Return a fresh batch of the first `steps` steps of these sequences."""
@@ -81,6 +120,8 @@ class Task(ABC):
     """Class of the configuration: `Task(config)`."""
     unit: ClassVar[str] = "nats a token"
     """Unit of the loss."""
+    ignores_targets: ClassVar[bool] = False
+    """Whether batches hold IGNORED targets."""
 
     @property
     @abstractmethod
@@ -138,6 +179,10 @@ class Task(ABC):
             ValueError: an argument is out of range.
         """
 
+    def batch_rows(self, step: int, batch_size: int, seed: int, rows: slice) -> Batch:
+        """Return some rows of `batch(step, batch_size, seed)`; the others are not computed if possible."""
+        return self.batch(step, batch_size, seed).rows(rows)
+
     def stream_batch(self, step: int, batch_size: int) -> Batch:
         """Return the next tokens of `batch_size` streams, for training with a carried state.
 
@@ -145,6 +190,10 @@ class Task(ABC):
             ValueError: the task has no streams.
         """
         raise ValueError(f"{type(self).__name__}: train.carry_state must be off, as this task has no streams")
+
+    def stream_rows(self, step: int, batch_size: int, rows: slice) -> Batch:
+        """Return some rows of `stream_batch(step, batch_size)`; the others are not computed if possible."""
+        return self.stream_batch(step, batch_size).rows(rows)
 
     @abstractmethod
     def loss(
@@ -163,7 +212,7 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(
-        self, model: nn.Module, *, max_tokens: int = 0, tell: Tell | None = None
+        self, model: nn.Module, *, max_tokens: int = 0, tell: Tell | None = None, split: Split = WHOLE
     ) -> dict[str, float]:
         """Evaluate `model` on held-out data.
 
@@ -173,6 +222,7 @@ class Task(ABC):
             model: a model returned by `make_model`.
             max_tokens: approximate number of targets to predict; 0 for all.
             tell: progress callback.
+            split: division among processes that hold the same model; all of them call this function.
 
         Returns:
             A dict of metrics with at least

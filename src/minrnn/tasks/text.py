@@ -18,7 +18,9 @@ from minrnn.models.sequence import LARGEST
 from minrnn.tasks.draws import Draws, Part
 from minrnn.tasks.sources import find_corpus
 from minrnn.tasks.task import (
+    WHOLE,
     Batch,
+    Split,
     TaskConfig,
     Tell,
     TokenTask,
@@ -213,8 +215,12 @@ class TextTask(TokenTask):
         Raises:
             ValueError: an argument is out of range.
         """
+        return self.batch_rows(step, batch_size, seed, slice(None))
+
+    def batch_rows(self, step: int, batch_size: int, seed: int, rows: slice) -> Batch:
         check_batch("batch", step, batch_size, seed, seeds=1 << 128)
-        return self._gather(Draws(seed, "train", step).integers(len(self._windows), batch_size), fresh=True)
+        starts = Draws(seed, "train", step).integers(len(self._windows), batch_size)
+        return self._gather(starts[rows], fresh=True)
 
     def stream_batch(self, step: int, batch_size: int) -> Batch:
         """Return the next T tokens of `batch_size` streams, (B, T), for training with a carried state.
@@ -230,6 +236,9 @@ class TextTask(TokenTask):
         Raises:
             ValueError: an argument is out of range, or the streams would be shorter than a window.
         """
+        return self.stream_rows(step, batch_size, slice(None))
+
+    def stream_rows(self, step: int, batch_size: int, rows: slice) -> Batch:
         check_batch("stream_batch", step, batch_size)
         T = self.config.window
         stream_length = (self.train_tokens.size - 1) // batch_size  # the last token is only a target
@@ -239,14 +248,15 @@ class TextTask(TokenTask):
                 f"streams of {stream_length}; use at most {(self.train_tokens.size - 1) // T}"
             )
         position = step % (stream_length // T)
-        return self._gather(np.arange(batch_size) * stream_length + position * T, fresh=position == 0)
+        starts = np.arange(batch_size) * stream_length + position * T
+        return self._gather(starts[rows], fresh=position == 0)
 
     @property
     def chosen_by(self) -> str:
         return "val_loss_windowed" if self.config.best_in_windows else "val_loss"
 
     def evaluate(
-        self, model: nn.Module, *, max_tokens: int = 0, tell: Tell | None = None
+        self, model: nn.Module, *, max_tokens: int = 0, tell: Tell | None = None, split: Split = WHOLE
     ) -> dict[str, float]:
         """Evaluate `model` on the configured part by two protocols; both predict every token but the first.
 
@@ -256,6 +266,7 @@ class TextTask(TokenTask):
             model: maps tokens and state to logits and state.
             max_tokens: predict the first `max_tokens` tokens only; 0 for all.
             tell: progress callback.
+            split: division of the windows among processes; the stream is read by each.
 
         Returns:
             val_loss: nats per token, with the text as one stream whose state is carried from chunk to chunk,
@@ -275,7 +286,8 @@ class TextTask(TokenTask):
         num_predicted = tokens.size - 1
         with evaluation_mode(model), torch.inference_mode():
             stream_nats = self._stream_nats(model, tokens, lambda done: tell and tell(done / 2))
-            windowed_nats = self._windowed_nats(model, tokens, lambda done: tell and tell((1 + done) / 2))
+            own_nats = self._windowed_nats(model, tokens, split, lambda done: tell and tell((1 + done) / 2))
+        (windowed_nats,) = split.sums([own_nats])
         return {
             "val_loss": stream_nats / num_predicted,
             "val_loss_windowed": windowed_nats / num_predicted,
@@ -318,12 +330,15 @@ class TextTask(TokenTask):
             tell(min(1.0, (start + self.config.eval_chunk) / (tokens.size - 1)))
         return total
 
-    def _windowed_nats(self, model: nn.Module, tokens: NDArray[np.integer], tell: Tell) -> float:
-        """Return the total loss with each window starting from the empty state."""
+    def _windowed_nats(
+        self, model: nn.Module, tokens: NDArray[np.integer], split: Split, tell: Tell
+    ) -> float:
+        """Return the loss of this process's windows, each starting from the empty state."""
         total, done = 0.0, 0
-        for inputs, targets in self._evaluation_windows(tokens, device_of(model)):
-            loss, _ = token_nats(model, inputs, targets, None, self._resets(inputs, fresh=True), "sum")
-            total += loss.item()
+        for index, (inputs, targets) in enumerate(self._evaluation_windows(tokens, device_of(model))):
+            if split.mine(index):
+                resets = self._resets(inputs, fresh=True)
+                total += token_nats(model, inputs, targets, None, resets, "sum")[0].item()
             done += targets.numel()
             tell(done / (tokens.size - 1))
         return total

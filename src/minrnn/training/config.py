@@ -52,6 +52,7 @@ BOUNDS = {
     **dict.fromkeys(("batch_size", "accumulate"), (1, MOST_SEQUENCES)),
     "seed": (0, MOST_SEEDS - 1),
     "threads": (0, MOST_THREADS),
+    "timeout": (1, 1 << 20),
 }
 """Lower and upper bounds of TrainConfig's integers, inclusive."""
 
@@ -111,7 +112,9 @@ class TrainConfig:
     device: str = "auto"
     """Device for training: auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     threads: int = 0
-    """CPU threads (0: torch's default)."""
+    """CPU threads, divided among the ranks of a machine (0: torch's default)."""
+    timeout: int = 600
+    """Seconds that a rank waits for the others before the run ends with an error."""
 
     def __post_init__(self) -> None:
         check_bounds(self, BOUNDS)

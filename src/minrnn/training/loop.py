@@ -6,19 +6,21 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from minrnn.distributed import ALONE, Ranks
 from minrnn.files import claim, find_directory, recover_directory, write_json
 from minrnn.files.claims import LOCK_FILE
 from minrnn.models import map_state, save_checkpoint
 from minrnn.ops import engines
-from minrnn.tasks import Batch, make_task
+from minrnn.tasks import make_task
 from minrnn.tasks.task import evaluation_mode
+from minrnn.training.batches import Batches
 from minrnn.training.compilation import Compilation
 from minrnn.training.config import Precision, RunConfig, read_config
 from minrnn.training.log import RunLog, check_written, plot_losses, read_metrics
@@ -30,17 +32,21 @@ from minrnn.training.resume import (
     TrainState,
     check_carry,
     check_unchanged,
+    gather_carry,
     load_last,
     save_last,
+    take_carry,
 )
-from minrnn.training.stopping import Interruption, interruptible
+from minrnn.training.stopping import Interruption, SharedInterruption, interruptible
 
 
 class NonFiniteLossError(RuntimeError):
     """Training diverged: the loss, the gradient or the weights are infinite or NaN."""
 
 
-def train(config: RunConfig, run_dir: Path, *, resume: bool = False, log: RunLog) -> dict[str, Any]:
+def train(
+    config: RunConfig, run_dir: Path, *, resume: bool = False, log: RunLog, ranks: Ranks = ALONE
+) -> dict[str, Any]:
     """Train a model and write the results to a directory.
 
     The directory holds config.json, metrics.jsonl, checkpoints/best and checkpoints/last, and at the end
@@ -48,11 +54,16 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False, log: RunLog
     stopped, in whatever way, and resumed ends with the weights of an uninterrupted one: bit for bit on a CPU
     with the same number of threads. The directory is locked against other runs, but not against reading.
 
+    With several ranks, each calls this function with the same arguments, and computes its rows of every batch
+    of `train.batch_size` sequences. The first rank writes the files; the run may be resumed with another
+    number of ranks, up to rounding.
+
     Args:
         config: the configuration of the run.
         run_dir: its directory; new, or, to resume, that of an earlier call.
         resume: resume from the last checkpoint in `run_dir` (from the first step if there is none yet).
-        log: the log.
+        log: the log; that of the first rank is written.
+        ranks: the processes that train the model together, from `minrnn.distributed.join`.
 
     Returns:
         The content of results.json: the metrics of the last weights on the whole validation split; `best`,
@@ -69,21 +80,18 @@ def train(config: RunConfig, run_dir: Path, *, resume: bool = False, log: RunLog
         OSError: a file cannot be written; earlier checkpoints are intact, and if it was a file of the log,
             the state is saved.
     """
-    with claim(run_dir, log.note):
-        return _train(config, run_dir, resume, log)
+    with claim(run_dir, log.note) if ranks.is_first else nullcontext():
+        return _train(config, run_dir, resume, log, ranks)
 
 
-def _train(config: RunConfig, run_dir: Path, resume: bool, log: RunLog) -> dict[str, Any]:
-    if not resume:
+def _train(config: RunConfig, run_dir: Path, resume: bool, log: RunLog, ranks: Ranks) -> dict[str, Any]:
+    if not resume and ranks.is_first:
         _check_new(run_dir)
     keep_freed_memory()
-    run = Run(config, run_dir, log)
+    run = Run(config, run_dir, log, ranks)
     run.begin(resume)
     settings, stop = config.train, run.interruption
-    with (
-        log.open(run_dir, run.state.step, settings.steps, run.state.unwritten),
-        products_of(settings.precision),
-    ):
+    with run.open_log(), products_of(settings.precision):
         with interruptible(stop):
             while run.state.step < settings.steps and not stop.requested:
                 run.step()
@@ -91,8 +99,10 @@ def _train(config: RunConfig, run_dir: Path, resume: bool, log: RunLog) -> dict[
                     run.report()
                 if run.due(settings.eval_every):
                     run.evaluate()
+                stop.agree()
                 if run.due(settings.checkpoint_every) or stop.requested:
                     run.save()
+        stop.agree()
         if stop.requested:
             run.save()  # the request may have come after the last save
             raise stop.to_exception(f"step {run.state.step}")
@@ -139,25 +149,30 @@ class Run:
         config: the configuration; the task completes that of the model.
         run_dir: the run's directory.
         log: the log.
+        ranks: the processes that train the model together.
     """
 
-    def __init__(self, config: RunConfig, run_dir: Path, log: RunLog) -> None:
-        self.settings, self.run_dir, self.log = config.train, run_dir, log
+    def __init__(self, config: RunConfig, run_dir: Path, log: RunLog, ranks: Ranks = ALONE) -> None:
+        self.settings, self.run_dir, self.log, self.ranks = config.train, run_dir, log, ranks
         # Set even if unchanged: this stops MKL from using fewer threads under load, which would change the
         # order of its sums, and with it the last bits of a resumed run.
-        torch.set_num_threads(self.settings.threads or torch.get_num_threads())
+        torch.set_num_threads(ranks.threads(self.settings.threads))
         torch.manual_seed(self.settings.seed)
-        self.device = choose_device(self.settings.device)
+        self.device = choose_device(ranks.device(self.settings.device))
         self._made_by = provenance(self.device)  # at the start: the code that runs
         config = config.resolved()
-        self.task = make_task(config.task)
+        self.task = ranks.in_order("task", lambda: make_task(config.task))
         self.config = dataclasses.replace(config, model=self.task.model_config(config.model))
         self.model = self.task.make_model(self.config.model).to(self.device)
+        self._replica = ranks.replicate(self.model)
+        self._batches = Batches(self.task, self.settings, ranks)
+        if self.settings.compile and ranks.size > 1:
+            raise ValueError(f"train.compile must be off with several ranks, got {ranks.size} ranks")
         self._compilation = Compilation(self.model) if self.settings.compile else None
         self.carries_state = self.settings.carry_state or self.task.carries_state
         self.optimizers = make_optimizers(self.model, self.settings)
         self.state = TrainState()
-        self.interruption = Interruption()
+        self.interruption = Interruption() if ranks.size == 1 else SharedInterruption(ranks=ranks)
         self._pending: list[Tensor] = []  # (loss, norm) of recent steps, still on the device
         self._seconds_before = 0.0  # spent by earlier sessions
         self._tokens_since_report = 0
@@ -182,9 +197,22 @@ class Run:
             )
         if resume:
             self._restore()
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(self.run_dir / "config.json", self.config.to_dict())
+        for what, value in (
+            ("the configuration", self.config.to_dict()),
+            ("the data", self.task.sha256),
+            ("the step to go on from", self.state.step),  # the first rank writes only after all have read
+        ):
+            self.ranks.check_equal(what, value)
+        if self.ranks.is_first:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            write_json(self.run_dir / "config.json", self.config.to_dict())
         self._session_started = self._report_started = time.perf_counter()
+
+    def open_log(self) -> AbstractContextManager[object]:
+        """Return a context in which the log's files are open, on the rank that writes them."""
+        if not self.ranks.is_first:
+            return nullcontext()
+        return self.log.open(self.run_dir, self.state.step, self.settings.steps, self.state.unwritten)
 
     def describe(self) -> str:
         """Return a description of the engine, the model and the data, for the log."""
@@ -192,7 +220,7 @@ class Run:
         active = next(engine for engine in engines() if engine.serves and engine.device in (device, "any"))
         model = self.config.model
         return (
-            f"{self.device}, engine {active.name} ({active.detail})\n"
+            f"{self.ranks.describe()}{self.device}, engine {active.name} ({active.detail})\n"
             f"{model.mixer}, {_count(model.num_layers, 'layer')}, {self.parameters / 1e6:.2f} M parameters\n"
             f"{self.task.describe()}"
         )
@@ -204,6 +232,7 @@ class Run:
 
     def step(self) -> None:
         """Take one optimizer step with the clipped mean gradient of `accumulate` batches."""
+        self.ranks.reseed(self.settings.seed, self.state.step)
         set_learning_rate(self.optimizers, learning_rate_at(self.state.step, self.settings))
         with self._compilation.watch() if self._compilation else nullcontext():
             losses = [self._gradients(part) for part in range(self.settings.accumulate)]
@@ -244,8 +273,9 @@ class Run:
         chosen_by = self.task.chosen_by
         is_best = metrics[chosen_by] < self.state.best.get(chosen_by, math.inf)
         if is_best:
-            best = self.run_dir / "checkpoints" / "best"
-            save_checkpoint(best, self.model, extra=self._extra(), files=self.task.saved_files)
+            if self.ranks.is_first:
+                best = self.run_dir / "checkpoints" / "best"
+                save_checkpoint(best, self.model, extra=self._extra(), files=self.task.saved_files)
             self.state.best = {"step": self.state.step, **metrics}
         with self.interruption.guard_output():
             self.log.evaluation(self.state.step, metrics, is_best)
@@ -260,9 +290,11 @@ class Run:
         self.state.seconds = self._seconds()
         self.state.unwritten = self.log.unwritten
         self.log.flush()
-        last = self.run_dir / "checkpoints" / "last"
-        files = self.task.saved_files
-        save_last(last, self.model, self.optimizers, self.state, self.config, self._extra(), files)
+        last, ranks = self.run_dir / "checkpoints" / "last", self.ranks
+        state = gather_carry(self.state, ranks, self._batches.carried_rows)
+        if ranks.is_first:
+            files = self.task.saved_files
+            save_last(last, self.model, self.optimizers, state, self.config, self._extra(), files)
         self._report_started += time.perf_counter() - began
 
     def finish(self) -> dict[str, Any]:
@@ -284,6 +316,8 @@ class Run:
             "seconds": self._seconds(),
             **self._made_by,
         }
+        if not self.ranks.is_first:
+            return results
         write_json(self.run_dir / "results.json", results)
         problem = plot_losses(self.run_dir, self.task.unit)
         if problem:
@@ -298,7 +332,9 @@ class Run:
                 self.log.busy(what, fraction)
 
         tell(0.0)
-        return self.task.evaluate(self.model, max_tokens=max_tokens, tell=tell)
+        ranks = self.ranks
+        found = self.task.evaluate(self.model, max_tokens=max_tokens, tell=tell, split=ranks)
+        return ranks.first_says(lambda: found)  # what is decided by it is decided alike
 
     def _check_never_saved(self) -> None:
         """Raise FileNotFoundError if the last checkpoint is missing though the run has saved one."""
@@ -313,8 +349,10 @@ class Run:
 
     def _restore(self) -> None:
         last = self.run_dir / "checkpoints" / "last"
-        for directory in (last, last.with_name("best")):
-            recover_directory(directory)
+        if self.ranks.is_first:
+            for directory in (last, last.with_name("best")):
+                recover_directory(directory)
+        self.ranks.highest([0])  # the others read after that
         try:
             find_directory(last)
         except FileNotFoundError:
@@ -328,6 +366,7 @@ class Run:
                 f"{self.task.describe()}; start a new run"
             )
         check_carry(last, self.state.carry, [self._carried(steps) for steps in (1, 2)])
+        take_carry(self.state, self.ranks, self._batches.carried_rows)
         state = self.state
         check_written(
             self.run_dir / "metrics.jsonl", state.step, len(state.losses), state.unwritten, self.log.note
@@ -344,13 +383,15 @@ class Run:
         """Add the gradients of one batch, and return its loss (still on the device)."""
         settings, state = self.settings, self.state
         batches = self._batches(state.step * settings.accumulate + part)
-        targets = sum(batch.num_targets for batch in batches)
-        model = self._compilation.model if self._compilation else self.model
-        with self._autocast():
-            parts = [self.task.loss(model, batch, state.carry) for batch in batches]
-        weights = (batch.num_targets / targets for batch in batches)
-        loss = torch.stack([weight * each for weight, (each, _) in zip(weights, parts, strict=True)]).sum()
-        (loss / settings.accumulate).backward()
+        targets, weights = self._batches.targets(batches), self._batches.weights(batches)
+        model = self._compilation.model if self._compilation else self._replica
+        is_last = part == settings.accumulate - 1
+        with nullcontext() if is_last else self.ranks.accumulating(self._replica):
+            with self._autocast():
+                parts = [self.task.loss(model, batch, state.carry) for batch in batches]
+            losses = [weight * each for weight, (each, _) in zip(weights, parts, strict=True)]
+            loss = torch.stack(losses).sum()
+            (loss / settings.accumulate).backward()
         state.carry = map_state(torch.detach, parts[0][1]) if self.carries_state else None
         state.tokens += targets
         self._tokens_since_report += targets
@@ -369,22 +410,13 @@ class Run:
         """Return the model's state after `steps` steps, or None if the run does not carry it."""
         if not self.carries_state:
             return None
-        batch = self._batches(0)[0].first(steps)
+        batch = self._batches.whole(0)[0].first(steps)
         with evaluation_mode(self.model), self._autocast():  # draws no random numbers
             return self.task.loss(self.model, batch)[1]
 
     def _autocast(self) -> torch.autocast:
         half = self.settings.precision == "bfloat16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
-
-    def _batches(self, index: int) -> list[Batch]:
-        """Return the batches of a backward pass: streams first if the state is carried, then windows."""
-        settings = self.settings
-        if not settings.carry_state:
-            return [self.task.batch(index, settings.batch_size, settings.seed)]
-        fresh = settings.fresh_windows
-        batches = [self.task.stream_batch(index, settings.batch_size - fresh)]
-        return [*batches, self.task.batch(index, fresh, settings.seed)] if fresh else batches
 
     def _collect(self) -> None:
         """Fetch the losses of recent steps; raise NonFiniteLossError if one is not finite.
@@ -395,7 +427,9 @@ class Run:
         if not self._pending:
             return
         first = self.state.step - len(self._pending) + 1
-        for step, (loss, norm) in enumerate(torch.stack(self._pending).tolist(), start=first):
+        own, norms = torch.stack(self._pending, dim=1).tolist()
+        losses = [total / self.ranks.size for total in self.ranks.sums(own)]
+        for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), start=first):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 finding = f"its loss is {loss} and the norm of the gradient {norm}"
                 raise NonFiniteLossError(self._advice(finding, step))

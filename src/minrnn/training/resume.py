@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from minrnn.distributed import Ranks
 from minrnn.files import convert, find_directory, naming, read_json, write_directory
-from minrnn.models import Model, load_checkpoint
+from minrnn.models import Model, load_checkpoint, map_state
 from minrnn.models.checkpoint import check_files, load_tensors, save_tensors, write_model, write_texts
 from minrnn.tasks import Vocabulary
 from minrnn.training.config import RunConfig, read_config
@@ -31,6 +32,7 @@ CHANGEABLE = frozenset(
         "compile",
         "device",
         "threads",
+        "timeout",
     }
 )
 
@@ -188,6 +190,31 @@ def check_carry(path: Path, carry: CarriedState, examples: Sequence[CarriedState
             f"resume: the state in {path / STATE_FILE} must be {_shown(forms[1])}, as the model carries it, "
             f"got {_shown(forms[0])}; use another copy"
         )
+
+
+def gather_carry(state: TrainState, ranks: Ranks, rows: int) -> TrainState:
+    """Return the state of a run with the carried state of all ranks, on the first of them.
+
+    Args:
+        state: the state, with the carried state of this rank's rows.
+        ranks: the ranks of the run.
+        rows: number of rows on all ranks.
+    """
+    if state.carry is None:
+        return state
+    return replace(state, carry=map_state(lambda part: ranks.gather_rows(part, rows), state.carry))
+
+
+def take_carry(state: TrainState, ranks: Ranks, rows: int) -> None:
+    """Keep this rank's rows of a carried state: the inverse of `gather_carry`, for any number of ranks.
+
+    Args:
+        state: the state of the run, with the carried state of all ranks; changed in place.
+        ranks: the ranks of the run.
+        rows: number of rows on all ranks.
+    """
+    if state.carry is not None and ranks.size > 1:
+        state.carry = map_state(lambda part: part[ranks.rows(rows)].clone(), state.carry)
 
 
 class Trained(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import signal
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
+
+from minrnn.distributed import ALONE, Ranks
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 """Ctrl-C, a request of another program, a closed terminal; Windows has no SIGHUP."""
@@ -51,6 +54,14 @@ class Interruption:
         """Whether a stop is requested."""
         return bool(self.signum) or self.failure is not None
 
+    @property
+    def announces(self) -> bool:
+        """Whether this process tells the user that it stops."""
+        return True
+
+    def agree(self) -> None:
+        """Exchange requests with the other ranks, if there are any; called by all of them after each step."""
+
     @contextmanager
     def guard_output(self) -> Iterator[None]:
         """Treat an OSError of output in the block (a closed reader, a full disk) as a request to stop."""
@@ -70,6 +81,33 @@ class Interruption:
         assert self.failure is not None, "no stop was requested"
         reason = self.failure.strerror or str(self.failure)
         return OSError(self.failure.errno, f"{reason}; stopped and saved after {done}", self.failure.filename)
+
+
+@dataclass
+class SharedInterruption(Interruption):
+    """A request to stop a run of several ranks: each sees the requests of all, as of the last exchange."""
+
+    ranks: Ranks = ALONE
+    """The ranks of the run."""
+    _agreed: bool = False
+
+    @property
+    def requested(self) -> bool:
+        """Whether a rank had requested a stop when they last exchanged that: the same on all of them."""
+        return self._agreed
+
+    @property
+    def announces(self) -> bool:
+        """Whether this is the first rank."""
+        return self.ranks.is_first
+
+    def agree(self) -> None:
+        own = 0 if self.failure is None else self.failure.errno or errno.EIO
+        signum, code = self.ranks.highest([self.signum, own])
+        self._agreed = bool(signum or code)
+        self.signum = self.signum or signum
+        if code and self.failure is None:
+            self.failure = OSError(code, os.strerror(code))  # a BrokenPipeError if that is its number
 
 
 @contextmanager
@@ -101,7 +139,7 @@ def interruptible(interruption: Interruption | None = None) -> Iterator[Interrup
             signal.signal(each, handler)
         # Not print, which is not reentrant: the signal may interrupt another print.
         with contextlib.suppress(OSError):  # the reader has gone
-            if stderr is not None:
+            if stderr is not None and interruption.announces:
                 os.write(stderr, _NOTICE)
 
     try:

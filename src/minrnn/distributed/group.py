@@ -1,0 +1,133 @@
+"""Ranks that exchange through torch.distributed."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from minrnn.distributed.ranks import Ranks
+
+T = TypeVar("T")
+
+_POLL = 0.05  # seconds between two looks of a wait that signals interrupt, as they do not torch's own waits
+
+
+@dataclass(frozen=True)
+class RankGroup(Ranks):
+    """The ranks of a run, joined in torch's default process group, which serves CPU tensors by gloo.
+
+    Numbers and texts are exchanged by gloo on any device: to read them, no rank waits for its GPU.
+
+    An exchange that another rank does not join within the group's timeout, or because it has ended, raises
+    RuntimeError.
+    """
+
+    store: distributed.Store | None = None
+    """The store that the ranks share."""
+
+    def threads(self, wanted: int) -> int:
+        """Return this rank's share of the machine's threads, at least one.
+
+        torchrun sets OMP_NUM_THREADS to 1 where it is not set: 1 therefore counts as torch's default, which
+        is the number of the machine's cores.
+        """
+        if not wanted and os.environ.get("OMP_NUM_THREADS", "1") != "1":
+            return torch.get_num_threads()
+        return max(1, (wanted or _cores()) // self.local_size)
+
+    def device(self, name: str) -> str:
+        kind, _, number = name.partition(":")
+        if kind == "auto":
+            kind = "cuda" if torch.cuda.is_available() else "cpu"
+        if kind == "cpu":
+            return name if number else kind
+        if number and self.local_size > 1:
+            raise ValueError(
+                f"train.device must be auto, cpu or {kind} without a number where {self.local_size} ranks "
+                f"share a machine, got {name!r}"
+            )
+        return name if number else f"{kind}:{self.local_rank}"
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        total = torch.tensor(values, dtype=torch.float64)
+        distributed.all_reduce(total)
+        return cast("list[float]", total.tolist())
+
+    def highest(self, values: Sequence[int]) -> list[int]:
+        most = torch.tensor(values, dtype=torch.int64)
+        distributed.all_reduce(most, distributed.ReduceOp.MAX)
+        return cast("list[int]", most.tolist())
+
+    def first_says(self, make: Callable[[], T]) -> T:
+        content = json.dumps(make()).encode() if self.is_first else b""
+        (length,) = self.highest([len(content)])
+        text = torch.frombuffer(bytearray(content or length), dtype=torch.uint8)
+        distributed.broadcast(text, src=0)
+        return cast(T, json.loads(bytes(text.tolist())))
+
+    def in_order(self, name: str, make: Callable[[], T]) -> T:
+        assert self.store is not None
+        is_head = self.local_rank == 0
+        heads = round(self.sums([float(is_head)])[0])
+        before = 0 if self.is_first else 1 if is_head else heads
+        key = f"made/{name}"
+        while self.store.add(key, 0) < before:
+            time.sleep(_POLL)
+        made = make()
+        self.store.add(key, int(is_head))
+        return made
+
+    def check_equal(self, what: str, value: Any) -> None:
+        digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
+        own = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        distributed.all_gather(found, own)
+        for rank, other in enumerate(found):
+            if not torch.equal(other, found[0]):
+                raise ValueError(
+                    f"{what} must be the same on all ranks; on rank {rank} it differs from that on rank 0"
+                )
+
+    def gather_rows(self, rows: Tensor, count: int) -> Tensor:
+        own = rows.detach().cpu().contiguous()
+        if not self.is_first:
+            distributed.send(own, dst=0)
+            return rows
+        parts = [own]
+        for rank in range(1, self.size):
+            place = self.rows(count, rank=rank)
+            parts.append(own.new_empty(place.stop - place.start, *own.shape[1:]))
+            distributed.recv(parts[-1], src=rank)
+        return torch.cat(parts).to(rows.device)
+
+    def replicate(self, model: nn.Module) -> nn.Module:
+        # Buffers do not change in training: no step sends them. Later versions of torch rename the option.
+        known = inspect.signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options: dict[str, Any] = {"gradient_as_bucket_view": True, name: False}
+        return DistributedDataParallel(model, **options)
+
+    def accumulating(self, replica: nn.Module) -> AbstractContextManager[None]:
+        return cast("AbstractContextManager[None]", cast(DistributedDataParallel, replica).no_sync())
+
+    def reseed(self, seed: int, step: int) -> None:
+        digest = hashlib.sha256(f"{seed} {step} {self.rank}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+def _cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,142 @@
+"""The processes of a run, called ranks, and what each of them computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a run as one of them sees them. This class is a run of one process.
+
+    Every method is called by all ranks, in the same order, and is an exchange between them in `RankGroup`.
+    Here each returns what was given.
+    """
+
+    rank: int = 0
+    """Number of this process, 0 .. size - 1."""
+    size: int = 1
+    """Number of processes."""
+    local_rank: int = 0
+    """Number of this process among those of its machine."""
+    local_size: int = 1
+    """Number of processes of this machine."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which writes the files and the log."""
+        return self.rank == 0
+
+    def describe(self) -> str:
+        """Return the number of ranks for a log; an empty text for one process."""
+        return "" if self.size == 1 else f"{self.size} ranks, {self.local_size} on this machine; each: "
+
+    def rows(self, count: int, *, mirrored: bool = False, rank: int | None = None) -> slice:
+        """Return the rows of a batch that a rank computes; their numbers differ by at most one.
+
+        Args:
+            count: number of rows of the batch.
+            mirrored: whether surplus rows go to the lowest ranks instead of the highest, so that two batches
+                of a step together are divided evenly.
+            rank: the rank; None for this one.
+
+        Example:
+            >>> [Ranks(rank, 3).rows(7) for rank in range(3)]
+            [slice(0, 2, None), slice(2, 4, None), slice(4, 7, None)]
+            >>> [Ranks(rank, 3).rows(7, mirrored=True) for rank in range(3)]
+            [slice(0, 3, None), slice(3, 5, None), slice(5, 7, None)]
+        """
+        rank = self.rank if rank is None else rank
+        if mirrored:
+            end = self.rows(count, rank=self.size - 1 - rank)
+            return slice(count - end.stop, count - end.start)
+        return slice(count * rank // self.size, count * (rank + 1) // self.size)
+
+    def mine(self, index: int) -> bool:
+        """Whether this rank computes the item of this index, of those that are dealt out in turn."""
+        return index % self.size == self.rank
+
+    def threads(self, wanted: int) -> int:
+        """Return the number of CPU threads of this rank.
+
+        Args:
+            wanted: the number of its machine; 0 for torch's default.
+        """
+        return wanted or torch.get_num_threads()
+
+    def device(self, name: str) -> str:
+        """Return the name of this rank's device.
+
+        Raises:
+            ValueError: the name is one GPU's, and several ranks share the machine.
+        """
+        return name
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Return the sums over the ranks, in float64; the same on all of them."""
+        return list(values)
+
+    def highest(self, values: Sequence[int]) -> list[int]:
+        """Return the maxima over the ranks."""
+        return list(values)
+
+    def first_says(self, make: Callable[[], T]) -> T:
+        """Return what `make`, called by the first rank alone, returns there: a JSON value."""
+        return make()
+
+    def in_order(self, name: str, make: Callable[[], T]) -> T:
+        """Call `make` on the first rank, then on the first of every machine, then on the others.
+
+        For what leaves files for the others to find, such as downloads. The wait for them has no limit.
+
+        Args:
+            name: a name of the call; another one for each.
+            make: the function.
+        """
+        return make()
+
+    def check_equal(self, what: str, value: Any) -> None:
+        """Check that a JSON value is the same on all ranks.
+
+        Args:
+            what: its name, for the error message.
+            value: the value.
+
+        Raises:
+            ValueError: it differs; the message names a rank. All ranks raise it.
+        """
+
+    def gather_rows(self, rows: Tensor, count: int) -> Tensor:
+        """Return all rows of a batch on the first rank, and this rank's rows on the others.
+
+        Args:
+            rows: this rank's rows, those that `rows(count)` names.
+            count: number of rows of the batch.
+        """
+        return rows
+
+    def replicate(self, model: nn.Module) -> nn.Module:
+        """Return a module that computes as `model` does, and whose gradients are the mean over the ranks.
+
+        It shares the parameters of `model`, which are set to those of the first rank.
+        """
+        return model
+
+    def accumulating(self, replica: nn.Module) -> AbstractContextManager[None]:
+        """Return a context in which gradients of a module made by `replicate` are summed on each rank."""
+        return nullcontext()
+
+    def reseed(self, seed: int, step: int) -> None:
+        """Seed torch's generators for a step, differently on every rank."""
+
+
+ALONE = Ranks()
+"""A run of one process."""

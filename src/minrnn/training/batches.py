@@ -1,0 +1,80 @@
+"""The batches of a training step, and what part of the step's loss each has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from minrnn.distributed import Ranks
+from minrnn.tasks import Batch, Task
+from minrnn.training.config import TrainConfig
+
+
+class Batches:
+    """The batches of a run's backward passes: this rank's rows of what one process would draw.
+
+    Args:
+        task: the task.
+        settings: the sizes of batches, and how the text is read.
+        ranks: the ranks of the run.
+
+    Raises:
+        ValueError: a rank would have no row.
+    """
+
+    def __init__(self, task: Task, settings: TrainConfig, ranks: Ranks) -> None:
+        self._task, self._settings, self._ranks = task, settings, ranks
+        self._fresh = settings.fresh_windows if settings.carry_state else 0
+        self._rows = settings.batch_size - self._fresh  # of the batch whose state is carried, if one is
+        if self._rows < ranks.size:
+            streams = " without the windows of train.fresh_share" if self._fresh else ""
+            raise ValueError(
+                f"train.batch_size{streams} must be at least {ranks.size}, the number of ranks, got "
+                f"{self._rows}"
+            )
+
+    @property
+    def carried_rows(self) -> int:
+        """Number of rows of the batch whose state is carried, on all ranks together."""
+        return self._rows
+
+    def __call__(self, index: int) -> list[Batch]:
+        """Return this rank's rows for a backward pass: streams first if the run has any, then windows."""
+        if self._ranks.size == 1:
+            return self.whole(index)
+        task, settings = self._task, self._settings
+        rows = self._ranks.rows(self._rows)
+        if not settings.carry_state:
+            return [task.batch_rows(index, self._rows, settings.seed, rows)]
+        batches = [task.stream_rows(index, self._rows, rows)]
+        fresh = self._ranks.rows(self._fresh, mirrored=True)
+        if fresh.start < fresh.stop:
+            batches.append(task.batch_rows(index, self._fresh, settings.seed, fresh))
+        return batches
+
+    def whole(self, index: int) -> list[Batch]:
+        """Return all rows for a backward pass."""
+        task, settings = self._task, self._settings
+        if not settings.carry_state:
+            return [task.batch(index, self._rows, settings.seed)]
+        batches = [task.stream_batch(index, self._rows)]
+        return [*batches, task.batch(index, self._fresh, settings.seed)] if self._fresh else batches
+
+    def targets(self, batches: Sequence[Batch]) -> int:
+        """Return the number of targets of a backward pass on all ranks, ignored ones included."""
+        sizes = (self._rows, self._fresh)[: 1 + bool(self._fresh)]
+        return sum(rows * batches[0].targets.shape[1] for rows in sizes)
+
+    def weights(self, batches: Sequence[Batch]) -> list[float]:
+        """Return the factors by which the mean losses of this rank's batches enter its loss.
+
+            factor = ranks * targets of this rank's batch / targets of all,   without ignored ones
+
+        The mean over the ranks of their losses is then the mean loss of the whole batches, each weighted by
+        its targets, as in one process.
+        """
+        size, targets = self._ranks.size, self.targets(batches)
+        if size > 1 and self._task.ignores_targets:
+            (own,) = (batch.num_asked for batch in batches)  # such a task has no streams
+            (asked,) = self._ranks.sums([float(own)])
+            return [own * size / asked]
+        return [batch.num_targets * size / targets for batch in batches]
