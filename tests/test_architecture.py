@@ -41,7 +41,7 @@ FLOORS = {
     "demonstrations": 6,
     "experiments": 7,
     "serving": 7,
-    "interop": 7,
+    "integrations": 7,
     "cli": 8,
 }
 ROOF = 9  # the package's own __init__ and __main__
