@@ -62,11 +62,13 @@ HOMES = {
     "pyarrow": ("tasks/documents.py",),
     "rich": ("cli/", "training/log.py", "benchmarks/", "tasks/downloads.py", "tasks/progress.py"),
     "safetensors": ("models/checkpoint.py",),
-    "sb3_contrib": ("demonstrations/trainers.py",),
+    "sb3_contrib": ("demonstrations/trainers.py", "integrations/sb3.py"),
     "stable_baselines3": ("demonstrations/trainers.py",),
     "tensorboard": ("training/log.py",),
+    "tensordict": ("integrations/torchrl.py",),
     "tokenizers": ("tasks/subwords.py",),
     "torch": ("",),
+    "torchrl": ("integrations/torchrl.py",),
     "triton": ("ops/triton/", "ops/selective/triton/", "benchmarks/compiled.py"),
     "tyro": ("cli/",),
     "zstandard": ("tasks/documents.py",),
@@ -305,9 +307,10 @@ def test_public_methods_are_documented() -> None:
     for name in MODULES.keys() - {"minrnn.__main__"}:
         try:
             module = import_module(name)
-        except ImportError:  # an engine that this machine lacks
+        except ImportError:  # an engine that this machine lacks, or an extra
             engines = {*(engine[0] for engine in ENGINES.values()), *SELECTIVE_ENGINES.values()}
-            assert name in engines or MODULES[name].place.startswith(HOMES["triton"])
+            place = MODULES[name].place
+            assert name in engines or place.startswith((*HOMES["triton"], "integrations/"))
             continue
         for kind in vars(module).values():
             if inspect.isclass(kind) and kind.__module__ == name and not is_exempt(kind):

@@ -48,6 +48,9 @@ class MinGruPolicy(RecurrentActorCriticPolicy):
 
     layer: ClassVar[type[MinRNN]] = MinGRU
     """The layer's class; a subclass may name another one whose state is one tensor."""
+    lstm_actor: Any
+    lstm_critic: Any
+    optimizer: Any
 
     def __init__(self, *args: Any, lstm_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
