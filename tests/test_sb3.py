@@ -20,6 +20,11 @@ POLICIES = {
     "CnnMinGruPolicy": gymnasium.spaces.Box(0, 255, (3, 36, 36), np.uint8),
     "MultiInputMinGruPolicy": gymnasium.spaces.Dict({"a": gymnasium.spaces.Box(-1, 1, (3,))}),
 }
+EXTRACTORS = {
+    "MinGruPolicy": "FlattenExtractor",
+    "CnnMinGruPolicy": "NatureCNN",
+    "MultiInputMinGruPolicy": "CombinedExtractor",
+}
 SIZES = {"lstm_hidden_size": 8, "n_lstm_layers": 2}
 
 
@@ -56,6 +61,7 @@ def agent(name: str, **kwargs: Any) -> Any:
 @pytest.mark.parametrize("name", POLICIES)
 def test_policies_learn_and_are_saved_and_loaded(name: str, tmp_path: Path) -> None:
     model = agent(name, lstm_kwargs={"candidate": "tanh"})
+    assert type(model.policy.features_extractor).__name__ == EXTRACTORS[name]
     layers = [model.policy.lstm_actor, model.policy.lstm_critic]
     assert all(isinstance(layer, MinGRU) and layer.candidate == "tanh" for layer in layers)
     held = {id(x) for group in model.policy.optimizer.param_groups for x in group["params"]}

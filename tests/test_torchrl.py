@@ -39,13 +39,20 @@ def rollout(*batch: int) -> TensorDict:
 @pytest.mark.parametrize("batch", [(7,), (4, 9), (2, 3, 8)])
 def test_a_rollout_is_its_steps_resets_included(batch: tuple[int, ...], options: dict[str, Any]) -> None:
     policy, data = module(**options), rollout(*batch)
+    for name, value in options.items():
+        assert getattr(policy.gru, name) == value
     with set_recurrent_mode(True):
         found = policy(data.clone())
-    state, outputs = data["state"][..., 0, :, :], []
+    state, outputs = data["state"][..., 0, :, :] + 1, []  # which the first step forgets, if it is a start
+    data["is_init"][..., 0, :] = True
     for t in range(batch[-1]):
         step = data[..., t].clone().set("state", state)
         with set_recurrent_mode(False):
             step = policy(step)
+        fresh = torch.where(step["is_init"].unsqueeze(-1), 0.0, state).reshape(-1, 2, 5).transpose(0, 1)
+        expected, after = policy.gru(step["x"].reshape(-1, 1, 3), fresh.contiguous())
+        torch.testing.assert_close(step["y"].reshape(-1, 5), expected.squeeze(1))
+        torch.testing.assert_close(step[NEXT].reshape(-1, 2, 5), after.transpose(0, 1))
         outputs.append(step["y"])
         state = step[NEXT]
     torch.testing.assert_close(found["y"], torch.stack(outputs, -2))
