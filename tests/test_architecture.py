@@ -52,6 +52,7 @@ HOMES = {
     "gymnasium": ("tasks/",),
     "h5py": ("tasks/recordings.py",),
     "imageio": ("tasks/film.py",),
+    "lm_eval": ("integrations/harness.py",),
     "matplotlib": ("training/log.py", "benchmarks/", "experiments/"),
     "mujoco": ("tasks/environments.py",),
     "numpy": ("tasks/", "demonstrations/", "benchmarks/", "experiments/"),

@@ -11,7 +11,8 @@ import tyro
 from rich.table import Table
 
 from minrnn.cli.arguments import check_range, parse
-from minrnn.files import write_json
+from minrnn.files import NoEffect, warn_without_effect, write_json
+from minrnn.models import SequenceModel
 from minrnn.tasks import Task, TextConfig, TextTask, make_task
 from minrnn.training import (
     MOST_STEPS,
@@ -26,7 +27,10 @@ from minrnn.training import (
 
 @dataclass(frozen=True)
 class EvaluateCommand:
-    """Evaluate a trained model on its validation split; print the metrics and write evaluation.json."""
+    """Evaluate a trained model on its validation split; print the metrics and write evaluation.json.
+
+    With tasks of the evaluation harness, write harness.json.
+    """
 
     run: tyro.conf.Positional[Path]
     """Run directory."""
@@ -38,12 +42,35 @@ class EvaluateCommand:
     """Maximum number of predicted tokens (0: all)."""
     device: str = "auto"
     """Device: auto (a GPU if there is one), cpu, cuda, ..."""
+    harness: str = ""
+    """Tasks of EleutherAI's evaluation harness to evaluate on instead, such as lambada_openai,piqa."""
+    harness_folder: Path | None = None
+    """Folder with tasks of your own for the harness."""
+    harness_shots: int | None = None
+    """Examples before each of the harness's questions (None: what its task says)."""
+    harness_limit: int = 0
+    """Maximum number of the harness's questions in a task (0: all)."""
+
+
+WITHOUT_EFFECT = (
+    *(
+        NoEffect(name, "harness", lambda s: not s["harness"])
+        for name in ("harness_folder", "harness_shots", "harness_limit")
+    ),
+    *(NoEffect(name, "harness", lambda s: bool(s["harness"])) for name in ("window", "max_tokens")),
+)
+"""Options that have no effect with or without tasks of the harness."""
 
 
 def run(args: Sequence[str]) -> int:
     """Run `minrnn evaluate`."""
     command = parse(EvaluateCommand, "evaluate", args)
     check_range("evaluate", "max_tokens", command.max_tokens, 0, MOST_STEPS)
+    check_range("evaluate", "harness_limit", command.harness_limit, 0, MOST_STEPS)
+    check_range("evaluate", "harness_shots", command.harness_shots or 0, 0, MOST_STEPS)
+    warn_without_effect(EvaluateCommand, vars(command), WITHOUT_EFFECT)
+    if command.harness:
+        return _run_harness(command)
     config = read_config(command.run)
     device = choose_device(command.device)
     model, vocabulary, step, corpus = load_trained(command.run, command.checkpoint, device)
@@ -67,9 +94,43 @@ def run(args: Sequence[str]) -> int:
     results = {**settings, **metrics}
     table = Table("metric", "value", title=str(command.run))
     for name, value in results.items():
-        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+        table.add_row(name, _shown(value))
     try:
         write_json(command.run / "evaluation.json", {**results, **provenance(device)})
     finally:  # print the metrics even if the run directory is read-only
         console.print(table)
+    return 0
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _run_harness(command: EvaluateCommand) -> int:
+    """Evaluate on tasks of the harness; print the metrics and write harness.json."""
+    from minrnn.integrations.harness import evaluate
+
+    device = choose_device(command.device)
+    model, vocabulary, step, _ = load_trained(command.run, command.checkpoint, device)
+    if vocabulary is None or not isinstance(model, SequenceModel):
+        raise ValueError(f"evaluate: harness takes runs of the text task, got {command.run}, one of another")
+    found = evaluate(
+        model,
+        vocabulary,
+        [name.strip() for name in command.harness.split(",")],
+        folder=command.harness_folder,
+        shots=command.harness_shots,
+        limit=command.harness_limit or None,
+    )
+    table = Table("task", "metric", "value", title=str(command.run))
+    for task, metrics in found.items():
+        for name, value in metrics.items():
+            if isinstance(value, float):
+                table.add_row(task, name, _shown(value))
+    settings = {"checkpoint": command.checkpoint, "step": step, "shots": command.harness_shots}
+    record = {**settings, "limit": command.harness_limit, "tasks": found, **provenance(device)}
+    try:
+        write_json(command.run / "harness.json", record)
+    finally:
+        Output().print(table)
     return 0
