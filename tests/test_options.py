@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,7 +65,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "target_return": -7.5,
         "checkpoint": "last",
     },
-    "evaluate": {"checkpoint": "last", "window": 7, "max_tokens": 9, "device": "cpu"},
+    "evaluate": {
+        "checkpoint": "last",
+        "window": 7,
+        "max_tokens": 9,
+        "device": "cpu",
+        "harness": "piqa, arc_easy",
+        "harness_folder": "tasks",
+        "harness_shots": 2,
+        "harness_limit": 3,
+    },
     "demo": {"prompt": "ab", "tokens": 5},
     "make-data": {
         "quality": "medium-replay",
@@ -192,7 +203,8 @@ def test_evaluate(
         TextConfig("text.txt", "characters", window=7, documents="joined"), Vocabulary.from_dict(vocabulary)
     )
     monkeypatch.setattr(evaluate, "load_trained", calls.spy("load", run._replace(corpus=made.sha256)))
-    assert main(["evaluate", "run", *arguments("evaluate")]) == 0
+    own = [name for name in OPTIONS["evaluate"] if name.startswith("harness")]
+    assert main(["evaluate", "run", *arguments("evaluate", *own)]) == 0
     assert calls.of["load"][0] == (Path("run"), "last", torch.device("cpu"))
     found = json.loads((here / "run" / "evaluation.json").read_text())
     expected = {"checkpoint": "last", "step": 7, "window": 7, **made.evaluate(run.model, max_tokens=9)}
@@ -202,6 +214,33 @@ def test_evaluate(
     monkeypatch.setattr(evaluate, "load_trained", calls.spy("load", run._replace(corpus="another")))
     assert main(["evaluate", "run"]) == 2
     assert "the text or data has changed" in capsys.readouterr().err
+
+
+def test_evaluate_by_the_harness(
+    calls: Calls, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, found = text_run(here), {"piqa": {"acc,none": 0.25, "alias": "piqa"}}
+    monkeypatch.setattr(evaluate, "load_trained", calls.spy("load", run))
+    harness = SimpleNamespace(evaluate=calls.spy("harness", found))
+    monkeypatch.setitem(sys.modules, "minrnn.integrations.harness", harness)
+    assert main(["evaluate", "run", *arguments("evaluate", "window", "max_tokens")]) == 0
+    assert calls.of["load"][0] == (Path("run"), "last", torch.device("cpu"))
+    assert calls.of["harness"] == (
+        (run.model, run.vocabulary, ["piqa", "arc_easy"]),
+        {"folder": Path("tasks"), "shots": 2, "limit": 3},
+    )
+    record = json.loads((here / "run" / "harness.json").read_text())
+    assert record["tasks"] == found
+    assert (record["checkpoint"], record["step"], record["shots"], record["limit"]) == ("last", 7, 2, 3)
+    assert "machine" in record
+    out = capsys.readouterr().out
+    assert "acc,none" in out
+    assert "0.2500" in out
+    assert main(["evaluate", "run", "--harness", "piqa"]) == 0
+    assert calls.of["harness"][1] == {"folder": None, "shots": None, "limit": None}
+    monkeypatch.setattr(evaluate, "load_trained", calls.spy("load", run._replace(vocabulary=None)))
+    assert main(["evaluate", "run", "--harness", "piqa"]) == 2
+    assert "harness takes runs of the text task" in capsys.readouterr().err
 
 
 class Place:

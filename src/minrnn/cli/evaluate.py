@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 from rich.table import Table
 
@@ -18,6 +19,7 @@ from minrnn.training import (
     MOST_STEPS,
     Output,
     Progress,
+    Trained,
     choose_device,
     load_trained,
     provenance,
@@ -69,11 +71,12 @@ def run(args: Sequence[str]) -> int:
     check_range("evaluate", "harness_limit", command.harness_limit, 0, MOST_STEPS)
     check_range("evaluate", "harness_shots", command.harness_shots or 0, 0, MOST_STEPS)
     warn_without_effect(EvaluateCommand, vars(command), WITHOUT_EFFECT)
-    if command.harness:
-        return _run_harness(command)
     config = read_config(command.run)
     device = choose_device(command.device)
-    model, vocabulary, step, corpus = load_trained(command.run, command.checkpoint, device)
+    trained = load_trained(command.run, command.checkpoint, device)
+    if command.harness:
+        return _run_harness(command, trained, device)
+    model, vocabulary, step, corpus = trained
     settings: dict[str, object] = {"checkpoint": command.checkpoint, "step": step}
     if isinstance(config.task, TextConfig):
         window = config.task.window if command.window is None else command.window
@@ -106,12 +109,11 @@ def _shown(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def _run_harness(command: EvaluateCommand) -> int:
+def _run_harness(command: EvaluateCommand, trained: Trained, device: torch.device) -> int:
     """Evaluate on tasks of the harness; print the metrics and write harness.json."""
     from minrnn.integrations.harness import evaluate
 
-    device = choose_device(command.device)
-    model, vocabulary, step, _ = load_trained(command.run, command.checkpoint, device)
+    model, vocabulary, step, _ = trained
     if vocabulary is None or not isinstance(model, SequenceModel):
         raise ValueError(f"evaluate: harness takes runs of the text task, got {command.run}, one of another")
     found = evaluate(
