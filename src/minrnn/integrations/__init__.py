@@ -1,0 +1,1 @@
+"""minrnn's models in the classes of other libraries, each of which is an extra."""
