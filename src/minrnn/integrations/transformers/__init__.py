@@ -6,6 +6,7 @@ Importing this package registers them: `AutoModelForCausalLM.from_pretrained` th
 
 from minrnn.integrations.transformers.available import STATE_NAME as STATE_NAME
 from minrnn.integrations.transformers.configuration import MinRNNConfig as MinRNNConfig
+from minrnn.integrations.transformers.directory import check_free as check_free
 from minrnn.integrations.transformers.directory import export_pretrained as export_pretrained
 from minrnn.integrations.transformers.modeling import MinRNNForCausalLM as MinRNNForCausalLM
 from minrnn.integrations.transformers.state import MinRNNState as MinRNNState

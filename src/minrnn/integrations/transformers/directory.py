@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from minrnn.files import write_directory
 from minrnn.integrations.transformers.modeling import MinRNNForCausalLM
@@ -19,9 +22,6 @@ from minrnn.training import RunConfig, Trained
 
 CHECKED = 16
 """Tokens on which a written directory is compared with the model."""
-
-MOST = "1GB"
-"""Of the size of a file of tensors; a larger model's would be several, which minrnn does not read."""
 
 
 def export_pretrained(trained: Trained, config: RunConfig, directory: Path) -> None:
@@ -46,7 +46,7 @@ def export_pretrained(trained: Trained, config: RunConfig, directory: Path) -> N
         raise ValueError("export: transformers takes language models, got a policy")
     check_free(directory)
     model = MinRNNForCausalLM.from_model(trained.model, **_settings(trained, config))
-    with write_directory(directory) as folder:
+    with _quiet(), write_directory(directory) as folder:
         model.save_pretrained(folder)
         if trained.vocabulary is not None:
             make_tokenizer(trained.vocabulary).save_pretrained(folder)
@@ -77,6 +77,19 @@ def _settings(trained: Trained, config: RunConfig) -> dict[str, Any]:
         "minrnn": {"format_version": TABLE_VERSION, "extra": extra, "run": run},
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end),
     }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide transformers' progress bars."""
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 @torch.no_grad()

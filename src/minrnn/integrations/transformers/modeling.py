@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, NoReturn, Self
 
@@ -139,10 +141,10 @@ class MinRNNForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"{NAME}: a state needs padding on the left, got rows that end in padding")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and not ends_in_padding
-        read = 0 if given is None else given.steps
+        read, before = (0, None) if given is None else (given.steps, given.state)
         reset = find_resets(attention_mask, position_ids, tuple(input_ids.shape), read)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits, after = self.model.predict(input_ids, given and given.state, reset, kept)
+        logits, after = self.model.predict(input_ids, before, reset, kept)
         state = MinRNNState() if given is None and use_cache else given
         if state is not None:
             state.update(after, input_ids.shape[1])
@@ -192,12 +194,14 @@ class MinRNNForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"{NAME}: {name} must be False: the model returns logits and its state")
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw the initial values of what a directory lacks."""
-        if module is self:  # a module alone is drawn as a part of the whole
-            drawn = SequenceModel(self.config.settings).state_dict()
-            for name, tensor in self.model.state_dict(keep_vars=True).items():
-                initialization.copy_(tensor, drawn[name])
-        elif all(module is not part for part in self.modules()):  # the embedding or head of more tokens
+        """Draw the initial values of what a directory lacks, of one module without its parts."""
+        names = {part: name for name, part in self.model.named_modules()}
+        if module in names:
+            one = SequenceModel(replace(self.config.settings, num_layers=1))  # all blocks are drawn alike
+            drawn = one.get_submodule(re.sub(r"^blocks\.\d+", "blocks.0", names[module]))
+            for name, parameter in module.named_parameters(recurse=False):
+                initialization.copy_(parameter, drawn.get_parameter(name))
+        elif isinstance(module, nn.Embedding | nn.Linear):  # of another number of tokens
             initialization.normal_(module.weight, std=EMBEDDING_STD)
 
     @classmethod

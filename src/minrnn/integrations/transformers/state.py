@@ -64,9 +64,6 @@ class MinRNNState:
             "copy.deepcopy of it from before"
         )
 
-    def __len__(self) -> int:
-        return 0 if self.state is None else len(self.state)
-
     def _change(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.state is not None:
             self.state = map_state(function, self.state)
