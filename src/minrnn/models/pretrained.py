@@ -1,7 +1,7 @@
 """Directories that transformers reads and writes: what their config.json says, as a checkpoint says it.
 
-Its keys are the fields of ModelConfig, those of transformers' own, and a table TABLE with the rest. There are no
-digests, as transformers writes config.json and the tensors anew each time.
+Its keys are the fields of ModelConfig, those of transformers' own, and TABLE, a table with the rest. It has
+no digests, as transformers writes config.json and the tensors anew each time.
 """
 
 from collections.abc import Mapping

@@ -250,7 +250,7 @@ def _vocabulary(saved: Mapping[str, str], folder: Path, model: Model) -> Vocabul
     size = model.config.vocab_size if isinstance(model, SequenceModel) else vocabulary.size
     if vocabulary.size != size:
         raise ValueError(
-            f"the vocabulary must have the model's {size} tokens, got {vocabulary.size}; one of them was resized"
+            f"the vocabulary must have the model's {size} tokens, got {vocabulary.size}; one was resized"
         )
     return vocabulary
 

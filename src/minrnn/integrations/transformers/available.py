@@ -1,4 +1,7 @@
-"""Import transformers, or raise an error that says how to install it. `__init__` imports this module first."""
+"""Import transformers, or raise an error that says how to install it.
+
+`__init__` imports this module first, and so do all that import another of this package.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,8 @@ except ModuleNotFoundError as error:
 __all__ = ["STATE_NAME"]
 
 if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST:
-    raise ImportError(
-        f"transformers must be {'.'.join(map(str, OLDEST))} or newer, got {transformers.__version__}; {INSTALL}"
-    )
+    oldest = ".".join(map(str, OLDEST))
+    raise ImportError(f"transformers must be {oldest} or newer, got {transformers.__version__}; {INSTALL}")
 
 STATE_NAME = (
     "cache"

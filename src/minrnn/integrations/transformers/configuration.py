@@ -1,4 +1,4 @@
-"""The configuration of a model in transformers: the fields of ModelConfig, and what minrnn keeps beside them."""
+"""The configuration of a model in transformers: the fields of ModelConfig, and what minrnn keeps besides."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ class MinRNNForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: `(B, T)`, int64.
-            attention_mask: `(B, T)`, or `(B, P + T)` after P steps: 0 at padding, which is on one side.
+            attention_mask: `(B, P + T)` after P steps: 0 at padding, which is at one end of a row.
             position_ids: `(B, T)`: 0 where a document starts, before which the state is cleared.
             past_key_values: the state to continue from, which is changed in place; transformers' name for it
                 before 5.24.
@@ -142,7 +142,7 @@ class MinRNNForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and not ends_in_padding
         read, before = (0, None) if given is None else (given.steps, given.state)
-        reset = find_resets(attention_mask, position_ids, tuple(input_ids.shape), read)
+        reset = find_resets(attention_mask, position_ids, input_ids.shape, read)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, after = self.model.predict(input_ids, before, reset, kept)
         state = MinRNNState() if given is None and use_cache else given
@@ -163,7 +163,7 @@ class MinRNNForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the embedding."""
-        self.model.embedding = value
+        self.model.embedding = value  # type: ignore[assignment]
 
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the head; None if it is the embedding."""
@@ -171,7 +171,7 @@ class MinRNNForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the head."""
-        self.model.head = new_embeddings
+        self.model.head = new_embeddings  # type: ignore[assignment]
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise ValueError: continuous batching shares pages of keys and values, of which there are none."""

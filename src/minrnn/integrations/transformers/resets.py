@@ -15,13 +15,11 @@ def has_padding_at_end(mask: Tensor | None) -> bool:
     return bool((mask.any(dim=1) & (mask[:, -1] == 0)).any())
 
 
-def find_resets(
-    mask: Tensor | None, positions: Tensor | None, shape: tuple[int, int], read: int
-) -> Tensor | None:
+def find_resets(mask: Tensor | None, positions: Tensor | None, shape: torch.Size, read: int) -> Tensor | None:
     """Return before which steps the state is cleared.
 
     Args:
-        mask: `(B, T)` or `(B, read + T)`: 0 at padding; or None.
+        mask: `(B, read + T)`: 0 at padding; or None.
         positions: `(B, T)` or `(1, T)`: 0 where a document starts; or None.
         shape: `(B, T)`, that of the tokens.
         read: steps that were read before.
@@ -35,18 +33,15 @@ def find_resets(
     batch, steps = shape
     reset = None
     if mask is not None:
-        if tuple(mask.shape) not in ((batch, steps), (batch, read + steps)):
+        if mask.shape != (batch, read + steps):
             raise ValueError(
-                f"{NAME}: attention_mask must be {(batch, steps)}, or {(batch, read + steps)} with what was "
+                f"{NAME}: attention_mask must be {(batch, read + steps)}, with the {read} steps that were "
                 f"read before, got {tuple(mask.shape)}"
             )
-        starts = _starts_after_padding(mask != 0)
-        reset = starts[:, -steps:]
+        reset = _starts_after_padding(mask != 0)[:, read:]
     if positions is not None:
         if positions.shape not in ((batch, steps), (1, steps)):
-            raise ValueError(
-                f"{NAME}: position_ids must be {(batch, steps)}, got {tuple(positions.shape)}"
-            )
+            raise ValueError(f"{NAME}: position_ids must be {(batch, steps)}, got {tuple(positions.shape)}")
         first = (positions == 0).expand(batch, steps)
         reset = first.clone() if reset is None else reset | first
     if reset is None:
