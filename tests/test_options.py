@@ -56,6 +56,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "device": "cpu",
     },
     "export": {
+        "format": "transformers",
         "form": "sequence",
         "batch": 3,
         "longest": 77,
