@@ -1,4 +1,4 @@
-"""A directory for transformers reads back as a run's checkpoint, whoever wrote it last, without transformers."""
+"""A directory for transformers reads back as a run's checkpoint, whoever wrote it, without transformers."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ def run_config(**settings: Any) -> RunConfig:
 def write(folder: Path, model: SequenceModel, **changes: Any) -> None:
     """Write the directory that transformers would, with these keys of config.json changed."""
     folder.mkdir(exist_ok=True)
-    save_tensors(
-        folder / "model.safetensors", {f"model.{name}": x for name, x in model.state_dict().items()}
-    )
+    save_tensors(folder / "model.safetensors", {f"model.{name}": x for name, x in model.state_dict().items()})
     config = {
         "model_type": "minrnn",
         "architectures": ["MinRNNForCausalLM"],
@@ -94,7 +92,10 @@ def test_a_run_is_sampled_from(folder: Path, capsys: pytest.CaptureFixture[str])
     [
         ({"minrnn": None}, "minrnn must be a table"),
         ({"minrnn": {"extra": {}}}, "minrnn.format_version is missing"),
-        ({"minrnn": {"format_version": 2, "extra": {}}}, "is 2, and this minrnn reads up to 1; upgrade minrnn"),
+        (
+            {"minrnn": {"format_version": 2, "extra": {}}},
+            "is 2, and this minrnn reads up to 1; upgrade minrnn",
+        ),
         ({"d_model": -4}, "d_model must be positive"),
         ({"d_model": 8}, "do not fit its config"),
         ({"mixer": "mingur"}, "mixer must be one of"),

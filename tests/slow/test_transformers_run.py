@@ -27,15 +27,17 @@ TRAINER = """
 import sys
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithFlattening
+from transformers import Trainer, TrainingArguments
 
 assert "minrnn" not in sys.modules
 given, written, text, steps = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(given)
 model = AutoModelForCausalLM.from_pretrained(given, trust_remote_code=True)
 paragraphs = Path(text).read_text().split("\\n\\n")[:200]
-data = [{"input_ids": tokenizer(each + tokenizer.eos_token, split_special_tokens=False).input_ids} for each in paragraphs]
-assert all(each["input_ids"][0] == each["input_ids"][-1] == tokenizer.eos_token_id for each in data)
+end = tokenizer.eos_token_id
+data = [{"input_ids": [*tokenizer(each).input_ids, end]} for each in paragraphs]
+assert all(each["input_ids"][0] == end for each in data)
 arguments = TrainingArguments(
     output_dir=written,
     max_steps=int(steps),
@@ -93,8 +95,14 @@ def test_a_run_goes_to_transformers_and_comes_back(
         assert minrnn(f"minrnn sample {place} --prompt The --tokens 30") == 0
         assert capsys.readouterr().out.startswith("The")
     assert scores("further", capsys)["val_loss"] < before["val_loss"] - 0.1
-    first, last = (load_trained(Path("further", f"checkpoint-{n}"), "best", torch.device("cpu")) for n in (25, 50))
-    assert first.vocabulary == last.vocabulary == load_trained(Path("run"), "best", torch.device("cpu")).vocabulary
+    first, last = (
+        load_trained(Path("further", f"checkpoint-{n}"), "best", torch.device("cpu")) for n in (25, 50)
+    )
+    assert (
+        first.vocabulary
+        == last.vocabulary
+        == load_trained(Path("run"), "best", torch.device("cpu")).vocabulary
+    )
     assert not torch.equal(first.model.embedding.weight, last.model.embedding.weight)
 
 
@@ -102,7 +110,9 @@ def scores(place: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     assert minrnn(f"minrnn evaluate {place} --max-tokens 4000") == 0
     capsys.readouterr()
     found = json.loads(Path(place, "evaluation.json").read_text())
-    return {name: found[name] for name in ("val_loss", "val_loss_windowed", "bits_per_byte", "val_tokens", "step")}
+    return {
+        name: found[name] for name in ("val_loss", "val_loss_windowed", "bits_per_byte", "val_tokens", "step")
+    }
 
 
 def text_of_shakespeare() -> str:
