@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -165,3 +167,25 @@ def test_checkpoints_of_minrnn_are_still_compared_with_their_digests(
     path.write_bytes(data)
     with pytest.raises(ValueError, match="cut short or altered"):
         load_checkpoint(tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [(None, "transformers is not installed"), ("5.16.1", "transformers must be 5.17 or newer, got 5.16.1")],
+)
+def test_without_transformers_exporting_says_what_to_install(
+    version: str | None,
+    message: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    there = None if version is None else ModuleType("transformers")
+    if there is not None:
+        there.__version__ = version  # type: ignore[attr-defined]
+    for name in [name for name in sys.modules if name.startswith("minrnn.integrations.transformers")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", there)
+    assert main(["export", str(folder), str(folder.with_name("new")), "--format", "transformers"]) == 1
+    assert f"{message}; install it with: pip install 'minrnn[transformers]'\n" in capsys.readouterr().err
+    assert not folder.with_name("new").exists()

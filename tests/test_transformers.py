@@ -173,6 +173,7 @@ def test_the_vocabulary_can_grow(tmp_path: Path) -> None:
     assert found.config.settings.vocab_size == 300
     torch.testing.assert_close(found(tokens_of(1, 3)).logits[..., :257], before)
     assert found.model.embedding.weight[257:].std() < 0.1
+    assert model.model.config == found.model.config  # so that minrnn's `generate` takes the new tokens
 
 
 def test_bfloat16(tmp_path: Path) -> None:

@@ -161,9 +161,10 @@ class MinRNNForCausalLM(PreTrainedModel, GenerationMixin):
         """Return the embedding."""
         return self.model.embedding
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the embedding."""
-        self.model.embedding = value  # type: ignore[assignment]
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the embedding, perhaps by one of another number of tokens."""
+        self.model.embedding = value
+        self.model.config = replace(self.model.config, vocab_size=value.num_embeddings)
 
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the head; None if it is the embedding."""
