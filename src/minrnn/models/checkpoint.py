@@ -216,13 +216,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         safetensors.torch.save_file(packed, path)
     except safetensors.SafetensorError as error:  # the library wraps OSError
         raise OSError(errno.EIO, str(error), str(path)) from error
-    path.chmod(0o666 & ~_umask())  # the library creates files that only their owner can read
+    make_readable(path)
 
 
-def _umask() -> int:
+def make_readable(path: Path) -> None:
+    """Give a file of tensors the usual permissions: the library creates it for its owner alone."""
     mask = os.umask(0)  # can only be read by setting it
     os.umask(mask)
-    return mask
+    path.chmod(0o666 & ~mask)
 
 
 def load_tensors(path: Path, *, device: torch.device = CPU) -> dict[str, Tensor]:

@@ -16,12 +16,16 @@ from minrnn.files import write_directory
 from minrnn.integrations.transformers.modeling import MinRNNForCausalLM
 from minrnn.integrations.transformers.tokenizer import make_tokenizer
 from minrnn.models import SequenceModel, load_checkpoint
+from minrnn.models.checkpoint import TENSORS_FILE, make_readable
 from minrnn.models.pretrained import TABLE_VERSION
 from minrnn.tasks import Vocabulary
 from minrnn.training import RunConfig, Trained
 
 CHECKED = 16
 """Tokens on which a written directory is compared with the model."""
+
+REPLACEMENT = "\ufffd"
+"""What decoding puts in the place of bytes that are no character."""
 
 
 def export_pretrained(trained: Trained, config: RunConfig, directory: Path) -> None:
@@ -48,6 +52,7 @@ def export_pretrained(trained: Trained, config: RunConfig, directory: Path) -> N
     model = MinRNNForCausalLM.from_model(trained.model, **_settings(trained, config))
     with _quiet(), write_directory(directory) as folder:
         model.save_pretrained(folder)
+        make_readable(folder / TENSORS_FILE)
         if trained.vocabulary is not None:
             make_tokenizer(trained.vocabulary).save_pretrained(folder)
         _check(folder, trained.model, trained.vocabulary)
@@ -109,10 +114,17 @@ def _check(folder: Path, model: SequenceModel, vocabulary: Vocabulary | None) ->
     if not all(torch.equal(found, expected) for found in read):
         raise RuntimeError("export: transformers: the written model computes something else")
     if vocabulary is not None:
-        ids = tokens.flatten().tolist()
-        ids = [index for index in ids if index != vocabulary.end_of_text]
-        text = vocabulary.decode(ids).replace("\ufffd", "")
-        tokenizer = AutoTokenizer.from_pretrained(os.fspath(folder))
-        found = tokenizer(text, add_special_tokens=False).input_ids
-        if found != vocabulary.encode(text).tolist():
-            raise RuntimeError("export: transformers: the written tokenizer gives other tokens")
+        _check_tokenizer(folder, vocabulary)
+
+
+def _check_tokenizer(folder: Path, vocabulary: Vocabulary) -> None:
+    """Compare the tokenizer with the vocabulary on a text of all tokens that are characters.
+
+    Raises:
+        RuntimeError: it differs.
+    """
+    ids = [index for index in range(vocabulary.size) if index != vocabulary.end_of_text]
+    text = vocabulary.decode(ids).replace(REPLACEMENT, "")
+    found = AutoTokenizer.from_pretrained(os.fspath(folder))(text, add_special_tokens=False).input_ids
+    if found != vocabulary.encode(text).tolist():
+        raise RuntimeError("export: transformers: the written tokenizer gives other tokens")
