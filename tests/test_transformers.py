@@ -58,6 +58,7 @@ from minrnn.integrations.transformers import (
     export_pretrained,
     make_tokenizer,
 )
+from minrnn.integrations.transformers.resets import find_resets
 
 SIZES: dict[str, Any] = {"vocab_size": 257, "d_model": 16, "num_layers": 2, "num_heads": None}
 END = 256
@@ -185,6 +186,14 @@ def test_the_vocabulary_can_grow(tmp_path: Path) -> None:
     assert model.model.config == found.model.config  # so that minrnn's `generate` takes the new tokens
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_keeps_its_dtype(dtype: torch.dtype) -> None:
+    model = model_of().to(dtype)
+    found = MinRNNForCausalLM.from_model(model).eval()
+    assert found.dtype == dtype
+    assert torch.equal(found(tokens_of(1, 4)).logits, model(tokens_of(1, 4))[0])
+
+
 def test_bfloat16(tmp_path: Path) -> None:
     wrapped().to(torch.bfloat16).save_pretrained(tmp_path)
     found = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
@@ -294,6 +303,64 @@ def test_calls_continue_a_state(mixer: str) -> None:
     assert model(tokens, logits_to_keep=1).logits.shape == (2, 1, 257)
     kept = torch.tensor([0, 5])
     assert torch.equal(model(tokens, logits_to_keep=kept).logits, whole.logits[:, kept])
+
+
+def test_a_state_is_returned_where_it_can_be_continued() -> None:
+    model, tokens = wrapped(), tokens_of(2, 4)
+    right = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    assert isinstance(model(tokens).get(STATE_NAME), MinRNNState)
+    assert model(tokens, attention_mask=right.flip(1)).get(STATE_NAME) is not None
+    assert model(tokens, attention_mask=right).get(STATE_NAME) is None
+    assert model(tokens, use_cache=False).get(STATE_NAME) is None
+    model.config.use_cache = False
+    assert model(tokens).get(STATE_NAME) is None
+    assert model(tokens, use_cache=True).get(STATE_NAME) is not None
+    model.config.use_cache = True
+    assert model.train()(tokens).get(STATE_NAME) is None
+
+
+def test_outputs_can_be_a_tuple() -> None:
+    model, tokens = wrapped(), tokens_of(2, 4)
+    named = model(tokens, labels=tokens)
+    loss, logits, state = model(tokens, labels=tokens, return_dict=False)
+    assert torch.equal(loss, named.loss)
+    assert torch.equal(logits, named.logits)
+    assert isinstance(state, MinRNNState)
+    model.config.return_dict = False
+    assert isinstance(model(tokens), tuple)
+
+
+@pytest.mark.parametrize("mixer", ["mingru", "attention"])
+def test_positions_and_padding_go_together(mixer: str) -> None:
+    """Two documents in a row that starts with padding, as ones of generate's positions, which count tokens."""
+    model, first, second = wrapped(mixer), tokens_of(1, 3, 1)[0], tokens_of(1, 4, 2)[0]
+    batch = padded([torch.cat([first, second]), tokens_of(1, 9)[0]])
+    positions = torch.tensor([[1, 1, 0, 1, 2, 0, 1, 2, 3], list(range(9))])
+    logits = model(**batch, position_ids=positions).logits
+    alone = torch.cat([model(row[None]).logits[0] for row in (first, second)])
+    torch.testing.assert_close(logits[0, 2:], alone, rtol=1e-5, atol=1e-6)
+    late = model(**batch, position_ids=positions.clamp(min=1)).logits  # where padding ends is enough
+    torch.testing.assert_close(late[0, 2:5], alone[:3], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(late[0, 5:], alone[3:])
+
+
+def test_one_row_of_positions_is_for_all_rows() -> None:
+    model, tokens, positions = wrapped(), tokens_of(3, 6), torch.tensor([[0, 1, 0, 1, 2, 0]])
+    expected = model(tokens, position_ids=positions.expand(3, 6).clone()).logits
+    assert torch.equal(model(tokens, position_ids=positions).logits, expected)
+    assert positions.tolist() == [[0, 1, 0, 1, 2, 0]]
+
+
+def test_without_padding_nothing_is_reset() -> None:
+    """A call without resets is faster."""
+    ones, shape = torch.ones(2, 5), torch.Size((2, 5))
+    assert find_resets(ones, torch.arange(5)[None], shape, 0) is None
+    assert find_resets(None, None, shape, 0) is None
+    assert find_resets(torch.ones(2, 8), torch.arange(3, 8)[None], shape, 3) is None
+    ones[0, :2] = 0
+    (found,) = [find_resets(ones, None, shape, 0)]
+    assert found is not None
+    assert found.nonzero().tolist() == [[0, 2]]
 
 
 def test_a_state_takes_part_in_what_caches_do() -> None:
@@ -465,6 +532,12 @@ def test_trainer_trains_evaluates_and_resumes(flat: bool, tmp_path: Path) -> Non
     assert torch.equal(loaded(tokens).logits, whole.model.eval()(tokens).logits)
 
 
+def test_trainer_predicts_logits(tmp_path: Path) -> None:
+    data = [{"input_ids": tokens_of(1, 6, n)[0], "labels": tokens_of(1, 6, n)[0]} for n in range(5)]
+    found = Trainer(wrapped(), arguments(tmp_path)).predict(data)
+    assert found.predictions.shape == (5, 6, 257)
+
+
 # --- what cannot be -----------------------------------------------------------------------------------------
 
 
@@ -509,6 +582,11 @@ def test_what_cannot_be_is_refused(what: str) -> None:
     call, message = REFUSED[what]
     with pytest.raises(ValueError, match=message):
         call(wrapped(), tokens_of(2, 3))
+
+
+def test_embeddings_beside_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="embeddings .* are not taken"):
+        wrapped()(tokens_of(2, 3), inputs_embeds=torch.zeros(2, 3, 16))
 
 
 def test_a_state_of_another_kind_is_refused() -> None:
@@ -671,6 +749,16 @@ def test_a_model_of_another_task_has_no_tokenizer(tmp_path: Path) -> None:
     found, extra = load_checkpoint(tmp_path / "out")
     assert extra == {"vocabulary": None, "step": 3, "corpus": "digest"}
     assert torch.equal(found.eval()(tokens_of(1, 4))[0], model(tokens_of(1, 4))[0])
+
+
+def test_exporting_shows_no_progress_bar(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    transformers.utils.logging.enable_progress_bar()
+    try:
+        export_pretrained(Trained(model_of(), ByteVocabulary(), 1, ""), RunConfig(), tmp_path / "out")
+        assert transformers.utils.logging.is_progress_bar_enabled()
+    finally:
+        transformers.utils.logging.disable_progress_bar()
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("what", ["model", "tokenizer"])

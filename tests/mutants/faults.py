@@ -15,7 +15,9 @@ REPOSITORY = LISTS.parents[1]
 COMPILED = "csrc"
 """The room, and the folder, whose faults are compiled."""
 TRITON = "triton"
-"""The room whose faults run where Triton is installed."""
+"""The room of the GPU backends."""
+NEEDED = {TRITON: "triton", "integrations": "transformers"}
+"""The rooms whose faults run where a module is installed."""
 
 KEYS = {"file", "old", "new", "tests", "survives"}
 
