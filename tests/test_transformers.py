@@ -332,7 +332,7 @@ def test_outputs_can_be_a_tuple() -> None:
 
 @pytest.mark.parametrize("mixer", ["mingru", "attention"])
 def test_positions_and_padding_go_together(mixer: str) -> None:
-    """Two documents in a row that starts with padding, as ones of generate's positions, which count tokens."""
+    """Two documents in a row that starts with padding, whose positions are none of a start."""
     model, first, second = wrapped(mixer), tokens_of(1, 3, 1)[0], tokens_of(1, 4, 2)[0]
     batch = padded([torch.cat([first, second]), tokens_of(1, 9)[0]])
     positions = torch.tensor([[1, 1, 0, 1, 2, 0, 1, 2, 3], list(range(9))])
@@ -585,7 +585,7 @@ def test_what_cannot_be_is_refused(what: str) -> None:
 
 
 def test_embeddings_beside_tokens_are_refused() -> None:
-    with pytest.raises(ValueError, match="embeddings .* are not taken"):
+    with pytest.raises(ValueError, match=r"embeddings .* are not taken"):
         wrapped()(tokens_of(2, 3), inputs_embeds=torch.zeros(2, 3, 16))
 
 
