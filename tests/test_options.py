@@ -371,6 +371,22 @@ def test_export_writes_and_says_what_the_file_takes(
     assert said.endswith("; outputs logits, conv_out, h_out\n")
 
 
+@pytest.mark.parametrize("said", ["--batch 3", "--form sequence", "--longest 9", "--keeps-state"])
+def test_export_for_transformers_warns_of_options_of_files(
+    said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(export, "_export_pretrained", lambda command: 0)
+    assert main(["export", "run", "out", "--format", "transformers", *said.split()]) == 0
+    name = said.split()[0].removeprefix("--").replace("-", "_")
+    assert f"{name}=" in (error := capsys.readouterr().err)
+    assert "has no effect with f" in error  # form or format
+
+
+def test_export_for_transformers_takes_no_return(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "run", "out", "--format", "transformers", "--target-return", "3"]) == 2
+    assert "transformers takes language models" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("seed", [2**64 - 4, 2**64 - 3])
 def test_every_episode_of_act_has_a_seed(
     seed: int, calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

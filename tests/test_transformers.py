@@ -470,7 +470,7 @@ def test_gradient_checkpointing_computes_blocks_again(
     torch.manual_seed(0)
     assert_same_gradients(gradients(model, model(**batch).loss), expected)
     assert len(calls) == 4
-    model.eval()(tokens)
+    model.eval()(**batch).loss.backward()
     getattr(model, f"{kind}_checkpointing_disable")()
     model.train()(**batch).loss.backward()
     assert len(calls) == 8

@@ -85,10 +85,10 @@ def run(args: Sequence[str]) -> int:
 
 
 def _export_pretrained(command: ExportCommand) -> int:
-    from minrnn.integrations.transformers import check_free, export_pretrained
-
     if command.target_return is not None:
         raise ValueError("export: --target-return goes with a policy, and transformers takes language models")
+    from minrnn.integrations.transformers import check_free, export_pretrained
+
     check_free(command.output)  # seconds before it would be noticed
     trained = load_trained(command.run, command.checkpoint, torch.device("cpu"))
     export_pretrained(trained, read_config(command.run), command.output)
