@@ -49,7 +49,7 @@ def byte_tokenizer(mark: str | None) -> str:
     """
     package = _import_tokenizers()
     tokenizer = package.Tokenizer(package.models.BPE(vocab=_BYTES, merges=[]))
-    tokenizer.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = package.pre_tokenizers.ByteLevel(use_regex=False, add_prefix_space=False)
     tokenizer.decoder = package.decoders.ByteLevel()
     return _starting_with(mark, tokenizer)
 
