@@ -371,15 +371,6 @@ def test_export_writes_and_says_what_the_file_takes(
     assert said.endswith("; outputs logits, conv_out, h_out\n")
 
 
-@pytest.mark.parametrize("said", ["--batch 3", "--form sequence", "--keeps-state"])
-def test_export_for_transformers_warns_of_options_of_files(
-    said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(export, "_export_pretrained", lambda command: 0)
-    with pytest.warns(UserWarning, match="has no effect with format='transformers'"):
-        assert main(["export", "run", "out", "--format", "transformers", *said.split()]) == 0
-
-
 def test_export_for_transformers_takes_no_return(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "run", "out", "--format", "transformers", "--target-return", "3"]) == 2
     assert "transformers takes language models" in capsys.readouterr().err

@@ -78,14 +78,14 @@ def read_tokenizer(text: str) -> tokenizers.Tokenizer:
 
 def _starting_with(mark: str | None, tokenizer: tokenizers.Tokenizer) -> str:
     """Return a tokenizer as JSON, with `mark` before each text, unless asked for no special tokens."""
-    if mark is not None:
-        package = _import_tokenizers()
-        tokenizer.add_special_tokens([mark])
-        tokenizer.post_processor = package.processors.TemplateProcessing(
-            single=f"{mark} $A",
-            pair=f"{mark} $A {mark} $B",
-            special_tokens=[(mark, tokenizer.token_to_id(mark))],
-        )
+    if mark is None:
+        return tokenizer.to_str()
+    tokenizer.add_special_tokens([mark])
+    tokenizer.post_processor = _import_tokenizers().processors.TemplateProcessing(
+        single=f"{mark} $A",
+        pair=f"{mark} $A {mark} $B",
+        special_tokens=[(mark, tokenizer.token_to_id(mark))],
+    )
     return tokenizer.to_str()
 
 
