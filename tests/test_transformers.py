@@ -133,8 +133,9 @@ def test_settings_have_transformers_names_too_and_are_checked() -> None:
     config = MinRNNConfig(hidden_size=24, num_hidden_layers=3, tie_word_embeddings=True, vocab_size=9)
     assert config.settings == ModelConfig(vocab_size=9, d_model=24, num_layers=3, tie_embeddings=True)
     assert (config.hidden_size, config.num_hidden_layers) == (24, 3)
-    with pytest.raises(ValueError, match="d_model must be positive"):
-        MinRNNConfig(d_model=-1)
+    for name in ("d_model", "hidden_size"):
+        with pytest.raises(ValueError, match="d_model must be positive"):
+            MinRNNConfig(**{name: -1})
     with pytest.raises(ValueError, match="mixer must be one of"):
         MinRNNConfig(mixer="mingur")
 
@@ -158,7 +159,7 @@ def test_new_models_have_minrnns_initial_values() -> None:
 @every_mixer
 def test_what_a_directory_lacks_is_drawn(mixer: str, tmp_path: Path) -> None:
     """As a new model's: what is constant in that is equal, and what is random is as wide."""
-    model, lacking = wrapped(mixer, num_layers=3), ("blocks.1", "blocks.2", "head")
+    model, lacking = wrapped(mixer, num_layers=3), ("0.down.bias", "blocks.1", "blocks.2", "head")
     for parameter in model.parameters():
         torch.nn.init.constant_(parameter, 77.0)
     kept = {name: x for name, x in model.state_dict().items() if not any(each in name for each in lacking)}
@@ -174,10 +175,11 @@ def test_what_a_directory_lacks_is_drawn(mixer: str, tmp_path: Path) -> None:
             assert 0.4 * new.std() < found[name].std() < 2.5 * new.std(), name
 
 
-def test_the_vocabulary_can_grow(tmp_path: Path) -> None:
+@pytest.mark.parametrize("like_others", [True, False])
+def test_the_vocabulary_can_grow(like_others: bool, tmp_path: Path) -> None:
     model = wrapped()
     before = model(tokens_of(1, 3)).logits
-    model.resize_token_embeddings(300)
+    model.resize_token_embeddings(300, mean_resizing=like_others)
     model.save_pretrained(tmp_path)
     found = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert found.config.settings.vocab_size == 300
@@ -217,7 +219,9 @@ def test_greedy_decoding_takes_single_steps_and_is_minrnns(
     steps = spied(model, monkeypatch)
     found = model.generate(prompt, max_new_tokens=6, **GREEDY)
     assert steps == [7, 1, 1, 1, 1, 1]
-    assert torch.equal(found, model.generate(prompt, max_new_tokens=6, use_cache=False, **GREEDY))
+    again = model.generate(prompt, max_new_tokens=6, use_cache=False, return_dict_in_generate=True, **GREEDY)
+    assert torch.equal(again.sequences, found)
+    assert again.get(STATE_NAME) is None
     assert steps[6:] == [7, 8, 9, 10, 11, 12]
     ours = torch.stack(list(generate(model_of(mixer), prompt, 6, temperature=0)), dim=1)
     assert torch.equal(found[:, 7:], ours)
@@ -385,6 +389,22 @@ def parts(state: Any) -> Iterator[Tensor]:
             yield from parts(part)
 
 
+@pytest.mark.parametrize("mixer", ["mingru", "lstm", "attention"])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_padding_may_end_between_two_calls(mixer: str, size: int) -> None:
+    """Without positions, which generate gives, the mask alone says so."""
+    model, batch = wrapped(mixer), padded([tokens_of(1, n, n)[0] for n in (3, 9, 5)])
+    tokens, mask = batch.values()
+    expected, state, found = model(**batch).logits, None, []
+    for start in range(0, 9, size):
+        end = min(start + size, 9)
+        given = {STATE_NAME: state} if state is not None else {}
+        output = model(tokens[:, start:end], attention_mask=mask[:, :end], use_cache=True, **given)
+        state = output[STATE_NAME]
+        found.append(output.logits)
+    torch.testing.assert_close(torch.cat(found, dim=1)[mask == 1], expected[mask == 1], rtol=1e-4, atol=1e-5)
+
+
 def test_stop_strings_streamers_and_pipelines(capsys: pytest.CaptureFixture[str]) -> None:
     model, tokenizer = wrapped(), make_tokenizer(ByteVocabulary())
     prompt = tokenizer("ab", return_tensors="pt")
@@ -534,7 +554,7 @@ def test_trainer_trains_evaluates_and_resumes(flat: bool, tmp_path: Path) -> Non
 
 def test_trainer_predicts_logits(tmp_path: Path) -> None:
     data = [{"input_ids": tokens_of(1, 6, n)[0], "labels": tokens_of(1, 6, n)[0]} for n in range(5)]
-    found = Trainer(wrapped(), arguments(tmp_path)).predict(data)
+    found = Trainer(wrapped(), arguments(tmp_path, use_cache=True)).predict(data)
     assert found.predictions.shape == (5, 6, 257)
 
 
@@ -636,6 +656,13 @@ def test_a_tokenizer_decodes_as_the_vocabulary(pair: tuple[Vocabulary, Any], dat
     assert len(tokenizer) == vocabulary.size
 
 
+def test_a_tokenizer_pads_on_the_left(pair: tuple[Vocabulary, Any]) -> None:
+    vocabulary, tokenizer = pair
+    batch = tokenizer(["the", ""], padding=True)
+    assert batch.input_ids[1] == [vocabulary.end_of_text] * len(batch.input_ids[0])
+    assert batch.attention_mask == [[1] * len(batch.input_ids[0]), [0] * (len(batch.input_ids[0]) - 1) + [1]]
+
+
 def test_a_tokenizer_of_characters_refuses_others() -> None:
     with pytest.raises(Exception, match="WordLevel error"):
         make_tokenizer(CharacterVocabulary("abc"))("abcd")
@@ -704,6 +731,10 @@ def test_a_run_is_exported_and_read_as_a_runs_checkpoint(
     trained, again = (load_trained(place, "best", torch.device("cpu")) for place in (run, copied))
     assert (again.vocabulary, again.step, again.corpus) == (trained.vocabulary, trained.step, trained.corpus)
     assert read_config(copied) == read_config(run)
+    settings = model.generation_config
+    marks = {settings.bos_token_id, settings.eos_token_id, settings.pad_token_id}
+    assert trained.vocabulary is not None
+    assert marks == {trained.vocabulary.end_of_text}
     ids = model.generate(**tokenizer("the", return_tensors="pt"), max_new_tokens=20, do_sample=False)
     text = tokenizer.decode(ids[0], skip_special_tokens=True)
     assert written[0].startswith(text)
@@ -711,6 +742,11 @@ def test_a_run_is_exported_and_read_as_a_runs_checkpoint(
 
 def test_a_directory_loads_where_minrnn_was_not_imported(tmp_path: Path) -> None:
     wrapped().save_pretrained(tmp_path / "out")
+    named = json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
+    assert named == {
+        "AutoConfig": "modeling_minrnn.MinRNNConfig",
+        "AutoModelForCausalLM": "modeling_minrnn.MinRNNForCausalLM",
+    }
     code = (
         "import sys; from transformers import AutoModelForCausalLM; assert 'minrnn' not in sys.modules\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"

@@ -174,13 +174,12 @@ class MinRNNForCausalLM(PreTrainedModel, GenerationMixin):
         """Replace the head."""
         self.model.head = new_embeddings  # type: ignore[assignment]
 
-    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise ValueError: continuous batching shares pages of keys and values, of which there are none."""
-        _refuse_continuous_batching()
-
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise ValueError, as `generate_batch`."""
-        _refuse_continuous_batching()
+        """Raise ValueError: `generate_batch` shares pages of keys and values, of which there are none."""
+        raise ValueError(
+            f"{NAME}: continuous batching is for keys and values in pages, and this model has a state; call "
+            "generate with a batch padded on the left"
+        )
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
@@ -205,10 +204,6 @@ class MinRNNForCausalLM(PreTrainedModel, GenerationMixin):
         elif isinstance(module, nn.Embedding | nn.Linear):  # of another number of tokens
             initialization.normal_(module.weight, std=EMBEDDING_STD)
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
-
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
@@ -225,13 +220,6 @@ def _read_state(state: Any) -> MinRNNState | None:
     if not isinstance(state, MinRNNState | None):
         raise TypeError(f"{NAME}: {STATE_NAME} must be a MinRNNState, got {type(state).__name__}")
     return state
-
-
-def _refuse_continuous_batching() -> NoReturn:
-    raise ValueError(
-        f"{NAME}: continuous batching is for keys and values in pages, and this model has a state instead; "
-        "call generate with a batch padded on the left"
-    )
 
 
 AutoConfig.register(MODEL_TYPE, MinRNNConfig, exist_ok=True)
