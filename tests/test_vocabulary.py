@@ -216,9 +216,9 @@ def tokenizer_of(vocabulary: Vocabulary) -> Any:
 @every_kind
 @given(text=texts)
 def test_a_tokenizer_gives_the_same_ids(kind: str, text: str) -> None:
-    vocabulary = built(kind, f"{text}{END_OF_TEXT}")
+    vocabulary = built(kind, f"{text}\n{END_OF_TEXT}")
     tokenizer = tokenizer_of(vocabulary)
-    for each in (text, f"{text}{END_OF_TEXT}{text}", ""):
+    for each in (text, f"{text}{END_OF_TEXT}\n\n{text}", ""):
         ids = vocabulary.encode(each).tolist()
         assert tokenizer.encode(each, add_special_tokens=False).ids == ids
         assert tokenizer.encode(each).ids == [vocabulary.end_of_text, *ids]
