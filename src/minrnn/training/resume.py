@@ -264,7 +264,7 @@ def check_resumable(run_dir: Path) -> None:
     if holds_pretrained(run_dir):
         raise ValueError(
             f"resume: {run_dir} is a directory for transformers, which has no optimizer's state, random "
-            "generators, carried state or step; train it with transformers, or resume the run it came from"
+            "generators and carried state; train it with transformers, or resume the run it came from"
         )
 
 

@@ -1,6 +1,6 @@
 """Import transformers, or raise an error that says how to install it.
 
-`__init__` imports this module first, and so do all that import another of this package.
+The package's `__init__` imports this module before all others.
 """
 
 from __future__ import annotations

@@ -14,13 +14,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from minrnn.integrations.transformers.available import STATE_NAME
 from minrnn.integrations.transformers.configuration import MinRNNConfig
-from minrnn.integrations.transformers.resets import find_resets, has_padding_at_end
+from minrnn.integrations.transformers.resets import NAME, find_resets, has_padding_at_end
 from minrnn.integrations.transformers.state import MinRNNState
 from minrnn.models import SequenceModel
 from minrnn.models.pretrained import MODEL_TYPE
 from minrnn.models.sequence import EMBEDDING_STD, ModelState, run_blocks
-
-NAME = "MinRNNForCausalLM"
 
 NOT_RETURNED = ("output_hidden_states", "output_attentions")
 """Arguments of transformers' models that ask for what this one does not return."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 NAME = "MinRNNForCausalLM"
+"""The model, at the start of messages."""
 
 
 def has_padding_at_end(mask: Tensor | None) -> bool:
