@@ -38,6 +38,7 @@ MISSING = {
     "make-data Hopper-v5": "minrnn[rl]",
     f"train decisions --task.data data.hdf5 {TINY} --run third": "minrnn[rl]",
     f"train demo --task.source text --task.vocabulary bpe {TINY} --run fifth": "minrnn[text]",
+    "export first new --format transformers": "minrnn[transformers]",
 }
 """What cannot be done without an extra, and the extra that the one line of the error names."""
 

@@ -70,6 +70,7 @@ HOMES = {
     "tokenizers": ("tasks/subwords.py",),
     "torch": ("",),
     "torchrl": ("integrations/torchrl.py",),
+    "transformers": ("integrations/transformers/",),
     "triton": ("ops/triton/", "ops/selective/triton/", "benchmarks/compiled.py"),
     "tyro": ("cli/",),
     "zstandard": ("tasks/documents.py",),

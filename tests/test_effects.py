@@ -11,6 +11,7 @@ import torch
 
 from minrnn.benchmarks.gpu import GpuBench
 from minrnn.benchmarks.scan import ScanBench
+from minrnn.cli import export
 from minrnn.cli.main import main
 from minrnn.demonstrations import make_data
 from minrnn.experiments import EXPERIMENTS
@@ -214,6 +215,20 @@ def test_options_of_reproduce_without_effect(
 ) -> None:
     assert main(["reproduce", *options.split(), "--scale", "tiny", "--output", str(tmp_path)]) == 0
     assert capsys.readouterr().err == (f"minrnn: warning: {expected}\n" if expected else "")
+
+
+@package_warnings
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [("--batch 3", "batch=3"), ("--form sequence", "form='sequence'"), ("--keeps-state", "keeps_state=True")],
+)
+def test_options_of_files_have_no_effect_on_directories(
+    options: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(export, "_export_pretrained", lambda command: 0)
+    assert main(["export", "run", "out", "--format", "transformers", *options.split()]) == 0
+    said = f"minrnn: warning: ExportCommand: {name} has no effect with format='transformers'\n"
+    assert capsys.readouterr().err == said
 
 
 @package_warnings

@@ -31,8 +31,13 @@ RESULT = LISTS / "result.json"
 
 LEAST_IN_ALL, LEAST_IN_A_ROOM = 300, 15
 
-PARTS = {"ops/triton": TRITON, "ops/selective/triton": TRITON, "ops/selective": "selective"}
-"""Folders of a package that are rooms of their own."""
+PARTS = {
+    "integrations/transformers": "integrations",
+    "ops/triton": TRITON,
+    "ops/selective/triton": TRITON,
+    "ops/selective": "selective",
+}
+"""Folders of a package that are rooms of their own, or parts of one."""
 
 OUTSIDE = {COMPILED: COMPILED, "examples": "examples", "docs": "site"}
 """Folders beside the package, and their rooms."""

@@ -58,6 +58,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "device": "cpu",
     },
     "export": {
+        "format": "transformers",
         "form": "sequence",
         "batch": 3,
         "longest": 77,
@@ -407,6 +408,11 @@ def test_export_writes_and_says_what_the_file_takes(
         f"out.pt2: AOTInductor, step, {(here / 'out.pt2').stat().st_size:,} bytes; inputs tokens (batch), "
     )
     assert said.endswith("; outputs logits, conv_out, h_out\n")
+
+
+def test_export_for_transformers_takes_no_return(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "run", "out", "--format", "transformers", "--target-return", "3"]) == 2
+    assert "transformers takes language models" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seed", [2**64 - 4, 2**64 - 3])

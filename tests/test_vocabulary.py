@@ -1,6 +1,7 @@
 """A vocabulary maps text to ids and back, whole or as a stream, and says what it cannot map."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -200,3 +201,65 @@ def test_a_file_that_is_not_utf8_is_named_with_the_place(
     with pytest.raises(ValueError, match=rf"needs UTF-8, got byte 0x.. at offset {offset} of .*latin\.txt"):
         CharacterVocabulary.learn(read_pieces(path, "text"))
     assert ByteVocabulary.learn(read_pieces(path, "text")).size == 257
+
+
+# --- as a tokenizer.json ------------------------------------------------------------------------------------
+
+
+def tokenizer_of(vocabulary: Vocabulary) -> Any:
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed: the extra text")
+    tokenizer = tokenizers.Tokenizer.from_str(vocabulary.to_tokenizer())
+    tokenizer.encode_special_tokens = True  # as minrnn, which has no token for marks in a text
+    return tokenizer
+
+
+@every_kind
+@given(text=texts)
+def test_a_tokenizer_gives_the_same_ids(kind: str, text: str) -> None:
+    vocabulary = built(kind, f"{text}\n{END_OF_TEXT}")
+    tokenizer = tokenizer_of(vocabulary)
+    for each in (text, f"{text}{END_OF_TEXT}\n\n{text}", ""):
+        ids = vocabulary.encode(each).tolist()
+        assert tokenizer.encode(each, add_special_tokens=False).ids == ids
+        assert tokenizer.encode(each).ids == [vocabulary.end_of_text, *ids]
+        assert tokenizer.decode(ids) == each
+    assert tokenizer.get_vocab_size() == vocabulary.size
+
+
+@given(ids=st.lists(st.integers(0, 255)))
+def test_a_tokenizer_decodes_any_bytes_alike(ids: list[int]) -> None:
+    vocabulary = ByteVocabulary()
+    assert tokenizer_of(vocabulary).decode(ids) == vocabulary.decode(ids)
+
+
+@every_kind
+def test_a_tokenizer_has_an_end_of_text_where_the_vocabulary_has(kind: str) -> None:
+    vocabulary = built(kind, TEXT, False)
+    tokenizer = tokenizer_of(vocabulary)
+    assert tokenizer.encode(TEXT).ids == vocabulary.encode(TEXT).tolist()
+    assert tokenizer.token_to_id(END_OF_TEXT) is None
+    marked = tokenizer_of(built(kind, TEXT))
+    pair = marked.encode("n", "d").ids
+    assert pair[::2] == [built(kind, TEXT).end_of_text] * 2
+    assert marked.decode(pair) == "nd"  # without special tokens
+    assert marked.decode(pair, skip_special_tokens=False) == f"{END_OF_TEXT}n{END_OF_TEXT}d"
+
+
+def test_a_tokenizer_of_characters_refuses_others() -> None:
+    """It does not leave them out."""
+    with pytest.raises(Exception, match="WordLevel error"):
+        tokenizer_of(CharacterVocabulary("abc")).encode("abcd")
+
+
+@every_kind
+@pytest.mark.parametrize("is_marked", [True, False])
+def test_a_tokenizer_written_by_others_is_the_vocabularys(kind: str, is_marked: bool, tmp_path: Path) -> None:
+    """With a post-processor, padding and truncation, and in another form, the file is the same vocabulary."""
+    vocabulary = built(kind, TEXT * 3, is_marked)
+    tokenizer = tokenizer_of(vocabulary)
+    tokenizer.enable_padding()
+    tokenizer.enable_truncation(3)
+    tokenizer.save(str(tmp_path / "tokenizer.json"), pretty=True)
+    found = Vocabulary.from_dict(vocabulary.to_shared(), tmp_path)
+    assert found == vocabulary
+    assert found.to_dict() == vocabulary.to_dict()

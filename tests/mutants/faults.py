@@ -15,7 +15,14 @@ REPOSITORY = LISTS.parents[1]
 COMPILED = "csrc"
 """The room, and the folder, whose faults are compiled."""
 TRITON = "triton"
-"""The room whose faults run where Triton is installed."""
+"""The room of the GPU backends."""
+NEEDED = {
+    "src/minrnn/ops/triton/": "triton",
+    "src/minrnn/ops/selective/triton/": "triton",
+    "src/minrnn/integrations/harness.py": "lm_eval",
+    "src/minrnn/integrations/transformers/": "transformers",
+}
+"""The modules without which the faults of a file, or of the files of a folder, are not run."""
 
 KEYS = {"file", "old", "new", "tests", "survives"}
 
@@ -39,6 +46,11 @@ class Fault(NamedTuple):
     def is_compiled(self) -> bool:
         """Whether it is planted in a source of the extension."""
         return self.file.startswith(f"{COMPILED}/")
+
+    @property
+    def needs(self) -> str | None:
+        """The module that must be installed for its tests; None for none beyond the extra dev."""
+        return next((module for start, module in NEEDED.items() if self.file.startswith(start)), None)
 
     @property
     def place(self) -> str:

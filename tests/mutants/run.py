@@ -28,7 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from mutants import builder, outcomes, workshop
-from mutants.faults import LISTS, TRITON, Fault, digest, read_lists
+from mutants.faults import LISTS, Fault, digest, read_lists
 from mutants.outcomes import Outcome
 
 
@@ -37,15 +37,16 @@ def main() -> int:
     faults, left_out = select(options)
     started = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # cleans up, as Ctrl-C does
-    if left_out:
-        print(f"{len(left_out)} faults of {TRITON} are not run: Triton is not installed")
+    for module in sorted({str(fault.needs) for fault in left_out}):
+        count = sum(fault.needs == module for fault in left_out)
+        print(f"{count} faults are not run: {module} is not installed")
     if not faults:
         sys.exit("run.py: there is no fault to plant")
     with tempfile.TemporaryDirectory(prefix="minrnn-faults-") as scratch:
         python = prepare(Path(scratch).resolve(), faults, options)
         found = list(observed(python, Path(scratch).resolve(), faults, options.verbose))
     whole = not (options.room or options.without or options.file or options.sample is not None)
-    found += [Outcome(fault, "not run", "triton is not installed", 0.0) for fault in left_out]
+    found += [Outcome(fault, "not run", f"{fault.needs} is not installed", 0.0) for fault in left_out]
     print(outcomes.table(found))
     print(f"{len(faults)} faults in {(time.monotonic() - started) / 60:.1f} min")
     if options.output is not None:
@@ -96,7 +97,7 @@ def select(options: argparse.Namespace) -> tuple[list[Fault], list[Fault]]:
     faults = [f for f in faults if f.room in rooms and (not options.file or f.file in options.file)]
     if options.sample is not None:
         faults = random.Random(options.seed).sample(faults, min(options.sample, len(faults)))
-    left_out = [] if find_spec("triton") else [fault for fault in faults if fault.room == TRITON]
+    left_out = [fault for fault in faults if fault.needs and find_spec(fault.needs) is None]
     return [fault for fault in faults if fault not in left_out], left_out
 
 

@@ -34,7 +34,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command("minrnn.cli.evaluate", "evaluate a trained model on its validation split"),
     "act": Command("minrnn.cli.act", "run a trained policy in its environment, and record a video"),
     "export": Command(
-        "minrnn.cli.export", "write a trained model as an ONNX, ExecuTorch or AOTInductor file"
+        "minrnn.cli.export", "write a trained model for ONNX, ExecuTorch, AOTInductor or transformers"
     ),
     "make-data": Command("minrnn.cli.make_data", "train a policy in an environment and record its episodes"),
     "engines": Command("minrnn.cli.engines", "list the engines and their devices"),

@@ -1,1 +1,1 @@
-"""Layers and models in the forms that other libraries ask for, one module for each library."""
+"""Layers and models in the forms that other libraries ask for, each of which is an extra."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from minrnn.files import convert, locate, naming, nearest, read_json, shown, write_directory
 from minrnn.files.writing import CONFIG_FILE
 from minrnn.models.decision import DecisionConfig, DecisionModel
+from minrnn.models.pretrained import is_pretrained, own_names, read_settings, read_table
 from minrnn.models.rebuilding import describe, misfits, tensors_to_keep, unwrap
 from minrnn.models.sequence import ModelConfig, SequenceModel
 
@@ -82,7 +83,8 @@ def load_checkpoint(
     """Load a model that `save_checkpoint` wrote. If it is replaced meanwhile, the new one is loaded.
 
     Args:
-        directory: the checkpoint.
+        directory: the checkpoint, or a directory that `minrnn export` wrote for transformers, or
+            transformers' `save_pretrained` for its model.
         device: device of the model's parameters; on meta they have no values.
 
     Returns:
@@ -119,9 +121,11 @@ def _read_device(device: Any) -> torch.device:
 
 def _load(folder: Path, device: torch.device) -> tuple[Model, dict[str, JSON]]:
     config = _read_config(folder / CONFIG_FILE)
-    _check_integrity(folder / TENSORS_FILE, config["files"])
     path = folder / TENSORS_FILE
+    _check_integrity(path, config["files"])
     tensors = load_tensors(path, device=device)
+    if config["files"] is None:
+        tensors = own_names(tensors)
     with naming(f"load_checkpoint: {folder / CONFIG_FILE}"):
         _check_layers(config["model"], len(tensors))
         model = _build(config)
@@ -212,13 +216,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         safetensors.torch.save_file(packed, path)
     except safetensors.SafetensorError as error:  # the library wraps OSError
         raise OSError(errno.EIO, str(error), str(path)) from error
-    path.chmod(0o666 & ~_umask())  # the library creates files that only their owner can read
+    make_readable(path)
 
 
-def _umask() -> int:
+def make_readable(path: Path) -> None:
+    """Give a file of tensors the usual permissions: the library creates it for its owner alone."""
     mask = os.umask(0)  # can only be read by setting it
     os.umask(mask)
-    return mask
+    path.chmod(0o666 & ~mask)
 
 
 def load_tensors(path: Path, *, device: torch.device = CPU) -> dict[str, Tensor]:
@@ -255,7 +260,7 @@ def check_files(folder: Path, names: Iterable[str]) -> list[str]:
     """
     config = _read_config(folder / CONFIG_FILE)
     if config["format_version"] == 1:
-        return [name for name in names if name not in config["files"]]
+        return [name for name in names if name not in (config["files"] or {})]
     for name in names:
         _check_integrity(folder / name, config["files"])
     return []
@@ -289,7 +294,8 @@ class _Config(TypedDict):
     format_version: int
     kind: NotRequired[str]
     model: dict[str, Any]
-    files: dict[str, _File]
+    files: dict[str, _File] | None
+    """None in a directory of transformers."""
     extra: dict[str, Any]
     sha256: NotRequired[str]
 
@@ -297,6 +303,9 @@ class _Config(TypedDict):
 def _read_config(path: Path) -> _Config:
     with naming("load_checkpoint"):
         values = read_json(path, dict[str, Any])
+        if is_pretrained(values):
+            with naming(path):
+                return _read_pretrained(values)
         version = values.get("format_version")
         if type(version) is not int:
             raise ValueError(f"{path} names no format_version; it is no checkpoint of minrnn")
@@ -320,10 +329,20 @@ def _read_config(path: Path) -> _Config:
     return config
 
 
-def _check_integrity(path: Path, files: Mapping[str, _File]) -> None:
+def _read_pretrained(values: Mapping[str, Any]) -> _Config:
+    return {
+        "format_version": FORMAT_VERSION,
+        "kind": "sequence",
+        "model": read_settings(values),
+        "files": None,
+        "extra": read_table(values)["extra"],
+    }
+
+
+def _check_integrity(path: Path, files: Mapping[str, _File] | None) -> None:
     if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, "the checkpoint lacks this file", str(path))
-    if files.get(path.name) != _measured(path):
+    if files is not None and files.get(path.name) != _measured(path):
         raise ValueError(
             f"load_checkpoint: {path} was cut short or altered: its size or SHA-256 is not the recorded one; "
             "use another copy"

@@ -1,7 +1,7 @@
 """Models of token sequences: embed -> blocks -> norm -> head."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from inspect import signature
@@ -274,8 +274,13 @@ class SequenceModel(nn.Module):
     ) -> tuple[Tensor, ModelState]:
         """Return what the head reads, (B, T, d_model), and the state."""
         x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
-        x, state = run_blocks(self.blocks, x, state, reset=reset)
+        x, state = self._run_blocks(x, state, reset)
         return self.norm(x), state
+
+    def _run_blocks(
+        self, x: Tensor, state: ModelState | None, reset: Tensor | None
+    ) -> tuple[Tensor, ModelState]:
+        return run_blocks(self.blocks, x, state, reset=reset)
 
     def _plain_weight(self) -> Tensor | None:
         """Return the matrix of the head, if it is a linear layer as it was made, without hooks."""
@@ -317,7 +322,7 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 
 def run_blocks(
-    blocks: nn.ModuleList, x: Tensor, state: ModelState | None, *, reset: Tensor | None
+    blocks: Iterable[Callable[..., Any]], x: Tensor, state: ModelState | None, *, reset: Tensor | None
 ) -> tuple[Tensor, ModelState]:
     """Run x `(B, T, d_model)` through the blocks; return the output and each block's state."""
     states: list[BlockState] = []

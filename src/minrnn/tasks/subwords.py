@@ -41,6 +41,54 @@ def learn_tokenizer(texts: Iterable[str], size: int, marks: Sequence[str]) -> st
     return tokenizer.to_str()
 
 
+def byte_tokenizer(mark: str | None) -> str:
+    """Return the tokenizer.json whose tokens are the 256 bytes in their order, then `mark`.
+
+    Raises:
+        ImportError: tokenizers is not installed.
+    """
+    package = _import_tokenizers()
+    tokenizer = package.Tokenizer(package.models.BPE(vocab=_BYTES, merges=[]))
+    tokenizer.pre_tokenizer = package.pre_tokenizers.ByteLevel(use_regex=False, add_prefix_space=False)
+    tokenizer.decoder = package.decoders.ByteLevel()
+    return _starting_with(mark, tokenizer)
+
+
+def character_tokenizer(characters: str, mark: str | None) -> str:
+    """Return the tokenizer.json whose tokens are `characters` in their order, then `mark`.
+
+    Raises:
+        ImportError: tokenizers is not installed.
+    """
+    package = _import_tokenizers()
+    ids = {character: index for index, character in enumerate(characters)}
+    # Not byte-pair encoding, which leaves out what is not in its vocabulary: this model raises.
+    tokenizer = package.Tokenizer(package.models.WordLevel(ids))
+    each = package.Regex(r"[\s\S]")
+    tokenizer.pre_tokenizer = package.pre_tokenizers.Split(each, "isolated")
+    tokenizer.decoder = package.decoders.Fuse()
+    return _starting_with(mark, tokenizer)
+
+
+def read_tokenizer(text: str) -> tokenizers.Tokenizer:
+    """Return the tokenizer of a tokenizer.json's content."""
+    tokenizer: tokenizers.Tokenizer = _import_tokenizers().Tokenizer.from_str(text)
+    return tokenizer
+
+
+def _starting_with(mark: str | None, tokenizer: tokenizers.Tokenizer) -> str:
+    """Return a tokenizer as JSON, with `mark` before each text, unless asked for no special tokens."""
+    if mark is None:
+        return tokenizer.to_str()
+    tokenizer.add_special_tokens([mark])
+    tokenizer.post_processor = _import_tokenizers().processors.TemplateProcessing(
+        single=f"{mark} $A",
+        pair=f"{mark} $A {mark} $B",
+        special_tokens=[(mark, tokenizer.token_to_id(mark))],
+    )
+    return tokenizer.to_str()
+
+
 class Subwords:
     """A byte-level tokenizer.
 
@@ -63,6 +111,7 @@ class Subwords:
             self._tokenizer.encode_special_tokens = True  # as the characters that they consist of
             if mark is not None:
                 self._tokenizer.add_special_tokens([mark])
+        self._mark = mark
         self.mark: int | None = None if mark is None else self._tokenizer.token_to_id(mark)
         """Id of the mark."""
         self._check(origin)
@@ -87,9 +136,15 @@ class Subwords:
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [each.ids for each in encoded]
 
+    def to_tokenizer(self) -> str:
+        """Return the tokenizer.json with the mark before each text."""
+        return _starting_with(self._mark, read_tokenizer(self._tokenizer.to_str()))
+
     def to_str(self) -> str:
-        """Return the tokenizer as JSON, with the mark."""
-        return self._tokenizer.to_str()
+        """Return what encodes and decodes as JSON, as `learn_tokenizer` does."""
+        tokenizer = read_tokenizer(self._tokenizer.to_str())
+        tokenizer.post_processor = None
+        return tokenizer.to_str()
 
     def _check(self, origin: str) -> None:
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)

@@ -4,7 +4,7 @@ import codecs
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Self
@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from minrnn.files import shown
 from minrnn.tasks.documents import Piece
-from minrnn.tasks.subwords import Subwords, learn_tokenizer
+from minrnn.tasks.subwords import Subwords, byte_tokenizer, character_tokenizer, learn_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -85,6 +85,18 @@ class Vocabulary(ABC):
         """Names and texts of the files that `from_dict` reads."""
         return {}
 
+    @abstractmethod
+    def to_tokenizer(self) -> str:
+        """Return a tokenizer.json with the same ids, which puts END_OF_TEXT, if there is one, before a text.
+
+        Raises:
+            ImportError: tokenizers is not installed.
+        """
+
+    def to_shared(self) -> dict[str, str]:
+        """Return what `to_dict` returns, for a folder in which other programs write tokenizer.json anew."""
+        return self.to_dict()
+
     @property
     def dtype(self) -> np.dtype:
         """The smallest unsigned integer type for the ids, in which tokens are stored."""
@@ -109,6 +121,8 @@ class Vocabulary(ABC):
                     return CharacterVocabulary(characters, is_marked)
                 case {"kind": SubwordVocabulary.kind, "sha256": str(sha256), **rest} if folder and not rest:
                     return SubwordVocabulary.read(folder / TOKENIZER_FILE, is_marked, sha256=sha256)
+                case {"kind": SubwordVocabulary.kind, **rest} if folder and not rest:
+                    return SubwordVocabulary.read(folder / TOKENIZER_FILE, is_marked).plain()
         raise ValueError(
             "Vocabulary.from_dict: saved must be {'kind': 'bytes'} or {'kind': 'characters', 'characters': "
             f"'...'}} or {{'kind': 'bpe', 'sha256': '...'}}, with 'end_of_text': {END_OF_TEXT!r} or without, "
@@ -184,6 +198,10 @@ class ByteVocabulary(Vocabulary):
         """Return the bytes of each piece."""
         return [np.frombuffer(piece.text, np.uint8) for piece in pieces]
 
+    def to_tokenizer(self) -> str:
+        """Return the tokenizer.json of the bytes."""
+        return byte_tokenizer(END_OF_TEXT if self.is_marked else None)
+
     def to_dict(self) -> dict[str, str]:
         """Return {"kind": "bytes", "end_of_text": "<|endoftext|>"}, or without the mark."""
         return self._saved()
@@ -253,6 +271,10 @@ class CharacterVocabulary(Vocabulary):
     def encode_pieces(self, pieces: Sequence[Piece]) -> list[NDArray[np.integer]]:
         """Return the ids of each piece; raise ValueError if one cannot be encoded."""
         return [self._encode(decode_piece(piece, self.kind), piece.origin) for piece in pieces]
+
+    def to_tokenizer(self) -> str:
+        """Return the tokenizer.json of the characters, which raises where a text has others."""
+        return character_tokenizer(self.characters, END_OF_TEXT if self.is_marked else None)
 
     def to_dict(self) -> dict[str, str]:
         """Return {"kind": "characters", "characters": ..., "end_of_text": ...}, or without the mark."""
@@ -358,6 +380,18 @@ class SubwordVocabulary(Vocabulary):
     def to_dict(self) -> dict[str, str]:
         """Return {"kind": "bpe", "sha256": the digest of `files`' tokenizer.json, "end_of_text": ...}."""
         return self._saved(sha256=self._sha256)
+
+    def to_tokenizer(self) -> str:
+        """Return the tokenizer.json, with END_OF_TEXT before each text."""
+        return self.subwords.to_tokenizer()
+
+    def to_shared(self) -> dict[str, str]:
+        """Return what `to_dict` returns, without the digest."""
+        return self._saved()
+
+    def plain(self) -> Self:
+        """Return the vocabulary as it is learned: equal whoever has written the file since."""
+        return replace(self, tokenizer=self.subwords.to_str())
 
     @property
     def files(self) -> dict[str, str]:

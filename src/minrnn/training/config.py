@@ -24,6 +24,7 @@ from minrnn.files import (
     warn_without_effect,
 )
 from minrnn.models import ModelConfig
+from minrnn.models.pretrained import is_pretrained, run_of
 from minrnn.tasks import TASKS, TaskConfig, TextConfig
 from minrnn.training.threads import MOST_THREADS
 
@@ -263,7 +264,7 @@ def recipe_summary(name: str) -> str:
 
 
 def read_config(run_dir: Path) -> RunConfig:
-    """Return the resolved configuration in a run's directory.
+    """Return the resolved configuration in a run's directory, or in one that a run was exported to.
 
     Raises:
         FileNotFoundError: the directory holds no run.
@@ -274,7 +275,7 @@ def read_config(run_dir: Path) -> RunConfig:
         raise FileNotFoundError(f"{run_dir} is not a run directory: it has no config.json")
     values = read_json(path, dict[str, Any])
     with naming(path):
-        return RunConfig.from_record(values)
+        return RunConfig.from_record(run_of(values) if is_pretrained(values) else values)
 
 
 def _recipe_text(name: str) -> str:

@@ -31,6 +31,7 @@ from minrnn.training.resume import (
     CarriedState,
     TrainState,
     check_carry,
+    check_resumable,
     check_unchanged,
     gather_carry,
     load_last,
@@ -189,6 +190,7 @@ class Run:
         """Log the run, restore the last checkpoint if `resume`, and write config.json."""
         if resume:
             check_unchanged(read_config(self.run_dir), self.config)
+            check_resumable(self.run_dir)
         self.log.note(self.describe())
         if self.settings.warmup_steps >= self.settings.steps:
             self.log.note(

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from minrnn.distributed import Ranks
 from minrnn.files import convert, find_directory, naming, read_json, write_directory
-from minrnn.models import Model, load_checkpoint, map_state
+from minrnn.models import Model, SequenceModel, load_checkpoint, map_state
 from minrnn.models.checkpoint import check_files, load_tensors, save_tensors, write_model, write_texts
+from minrnn.models.pretrained import holds_pretrained
 from minrnn.tasks import Vocabulary
 from minrnn.training.config import RunConfig, read_config
 
@@ -233,7 +234,7 @@ def load_trained(run_dir: Path, which: str, device: torch.device) -> Trained:
     """Load the model of a run.
 
     Args:
-        run_dir: the run's directory.
+        run_dir: the run's directory, or one for transformers that it was exported to.
         which: the checkpoint, best or last.
         device: device of the model.
 
@@ -245,7 +246,7 @@ def load_trained(run_dir: Path, which: str, device: torch.device) -> Trained:
         ValueError: the checkpoint is damaged.
     """
     read_config(run_dir)
-    directory = run_dir / "checkpoints" / which
+    directory = _checkpoint(run_dir, which)
     try:
         folder = find_directory(directory)
     except FileNotFoundError as error:
@@ -254,10 +255,44 @@ def load_trained(run_dir: Path, which: str, device: torch.device) -> Trained:
     match extra:
         case {"vocabulary": dict(vocabulary), "step": int(step), "corpus": str(corpus)}:
             with naming(directory):
-                return Trained(model, Vocabulary.from_dict(vocabulary, folder), step, corpus)
+                return Trained(model, _vocabulary(vocabulary, folder, model), step, corpus)
         case {"vocabulary": None, "step": int(step), "corpus": str(corpus)}:
             return Trained(model, None, step, corpus)
     raise ValueError(f"{directory} must have vocabulary, step and corpus in its config.json; no run wrote it")
+
+
+def _checkpoint(run_dir: Path, which: str) -> Path:
+    """Return the directory of a run's checkpoint; a directory of transformers is one."""
+    if not holds_pretrained(run_dir):
+        return run_dir / "checkpoints" / which
+    if which != "best":
+        raise ValueError(
+            f"{run_dir} has no checkpoint {which!r}: a directory for transformers holds one, read as 'best'"
+        )
+    return run_dir
+
+
+def _vocabulary(saved: Mapping[str, str], folder: Path, model: Model) -> Vocabulary:
+    vocabulary = Vocabulary.from_dict(saved, folder)
+    size = model.config.vocab_size if isinstance(model, SequenceModel) else vocabulary.size
+    if vocabulary.size != size:
+        raise ValueError(
+            f"the vocabulary must have the model's {size} tokens, got {vocabulary.size}; one was resized"
+        )
+    return vocabulary
+
+
+def check_resumable(run_dir: Path) -> None:
+    """Check that a directory is a run's.
+
+    Raises:
+        ValueError: it is one for transformers, which holds no more of a run than weights and settings.
+    """
+    if holds_pretrained(run_dir):
+        raise ValueError(
+            f"resume: {run_dir} is a directory for transformers, which has no optimizer's state, random "
+            "generators and carried state; train it with transformers, or resume the run it came from"
+        )
 
 
 def check_unchanged(saved: RunConfig, config: RunConfig) -> None:
