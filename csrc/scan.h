@@ -358,45 +358,92 @@ void find_prefix(const P &pass, const Tile &tile, CarryRow<typename P::Real> end
     }
 }
 
-// Runs the chunks of a unit's time in parallel, each from the state that the prefixes of the chunks before it give.
-template <class P> void run_in_chunks(const P &pass, int64_t B, int64_t T, int64_t D, const Partition &cut) {
+// The chunks of all units, with two rows for each: its final state from a zero state, and its product of decays.
+template <class P> class Prefixes {
     using Real = typename P::Real;
-    const int64_t units = B * cut.tiles, jobs = units * cut.chunks;
-    std::vector<Real> ends(2 * jobs * cut.width), decays(2 * jobs * cut.width);
-    const auto row = [&](std::vector<Real> &rows, int64_t job) -> CarryRow<Real> {
+    const int64_t T, D;
+    std::vector<Real> ends, decays;
+
+    CarryRow<Real> row(std::vector<Real> &rows, int64_t job) {
         return {&rows[2 * job * cut.width], &rows[(2 * job + 1) * cut.width]};
-    };
-    const auto tile = [&](int64_t job) -> Tile {
+    }
+
+  public:
+    const Partition cut;
+    const int64_t units, jobs;
+
+    Prefixes(int64_t B, int64_t T, int64_t D, const Partition &cut)
+        : T(T), D(D), ends(2 * B * cut.tiles * cut.chunks * cut.width), decays(ends.size()), cut(cut),
+          units(B * cut.tiles), jobs(units * cut.chunks) {}
+
+    Tile tile(int64_t job) const {
         const int64_t unit = job / cut.chunks, chunk = job % cut.chunks, d = (unit % cut.tiles) * cut.width;
         return {unit / cut.tiles, d, std::min(cut.width, D - d), chunk * cut.length,
                 std::min(T, (chunk + 1) * cut.length)};
-    };
-    for_each(jobs, cut.threads, [&](int64_t job, int) {
-        if (job % cut.chunks + 1 < cut.chunks)  // the last chunk's prefix is not needed
-            find_prefix(pass, tile(job), row(ends, job), row(decays, job));
-    });
+    }
+    CarryRow<Real> end(int64_t job) { return row(ends, job); }
+    CarryRow<Real> decay(int64_t job) { return row(decays, job); }
+
+    // Of the first `chunks` chunks of every unit.
+    void find(const P &pass, int64_t chunks) {
+        for_each(jobs, cut.threads, [&](int64_t job, int) {
+            if (job % cut.chunks < chunks) find_prefix(pass, tile(job), end(job), decay(job));
+        });
+    }
+};
+
+// The prefix of all steps of a pass.
+template <class P>
+void run_prefix(const P &pass, int64_t B, int64_t T, int64_t D, int threads, States<typename P::Real> end,
+                States<typename P::Real> decay) {
+    using Real = typename P::Real;
+    Prefixes<P> of(B, T, D, partition(B, T, D, threads));
+    of.find(pass, of.cut.chunks);
+    for (int64_t job = 0; job < of.jobs;) {
+        const Tile tile = of.tile(job);
+        TileCarry<Real> zero, one;
+        fill(zero.row(), tile.n, Real(0));
+        fill(one.row(), tile.n, Real(1));
+        Border state(zero.row(), tile.n), product(one.row(), tile.n);
+        for (int64_t chunk = 0; chunk < of.cut.chunks; ++chunk, ++job) {
+            state.pass(of.end(job), of.decay(job));
+            product.pass(zero.row(), of.decay(job));
+        }
+        state.write(zero.row());
+        product.write(one.row());
+        std::copy_n(zero.hi, tile.n, end.data + tile.b * end.stride_b + tile.d);
+        std::copy_n(one.hi, tile.n, decay.data + tile.b * decay.stride_b + tile.d);
+    }
+}
+
+// Runs the chunks of a unit's time in parallel, each from the state that the prefixes of the chunks before it give.
+template <class P> void run_in_chunks(const P &pass, int64_t B, int64_t T, int64_t D, const Partition &cut) {
+    using Real = typename P::Real;
+    Prefixes<P> of(B, T, D, cut);
+    of.find(pass, cut.chunks - 1);  // the last chunk's prefix is not needed
+    const int64_t units = of.units, jobs = of.jobs;
     std::vector<char> unsure(jobs);  // whether a chunk's initial state may wrongly be NaN
     for (int64_t unit = 0; unit < units; ++unit) {
         const int64_t first = unit * cut.chunks;
         TileCarry<Real> initial;
-        pass.initial(tile(first), initial.row());
-        Border border(initial.row(), tile(first).n);
+        pass.initial(of.tile(first), initial.row());
+        Border border(initial.row(), of.tile(first).n);
         for (int64_t job = first; job < first + cut.chunks; ++job) {
             const Border start = border;
-            border.pass(row(ends, job), row(decays, job));
-            start.write(row(ends, job));
-            unsure[job] = !pass.finite(tile(job), row(ends, job));
+            border.pass(of.end(job), of.decay(job));
+            start.write(of.end(job));
+            unsure[job] = !pass.finite(of.tile(job), of.end(job));
         }
     }
-    for_each(jobs, cut.threads, [&](int64_t job, int) { pass.run(tile(job), row(ends, job)); });
+    for_each(jobs, cut.threads, [&](int64_t job, int) { pass.run(of.tile(job), of.end(job)); });
     for (int64_t job = 0; job < jobs; ++job) {
         const int64_t chunk = job % cut.chunks;
         // An infinity or a NaN is never forgotten, but a prefix computed from some of the steps may have missed it.
-        if (chunk > 0 && (unsure[job] || !pass.finite(tile(job - 1), row(ends, job - 1)))) {
-            copy(row(ends, job - 1), tile(job).n, row(ends, job));
-            pass.run(tile(job), row(ends, job));
+        if (chunk > 0 && (unsure[job] || !pass.finite(of.tile(job - 1), of.end(job - 1)))) {
+            copy(of.end(job - 1), of.tile(job).n, of.end(job));
+            pass.run(of.tile(job), of.end(job));
         }
-        if (chunk + 1 == cut.chunks) pass.finish(tile(job), row(ends, job));
+        if (chunk + 1 == cut.chunks) pass.finish(of.tile(job), of.end(job));
     }
 }
 
