@@ -45,7 +45,8 @@ def prefix(pre: Sequence[Tensor], reset: Tensor | None, mode: Mode) -> tuple[Ten
     """
     if not pre[0].shape[0]:
         D = pre[0].shape[2] // (GATES[mode.gate].num_pre if len(pre) == 1 else 1)
-        return tuple(pre[0].new_empty(0, D, dtype=state_dtype(pre[0].dtype)) for _ in range(2))
+        nothing = pre[0].new_empty(0, D, dtype=state_dtype(pre[0].dtype))
+        return nothing, nothing.clone()
     found: tuple[Tensor, Tensor] = torch.ops.minrnn.gated_prefix(list(pre), reset, *mode)
     return found
 
