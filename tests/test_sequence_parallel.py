@@ -20,7 +20,7 @@ from minrnn.distributed import sequence_parallel, shard_sequence
 from minrnn.mixers import MIXERS, Mixer
 from minrnn.models import map_state
 
-UNDIVIDED = ("rnn", "gru", "lstm", "attention", "aaren", "s4d", "mamba")
+UNDIVIDED = ("rnn", "gru", "lstm", "attention")
 DIVIDED = [name for name in MIXERS if name not in UNDIVIDED]
 MODELS: dict[str, dict[str, Any]] = {
     **{name: {"mixer": name} for name in DIVIDED},

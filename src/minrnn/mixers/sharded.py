@@ -7,25 +7,31 @@ that after the whole sequence, on every rank. All ranks call a module, and diffe
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from minrnn.mixers.aaren import AarenMixer, running_logsumexp
 from minrnn.mixers.attention import AttentionMixer
 from minrnn.mixers.classic import ClassicMixer
 from minrnn.mixers.convolution import CausalConv, last_inputs
 from minrnn.mixers.layer import MinRNNBase, MinRNNMixer
+from minrnn.mixers.mamba import MambaMixer
 from minrnn.mixers.mixer import Mixer
-from minrnn.ops import sharded_scan
+from minrnn.mixers.s4d import S4DMixer
+from minrnn.ops import selective_scan, sharded_scan
+from minrnn.ops.devices import widest_float
 from minrnn.ops.exchange import gather, size_and_rank
 from minrnn.ops.joined import Joined
 from minrnn.ops.operators import needs_gradients
 from minrnn.ops.projected import project
-
-M = TypeVar("M", bound=nn.Module)
+from minrnn.ops.sharded import carry_over
 
 
 class ShardedConv(CausalConv):
@@ -103,15 +109,99 @@ class ShardedRNN(MinRNNBase):
         return torch.cat([reset[:, 1:], following.bool()], 1)
 
 
+class ShardedAaren(AarenMixer):
+    """An attention of one query over ranks: the logsumexp of each part is exchanged, then o."""
+
+    _group: str
+
+    def _logsumexps(
+        self, scores: Tensor, carried: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        _, rank = size_and_rank(self._group)
+        own, fresh = scores, torch.zeros_like(scores[:, 0])
+        if reset is not None:
+            number = reset.cumsum(dim=1).unsqueeze(2)  # (B, T, 1): of each step's sequence
+            own = scores.masked_fill(number < number[:, -1:], -math.inf)
+            fresh = fresh + (number[:, -1] > 0)
+        total = own.logsumexp(1)  # (B, heads), of the last sequence
+        if rank == 0 and carried is not None:
+            total = torch.where(fresh > 0, total, torch.logaddexp(carried.to(total.dtype), total))
+        totals, freshes = gather(torch.stack([total, fresh]), self._group).unbind(1)
+        after = [totals[0]]
+        for total, fresh in zip(totals[1:], freshes[1:], strict=True):
+            after.append(torch.where(fresh > 0, total, torch.logaddexp(after[-1], total)))
+        previous, _ = running_logsumexp(scores, after[rank - 1] if rank else carried, reset)
+        return previous, after[-1]
+
+    def _mean(
+        self, z_pre: Tensor, v: Tensor, o0: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return sharded_scan("mingru", z_pre, v, h0=o0, reset=reset, candidate="linear", group=self._group)
+
+
+class ShardedS4D(S4DMixer):
+    """A diagonal state space over ranks: its decays are powers that every rank knows."""
+
+    _group: str
+
+    def _run(self, x: Tensor, h0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+        T, (_, rank) = x.shape[1], size_and_rank(self._group)
+        u, end = super()._run(x, None, reset)
+        number = torch.zeros(x.shape[:2], device=x.device) if reset is None else reset.cumsum(dim=1)
+        response = self._response(T, x.dtype)
+        steps = torch.where(number[:, -1] > 0, -1.0, float(T))  # -1 where the part has a reset
+        steps = gather(steps.to(response.rate.real.dtype), self._group)[..., None, None]  # (ranks, B, 1, 1)
+        decays = (response.rate * steps.clamp(min=0)).exp()  # (ranks, B, d_model, d_state / 2)
+        decays = decays.masked_fill(steps < 0, 0)
+        h = None if h0 is None else torch.view_as_complex(h0.contiguous()).to(decays.dtype)
+        own = torch.view_as_complex(end.contiguous()).to(decays.dtype)
+        if rank == 0 and h is not None:
+            own = decays[0] * h + own
+        ends = torch.view_as_complex(gather(torch.view_as_real(own), self._group))
+        after = [ends[0]]
+        for decay, each in zip(decays[1:], ends[1:], strict=True):
+            after.append(decay * after[-1] + each)
+        entering = after[rank - 1] if rank else h
+        if entering is not None:
+            free = response.to_state(
+                entering.to(torch.promote_types(x.dtype, torch.complex64)).transpose(0, 1)
+            )
+            u = u + free.permute(1, 2, 0).masked_fill(number.unsqueeze(2) > 0, 0)
+        return u, torch.view_as_real(after[-1])
+
+
+class ShardedMamba(MambaMixer):
+    """A selective state space over ranks; a part is scanned twice, from zero and from the state before it."""
+
+    _group: str
+
+    def _scan(
+        self, inputs: Sequence[Tensor], *, h0: Tensor | None, reset: Tensor | None, **options: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        u, delta_pre, A, B, C, _ = inputs
+        bias = options["delta_bias"]
+        _, end = selective_scan(u, delta_pre, A, B, C, delta_bias=bias, reset=reset)
+        delta = functional.softplus(delta_pre.to(end.dtype) + bias)
+        total = delta.sum(1, dtype=widest_float(u.device))  # (batch, channels)
+        decay = (total.unsqueeze(2) * A).exp().to(end.dtype)
+        if reset is not None:
+            decay = decay.masked_fill(reset.any(1)[:, None, None], 0)
+        start = None if h0 is None else h0.flatten(1)
+        entering, last = carry_over(decay.flatten(1), end.flatten(1), start, self._group)
+        y, _ = selective_scan(*inputs, h0=entering.view_as(end), reset=reset, **options)
+        return y, last.view_as(end)
+
+
 FORMS: dict[type[nn.Module], type[nn.Module]] = {
     CausalConv: ShardedConv,
     MinRNNBase: ShardedRNN,
+    AarenMixer: ShardedAaren,
+    S4DMixer: ShardedS4D,
+    MambaMixer: ShardedMamba,
 }
 """What a module becomes, by its class."""
 
-_NOT_LINEAR = (
-    "each step of it is more than a product with the state before, so that no part can be read ahead"
-)
+_NOT_LINEAR = "a step of it is more than a product with the state before, so that no part can be read ahead"
 _ALL_KEYS = "its state is every key and value of its window"
 
 REFUSED: dict[type[nn.Module], str] = {

@@ -34,7 +34,7 @@ from minrnn.ops.reference import split, state_dtype
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["sharded_scan"]
+__all__ = ["carry_over", "sharded_scan"]
 
 
 def sharded_scan(
@@ -97,14 +97,7 @@ def _scan(
     """Return h, end, the state that enters this part, and the decays of all parts (ranks, B, D)."""
     mode, group = Mode(*options[:-1]), options[-1]
     decay, end = prefix(pre, reset, mode)
-    if h0 is not None and _is_first(mode, group):
-        end = torch.where(decay == 0, end, decay * h0 + end)
-    gathered = gather(torch.stack([decay, end]), group)
-    decays, ends = gathered.unbind(1)
-    after = _over_ranks(decays, ends, None, reverse=mode.reverse)  # (B, ranks, D)
-    entering = _entering(after, h0, mode, group)
-    last = after[:, 0 if mode.reverse else -1]
-    entering, last = (x.to(decay.dtype, copy=True) for x in (entering, last))
+    decays, entering, last = _carry_over(decay, end, h0, group, reverse=mode.reverse)
     h = GATED_SCAN.compute(GATED_SCAN.pack((*pre, entering, reset), mode, True))
     return h, last, entering, decays.contiguous()
 
@@ -182,8 +175,8 @@ def _backward(ctx: Any, dh: Tensor, dend: Tensor, *_: Any) -> tuple[Any, ...]:
     *dpre, dentering = _scan_backward(dh, dend, pre, h, entering, decays, reset, *options)
     if h0 is None:
         return dpre, None, *rest
-    is_first = _is_first(Mode(*options[:-1]), options[-1])
-    return dpre, (dentering if is_first else torch.zeros_like(dentering)).to(h0.dtype), *rest
+    *_, reverse, group = options
+    return dpre, (dentering if _is_first(group, reverse) else torch.zeros_like(dentering)).to(h0.dtype), *rest
 
 
 _scan.register_autograd(_backward, setup_context=_keep)
@@ -217,13 +210,37 @@ def _compose(
     one, last = torch.ones_like(a[:, 0]), 0 if mode.reverse else -1
     decay = linear_scan(a, torch.zeros_like(b), one, reset, reverse=mode.reverse)[:, last]
     end = linear_scan(a, b, None, reset, reverse=mode.reverse)[:, last]
-    if h0 is not None and _is_first(mode, group):
+    entering, after_all = carry_over(decay, end, h0, group, reverse=mode.reverse)
+    return GATED_SCAN((*pre, entering, reset), mode), after_all
+
+
+def carry_over(
+    decay: Tensor, end: Tensor, h0: Tensor | None, group: str, *, reverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the state that enters this rank's part, and that after all parts, differentiably.
+
+    Args:
+        decay: the product of the part's decays, (B, D); zero where a reset is.
+        end: its last state from zero, (B, D).
+        h0: the state before all parts, (B, D), read on the rank of the first; zeros when None.
+        group: the ranks, in the order of the parts.
+        reverse: whether the recurrence runs from the last part to the first.
+    """
+    _, entering, last = _carry_over(decay, end, h0, group, reverse=reverse)
+    return entering, last
+
+
+def _carry_over(
+    decay: Tensor, end: Tensor, h0: Tensor | None, group: str, *, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return all parts' decays (ranks, B, D) and what `carry_over` returns."""
+    if h0 is not None and _is_first(group, reverse):
         end = torch.where(decay == 0, end, decay * h0 + end)
     decays, ends = gather(torch.stack([decay, end]), group).unbind(1)
-    after = _over_ranks(decays, ends, None, reverse=mode.reverse)
-    entering = _entering(after, h0, mode, group).to(wide)
-    h = GATED_SCAN((*pre, entering, reset), mode)
-    return h, after[:, last].to(wide)
+    after = _over_ranks(decays, ends, None, reverse=reverse)
+    start = torch.zeros_like(after[:, 0]) if h0 is None else h0
+    entering, last = _neighbor(after, start, group, reverse=reverse), after[:, 0 if reverse else -1]
+    return decays, entering.to(end.dtype, copy=True), last.to(end.dtype, copy=True)
 
 
 def _over_ranks(decays: Tensor, ends: Tensor, start: Tensor | None, *, reverse: bool) -> Tensor:
@@ -234,10 +251,10 @@ def _over_ranks(decays: Tensor, ends: Tensor, start: Tensor | None, *, reverse: 
     return linear_scan(a, b, start, forgets, reverse=reverse)
 
 
-def _is_first(mode: Mode, group: str) -> bool:
+def _is_first(group: str, reverse: bool) -> bool:
     """Whether this rank's part is the first in the order of the recurrence."""
     size, rank = size_and_rank(group)
-    return rank == (size - 1 if mode.reverse else 0)
+    return rank == (size - 1 if reverse else 0)
 
 
 def _neighbor(states: Tensor, start: Tensor, group: str, *, reverse: bool) -> Tensor:
@@ -245,8 +262,3 @@ def _neighbor(states: Tensor, start: Tensor, group: str, *, reverse: bool) -> Te
     size, rank = size_and_rank(group)
     before = rank + 1 if reverse else rank - 1
     return states[:, before] if 0 <= before < size else start
-
-
-def _entering(after: Tensor, h0: Tensor | None, mode: Mode, group: str) -> Tensor:
-    start = torch.zeros_like(after[:, 0]) if h0 is None else h0
-    return _neighbor(after, start, group, reverse=mode.reverse)
