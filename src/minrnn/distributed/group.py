@@ -112,7 +112,7 @@ class RankGroup(Ranks):
         return torch.cat(parts).to(rows.device)
 
     def replicate(self, model: nn.Module) -> nn.Module:
-        # Buffers do not change in training: no step sends them. later versions of torch rename the option.
+        # Buffers do not change in training: no step sends them. Later versions of torch rename the option.
         known = inspect.signature(DistributedDataParallel).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         options: dict[str, Any] = {"gradient_as_bucket_view": True, name: False}
