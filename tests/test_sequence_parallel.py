@@ -140,6 +140,19 @@ def test_models_with_a_carried_state(name: str, size: int) -> None:
     check_gradients(model, list(gradients))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_state_that_is_not_used_needs_no_gradient(name: str) -> None:
+    """All ranks take part in every exchange of gradients, though the first needs no other's state."""
+    model, tokens = make_model(name), torch.randint(11, (2, 16))
+    model(tokens)[0].square().sum().backward()
+
+    def job(own: Any, cut: Any) -> list[Any]:
+        own(cut(tokens))[0].square().sum().backward()
+        return []
+
+    check_gradients(model, [gradients for (gradients,) in divided(2, model, job)])
+
+
 def tensors_of(state: Any) -> list[Tensor]:
     return [state] if isinstance(state, Tensor) else [x for part in state for x in tensors_of(part)]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from minrnn.mixers.aaren import AarenMixer, running_logsumexp
+from minrnn.mixers.aaren import EMPTY, AarenMixer, running_logsumexp
 from minrnn.mixers.attention import AttentionMixer
 from minrnn.mixers.classic import ClassicMixer
 from minrnn.mixers.convolution import CausalConv, last_inputs
@@ -27,7 +27,7 @@ from minrnn.mixers.mixer import Mixer
 from minrnn.mixers.s4d import S4DMixer
 from minrnn.ops import selective_scan, sharded_scan
 from minrnn.ops.devices import widest_float
-from minrnn.ops.exchange import gather, size_and_rank
+from minrnn.ops.exchange import before, gather, size_and_rank
 from minrnn.ops.joined import Joined
 from minrnn.ops.operators import needs_gradients
 from minrnn.ops.projected import project
@@ -49,8 +49,8 @@ class ShardedConv(CausalConv):
                 f"{x.shape[1]}"
             )
         windows = gather(last_inputs(x, past, reset), self._group)
-        _, rank = size_and_rank(self._group)
-        y, _ = super().forward(x, windows[rank - 1] if rank else window, reset=reset)
+        start = x.new_zeros(windows.shape[1:]) if window is None else window
+        y, _ = super().forward(x, before(windows, start, self._group), reset=reset)
         return y, windows[-1].clone()
 
 
@@ -130,7 +130,8 @@ class ShardedAaren(AarenMixer):
         after = [totals[0]]
         for total, fresh in zip(totals[1:], freshes[1:], strict=True):
             after.append(torch.where(fresh > 0, total, torch.logaddexp(after[-1], total)))
-        previous, _ = running_logsumexp(scores, after[rank - 1] if rank else carried, reset)
+        start = torch.full_like(after[0], EMPTY) if carried is None else carried
+        previous, _ = running_logsumexp(scores, before(torch.stack(after), start, self._group), reset)
         return previous, after[-1]
 
     def _mean(
@@ -161,12 +162,10 @@ class ShardedS4D(S4DMixer):
         after = [ends[0]]
         for decay, each in zip(decays[1:], ends[1:], strict=True):
             after.append(decay * after[-1] + each)
-        entering = after[rank - 1] if rank else h
-        if entering is not None:
-            free = response.to_state(
-                entering.to(torch.promote_types(x.dtype, torch.complex64)).transpose(0, 1)
-            )
-            u = u + free.permute(1, 2, 0).masked_fill(number.unsqueeze(2) > 0, 0)
+        entering = before(torch.stack(after), torch.zeros_like(own) if h is None else h, self._group)
+        entering = entering.to(torch.promote_types(x.dtype, torch.complex64))
+        free = response.to_state(entering.transpose(0, 1))  # (d_model, B, T)
+        u = u + free.permute(1, 2, 0).masked_fill(number.unsqueeze(2) > 0, 0)
         return u, torch.view_as_real(after[-1])
 
 

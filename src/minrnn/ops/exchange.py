@@ -13,7 +13,7 @@ from torch import Tensor, distributed
 
 from minrnn.ops.torch_private import process_group
 
-__all__ = ["gather", "size_and_rank"]
+__all__ = ["before", "gather", "size_and_rank"]
 
 
 def size_and_rank(group: str) -> tuple[int, int]:
@@ -26,6 +26,19 @@ def gather(x: Tensor, group: str) -> Tensor:
     """Return every rank's x, of one shape on all of them, `(ranks, *shape)`, differentiably."""
     found: Tensor = _gather(x, group)
     return found
+
+
+def before(parts: Tensor, start: Tensor, group: str, *, reverse: bool = False) -> Tensor:
+    """Return what `parts` (ranks, ...), from `gather`, holds of the rank before; `start` on the first rank.
+
+    With reverse, the rank before is the next one. The result depends on `parts` on every rank, so that each
+    takes part in the exchange of its gradient.
+    """
+    size, rank = size_and_rank(group)
+    index = rank + 1 if reverse else rank - 1
+    if 0 <= index < size:
+        return parts[index]
+    return torch.where(torch.zeros((), dtype=torch.bool, device=start.device), parts[0], start)
 
 
 @torch.library.custom_op(

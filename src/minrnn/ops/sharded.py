@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from minrnn.ops.devices import widest_float
-from minrnn.ops.exchange import gather, size_and_rank
+from minrnn.ops.exchange import before, gather, size_and_rank
 from minrnn.ops.gated import GATED_SCAN, Mode, linear_scan
 from minrnn.ops.gates import CANDIDATES, GATES
 from minrnn.ops.prefix import prefix, prefix_backward
@@ -136,8 +136,8 @@ def _scan_backward(
     owns, dends = gather(torch.stack([own, dend]), group).unbind(1)
     wide = widest_float(dh.device)
     dend = dends.to(wide).sum(0)
-    before = _over_ranks(decays, owns, dend, reverse=not mode.reverse)  # (B, ranks, D)
-    following = _neighbor(before, dend, group, reverse=not mode.reverse)
+    entered = _over_ranks(decays, owns, dend, reverse=not mode.reverse)  # (B, ranks, D)
+    following = before(entered.transpose(0, 1), dend, group, reverse=not mode.reverse)
     dh = dh.clone()
     dh[:, 0 if mode.reverse else -1] += following.to(dh.dtype)
     return GATED_SCAN.differentiate((dh,), h, (*pre, entering, reset), mode)
@@ -238,8 +238,9 @@ def _carry_over(
         end = torch.where(decay == 0, end, decay * h0 + end)
     decays, ends = gather(torch.stack([decay, end]), group).unbind(1)
     after = _over_ranks(decays, ends, None, reverse=reverse)
-    start = torch.zeros_like(after[:, 0]) if h0 is None else h0
-    entering, last = _neighbor(after, start, group, reverse=reverse), after[:, 0 if reverse else -1]
+    start = torch.zeros_like(end) if h0 is None else h0
+    entering = before(after.transpose(0, 1), start.to(after.dtype), group, reverse=reverse)
+    last = after[:, 0 if reverse else -1]
     return decays, entering.to(end.dtype, copy=True), last.to(end.dtype, copy=True)
 
 
@@ -255,10 +256,3 @@ def _is_first(group: str, reverse: bool) -> bool:
     """Whether this rank's part is the first in the order of the recurrence."""
     size, rank = size_and_rank(group)
     return rank == (size - 1 if reverse else 0)
-
-
-def _neighbor(states: Tensor, start: Tensor, group: str, *, reverse: bool) -> Tensor:
-    """Return the state (B, D) before this rank's part; `states` are those after each part."""
-    size, rank = size_and_rank(group)
-    before = rank + 1 if reverse else rank - 1
-    return states[:, before] if 0 <= before < size else start

@@ -32,6 +32,7 @@ CHANGEABLE = frozenset(
         "compile",
         "device",
         "threads",
+        "sequence_ranks",
         "timeout",
     }
 )
