@@ -25,7 +25,7 @@ template <class IO> struct Problem {
 
 constexpr int64_t kMaxTile = 2048;      // channels at once: a row's carry stays in the nearest caches
 constexpr int64_t kMinTile = 64;        // channels: four cache lines; narrower rows are bound by latency
-constexpr int64_t kLookback = 256;      // steps at a chunk's end from which its prefix is first computed
+constexpr int64_t kLookback = 128;      // steps at a chunk's end from which its prefix is first computed
 constexpr double kForgotten = 0x1p-64;  // a product of decays below which a state has no effect
 
 // How B x D x T is divided. `tiles` of `width` channels: as few as fit, because a row that is read in parts is read at half
@@ -42,7 +42,7 @@ inline Partition partition(int64_t B, int64_t T, int64_t D, int threads) {
     int64_t width = width_of(ceil_div(D, kMaxTile)), tiles = ceil_div(D, width);
     if (B * tiles >= threads) return {width, tiles, T, 1, threads};
     const int64_t length = ceil_div(T, ceil_div(threads, B * tiles));
-    if (length >= 2 * kLookback) return {width, tiles, length, ceil_div(T, length), threads};
+    if (length >= 4 * kLookback) return {width, tiles, length, ceil_div(T, length), threads};
     width = std::min(D, std::max(kMinTile, width_of(ceil_div(threads, B))));
     return {width, ceil_div(D, width), T, 1, threads};
 }
@@ -314,6 +314,14 @@ template <class IO> class Backward : public Pass<IO> {
     }
 };
 
+// Doubles as pairs.
+template <class Real> void write(const std::vector<double> &from, CarryRow<Real> row) {
+    for (size_t d = 0; d < from.size(); ++d) {
+        row.hi[d] = static_cast<Real>(from[d]);
+        row.lo[d] = static_cast<Real>(from[d] - double(row.hi[d]));
+    }
+}
+
 // The state at a chunk's border, in double.
 class Border {
     std::vector<double> state;
@@ -331,31 +339,33 @@ class Border {
             state[d] = product == 0.0 ? from_zero : product * state[d] + from_zero;
         }
     }
-    template <class Real> void write(CarryRow<Real> row) const {
-        for (size_t d = 0; d < state.size(); ++d) {
-            row.hi[d] = static_cast<Real>(state[d]);
-            row.lo[d] = static_cast<Real>(state[d] - double(row.hi[d]));
-        }
-    }
+    template <class Real> void write(CarryRow<Real> row) const { minrnn::write(state, row); }
 };
 
-template <class Real> bool all_forgotten(CarryRow<Real> decay, int64_t n) {
-    return std::all_of(decay.hi, decay.hi + n, [](Real a) { return std::abs(a) < kForgotten; });
-}
-
 // A chunk's final state from a zero state and its product of decays, from as few of its last steps as determine them:
-// most gates forget so fast that a few hundred are enough. Otherwise all are read.
+// most gates forget so fast that one or two hundred are enough. Otherwise more before them are read, each step once.
 template <class P>
 void find_prefix(const P &pass, const Tile &tile, CarryRow<typename P::Real> end, CarryRow<typename P::Real> decay) {
     using Real = typename P::Real;
-    for (int64_t steps = kLookback;; steps *= 8) {
-        Tile last = tile;
-        last.begin = std::max(tile.begin, tile.end - steps);
+    std::vector<double> states(tile.n, 0.0), products(tile.n, 1.0);
+    Tile part = tile;
+    for (int64_t steps = kLookback;; steps *= 2) {
+        part.begin = std::max(tile.begin, part.end - steps);
         fill(end, tile.n, Real(0));
         fill(decay, tile.n, Real(1));
-        pass.prefix(last, end, decay);
-        if (last.begin == tile.begin || all_forgotten(decay, tile.n)) return;
+        pass.prefix(part, end, decay);
+        bool all_forgotten = true;
+        for (int64_t d = 0; d < tile.n; ++d) {
+            // Where a reset is in later steps, these have no effect, infinities and NaN included.
+            if (products[d] != 0.0) states[d] += products[d] * (double(end.hi[d]) + double(end.lo[d]));
+            products[d] *= double(decay.hi[d]) + double(decay.lo[d]);
+            all_forgotten = all_forgotten && std::abs(products[d]) < kForgotten;
+        }
+        if (part.begin == tile.begin || all_forgotten) break;
+        part.end = part.begin;
     }
+    write(states, end);
+    write(products, decay);
 }
 
 // The chunks of all units, with two rows for each: its final state from a zero state, and its product of decays.

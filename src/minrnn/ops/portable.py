@@ -14,7 +14,7 @@ from minrnn.ops.spans import Rule, ThreePasses, back_over_steps, over_steps
 __all__ = ["backward", "forward", "prefix", "prefix_backward"]
 
 LOOKBACK = 256
-"""Steps at a sequence's end from which its prefix is first computed, as in the compiled engine."""
+"""Steps at a sequence's end from which its prefix is first computed."""
 
 FORGOTTEN = 2.0**-64
 """A product of decays below which a state has no effect."""
