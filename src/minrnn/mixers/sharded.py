@@ -228,8 +228,10 @@ def shard(model: nn.Module, group: str) -> None:
     if not chosen:
         raise ValueError("sequence_parallel: the model must have a layer over time, got none")
     for module, form in chosen:
-        module.__class__ = _sharded_class(type(module), form)
-        module._group = group  # type: ignore[assignment]
+        kind: Any = type(module)
+        chosen_form: Any = form
+        module.__class__ = _sharded_class(kind, chosen_form)
+        module._group = group
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
@@ -253,7 +255,7 @@ def _form_of(name: str, module: nn.Module) -> type[nn.Module] | None:
     return None
 
 
-@lru_cache
-def _sharded_class(kind: Any, form: Any) -> type[nn.Module]:
+@lru_cache  # of classes, which mypy does not take for hashable
+def _sharded_class(kind: Any, form: Any) -> Any:
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_whole": kind}
     return type(kind.__name__, (form, kind), names)
