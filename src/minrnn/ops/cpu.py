@@ -69,7 +69,6 @@ def forward(
     D = _channels(pre, gate)
     h = new_output(pre[0], D)
     h0 = initial_state(h0, h.dtype)
-    reset = None if reset is None else reset.resolve_neg()
     _scan.forward(*_call(pre, h0, reset, gate, candidate, signed, reverse, D), h)
     return h
 
@@ -110,7 +109,6 @@ def prefix(
     below 2^-64 after some of its factors; an infinity or a NaN before these steps is missed.
     """
     pre = [contiguous_channels(x) for x in pre]
-    reset = None if reset is None else reset.resolve_neg()
     decay, end = _new_prefix(pre[0], D := _channels(pre, gate))
     _scan.prefix(*_call(pre, None, reset, gate, candidate, signed, reverse, D), end, decay)
     return decay, end
@@ -127,7 +125,6 @@ def prefix_backward(
 ) -> Tensor:
     """Compute `reference.prefix_backward` from as many of the first steps as determine it."""
     pre, dh = [contiguous_channels(x) for x in pre], contiguous_channels(dh)
-    reset = None if reset is None else reset.resolve_neg()
     decay, end = _new_prefix(dh, D := _channels(pre, gate))
     _scan.backward_prefix(*_call(pre, None, reset, gate, candidate, signed, reverse, D), dh, end, decay)
     return end
@@ -149,6 +146,7 @@ def _call(
     D: int,
 ) -> _Call:
     B, T = pre[0].shape[:2]
+    reset = None if reset is None else reset.resolve_neg()
     return (
         _DTYPE_CODES[pre[0].dtype],
         GATE_CODES[gate],

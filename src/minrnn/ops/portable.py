@@ -102,7 +102,7 @@ def prefix(
     pre: list[Tensor], reset: Tensor | None, gate: str, candidate: str, signed: bool, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute `reference.prefix` from as many of the last steps as determine it, as the compiled engine."""
-    record, parts, dtype = GATES[gate], split(gate, pre), state_dtype(pre[0].dtype)
+    dtype, record, parts = state_dtype(pre[0].dtype), GATES[gate], split(gate, pre)
 
     def recurrence(times: slice) -> Recurrence:
         some = [x[:, times].to(dtype) for x in parts]
