@@ -79,7 +79,7 @@ def test_divided_sequences_are_divided_evenly_without_gaps(
 
 def test_the_ranks_of_a_sequence_divide_their_number() -> None:
     assert Ranks(1, 4).sharing(1) == Ranks(1, 4)
-    assert "4 ranks, 1 on this machine, 2 for each sequence; each: " == Ranks(1, 4).sharing(2).describe()
+    assert Ranks(1, 4).sharing(2).describe() == "4 ranks, 1 on this machine, 2 for each sequence; each: "
     for ranks, parts in ((Ranks(1, 4), 3), (ALONE, 2)):
         message = rf"train\.sequence_ranks must divide the number of ranks, {ranks.size} .*, got {parts}"
         with pytest.raises(ValueError, match=message):

@@ -157,6 +157,26 @@ def tensors_of(state: Any) -> list[Tensor]:
     return [state] if isinstance(state, Tensor) else [x for part in state for x in tensors_of(part)]
 
 
+def test_what_a_rank_keeps_for_backward_falls_with_their_number() -> None:
+    model, tokens = make_model("mingru"), torch.randint(11, (1, 4096))
+
+    def kept(own: nn.Module, part: Tensor) -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            own(part)[0].sum().backward()
+        return sum(sizes.values())
+
+    whole = kept(model, tokens)
+    for size in (2, 4):
+        found = divided(size, model, lambda own, cut: [kept(own, cut(tokens))])
+        assert all(0.9 * whole / size < of_rank < 1.1 * whole / size for of_rank, _ in found)
+
+
 def test_the_pair_of_states() -> None:
     layer, x = PairedMinLSTM(3, 5, batch_first=True), torch.randn(2, 9, 3)
     output, (h_n, _) = layer(x)
