@@ -20,8 +20,7 @@ from minrnn.benchmarks.session import Case, Kind, run
 from minrnn.benchmarks.tables import UNITS, Result, Table, sizes
 from minrnn.benchmarks.timing import Phases, Workload, clock
 from minrnn.ops import GATES, gated_scan
-from minrnn.ops.gated import Mode
-from minrnn.ops.prefix import prefix, prefix_backward
+from minrnn.ops.prefix import Mode, prefix, prefix_backward
 from minrnn.ops.reference import prefix as exact_prefix
 from minrnn.ops.reference import prefix_backward as exact_backward
 from minrnn.ops.reference import state_dtype

@@ -16,7 +16,7 @@ from minrnn.ops.gates import GATES
 from minrnn.ops.reference import state_dtype
 from minrnn.ops.registry import Functions, implementations, register
 
-__all__ = ["PREFIX_MODULES", "prefix", "prefix_backward"]
+__all__ = ["PREFIX_MODULES", "Mode", "prefix", "prefix_backward"]
 
 PREFIX_MODULES = {name: module for name, module in MODULES.items() if name != "triton"}
 """The modules that implement the prefix, by engine name; on a GPU the portable engine computes it."""
