@@ -73,6 +73,8 @@ def slow(gate: str, T: int) -> tuple[list[Tensor], Tensor]:
     else:
         which, sign = laws.GATES[gate].keeps
         pre[which] = 0.1 * pre[which] + sign * 13.8
+        if "i" in laws.GATES[gate].pre:  # beside which a normalized f is small
+            pre[1] = pre[1] - 13.8
     return pre, dh
 
 
