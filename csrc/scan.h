@@ -25,7 +25,7 @@ template <class IO> struct Problem {
 
 constexpr int64_t kMaxTile = 2048;      // channels at once: a row's carry stays in the nearest caches
 constexpr int64_t kMinTile = 64;        // channels: four cache lines; narrower rows are bound by latency
-constexpr int64_t kLookback = 256;      // steps at a chunk's end from which its prefix is first computed
+constexpr int64_t kLookback = 128;      // steps at a chunk's end from which its prefix is first computed
 constexpr double kForgotten = 0x1p-64;  // a product of decays below which a state has no effect
 
 // How B x D x T is divided. `tiles` of `width` channels: as few as fit, because a row that is read in parts is read at half
@@ -42,7 +42,7 @@ inline Partition partition(int64_t B, int64_t T, int64_t D, int threads) {
     int64_t width = width_of(ceil_div(D, kMaxTile)), tiles = ceil_div(D, width);
     if (B * tiles >= threads) return {width, tiles, T, 1, threads};
     const int64_t length = ceil_div(T, ceil_div(threads, B * tiles));
-    if (length >= 2 * kLookback) return {width, tiles, length, ceil_div(T, length), threads};
+    if (length >= 4 * kLookback) return {width, tiles, length, ceil_div(T, length), threads};
     width = std::min(D, std::max(kMinTile, width_of(ceil_div(threads, B))));
     return {width, ceil_div(D, width), T, 1, threads};
 }
@@ -314,6 +314,14 @@ template <class IO> class Backward : public Pass<IO> {
     }
 };
 
+// Doubles as pairs.
+template <class Real> void write(const std::vector<double> &from, CarryRow<Real> row) {
+    for (size_t d = 0; d < from.size(); ++d) {
+        row.hi[d] = static_cast<Real>(from[d]);
+        row.lo[d] = static_cast<Real>(from[d] - double(row.hi[d]));
+    }
+}
+
 // The state at a chunk's border, in double.
 class Border {
     std::vector<double> state;
@@ -331,72 +339,121 @@ class Border {
             state[d] = product == 0.0 ? from_zero : product * state[d] + from_zero;
         }
     }
-    template <class Real> void write(CarryRow<Real> row) const {
-        for (size_t d = 0; d < state.size(); ++d) {
-            row.hi[d] = static_cast<Real>(state[d]);
-            row.lo[d] = static_cast<Real>(state[d] - double(row.hi[d]));
-        }
-    }
+    template <class Real> void write(CarryRow<Real> row) const { minrnn::write(state, row); }
 };
 
-template <class Real> bool all_forgotten(CarryRow<Real> decay, int64_t n) {
-    return std::all_of(decay.hi, decay.hi + n, [](Real a) { return std::abs(a) < kForgotten; });
-}
-
 // A chunk's final state from a zero state and its product of decays, from as few of its last steps as determine them:
-// most gates forget so fast that a few hundred are enough. Otherwise all are read.
+// most gates forget so fast that one or two hundred are enough. Otherwise more before them are read, each step once.
 template <class P>
 void find_prefix(const P &pass, const Tile &tile, CarryRow<typename P::Real> end, CarryRow<typename P::Real> decay) {
     using Real = typename P::Real;
-    for (int64_t steps = kLookback;; steps *= 8) {
-        Tile last = tile;
-        last.begin = std::max(tile.begin, tile.end - steps);
+    std::vector<double> states(tile.n, 0.0), products(tile.n, 1.0);
+    Tile part = tile;
+    for (int64_t steps = kLookback;; steps *= 2) {
+        part.begin = std::max(tile.begin, part.end - steps);
         fill(end, tile.n, Real(0));
         fill(decay, tile.n, Real(1));
-        pass.prefix(last, end, decay);
-        if (last.begin == tile.begin || all_forgotten(decay, tile.n)) return;
+        pass.prefix(part, end, decay);
+        bool all_forgotten = true;
+        for (int64_t d = 0; d < tile.n; ++d) {
+            // Where a reset is in later steps, these have no effect, infinities and NaN included.
+            if (products[d] != 0.0) states[d] += products[d] * (double(end.hi[d]) + double(end.lo[d]));
+            products[d] *= double(decay.hi[d]) + double(decay.lo[d]);
+            all_forgotten = all_forgotten && std::abs(products[d]) < kForgotten;
+        }
+        if (part.begin == tile.begin || all_forgotten) break;
+        part.end = part.begin;
+    }
+    write(states, end);
+    write(products, decay);
+}
+
+// The chunks of all units, with two rows for each: its final state from a zero state, and its product of decays.
+template <class P> class Prefixes {
+    using Real = typename P::Real;
+    const int64_t T, D;
+    std::vector<Real> ends, decays;
+
+    CarryRow<Real> row(std::vector<Real> &rows, int64_t job) {
+        return {&rows[2 * job * cut.width], &rows[(2 * job + 1) * cut.width]};
+    }
+
+  public:
+    const Partition cut;
+    const int64_t units, jobs;
+
+    Prefixes(int64_t B, int64_t T, int64_t D, const Partition &cut)
+        : T(T), D(D), ends(2 * B * cut.tiles * cut.chunks * cut.width), decays(ends.size()), cut(cut),
+          units(B * cut.tiles), jobs(units * cut.chunks) {}
+
+    Tile tile(int64_t job) const {
+        const int64_t unit = job / cut.chunks, chunk = job % cut.chunks, d = (unit % cut.tiles) * cut.width;
+        return {unit / cut.tiles, d, std::min(cut.width, D - d), chunk * cut.length,
+                std::min(T, (chunk + 1) * cut.length)};
+    }
+    CarryRow<Real> end(int64_t job) { return row(ends, job); }
+    CarryRow<Real> decay(int64_t job) { return row(decays, job); }
+
+    // Of the first `chunks` chunks of every unit.
+    void find(const P &pass, int64_t chunks) {
+        for_each(jobs, cut.threads, [&](int64_t job, int) {
+            if (job % cut.chunks < chunks) find_prefix(pass, tile(job), end(job), decay(job));
+        });
+    }
+};
+
+// The prefix of all steps of a pass.
+template <class P>
+void run_prefix(const P &pass, int64_t B, int64_t T, int64_t D, int threads, States<typename P::Real> end,
+                States<typename P::Real> decay) {
+    using Real = typename P::Real;
+    Prefixes<P> of(B, T, D, partition(B, T, D, threads));
+    of.find(pass, of.cut.chunks);
+    for (int64_t job = 0; job < of.jobs;) {
+        const Tile tile = of.tile(job);
+        TileCarry<Real> zero, one;
+        fill(zero.row(), tile.n, Real(0));
+        fill(one.row(), tile.n, Real(1));
+        Border state(zero.row(), tile.n), product(one.row(), tile.n);
+        for (int64_t chunk = 0; chunk < of.cut.chunks; ++chunk, ++job) {
+            state.pass(of.end(job), of.decay(job));
+            product.pass(zero.row(), of.decay(job));
+        }
+        state.write(zero.row());
+        product.write(one.row());
+        std::copy_n(zero.hi, tile.n, end.data + tile.b * end.stride_b + tile.d);
+        std::copy_n(one.hi, tile.n, decay.data + tile.b * decay.stride_b + tile.d);
     }
 }
 
 // Runs the chunks of a unit's time in parallel, each from the state that the prefixes of the chunks before it give.
 template <class P> void run_in_chunks(const P &pass, int64_t B, int64_t T, int64_t D, const Partition &cut) {
     using Real = typename P::Real;
-    const int64_t units = B * cut.tiles, jobs = units * cut.chunks;
-    std::vector<Real> ends(2 * jobs * cut.width), decays(2 * jobs * cut.width);
-    const auto row = [&](std::vector<Real> &rows, int64_t job) -> CarryRow<Real> {
-        return {&rows[2 * job * cut.width], &rows[(2 * job + 1) * cut.width]};
-    };
-    const auto tile = [&](int64_t job) -> Tile {
-        const int64_t unit = job / cut.chunks, chunk = job % cut.chunks, d = (unit % cut.tiles) * cut.width;
-        return {unit / cut.tiles, d, std::min(cut.width, D - d), chunk * cut.length,
-                std::min(T, (chunk + 1) * cut.length)};
-    };
-    for_each(jobs, cut.threads, [&](int64_t job, int) {
-        if (job % cut.chunks + 1 < cut.chunks)  // the last chunk's prefix is not needed
-            find_prefix(pass, tile(job), row(ends, job), row(decays, job));
-    });
+    Prefixes<P> of(B, T, D, cut);
+    of.find(pass, cut.chunks - 1);  // the last chunk's prefix is not needed
+    const int64_t units = of.units, jobs = of.jobs;
     std::vector<char> unsure(jobs);  // whether a chunk's initial state may wrongly be NaN
     for (int64_t unit = 0; unit < units; ++unit) {
         const int64_t first = unit * cut.chunks;
         TileCarry<Real> initial;
-        pass.initial(tile(first), initial.row());
-        Border border(initial.row(), tile(first).n);
+        pass.initial(of.tile(first), initial.row());
+        Border border(initial.row(), of.tile(first).n);
         for (int64_t job = first; job < first + cut.chunks; ++job) {
             const Border start = border;
-            border.pass(row(ends, job), row(decays, job));
-            start.write(row(ends, job));
-            unsure[job] = !pass.finite(tile(job), row(ends, job));
+            border.pass(of.end(job), of.decay(job));
+            start.write(of.end(job));
+            unsure[job] = !pass.finite(of.tile(job), of.end(job));
         }
     }
-    for_each(jobs, cut.threads, [&](int64_t job, int) { pass.run(tile(job), row(ends, job)); });
+    for_each(jobs, cut.threads, [&](int64_t job, int) { pass.run(of.tile(job), of.end(job)); });
     for (int64_t job = 0; job < jobs; ++job) {
         const int64_t chunk = job % cut.chunks;
         // An infinity or a NaN is never forgotten, but a prefix computed from some of the steps may have missed it.
-        if (chunk > 0 && (unsure[job] || !pass.finite(tile(job - 1), row(ends, job - 1)))) {
-            copy(row(ends, job - 1), tile(job).n, row(ends, job));
-            pass.run(tile(job), row(ends, job));
+        if (chunk > 0 && (unsure[job] || !pass.finite(of.tile(job - 1), of.end(job - 1)))) {
+            copy(of.end(job - 1), of.tile(job).n, of.end(job));
+            pass.run(of.tile(job), of.end(job));
         }
-        if (chunk + 1 == cut.chunks) pass.finish(tile(job), row(ends, job));
+        if (chunk + 1 == cut.chunks) pass.finish(of.tile(job), of.end(job));
     }
 }
 

@@ -78,6 +78,26 @@ void backward(const Call &call, nb::handle dh, nb::handle h, const Tensors &dpre
     run(pass, p.B, p.T, p.D, p.threads);
 }
 
+template <class IO> void prefix(const Call &call, nb::handle end, nb::handle decay) {
+    using Real = typename Problem<IO>::Real;
+    const Problem<IO> p = problem<IO>(call);
+    const Forward<IO> pass(p, {});
+    const States<Real> ends = states<Real>("end", end, call.shape), decays = states<Real>("decay", decay, call.shape);
+    nb::gil_scoped_release release;
+    run_prefix(pass, p.B, p.T, p.D, p.threads, ends, decays);
+}
+
+// The end is the gradient of the state before the first step.
+template <class IO> void backward_prefix(const Call &call, nb::handle dh, nb::handle end, nb::handle decay) {
+    using Real = typename Problem<IO>::Real;
+    const Problem<IO> p = problem<IO>(call);
+    const Sequence<IO> none[3] = {};
+    const Backward<IO> pass(p, sequence<const IO>("dh", dh, call.shape), {}, none, {});
+    const States<Real> ends = states<Real>("end", end, call.shape), decays = states<Real>("decay", decay, call.shape);
+    nb::gil_scoped_release release;
+    run_prefix(pass, p.B, p.T, p.D, p.threads, ends, decays);
+}
+
 template <class F> void for_dtype(int dtype, F &&f) {
     switch (dtype) {
 #define MINRNN_CASE(IO, ...) \
@@ -121,6 +141,17 @@ void bind_scan(nb::module_ m, Isa isa) {
                          nb::handle dh0) {
         const Call call{{gate, candidate, is_signed}, reverse, threads, shape, pre, start};
         for_dtype(dtype, [&](auto io) { backward<decltype(io)>(call, dh, h, dpre, dh0); });
+    });
+    m.def("prefix", [](int dtype, int gate, int candidate, bool is_signed, bool reverse, int threads, Sizes<3> shape,
+                       const Tensors &pre, const Start &start, nb::handle end, nb::handle decay) {
+        const Call call{{gate, candidate, is_signed}, reverse, threads, shape, pre, start};
+        for_dtype(dtype, [&](auto io) { prefix<decltype(io)>(call, end, decay); });
+    });
+    m.def("backward_prefix", [](int dtype, int gate, int candidate, bool is_signed, bool reverse, int threads,
+                                Sizes<3> shape, const Tensors &pre, const Start &start, nb::handle dh, nb::handle end,
+                                nb::handle decay) {
+        const Call call{{gate, candidate, is_signed}, reverse, threads, shape, pre, start};
+        for_dtype(dtype, [&](auto io) { backward_prefix<decltype(io)>(call, dh, end, decay); });
     });
 }
 

@@ -484,7 +484,6 @@ DEFINITIONS: dict[str, list[tuple[str, str]]] = {
     "docs/cpu-backend.md": [
         ("One wheel serves Python 3.11", "a version"),
         ("seen in the wheels of 2.13", "a version"),
-        ("the look-back becomes eight times longer", "the algorithm"),
         ("a sixteenth of the machine's memory", "a limit"),
         ("hardly forget, then twice", "the algorithm"),
     ],

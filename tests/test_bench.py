@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from minrnn.benchmarks import BENCHES, plots, scan, timing
+from minrnn.benchmarks import BENCHES, plots, prefix, scan, timing
 from minrnn.benchmarks.options import lengths, parse_shapes
 from minrnn.benchmarks.peers import LAYER_PEERS, SCAN_PEERS, LayerPeer, Scan, ScanPeer
 from minrnn.benchmarks.report import Report
@@ -567,6 +567,20 @@ def test_mistakes_are_one_line_and_status_2(
     assert re.fullmatch(r"minrnn: error: [^\n]+\n", error), error
     assert message in error
     assert list(workplace.iterdir()) == []
+
+
+def test_prefix_writes_what_it_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ("--shapes", "2x300x4", "--gates", "mingru", "identity", "--keeping", "14")
+    for result in bench("prefix", *args, *FAST)["results"]:
+        ours = result["systems"]["minrnn"]
+        assert ours["status"] == "equal"
+        assert set(ours["seconds"]) == {"forward", "prefix", "backward", "prefix of gradients", "step"}
+        assert ours["bytes_sent"] == 2 * 2 * 4 * 4
+    seen: list[Tensor] = []
+    found = prefix.prefix
+    monkeypatch.setattr(prefix, "prefix", lambda pre, *rest: (seen.append(pre[0]), found(pre, *rest))[1])
+    bench("prefix", "--shapes", "1x30x64", "--keeping", "14", *FAST)
+    assert all(z.mean() < -13 for z in seen)
 
 
 @pytest.mark.parametrize("name", BENCHES)

@@ -106,9 +106,15 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
         assert torch.equal(value, other[name]), name
 
 
-def compare(ranks_of: Pool, config: RunConfig, folder: Path, sizes: tuple[int, ...], steps: int) -> None:
-    """One process and each number of ranks agree; the ranks with each other to the last bit."""
+def compare(
+    ranks_of: Pool, config: RunConfig, folder: Path, sizes: tuple[int, ...], steps: int, divided: int = 1
+) -> None:
+    """One process and each number of ranks agree; the ranks with each other to the last bit.
+
+    Sequences are divided among so many ranks each.
+    """
     alone = traced(ALONE, config, folder, steps)
+    config = config.override(train={"sequence_ranks": divided})
     for size in sizes:
         first, *others = ranks_of.run(size, traced, config, folder, steps)
         assert_alike(alone, first)
@@ -187,6 +193,80 @@ def test_every_rank_must_have_a_row(corpus: Path, ranks_of: Pool, tmp_path: Path
     windows = " without the windows of train.fresh_share" if fresh else ""
     told = f"ValueError: train.batch_size{windows} must be at least 3, the number of ranks, got 2"
     assert sorted(found) == ["Reported: 1", "Reported: 1", told]
+
+
+# --- sequences that are divided --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mixer", ["mingru", "minlstm", "aaren", "s4d", "mamba"])
+def test_divided_sequences_train_alike(corpus: Path, tmp_path: Path, ranks_of: Pool, mixer: str) -> None:
+    """Over two ranks, and over two groups of two."""
+    compare(ranks_of, text_config(corpus, mixer, carry_state=True), tmp_path, (2, 4), 10, divided=2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_size": 7},
+        {"batch_size": 7, "carry_state": True, "fresh_share": 0.3},
+        {"batch_size": 7, "accumulate": 3},
+    ],
+    ids=lambda settings: " ".join(map(str, settings.values())),
+)
+def test_every_way_of_reading_divided_sequences_is_alike(
+    corpus: Path, tmp_path: Path, ranks_of: Pool, settings: dict[str, Any]
+) -> None:
+    compare(ranks_of, text_config(corpus, **settings), tmp_path, (4,), 10, divided=2)
+    if len(settings) == 1:
+        compare(ranks_of, text_config(corpus, **settings), tmp_path, (3,), 10, divided=3)
+
+
+def test_documents_in_divided_sequences_start_from_an_empty_state(tmp_path: Path, ranks_of: Pool) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(60):
+        text = f"document {number} has few words, or {'many ' * (number % 9)}\n"
+        (folder / f"{number}.txt").write_text(text)
+    config = text_config(folder, carry_state=True)
+    assert Run(config, tmp_path, RunLog())._batches(0)[0].reset is not None
+    compare(ranks_of, config, tmp_path, (4,), 10, divided=2)
+
+
+def test_a_run_goes_on_with_sequences_divided_otherwise(corpus: Path, tmp_path: Path, ranks_of: Pool) -> None:
+    config = text_config(corpus, steps=12, log_every=1, warmup_steps=12, **STREAMS)
+    run_on(ranks_of, 1, config, tmp_path / "whole")
+    for size, divided, steps in ((4, 2, 5), (1, 1, 9), (3, 3, 12)):
+        part = config.override(train={"steps": steps, "sequence_ranks": divided})
+        run_on(ranks_of, size, part, tmp_path / "parts", resume=size != 4)
+    expected, found = losses_of(tmp_path / "whole"), losses_of(tmp_path / "parts")
+    assert expected == pytest.approx({key: found[key] for key in expected}, rel=0, abs=LOSSES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sequence_ranks": 3}, "train.sequence_ranks must divide the number of ranks, 2 (torchrun starts"),
+        ({"batch_size": 1}, "train.batch_size must be at least 2, the number of ranks, got 1"),
+        ({"mixer": "gru", "sequence_ranks": 2}, "sequence_parallel: blocks.0.mixer (GRUMixer) cannot be"),
+        ({"window": 5, "sequence_ranks": 2}, "train.sequence_ranks must leave each rank at least 3 of the 5"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(
+    corpus: Path, tmp_path: Path, ranks_of: Pool, changes: dict[str, Any], message: str
+) -> None:
+    window = changes.get("window", 16)
+    settings = {name: value for name, value in changes.items() if name != "window"}
+    config = text_config(corpus, **settings).override(task={"window": window})
+    found = sorted(ranks_of.failures(2, traced, config, tmp_path, 1))
+    assert found[0] == "Reported: 1"
+    assert found[1].startswith(f"ValueError: {message}")
+
+
+def test_tasks_of_few_targets_are_not_divided(tmp_path: Path, ranks_of: Pool) -> None:
+    settings = TrainConfig(steps=40, batch_size=8, device="cpu", sequence_ranks=2)
+    config = RunConfig("test", ModelConfig(d_model=16, num_layers=1), LABELED["listops"], settings)
+    _, told = sorted(ranks_of.failures(2, traced, config, tmp_path, 1))
+    assert told.startswith("ValueError: train.sequence_ranks must be 1 for a task in which only some steps")
 
 
 # --- to the last bit -------------------------------------------------------------------------------------

@@ -56,6 +56,36 @@ def test_two_batches_are_divided_evenly_together(size: int, one: int, other: int
         assert max(lengths) - min(lengths) <= 1
 
 
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 30), st.integers(0, 30))
+def test_divided_sequences_are_divided_evenly_without_gaps(
+    groups: int, parts: int, rows: int, steps: int
+) -> None:
+    """Each place of a batch is one rank's, and consecutive ranks hold the same rows."""
+    ranks = [Ranks(rank, groups * parts).sharing(parts) for rank in range(groups * parts)]
+    assert all(each.row_groups == groups for each in ranks)
+    held = [
+        (row, step)
+        for each in ranks
+        for row in range(rows)[each.rows(rows)]
+        for step in range(steps)[each.steps(steps)]
+    ]
+    assert sorted(held) == [(row, step) for row in range(rows) for step in range(steps)]
+    for first in range(0, len(ranks), parts):
+        own = ranks[first : first + parts]
+        assert len({str(each.rows(rows, mirrored=True)) for each in own}) == 1
+        cuts = [each.steps(steps) for each in own]
+        assert [cut.start for cut in cuts[1:]] == [cut.stop for cut in cuts[:-1]]
+
+
+def test_the_ranks_of_a_sequence_divide_their_number() -> None:
+    assert Ranks(1, 4).sharing(1) == Ranks(1, 4)
+    assert Ranks(1, 4).sharing(2).describe() == "4 ranks, 1 on this machine, 2 for each sequence; each: "
+    for ranks, parts in ((Ranks(1, 4), 3), (ALONE, 2)):
+        message = rf"train\.sequence_ranks must divide the number of ranks, {ranks.size} .*, got {parts}"
+        with pytest.raises(ValueError, match=message):
+            ranks.sharing(parts)
+
+
 @given(sizes, st.integers(0, 100))
 def test_every_index_is_one_ranks(size: int, index: int) -> None:
     assert [Ranks(rank, size).mine(index) for rank in range(size)].count(True) == 1

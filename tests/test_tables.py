@@ -1160,6 +1160,17 @@ def test_the_page_of_a_gpu_has_a_table_for_each_stage_and_what_was_left_out() ->
     assert "Products in float32: TF32." in dry
 
 
+def test_prefixes_stand_beside_their_scans() -> None:
+    names = ("forward", "prefix", "backward", "prefix of gradients")
+    seconds = {name: {"median": time} for name, time in zip(names, (0.08, 0.004, 0.2, 0.001), strict=True)}
+    ours = {"minrnn": {"seconds": seconds, "bytes_sent": 2048}}
+    result = {"gate": "mingru", "shape": {"B": 1, "T": 9, "D": 256}, "dtype": "float32", "systems": ours}
+    text = BENCHES["prefix"].load().render({"results": [result]})
+    assert text.splitlines()[-1] == (
+        "| 1, 9, 256 | mingru | float32 | 80.00 | 4.00 | 200.00 | 1.00 | 5.0% | 0.5% | 2.0 | 2.0 |"
+    )
+
+
 def test_every_benchmark_has_a_table_here() -> None:
     assert set(BENCHES) == {
         "scan",
@@ -1169,6 +1180,7 @@ def test_every_benchmark_has_a_table_here() -> None:
         "export",
         "train",
         "selective",
+        "prefix",
         "accuracy",
         "gpu",
         "kernels",

@@ -12,6 +12,7 @@ BENCHES: dict[str, Entry] = {
         "minrnn.benchmarks.export", "a model's single step in other runtimes, and its file's size"
     ),
     "selective": Entry("minrnn.benchmarks.selective", "Mamba's selective scan, compared with mambapy's"),
+    "prefix": Entry("minrnn.benchmarks.prefix", "what a sequence divided over ranks costs beside its scan"),
     "accuracy": Entry("minrnn.benchmarks.accuracy", "error against a float64 loop by sequence length"),
     "gpu": Entry("minrnn.benchmarks.gpu", "on a GPU: the engine's tests, then scans, layers and peers"),
     "kernels": Entry(

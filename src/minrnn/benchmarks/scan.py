@@ -21,7 +21,17 @@ from minrnn.benchmarks.tables import UNITS, Result, Table, by_system, sizes
 from minrnn.benchmarks.workloads import copies, training_step
 from minrnn.ops import GATES, gated_scan
 
-__all__ = ["BENCH", "KIND", "LIMIT", "ScanBench", "draw_inputs", "scan_systems", "share_table", "traffic"]
+__all__ = [
+    "BENCH",
+    "KIND",
+    "LIMIT",
+    "GateName",
+    "ScanBench",
+    "draw_inputs",
+    "scan_systems",
+    "share_table",
+    "traffic",
+]
 
 LIMIT = "copy"
 KIND = Kind("scan", "BTD", across="T", limit=LIMIT, phases=("forward", "backward", "step"), unit="ms")

@@ -5,3 +5,5 @@ from minrnn.distributed.launch import Launch as Launch
 from minrnn.distributed.launch import join as join
 from minrnn.distributed.ranks import ALONE as ALONE
 from minrnn.distributed.ranks import Ranks as Ranks
+from minrnn.distributed.sequences import sequence_parallel as sequence_parallel
+from minrnn.distributed.sequences import shard_sequence as shard_sequence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import json
@@ -14,9 +15,12 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from minrnn.distributed.ranks import Ranks
+from minrnn.distributed.sequences import sequence_parallel
+from minrnn.models import LossOf
 
 T = TypeVar("T")
 
@@ -101,22 +105,34 @@ class RankGroup(Ranks):
 
     def gather_rows(self, rows: Tensor, count: int) -> Tensor:
         own = rows.detach().cpu().contiguous()
+        if self.rank % self.sequence_ranks:  # others have the same rows
+            return rows
         if not self.is_first:
             distributed.send(own, dst=0)
             return rows
         parts = [own]
-        for rank in range(1, self.size):
+        for rank in range(self.sequence_ranks, self.size, self.sequence_ranks):
             place = self.rows(count, rank=rank)
             parts.append(own.new_empty(place.stop - place.start, *own.shape[1:]))
             distributed.recv(parts[-1], src=rank)
         return torch.cat(parts).to(rows.device)
 
     def replicate(self, model: nn.Module) -> nn.Module:
+        if self.sequence_ranks > 1:
+            model = LossOf(self._divided(model))
         # Buffers do not change in training: no step sends them. Later versions of torch rename the option.
         known = inspect.signature(DistributedDataParallel).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         options: dict[str, Any] = {"gradient_as_bucket_view": True, name: False}
         return DistributedDataParallel(model, **options)
+
+    def _divided(self, model: nn.Module) -> nn.Module:
+        """Return a model with the parameters of this one, whose sequences are divided."""
+        device = next(model.parameters()).device.type
+        shape = (self.row_groups, self.sequence_ranks)
+        mesh = init_device_mesh(device, shape, mesh_dim_names=("data", "sequence"))
+        shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+        return sequence_parallel(copy.deepcopy(model, shared), mesh["sequence"])
 
     def accumulating(self, replica: nn.Module) -> AbstractContextManager[None]:
         return cast("AbstractContextManager[None]", cast(DistributedDataParallel, replica).no_sync())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,26 @@ class Ranks:
     """Number of this process among those of its machine."""
     local_size: int = 1
     """Number of processes of this machine."""
+    sequence_ranks: int = field(default=1, kw_only=True)
+    """Number of consecutive ranks that have the same rows, each a part of their steps."""
+
+    def sharing(self, sequence_ranks: int) -> Self:
+        """Return these ranks, with sequences that are divided among so many of them.
+
+        Raises:
+            ValueError: the number does not divide that of all ranks.
+        """
+        if self.size % sequence_ranks:
+            raise ValueError(
+                f"train.sequence_ranks must divide the number of ranks, {self.size} (torchrun starts them), "
+                f"got {sequence_ranks}"
+            )
+        return replace(self, sequence_ranks=sequence_ranks)
+
+    @property
+    def row_groups(self) -> int:
+        """Number of groups of ranks that have the same rows."""
+        return self.size // self.sequence_ranks
 
     @property
     def is_first(self) -> bool:
@@ -37,7 +57,10 @@ class Ranks:
 
     def describe(self) -> str:
         """Return the number of ranks for a log; an empty text for one process."""
-        return "" if self.size == 1 else f"{self.size} ranks, {self.local_size} on this machine; each: "
+        if self.size == 1:
+            return ""
+        divided = f", {self.sequence_ranks} for each sequence" if self.sequence_ranks > 1 else ""
+        return f"{self.size} ranks, {self.local_size} on this machine{divided}; each: "
 
     def rows(self, count: int, *, mirrored: bool = False, rank: int | None = None) -> slice:
         """Return the rows of a batch that a rank computes; their numbers differ by at most one.
@@ -58,7 +81,15 @@ class Ranks:
         if mirrored:
             end = self.rows(count, rank=self.size - 1 - rank)
             return slice(count - end.stop, count - end.start)
-        return slice(count * rank // self.size, count * (rank + 1) // self.size)
+        return _share(count, rank // self.sequence_ranks, self.row_groups)
+
+    def steps(self, count: int) -> slice:
+        """Return the steps of its sequences that this rank computes; their numbers differ by at most one.
+
+        Args:
+            count: number of steps of a whole sequence.
+        """
+        return _share(count, self.rank % self.sequence_ranks, self.sequence_ranks)
 
     def mine(self, index: int) -> bool:
         """Whether this rank computes the item of this index, of those that are dealt out in turn."""
@@ -126,7 +157,8 @@ class Ranks:
     def replicate(self, model: nn.Module) -> nn.Module:
         """Return a module that computes as `model` does, and whose gradients are the mean over the ranks.
 
-        It shares the parameters of `model`, which are set to those of the first rank.
+        It shares the parameters of `model`, which are set to those of the first rank. Where sequences are
+        divided, it computes the losses of this rank's steps: see `LossOf`.
         """
         return model
 
@@ -136,6 +168,11 @@ class Ranks:
 
     def reseed(self, seed: int, step: int) -> None:
         """Seed torch's generators for a step, differently on every rank."""
+
+
+def _share(count: int, index: int, parts: int) -> slice:
+    """Return one of the parts into which a range is divided."""
+    return slice(count * index // parts, count * (index + 1) // parts)
 
 
 ALONE = Ranks()

@@ -76,19 +76,27 @@ class AarenMixer(Mixer):
     def mix(self, x: Tensor, state: State | None, reset: Tensor | None) -> tuple[Tensor, State]:
         v = self.value(x)  # (B, T, d_hidden)
         o0, lse0 = (None, None) if state is None else state
-        previous, lse = _running_logsumexp(scores := self._scores(x), lse0, reset)
+        previous, lse = self._logsumexps(scores := self._scores(x), lse0, reset)
         z_pre = (scores - previous).clamp(max=FIRST)  # (B, T, num_heads)
         dtype = torch.promote_types(v.dtype, torch.float32)
-        o = gated_scan(
-            "mingru",
-            z_pre.to(dtype).repeat_interleave(self.d_hidden // self.num_heads, dim=-1),
-            v.to(dtype),
-            h0=None if o0 is None else o0.to(dtype),
-            reset=reset,
-            candidate="linear",
-        )
+        z_pre = z_pre.to(dtype).repeat_interleave(self.d_hidden // self.num_heads, dim=-1)
+        o, last = self._mean(z_pre, v.to(dtype), None if o0 is None else o0.to(dtype), reset)
         # Copies: views would keep the whole call's outputs alive for as long as the state.
-        return o.to(v.dtype), (o[:, -1].clone(), lse[:, -1].clone())
+        return o.to(v.dtype), (last.clone(), lse.clone())
+
+    def _logsumexps(
+        self, scores: Tensor, carried: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logsumexp of the scores before each step, and that after the last, `(B, heads)`."""
+        previous, after = running_logsumexp(scores, carried, reset)
+        return previous, after[:, -1]
+
+    def _mean(
+        self, z_pre: Tensor, v: Tensor, o0: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return o after each step, and after the last."""
+        o = gated_scan("mingru", z_pre, v, h0=o0, reset=reset, candidate="linear")
+        return o, o[:, -1]
 
     def _scores(self, x: Tensor) -> Tensor:
         """<q, k[t]> / sqrt(d_head) of every head, `(B, T, num_heads)`, in the device's widest dtype."""
@@ -104,7 +112,7 @@ class AarenMixer(Mixer):
             return functional.linear(x.to(dtype), rows).to(wide)
 
 
-def _running_logsumexp(scores: Tensor, carried: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+def running_logsumexp(scores: Tensor, carried: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
     """Compute the logsumexp of each sequence's scores, before and after every step.
 
     Args:

@@ -74,6 +74,17 @@ class CausalConv(nn.Module):
         return f"{self.weight.shape[1]}, width={self.width}, bias={self.bias is not None}"
 
 
+def last_inputs(x: Tensor, count: int, reset: Tensor | None) -> Tensor:
+    """Return the last `count` inputs of x `(B, T, D)`, zero before the start of the last sequence."""
+    T = x.shape[1]
+    last = x[:, T - count :]
+    if reset is None:
+        return last
+    start = sequence_start(reset, torch.zeros_like(reset[:, 0], dtype=torch.int64), 0)[:, -1:]
+    stale = torch.arange(T - count, T, device=x.device) < start  # (B, count)
+    return last.masked_fill(stale.unsqueeze(2), 0)
+
+
 class _Taps(Composite):
     """y[t] = bias + sum_j weight[j] * padded[t + width - 1 - j], channels last.
 

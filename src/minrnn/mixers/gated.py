@@ -95,8 +95,8 @@ class GatedModule(nn.Module):
         kinds = ("weight_ih", "bias_ih") if self.bias else ("weight_ih",)
         return [getattr(self, kind + suffix) for kind in kinds]
 
-    def _project_and_scan(self, x: Tensor, suffix: str, **options: Any) -> Tensor:
-        """Run one recurrence; `options` are the other arguments of `projected_scan`."""
+    def _weights(self, x: Tensor, suffix: str) -> tuple[Tensor, Tensor | None]:
+        """Return a projection's weight and bias, to be applied to x."""
         # Read once a call: a parametrized weight is computed anew each time that it is read.
         weight: Tensor = getattr(self, "weight_ih" + suffix)
         bias: Tensor | None = getattr(self, "bias_ih" + suffix) if self.bias else None
@@ -106,6 +106,11 @@ class GatedModule(nn.Module):
                 f"{type(self).__name__}: input must have the weights' dtype, {weight.dtype}, got {x.dtype}; "
                 f"convert the input with .to({weight.dtype}){convertible}"
             )
+        return weight, bias
+
+    def _project_and_scan(self, x: Tensor, suffix: str, **options: Any) -> Tensor:
+        """Run one recurrence; `options` are the other arguments of `projected_scan`."""
+        weight, bias = self._weights(x, suffix)
         return projected_scan(
             self.gate,
             x,

@@ -136,24 +136,45 @@ class MinRNNBase(GatedModule):
                 x = functional.dropout(x, self.dropout, self.training)
             outputs = []
             for direction in range(self.num_directions):
-                h0, reverse = None if hx is None else hx[len(finals)], bool(direction)
-                h = self._project_and_scan(
+                h, final = self._run_direction(
                     x,
                     self._suffixes[len(finals)],
-                    h0=h0,
-                    reset=_first_met(reset) if reverse else reset,
-                    reverse=reverse,
+                    h0=None if hx is None else hx[len(finals)],
+                    reset=reset,
+                    reverse=bool(direction),
                     time_major=time_major,
                     joined=joined,
-                )  # (B, T, D)
-                if joined is None:
-                    finals.append(h.select(1, 0 if reverse else -1))
-                else:
-                    finals.append(joined.final(h, h0, reverse=reverse))
+                )  # (B, T, D), (B, D)
+                finals.append(final)
                 outputs.append(h.transpose(0, 1) if time_major else h)
             x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         # A copy: a view would keep the whole of h alive for as long as the state.
         return x, torch.stack(finals)
+
+    def _run_direction(
+        self,
+        x: Tensor,
+        suffix: str,
+        *,
+        h0: Tensor | None,
+        reset: Tensor | None,
+        reverse: bool,
+        time_major: bool,
+        joined: Joined | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the states of one layer and direction, and the state after the last step."""
+        h = self._project_and_scan(
+            x,
+            suffix,
+            h0=h0,
+            reset=_first_met(reset) if reverse else reset,
+            reverse=reverse,
+            time_major=time_major,
+            joined=joined,
+        )
+        if joined is not None:
+            return h, joined.final(h, h0, reverse=reverse)
+        return h, h.select(1, 0 if reverse else -1)
 
     def _state_shape(self, batch: tuple[int, ...]) -> tuple[int, ...]:
         return (self.num_layers * self.num_directions, *batch, self.hidden_size)

@@ -1,6 +1,7 @@
 """Mamba: a selective state space, whose step size, input and output projections depend on the input."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -100,10 +101,15 @@ class MambaMixer(Mixer):
         u = functional.silu(u).to(z.dtype)  # under autocast the convolution is float32
         dt, B, C = self.x_proj(u).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         A = -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
-        y, h = selective_scan(
-            u, self.dt_proj(dt), A, B, C, self.D, z=z, delta_bias=self.dt_bias, h0=h0, reset=reset
-        )
+        inputs = (u, self.dt_proj(dt), A, B, C, self.D)
+        y, h = self._scan(inputs, z=z, delta_bias=self.dt_bias, h0=h0, reset=reset)
         return y, (window, h)
+
+    def _scan(
+        self, inputs: Sequence[Tensor], *, h0: Tensor | None, reset: Tensor | None, **options: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Call `selective_scan`."""
+        return selective_scan(*inputs, h0=h0, reset=reset, **options)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, d_state={self.d_state}"

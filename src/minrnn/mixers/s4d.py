@@ -1,5 +1,7 @@
 """S4D: a diagonal state space, trained as a convolution and stepped as a recurrence."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 
@@ -119,10 +121,14 @@ class S4DMixer(Mixer):
         dtype = torch.promote_types(x.dtype, torch.float32)
         with without_autocast(x):  # it would compute kernels in 16 bits
             h0 = None if state is None else state[0].to(dtype)
-            run = self._step if x.shape[1] == 1 else self._convolve
-            u, h = run(x.to(dtype), h0, reset)
+            u, h = self._run(x.to(dtype), h0, reset)
             u = (u + self.D.to(dtype) * x).to(x.dtype)
         return functional.glu(self.output(functional.gelu(u)), dim=-1), (h.to(dtype),)
+
+    def _run(self, x: Tensor, h0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the state space's outputs, without D x, and the state after the last step."""
+        run = self._step if x.shape[1] == 1 else self._convolve
+        return run(x, h0, reset)
 
     def _discretize(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return dt A, the discretized B, and C; each `(d_model, d_state / 2, 2)`, pairs of wide floats.
@@ -156,9 +162,7 @@ class S4DMixer(Mixer):
 
     def _convolve(self, x: Tensor, h0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """Compute repeated steps over x `(B, T, d_model)` by convolution."""
-        response = _Response(
-            *map(torch.view_as_complex, self._discretize()), length=x.shape[1], dtype=x.dtype
-        )
+        response = self._response(x.shape[1], x.dtype)
         x = x.permute(2, 0, 1).contiguous()  # (d_model, B, T): an FFT along an inner axis takes twice as long
         h0 = None if h0 is None else torch.view_as_complex(h0.contiguous()).transpose(0, 1)
         if reset is None:
@@ -173,6 +177,9 @@ class S4DMixer(Mixer):
             u = u + (free if reset is None else free.masked_fill(number > 0, 0))
         h = response.last_state(x, carried)
         return u.permute(1, 2, 0), torch.view_as_real(h.transpose(0, 1).contiguous())
+
+    def _response(self, length: int, dtype: torch.dtype) -> _Response:
+        return _Response(*map(torch.view_as_complex, self._discretize()), length=length, dtype=dtype)
 
 
 def _with_a_row(

@@ -11,6 +11,7 @@ from minrnn.models.decision import DecisionModel as DecisionModel
 from minrnn.models.decision import Steps as Steps
 from minrnn.models.decoder import Decoder as Decoder
 from minrnn.models.generation import generate as generate
+from minrnn.models.sequence import LossOf as LossOf
 from minrnn.models.sequence import ModelConfig as ModelConfig
 from minrnn.models.sequence import ModelState as ModelState
 from minrnn.models.sequence import SequenceModel as SequenceModel

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minrnn.mixers.sharded import class_of
+
 SHOWN = 4
 """Most names that an error lists for each fault."""
 
@@ -40,7 +42,7 @@ def tensors_to_keep(model: nn.Module, rebuilt: nn.Module) -> dict[str, Tensor]:
     ours, theirs = dict(_parts(model, "")), dict(_parts(rebuilt, ""))
     found, expected = _tensors(ours), _tensors(theirs)
     shared = sorted(ours.keys() & theirs.keys())
-    alike = [name for name in shared if type(ours[name]) is type(theirs[name])]
+    alike = [name for name in shared if class_of(ours[name]) is type(theirs[name])]
     faults = {
         **misfits(expected, found),
         "of another class": [

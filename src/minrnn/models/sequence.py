@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from inspect import signature
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -305,6 +305,24 @@ class SequenceModel(nn.Module):
             raise ValueError(f"SequenceModel: tokens must be (B, T) with T >= 1, got {tuple(tokens.shape)}")
         check_state("SequenceModel", state, len(self.blocks), tokens.shape[0])
         check_reset("SequenceModel", reset, tuple(tokens.shape))
+
+
+class LossOf(nn.Module):
+    """A model that is called for its loss, which it computes in chunks, and not for its logits.
+
+    A wrapper, such as DistributedDataParallel, runs no other method of a model than its call.
+
+    Args:
+        model: the model, a SequenceModel.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *arguments: Any, **options: Any) -> tuple[Tensor, ModelState]:
+        """Return what `SequenceModel.loss` returns."""
+        return cast(SequenceModel, self.model).loss(*arguments, **options)
 
 
 def make_blocks(config: ModelConfig) -> nn.ModuleList:

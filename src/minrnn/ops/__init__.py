@@ -10,3 +10,4 @@ from minrnn.ops.recurrence import scan as scan
 from minrnn.ops.registry import Engine as Engine
 from minrnn.ops.registry import engines as engines
 from minrnn.ops.selective import selective_scan as selective_scan
+from minrnn.ops.sharded import sharded_scan as sharded_scan

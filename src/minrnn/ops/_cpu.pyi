@@ -50,6 +50,37 @@ class _Scan(ModuleType):
         dh0: Tensor,
         /,
     ) -> None: ...
+    @staticmethod
+    def prefix(
+        dtype: int,
+        gate: int,
+        candidate: int,
+        signed: bool,
+        reverse: bool,
+        threads: int,
+        shape: tuple[int, int, int],
+        pre: Sequence[Tensor],
+        start: tuple[Tensor | None, Tensor | None],
+        end: Tensor,
+        decay: Tensor,
+        /,
+    ) -> None: ...
+    @staticmethod
+    def backward_prefix(
+        dtype: int,
+        gate: int,
+        candidate: int,
+        signed: bool,
+        reverse: bool,
+        threads: int,
+        shape: tuple[int, int, int],
+        pre: Sequence[Tensor],
+        start: tuple[Tensor | None, Tensor | None],
+        dh: Tensor,
+        end: Tensor,
+        decay: Tensor,
+        /,
+    ) -> None: ...
 
 _Optional = Tensor | None
 _Sequences = tuple[Tensor, Tensor, _Optional, Tensor, Tensor, _Optional]  # u, delta_pre, z, B, C, reset

@@ -22,7 +22,17 @@ except ModuleNotFoundError as error:
         "reinstall minrnn (pip install --verbose shows what fails)"
     ) from error
 
-__all__ = ["CANDIDATE_CODES", "GATE_CODES", "ISA", "backward", "compiled", "forward", "new_output"]
+__all__ = [
+    "CANDIDATE_CODES",
+    "GATE_CODES",
+    "ISA",
+    "backward",
+    "compiled",
+    "forward",
+    "new_output",
+    "prefix",
+    "prefix_backward",
+]
 
 ISA: str = compiled.isa
 """The instruction set chosen for this processor: avx512_bf16, avx512, avx2 or baseline."""
@@ -59,7 +69,6 @@ def forward(
     D = _channels(pre, gate)
     h = new_output(pre[0], D)
     h0 = initial_state(h0, h.dtype)
-    reset = None if reset is None else reset.resolve_neg()
     _scan.forward(*_call(pre, h0, reset, gate, candidate, signed, reverse, D), h)
     return h
 
@@ -91,6 +100,41 @@ def backward(
     return [*dpre, dh0]
 
 
+def prefix(
+    pre: list[Tensor], reset: Tensor | None, gate: str, candidate: str, signed: bool, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute `reference.prefix` from as many of the last steps as determine it.
+
+    Where these forget all but 2^-64 of what was before, the others are not read. The decay is then what is
+    below 2^-64 after some of its factors; an infinity or a NaN before these steps is missed.
+    """
+    pre = [contiguous_channels(x) for x in pre]
+    decay, end = _new_prefix(pre[0], D := _channels(pre, gate))
+    _scan.prefix(*_call(pre, None, reset, gate, candidate, signed, reverse, D), end, decay)
+    return decay, end
+
+
+def prefix_backward(
+    dh: Tensor,
+    pre: list[Tensor],
+    reset: Tensor | None,
+    gate: str,
+    candidate: str,
+    signed: bool,
+    reverse: bool,
+) -> Tensor:
+    """Compute `reference.prefix_backward` from as many of the first steps as determine it."""
+    pre, dh = [contiguous_channels(x) for x in pre], contiguous_channels(dh)
+    decay, end = _new_prefix(dh, D := _channels(pre, gate))
+    _scan.backward_prefix(*_call(pre, None, reset, gate, candidate, signed, reverse, D), dh, end, decay)
+    return end
+
+
+def _new_prefix(like: Tensor, D: int) -> tuple[Tensor, Tensor]:
+    wide = state_dtype(like.dtype)
+    return like.new_empty(like.shape[0], D, dtype=wide), like.new_empty(like.shape[0], D, dtype=wide)
+
+
 def _call(
     pre: list[Tensor],
     h0: Tensor | None,
@@ -102,6 +146,7 @@ def _call(
     D: int,
 ) -> _Call:
     B, T = pre[0].shape[:2]
+    reset = None if reset is None else reset.resolve_neg()
     return (
         _DTYPE_CODES[pre[0].dtype],
         GATE_CODES[gate],

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from minrnn.ops.gates import CANDIDATES, GATES, Candidate
 from minrnn.ops.reference import output_like, split, state_dtype
-from minrnn.ops.spans import ThreePasses, back_over_steps, over_steps
+from minrnn.ops.spans import Rule, ThreePasses, back_over_steps, over_steps
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "prefix", "prefix_backward"]
+
+LOOKBACK = 256
+"""Steps at a sequence's end from which its prefix is first computed."""
+
+FORGOTTEN = 2.0**-64
+"""A product of decays below which a state has no effect."""
+
+Recurrence = tuple[Tensor, Tensor, Tensor]
+"""Decays, 1 minus these, and inputs, of some steps."""
 
 
 def _positive(x: Tensor) -> Tensor:
@@ -85,6 +96,90 @@ def backward(
         for x, d in zip(outputs, found, strict=True):
             x[:, block.times] = d
     return [*gradients, passes.last]
+
+
+def prefix(
+    pre: list[Tensor], reset: Tensor | None, gate: str, candidate: str, signed: bool, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute `reference.prefix` from as many of the last steps as determine it, as the compiled engine."""
+    dtype, record, parts = state_dtype(pre[0].dtype), GATES[gate], split(gate, pre)
+
+    def recurrence(times: slice) -> Recurrence:
+        some = [x[:, times].to(dtype) for x in parts]
+        shares = record.shares(*some)
+        return *shares.decay(signed), record.term(_CANDIDATES[candidate], shares.update, *some)
+
+    return _prefix(recurrence, over_steps, parts[0], dtype, reset, reverse=reverse)
+
+
+def prefix_backward(
+    dh: Tensor,
+    pre: list[Tensor],
+    reset: Tensor | None,
+    gate: str,
+    candidate: str,
+    signed: bool,
+    reverse: bool,
+) -> Tensor:
+    """Compute `reference.prefix_backward` from as many of the first steps as determine it."""
+    record, parts, dtype = GATES[gate], split(gate, pre), state_dtype(dh.dtype)
+
+    def recurrence(times: slice) -> Recurrence:
+        return *record.shares(*(x[:, times].to(dtype) for x in parts)).decay(signed), dh[:, times].to(dtype)
+
+    return _prefix(recurrence, back_over_steps, dh, dtype, reset, reverse=not reverse)[1]
+
+
+def _prefix(
+    recurrence: Callable[[slice], Recurrence],
+    rule: Rule,
+    like: Tensor,
+    dtype: torch.dtype,
+    reset: Tensor | None,
+    *,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the product of decays and the last state from zero of the steps that `recurrence` gives."""
+    T, steps = like.shape[1], LOOKBACK
+    while True:
+        last = slice(0, min(steps, T)) if reverse else slice(max(T - steps, 0), T)
+        decay, end = _prefix_of(last, recurrence, rule, like, dtype, reset, reverse=reverse)
+        if steps >= T or bool((decay.abs() < FORGOTTEN).all()):
+            return decay, end
+        steps *= 8
+
+
+def _prefix_of(
+    times: slice,
+    recurrence: Callable[[slice], Recurrence],
+    rule: Rule,
+    like: Tensor,
+    dtype: torch.dtype,
+    reset: Tensor | None,
+    *,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Compute the decay and the end of some steps as the last states, from 1 without input and from 0."""
+    B, _, D = like.shape
+    both = like.new_empty(1, dtype=dtype).expand(B, times.stop - times.start, 2 * D)
+    start = torch.cat([like.new_ones(B, D, dtype=dtype), like.new_zeros(B, D, dtype=dtype)], -1)
+    passes = ThreePasses(
+        both, dtype, rule, start, None if reset is None else reset[:, times], reverse=reverse
+    )
+    for block in passes.blocks:
+        place = slice(times.start + block.times.start, times.start + block.times.stop)
+        a, loss, b = recurrence(place)
+        a, loss, b = (
+            torch.cat([a, a], -1),
+            torch.cat([loss, loss], -1),
+            torch.cat([torch.zeros_like(b), b], -1),
+        )
+        passes.add(block, a, loss, b)
+    passes.join()
+    if block.spans is None:  # the last steps, which fill no span
+        passes.walk(block, a, b, out=torch.empty_like(b))
+    decay, end = passes.last.chunk(2, -1)
+    return decay, end
 
 
 def _before(times: slice, h: Tensor, h0: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:

@@ -23,7 +23,7 @@ from minrnn.ops.joined import Joined
 from minrnn.ops.operators import Composite, needs_gradients
 from minrnn.ops.transforms import is_plain, is_traced, is_transformed
 
-__all__ = ["projected_scan"]
+__all__ = ["project", "projected_scan"]
 
 LARGE_BYTES = 32 << 20
 """Size of pre-activations from which on they are computed in chunks, to save memory. Smaller ones are
@@ -129,7 +129,7 @@ def _run_joined(settings: _Settings, tensors: _Tensors, joined: Joined) -> Tenso
     x, h0, reverse = tensors.x, tensors.h0, settings.mode.reverse
     if joined.total == 0:  # no step to scan
         D = tensors.weight.shape[0] // GATES[settings.mode.gate].num_pre
-        return _project(x, tensors.weight, tensors.bias)[..., :D]
+        return project(x, tensors.weight, tensors.bias)[..., :D]
     if h0 is None:
         return _run_rows(settings, tensors._replace(reset=joined.ends if reverse else joined.starts))
     long = not is_traced() and x.shape[1] * h0.shape[1] >= MIN_ELEMENTS * h0.shape[0]
@@ -182,7 +182,7 @@ def _composed(
 
 def _compose(settings: _Settings, tensors: _Tensors) -> Tensor:
     x, weight, bias, h0, reset = tensors
-    pre = settings.batch_first(_project(x, weight, bias))
+    pre = settings.batch_first(project(x, weight, bias))
     if not settings.sequences:
         return GATED_SCAN((pre, h0, reset), settings.mode)
     parts = [settings.run(part, _of(pre, part), _entering(part, h0), reset) for part in settings.sequences]
@@ -199,7 +199,7 @@ def _compose_joined(joined: Joined, settings: _Settings, tensors: _Tensors) -> T
     """
     (x, weight, bias, h0, _), mode = tensors, settings.mode
     assert h0 is not None
-    gate, pre = GATES[mode.gate], _project(x, weight, bias)
+    gate, pre = GATES[mode.gate], project(x, weight, bias)
     parts = pre.to(torch.promote_types(pre.dtype, torch.float32)).chunk(gate.num_pre, -1)
     a, b = gate.equations(CANDIDATES[mode.candidate], *parts, signed=mode.signed)
     entry, reset = (joined.last, joined.ends) if mode.reverse else (joined.first, joined.starts)
@@ -385,7 +385,7 @@ class _Sums:
 # Layout in memory
 
 
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute the packed pre-activations of x (..., C)."""
     if not x.is_contiguous() and x.transpose(0, 1).is_contiguous():  # linear would copy it
         return functional.linear(x.transpose(0, 1), weight, bias).transpose(0, 1)

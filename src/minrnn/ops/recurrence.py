@@ -12,7 +12,7 @@ from minrnn.files import nearest
 from minrnn.ops.gated import GATED_SCAN, Mode, linear_scan
 from minrnn.ops.gates import CANDIDATES, GATES
 
-__all__ = ["FLOATS", "STARTS", "check_like", "check_tensor", "gated_scan", "scan"]
+__all__ = ["FLOATS", "STARTS", "check_like", "check_tensor", "gated_scan", "read_arguments", "scan"]
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """The supported dtypes of inputs."""
@@ -113,25 +113,7 @@ def gated_scan(
     Source: Feng et al., "Were RNNs All We Needed?" (arXiv 2410.01201), sections 3.1 and 3.2; Grazzi et al.,
     "Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues" (arXiv 2411.12537), for the signed.
     """
-    if not isinstance(gate, str) or gate not in GATES:
-        raise _unknown("gate", gate, GATES)
-    if not isinstance(candidate, str) or candidate not in CANDIDATES:
-        raise _unknown("candidate", candidate, CANDIDATES)
-    names = GATES[gate].pre
-    if candidate != "positive" and not GATES[gate].has_candidate:
-        raise ValueError(
-            f"gated_scan: gate {gate!r} has no candidate, got candidate={candidate!r}; leave it out"
-        )
-    if len(pre) not in (1, len(names)):
-        raise ValueError(
-            f"gated_scan: gate {gate!r} takes {len(names)} pre-activations ({', '.join(names)}) "
-            f"or one packed tensor, got {len(pre)}"
-        )
-    _check("gated_scan", names if len(pre) > 1 else ("pre",), pre, h0, reset, packed=len(names))
-    signed, reverse = _read_flag("gated_scan", "signed", signed), _read_flag("gated_scan", "reverse", reverse)
-    if signed and not GATES[gate].can_be_signed:
-        raise ValueError(f"gated_scan: gate {gate!r} has no signed form, got signed=True; leave it out")
-    mode = Mode(gate, candidate, signed, reverse)
+    mode = read_arguments("gated_scan", gate, pre, h0, reset, reverse, candidate, signed)
     return GATED_SCAN((*pre, h0, reset), mode)
 
 
@@ -139,12 +121,44 @@ def gated_scan(
 # Argument checks, made here only. They are fast, as a single step (T = 1) takes 20 microseconds in all.
 
 
-def _unknown(what: str, name: str, table: dict[str, Any]) -> ValueError:
+def read_arguments(
+    function: str,
+    gate: str,
+    pre: Sequence[Tensor],
+    h0: Tensor | None,
+    reset: Tensor | None,
+    reverse: Any,
+    candidate: str,
+    signed: Any,
+) -> Mode:
+    """Check the arguments of `gated_scan`, or of `function`, which messages name; return its mode."""
+    if not isinstance(gate, str) or gate not in GATES:
+        raise _unknown(function, "gate", gate, GATES)
+    if not isinstance(candidate, str) or candidate not in CANDIDATES:
+        raise _unknown(function, "candidate", candidate, CANDIDATES)
+    names = GATES[gate].pre
+    if candidate != "positive" and not GATES[gate].has_candidate:
+        raise ValueError(
+            f"{function}: gate {gate!r} has no candidate, got candidate={candidate!r}; leave it out"
+        )
+    if len(pre) not in (1, len(names)):
+        raise ValueError(
+            f"{function}: gate {gate!r} takes {len(names)} pre-activations ({', '.join(names)}) "
+            f"or one packed tensor, got {len(pre)}"
+        )
+    _check(function, names if len(pre) > 1 else ("pre",), pre, h0, reset, packed=len(names))
+    signed, reverse = _read_flag(function, "signed", signed), _read_flag(function, "reverse", reverse)
+    if signed and not GATES[gate].can_be_signed:
+        raise ValueError(f"{function}: gate {gate!r} has no signed form, got signed=True; leave it out")
+    return Mode(gate, candidate, signed, reverse)
+
+
+def _unknown(function: str, what: str, name: str, table: dict[str, Any]) -> ValueError:
     hint = nearest(str(name), table)
     plain = str(name).removesuffix("_signed")
     if plain != name and plain in table:
         hint = f"; did you mean {plain!r} with signed=True?"
-    return ValueError(f"gated_scan: {what} must be one of {', '.join(table)}, got {name!r}{hint}")
+    return ValueError(f"{function}: {what} must be one of {', '.join(table)}, got {name!r}{hint}")
 
 
 def _check(

@@ -20,6 +20,8 @@ __all__ = [
     "measured",
     "output_like",
     "output_strides",
+    "prefix",
+    "prefix_backward",
     "split",
     "state_dtype",
 ]
@@ -131,6 +133,40 @@ def backward(
     dparts = [_in_order(d, reverse) for d in dparts]
     dpre = [torch.cat(dparts, -1)] if len(pre) == 1 else dparts
     return [*(d.to(x.dtype) for d, x in zip(dpre, pre, strict=True)), carry.to(state_dtype(h.dtype))]
+
+
+def prefix(
+    pre: list[Tensor], reset: Tensor | None, gate: str, candidate: str, signed: bool, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute what all steps together do to the state before them: h -> decay * h + end.
+
+    Returns:
+        The product of the decays, zero where there is a reset, and the last state from zero; (B, D) each, of
+        `state_dtype`.
+    """
+    parts = [_in_order(x.to(widest_float(x.device)), reverse) for x in split(gate, pre)]
+    a, b = GATES[gate].equations(CANDIDATES[candidate], *parts, signed=signed)
+    forget = _forget(reset, reverse)
+    decay, end = torch.ones_like(a[:, 0]), torch.zeros_like(b[:, 0])
+    for t in range(a.shape[1]):
+        if forget is not None:
+            decay, end = decay.masked_fill(forget[:, t], 0), end.masked_fill(forget[:, t], 0)
+        decay, end = a[:, t] * decay, a[:, t] * end + b[:, t]
+    wide = state_dtype(pre[0].dtype)
+    return decay.to(wide), end.to(wide)
+
+
+def prefix_backward(
+    dh: Tensor,
+    pre: list[Tensor],
+    reset: Tensor | None,
+    gate: str,
+    candidate: str,
+    signed: bool,
+    reverse: bool,
+) -> Tensor:
+    """Compute the gradient of the state before all steps, given that of every state: `backward`'s last."""
+    return backward(dh, pre, torch.zeros_like(dh), None, reset, gate, candidate, signed, reverse)[-1]
 
 
 def _in_order(x: Tensor, reverse: bool) -> Tensor:

@@ -36,6 +36,7 @@ __all__ = [
     "jit_tracing_state",
     "load_package",
     "old_vmap_level",
+    "process_group",
     "remove_batch_dim",
     "scan_operator",
     "set_forward_mode",
@@ -101,6 +102,11 @@ def computes_on_onednn(dtype: torch.dtype) -> bool:
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     found: bool = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
     return found
+
+
+def process_group(name: str) -> Any:
+    """Return the process group of torch.distributed with this name, which graphs hold in its place."""
+    return import_module("torch.distributed.distributed_c10d")._resolve_process_group(name)
 
 
 def associative_scan() -> Any:

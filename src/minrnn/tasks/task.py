@@ -3,15 +3,16 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from minrnn.mixers.calls import is_plain
-from minrnn.models import Model, ModelConfig, ModelState, SequenceModel, Steps
+from minrnn.models import LossOf, Model, ModelConfig, ModelState, SequenceModel, Steps
 from minrnn.models.evaluation import evaluation_mode as evaluation_mode
+from minrnn.models.rebuilding import unwrap
 
 IGNORED = -100
 """Target of positions without a prediction: the default `ignore_index` of torch's cross_entropy."""
@@ -88,6 +89,11 @@ class Batch:
         if isinstance(inputs, Steps):
             return Batch(Steps(*(part[rows] for part in inputs)), self.targets[rows], self.fresh, reset)
         return Batch(inputs[rows], self.targets[rows], self.fresh, reset)
+
+    def steps(self, steps: slice) -> "Batch":
+        """Return a part of these sequences' steps; the inputs are tokens."""
+        reset = None if self.reset is None else self.reset[:, steps]
+        return Batch(cast(Tensor, self.inputs)[:, steps], self.targets[:, steps], self.fresh, reset)
 
     def first(self, steps: int) -> "Batch":
         """Return a fresh batch of the first `steps` steps of these sequences."""
@@ -295,6 +301,10 @@ def token_nats(
 
     Where the vocabulary is large, the logits are not held all at once; a wrapped model has to return them.
     """
+    options = {"reset": reset, "reduction": reduction, "ignore_index": IGNORED}
+    if isinstance(unwrap(model), LossOf):
+        found: tuple[Tensor, ModelState] = model(inputs, targets, state, **options)
+        return found
     if isinstance(model, SequenceModel) and isinstance(inputs, Tensor) and _is_large(model):
         return model.loss(inputs, targets, state, reset=reset, reduction=reduction, ignore_index=IGNORED)
     logits, state = call(model, inputs, state, reset)

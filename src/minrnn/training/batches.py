@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from minrnn.distributed import Ranks
-from minrnn.tasks import Batch, Task
+from minrnn.tasks import Batch, Task, TokenTask
 from minrnn.training.config import TrainConfig
 
 
@@ -16,20 +16,29 @@ class Batches:
         task: the task.
         settings: the sizes of batches, and how the text is read.
         ranks: the ranks of the run.
+        least_steps: fewest steps of a part of a sequence.
 
     Raises:
-        ValueError: a rank would have no row.
+        ValueError: a rank would have no row, or no target.
     """
 
-    def __init__(self, task: Task, settings: TrainConfig, ranks: Ranks) -> None:
+    def __init__(self, task: Task, settings: TrainConfig, ranks: Ranks, least_steps: int = 1) -> None:
         self._task, self._settings, self._ranks = task, settings, ranks
         self._fresh = settings.fresh_windows if settings.carry_state else 0
         self._rows = settings.batch_size - self._fresh  # of the batch whose state is carried, if one is
-        if self._rows < ranks.size:
+        self._least_steps = least_steps
+        self._length = 0  # steps of a whole sequence, where they are divided
+        if self._rows < ranks.row_groups:
             streams = " without the windows of train.fresh_share" if self._fresh else ""
+            each = " for each sequence's" if ranks.sequence_ranks > 1 else ""
             raise ValueError(
-                f"train.batch_size{streams} must be at least {ranks.size}, the number of ranks, got "
-                f"{self._rows}"
+                f"train.batch_size{streams} must be at least {ranks.row_groups}, the number of ranks{each}, "
+                f"got {self._rows}"
+            )
+        if ranks.sequence_ranks > 1 and (task.ignores_targets or not isinstance(task, TokenTask)):
+            raise ValueError(
+                "train.sequence_ranks must be 1 for a task in which only some steps have a target, got "
+                f"{ranks.sequence_ranks}: a rank's steps might have none"
             )
 
     @property
@@ -38,18 +47,31 @@ class Batches:
         return self._rows
 
     def __call__(self, index: int) -> list[Batch]:
-        """Return this rank's rows for a backward pass: streams first if the run has any, then windows."""
+        """Return this rank's rows, or its steps of them: streams first if the run has any, then windows."""
         if self._ranks.size == 1:
             return self.whole(index)
         task, settings = self._task, self._settings
         rows = self._ranks.rows(self._rows)
         if not settings.carry_state:
-            return [task.batch_rows(index, self._rows, settings.seed, rows)]
+            return self._divided([task.batch_rows(index, self._rows, settings.seed, rows)])
         batches = [task.stream_rows(index, self._rows, rows)]
         fresh = self._ranks.rows(self._fresh, mirrored=True)
         if fresh.start < fresh.stop:
             batches.append(task.batch_rows(index, self._fresh, settings.seed, fresh))
-        return batches
+        return self._divided(batches)
+
+    def _divided(self, batches: list[Batch]) -> list[Batch]:
+        """Return this rank's steps of its rows."""
+        if self._ranks.sequence_ranks == 1:
+            return batches
+        self._length = batches[0].targets.shape[1]
+        if self._length // self._ranks.sequence_ranks < self._least_steps:
+            raise ValueError(
+                f"train.sequence_ranks must leave each rank at least {self._least_steps} of the "
+                f"{self._length} steps, which the model's convolutions read, got {self._ranks.sequence_ranks}"
+            )
+        steps = self._ranks.steps(self._length)
+        return [batch.steps(steps) for batch in batches]
 
     def whole(self, index: int) -> list[Batch]:
         """Return all rows for a backward pass."""
@@ -61,8 +83,8 @@ class Batches:
 
     def targets(self, batches: Sequence[Batch]) -> int:
         """Return the number of targets of a backward pass on all ranks, ignored ones included."""
-        sizes = (self._rows, self._fresh)[: 1 + bool(self._fresh)]
-        return sum(rows * batches[0].targets.shape[1] for rows in sizes)
+        length = self._length or batches[0].targets.shape[1]
+        return (self._rows + self._fresh) * length
 
     def weights(self, batches: Sequence[Batch]) -> list[float]:
         """Return the factors by which the mean losses of this rank's batches enter its loss.

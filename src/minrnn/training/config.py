@@ -50,7 +50,7 @@ BOUNDS = {
         ("warmup_steps", "eval_every", "eval_tokens", "final_eval_tokens", "checkpoint_every"),
         (0, MOST_STEPS),
     ),
-    **dict.fromkeys(("batch_size", "accumulate"), (1, MOST_SEQUENCES)),
+    **dict.fromkeys(("batch_size", "accumulate", "sequence_ranks"), (1, MOST_SEQUENCES)),
     "seed": (0, MOST_SEEDS - 1),
     "threads": (0, MOST_THREADS),
     "timeout": (1, 1 << 20),
@@ -114,6 +114,8 @@ class TrainConfig:
     """Device for training: auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     threads: int = 0
     """CPU threads, divided among the ranks of a machine (0: torch's default)."""
+    sequence_ranks: int = 1
+    """Ranks that share each sequence: consecutive parts of its steps. The others share the batch's rows."""
     timeout: int = 600
     """Seconds that a rank waits for the others before the run ends with an error."""
 

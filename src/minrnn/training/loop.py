@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minrnn.distributed import ALONE, Ranks
 from minrnn.files import claim, find_directory, recover_directory, write_json
 from minrnn.files.claims import LOCK_FILE
+from minrnn.mixers.convolution import CausalConv
 from minrnn.models import map_state, save_checkpoint
 from minrnn.ops import engines
 from minrnn.tasks import make_task
@@ -154,6 +155,7 @@ class Run:
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, log: RunLog, ranks: Ranks = ALONE) -> None:
+        ranks = ranks.sharing(config.train.sequence_ranks)
         self.settings, self.run_dir, self.log, self.ranks = config.train, run_dir, log, ranks
         # Set even if unchanged: this stops MKL from using fewer threads under load, which would change the
         # order of its sums, and with it the last bits of a resumed run.
@@ -165,8 +167,8 @@ class Run:
         self.task = ranks.in_order("task", lambda: make_task(config.task))
         self.config = dataclasses.replace(config, model=self.task.model_config(config.model))
         self.model = self.task.make_model(self.config.model).to(self.device)
+        self._batches = Batches(self.task, self.settings, ranks, _least_steps(self.model))
         self._replica = ranks.replicate(self.model)
-        self._batches = Batches(self.task, self.settings, ranks)
         if self.settings.compile and ranks.size > 1:
             raise ValueError(f"train.compile must be off with several ranks, got {ranks.size} ranks")
         self._compilation = Compilation(self.model) if self.settings.compile else None
@@ -458,6 +460,11 @@ class Run:
             "vocabulary": self.task.saved_vocabulary,
             "corpus": self.task.sha256,
         }
+
+
+def _least_steps(model: nn.Module) -> int:
+    """Return the fewest steps of a part of a sequence: the window of every convolution lies in one part."""
+    return max([1, *(each.width - 1 for each in model.modules() if isinstance(each, CausalConv))])
 
 
 def _count(number: int, thing: str) -> str:

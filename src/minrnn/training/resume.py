@@ -33,6 +33,7 @@ CHANGEABLE = frozenset(
         "compile",
         "device",
         "threads",
+        "sequence_ranks",
         "timeout",
     }
 )
