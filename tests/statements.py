@@ -505,6 +505,11 @@ DEFINITIONS: dict[str, list[tuple[str, str]]] = {
         ("`forget_bias` (1.0)", "a default"),
         ("nears overflow (1e36)", "a threshold"),
     ],
+    "docs/transformers.md": [
+        ("since transformers 5.24 `cache`", "a version"),
+        ("(above 50 GB)", "transformers' setting"),
+        ("transformers 5.17 and 5.24", "versions"),
+    ],
     "docs/distributed.md": [
         ("a checkpoint 120 seconds before", "the setting"),
         ("300 GB/s between the GPUs of a machine", "an assumption of the model of costs"),
