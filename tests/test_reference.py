@@ -21,9 +21,12 @@ ROOMS = {
     "models": "models",
     "tasks": "tasks",
     "training": "training",
+    "distributed": "distributed",
     "export": "export",
 }
 """The reference's pages, and the subpackage that each is about."""
+EXTRAS = "integrations"
+"""The page of modules that are imported by themselves, where what they are for is installed."""
 
 DIRECTIVE = re.compile(r"^\.\. (auto\w+):: (\S+)$", re.MULTILINE)
 
@@ -63,8 +66,8 @@ def test_every_name_of_the_package_itself_is_there() -> None:
 
 
 def test_every_page_of_the_reference_is_in_its_list() -> None:
-    assert re.findall(r"^   (\w+)$", PAGES["index"], re.MULTILINE) == list(ROOMS)
-    assert PAGES.keys() == {"index", *ROOMS}
+    assert re.findall(r"^   (\w+)$", PAGES["index"], re.MULTILINE) == [*ROOMS, EXTRAS]
+    assert PAGES.keys() == {"index", *ROOMS, EXTRAS}
 
 
 @pytest.mark.parametrize("page", ROOMS)
