@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import sys
@@ -189,6 +190,13 @@ def test_sample(
     assert main(["sample", "run"]) == 0
     assert capsys.readouterr().out == "d\n"  # a prompt that nobody gave is not shown
     assert calls.of["load"][0][1] == "best"
+
+
+def test_sample_replaces_what_a_terminal_cannot_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    sample._write("né")
+    assert shown.getvalue() == b"n?"
 
 
 class Chosen(Exception):  # noqa: N818 - ends what was started as soon as it has been looked at
