@@ -87,9 +87,9 @@ def prompt_ids(vocabulary: Vocabulary, prompt: str) -> list[int]:
 
     Where documents are joined, there is no such token, and a first symbol takes the place of an empty prompt.
     """
-    if vocabulary.end_of_text is None:
-        return vocabulary.encode(prompt or default_prompt(vocabulary, PROMPTS)).tolist()
-    return [vocabulary.end_of_text, *vocabulary.encode(prompt).tolist()]
+    if vocabulary.end_of_text is None and not prompt:
+        prompt = default_prompt(vocabulary, PROMPTS)
+    return vocabulary.encode_beginning(prompt)
 
 
 def default_prompt(vocabulary: Vocabulary, prompts: Sequence[str]) -> str:

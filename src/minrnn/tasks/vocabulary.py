@@ -64,6 +64,15 @@ class Vocabulary(ABC):
     def encode(self, text: str) -> NDArray[np.int64]:
         """Return the ids of `text`, (T,); raise ValueError naming the characters that have none."""
 
+    def encode_beginning(self, text: str) -> list[int]:
+        """Return the ids of `text` as the beginning of a document: after END_OF_TEXT, if there is one.
+
+        >>> ByteVocabulary().encode_beginning("né")
+        [256, 110, 195, 169]
+        """
+        ids: list[int] = self.encode(text).tolist()
+        return ids if self.end_of_text is None else [self.end_of_text, *ids]
+
     @abstractmethod
     def decode(self, ids: ArrayLike) -> str:
         """Return the text of `ids`, (T,); raise ValueError for an id outside 0 .. V - 1."""
