@@ -232,6 +232,27 @@ def test_options_of_files_have_no_effect_on_directories(
 
 
 @package_warnings
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--harness-folder tasks", "harness_folder has no effect with harness=''"),
+        ("--harness-shots 2", "harness_shots=2 has no effect with harness=''"),
+        ("--harness-limit 3", "harness_limit=3 has no effect with harness=''"),
+        ("--harness piqa --window 7", "window=7 has no effect with harness='piqa'"),
+        ("--harness piqa --max-tokens 9", "max_tokens=9 has no effect with harness='piqa'"),
+        ("--harness piqa --harness-folder tasks --harness-shots 2 --harness-limit 3", ""),
+        ("--window 7 --max-tokens 9", ""),
+    ],
+)
+def test_options_of_evaluate_without_effect(
+    options: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(tmp_path / "nowhere"), *options.split()]) != 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
+    assert said == ([f"minrnn: warning: EvaluateCommand: {expected}"] if expected else [])
+
+
+@package_warnings
 def test_commands_show_a_warning_once_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.txt").write_text("to be or not to be, that is the question\n" * 40)
     run = tmp_path / "run"

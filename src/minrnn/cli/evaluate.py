@@ -98,11 +98,16 @@ def run(args: Sequence[str]) -> int:
     table = Table("metric", "value", title=str(command.run))
     for name, value in results.items():
         table.add_row(name, _shown(value))
-    try:
-        write_json(command.run / "evaluation.json", {**results, **provenance(device)})
-    finally:  # print the metrics even if the run directory is read-only
-        console.print(table)
+    _report(command.run / "evaluation.json", {**results, **provenance(device)}, table, console)
     return 0
+
+
+def _report(path: Path, record: dict[str, object], table: Table, console: Output) -> None:
+    """Write a record, and print a table of it, even if the run directory is read-only."""
+    try:
+        write_json(path, record)
+    finally:
+        console.print(table)
 
 
 def _shown(value: object) -> str:
@@ -131,8 +136,5 @@ def _run_harness(command: EvaluateCommand, trained: Trained, device: torch.devic
                 table.add_row(task, name, _shown(value))
     settings = {"checkpoint": command.checkpoint, "step": step, "shots": command.harness_shots}
     record = {**settings, "limit": command.harness_limit, "tasks": found, **provenance(device)}
-    try:
-        write_json(command.run / "harness.json", record)
-    finally:
-        Output().print(table)
+    _report(command.run / "harness.json", record, table, Output())
     return 0

@@ -14,6 +14,7 @@ from torch.nn import functional
 from minrnn.models import SequenceModel, generate
 from minrnn.models.sequence import ModelState
 from minrnn.tasks import Vocabulary
+from minrnn.tasks.task import device_of, evaluation_mode
 
 try:
     import lm_eval
@@ -80,14 +81,15 @@ class HarnessModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
         """Return the tokens of a text, after that of a document's start if there is one."""
-        end, ids = self.vocabulary.end_of_text, self.vocabulary.encode(string).tolist()
-        return ids if end is None or add_special_tokens is False else [end, *ids]
+        if add_special_tokens is False:
+            ids: list[int] = self.vocabulary.encode(string).tolist()
+            return ids
+        return self.vocabulary.encode_beginning(string)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each text, read as a document."""
-        rows = []
-        for request in requests:
-            rows.append(Row([self.eot_token_id, *self.tok_encode(request.args[0], False)], 1))
+        start = self.eot_token_id
+        rows = [Row([start, *self.tok_encode(request.args[0], False)], 1) for request in requests]
         return [total for total, _ in self._score(rows)]
 
     def _loglikelihood_tokens(
@@ -106,21 +108,18 @@ class HarnessModel(TemplateLM):
 
     @torch.inference_mode()
     def _score_batch(self, rows: Sequence[Row]) -> list[tuple[float, bool]]:
+        device = device_of(self.model)
         totals = torch.zeros(len(rows), dtype=torch.float64)
         greedy = torch.ones(len(rows), dtype=torch.bool)
         state: ModelState | None = None
         for inputs, targets, scored in _chunks(rows):
-            logits, state = self.model(inputs.to(self._place), state)
+            logits, state = self.model(inputs.to(device), state)
             nats = functional.cross_entropy(
-                logits.transpose(1, 2).float(), targets.to(self._place), reduction="none"
+                logits.transpose(1, 2).float(), targets.to(device), reduction="none"
             )
             totals -= nats.cpu().double().masked_fill(~scored, 0).sum(1)
             greedy &= ((logits.argmax(-1).cpu() == targets) | ~scored).all(1)
         return list(zip(totals.tolist(), greedy.tolist(), strict=True))
-
-    @property
-    def _place(self) -> torch.device:
-        return next(self.model.parameters()).device
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return a continuation of each context, up to the first stop string or the document's end."""
@@ -132,7 +131,7 @@ class HarnessModel(TemplateLM):
         end, text = self.vocabulary.end_of_text, ""
         tokens = generate(
             self.model,
-            torch.tensor([self.tok_encode(context)], device=self._place),
+            torch.tensor([self.tok_encode(context)], device=device_of(self.model)),
             int(settings.get("max_gen_toks", MOST_GENERATED)),
             temperature=float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0,
             end=end,
@@ -189,10 +188,9 @@ def evaluate(
         ValueError: a task is unknown, or needs what the model cannot do.
     """
     manager = _find(tasks, folder)
-    was_training = model.training
-    try:
+    with evaluation_mode(model):
         found = lm_eval.simple_evaluate(
-            model=HarnessModel(model.eval(), vocabulary),
+            model=HarnessModel(model, vocabulary),
             tasks=list(tasks),
             num_fewshot=shots,
             limit=limit,
@@ -200,8 +198,6 @@ def evaluate(
             log_samples=False,
             bootstrap_iters=BOOTSTRAPS,
         )
-    finally:
-        model.train(was_training)
     assert found is not None  # None on other ranks than the first
     return {name: dict(metrics) for name, metrics in {**found["results"], **found.get("groups", {})}.items()}
 

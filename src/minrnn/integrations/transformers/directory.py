@@ -19,6 +19,7 @@ from minrnn.models import SequenceModel, load_checkpoint
 from minrnn.models.checkpoint import TENSORS_FILE, make_readable
 from minrnn.models.pretrained import TABLE_VERSION
 from minrnn.tasks import Vocabulary
+from minrnn.tasks.task import evaluation_mode
 from minrnn.training import RunConfig, Trained
 
 CHECKED = 16
@@ -105,9 +106,8 @@ def _check(folder: Path, model: SequenceModel, vocabulary: Vocabulary | None) ->
         RuntimeError: it differs.
     """
     tokens = torch.arange(CHECKED)[None] % model.config.vocab_size
-    mode = model.training
-    expected, _ = model.eval()(tokens)
-    model.train(mode)
+    with evaluation_mode(model):
+        expected, _ = model(tokens)
     theirs = AutoModelForCausalLM.from_pretrained(os.fspath(folder)).eval()
     ours, _ = load_checkpoint(folder)
     read = (theirs(tokens).logits, ours.eval()(tokens)[0])
