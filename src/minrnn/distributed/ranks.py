@@ -81,7 +81,7 @@ class Ranks:
         if mirrored:
             end = self.rows(count, rank=self.size - 1 - rank)
             return slice(count - end.stop, count - end.start)
-        return _share(count, rank // self.sequence_ranks, self.row_groups)
+        return share(count, rank // self.sequence_ranks, self.row_groups)
 
     def steps(self, count: int) -> slice:
         """Return the steps of its sequences that this rank computes; their numbers differ by at most one.
@@ -89,7 +89,7 @@ class Ranks:
         Args:
             count: number of steps of a whole sequence.
         """
-        return _share(count, self.rank % self.sequence_ranks, self.sequence_ranks)
+        return share(count, self.rank % self.sequence_ranks, self.sequence_ranks)
 
     def mine(self, index: int) -> bool:
         """Whether this rank computes the item of this index, of those that are dealt out in turn."""
@@ -170,8 +170,8 @@ class Ranks:
         """Seed torch's generators for a step, differently on every rank."""
 
 
-def _share(count: int, index: int, parts: int) -> slice:
-    """Return one of the parts into which a range is divided."""
+def share(count: int, index: int, parts: int) -> slice:
+    """Return one of the parts into which a range is divided; their sizes differ by at most one."""
     return slice(count * index // parts, count * (index + 1) // parts)
 
 

@@ -7,6 +7,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from minrnn.distributed.ranks import share
 from minrnn.mixers.sharded import shard
 
 M = TypeVar("M", bound=nn.Module)
@@ -25,8 +26,8 @@ def sequence_parallel(model: M, mesh: DeviceMesh) -> M:
     ranks' losses with respect to this rank's parameters: they are to be summed over the ranks; or averaged,
     as DistributedDataParallel does, where each loss is multiplied by the number of ranks.
 
-    Supported are minGRU, minLSTM and minEMA, layers and mixers, and their convolution. torch's own RNNs and
-    attention are refused.
+    Supported are minGRU, minLSTM and minEMA, layers and mixers, Aaren, S4D and Mamba, and their convolution.
+    torch's own RNNs and attention are refused.
 
     Args:
         model: a model or layer; what does not mix steps may be anything.
@@ -57,8 +58,8 @@ def shard_sequence(x: Tensor, mesh: DeviceMesh, dim: int = 1) -> Tensor:
     size, rank, T = _check(mesh).size(), mesh.get_local_rank(), x.shape[dim]
     if size > T:
         raise ValueError(f"shard_sequence: x must have at least {size} steps, the number of ranks, got {T}")
-    start, stop = T * rank // size, T * (rank + 1) // size
-    return x.narrow(dim, start, stop - start)
+    part = share(T, rank, size)
+    return x.narrow(dim, part.start, part.stop - part.start)
 
 
 def _check(mesh: DeviceMesh) -> DeviceMesh:
