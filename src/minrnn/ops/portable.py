@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -47,13 +47,10 @@ def forward(
     reverse: bool,
 ) -> Tensor:
     """Compute `reference.forward`."""
-    record, parts, dtype = GATES[gate], split(gate, pre), state_dtype(pre[0].dtype)
+    parts, dtype = split(gate, pre), state_dtype(pre[0].dtype)
     passes, steps = ThreePasses(parts[0], dtype, over_steps, h0, reset, reverse=reverse), []
     for block in passes.blocks:
-        some = [x[:, block.times].to(dtype) for x in parts]
-        shares = record.shares(*some)
-        b = record.term(_CANDIDATES[candidate], shares.update, *some)
-        a, loss = shares.decay(signed)
+        a, loss, b = _recurrence(parts, block.times, dtype, gate, candidate, signed)
         passes.add(block, a, loss, b)
         steps.append((block, a, b))
     passes.join()
@@ -64,6 +61,16 @@ def forward(
         else:
             h[:, block.times] = passes.walk(block, a, b, out=b)
     return h
+
+
+def _recurrence(
+    parts: Sequence[Tensor], times: slice, dtype: torch.dtype, gate: str, candidate: str, signed: bool
+) -> Recurrence:
+    """Compute the recurrence of some steps from their pre-activations."""
+    some = [x[:, times].to(dtype) for x in parts]
+    shares = GATES[gate].shares(*some)
+    b = GATES[gate].term(_CANDIDATES[candidate], shares.update, *some)
+    return *shares.decay(signed), b
 
 
 def backward(
@@ -102,12 +109,10 @@ def prefix(
     pre: list[Tensor], reset: Tensor | None, gate: str, candidate: str, signed: bool, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute `reference.prefix` from as many of the last steps as determine it, as the compiled engine."""
-    dtype, record, parts = state_dtype(pre[0].dtype), GATES[gate], split(gate, pre)
+    parts, dtype = split(gate, pre), state_dtype(pre[0].dtype)
 
     def recurrence(times: slice) -> Recurrence:
-        some = [x[:, times].to(dtype) for x in parts]
-        shares = record.shares(*some)
-        return *shares.decay(signed), record.term(_CANDIDATES[candidate], shares.update, *some)
+        return _recurrence(parts, times, dtype, gate, candidate, signed)
 
     return _prefix(recurrence, over_steps, parts[0], dtype, reset, reverse=reverse)
 
