@@ -39,13 +39,6 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    path = tmp_path / "squares.txt"
-    path.write_text("".join(f"{n} times {n} is {n * n}.\n" for n in range(200)), encoding="utf-8")
-    return path
-
-
 def be_rank(rank: int, config: RunConfig, run_dir: Path, store: str) -> None:
     """Train, or go on, as one of two ranks."""
     from torch.distributed import FileStore

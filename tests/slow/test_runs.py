@@ -75,13 +75,6 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    path = tmp_path / "squares.txt"
-    path.write_text("".join(f"{n} times {n} is {n * n}.\n" for n in range(200)), encoding="utf-8")
-    return path
-
-
 def config_of(corpus: Path, **settings: Any) -> RunConfig:
     """A short run that carries a state and drops out, saves and evaluates all the time."""
     schedule = {"log_every": 2, "eval_every": 5, "checkpoint_every": 3, "eval_tokens": 100}
