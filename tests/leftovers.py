@@ -9,7 +9,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +39,8 @@ SIGNALS = ("SIGHUP", "SIGINT", "SIGTERM", "SIGPIPE", "SIGUSR1", "SIGXFSZ")
 TABLES = "minrnn."
 """Of these modules every dict in capitals is a table, which tests add to or take from."""
 
+_matching: dict[str, tuple[Any, list[str]]] = {}
+
 
 def shared_state() -> State:
     """Return what a test could leave changed, by name; of libraries, where they are imported."""
@@ -50,15 +52,39 @@ def shared_state() -> State:
     for name, settings in SETTINGS.items():
         if module := sys.modules.get(name):
             state |= {f"{name}.{setting}": attrgetter(setting)(module)() for setting in settings}
-    found: dict[int, str] = {}  # the same table has as many names as modules import it
-    for name, module in list(sys.modules.items()):
-        if name.startswith(TABLES):
+    seen = set()  # the same table has as many names as modules import it
+    for name in modules():
+        if module := sys.modules.get(name):
             state[f"the module {name}"] = module
-            for key, value in vars(module).items() if module else ():
-                if key.isupper() and type(value) is dict and id(value) not in found:
-                    found[id(value)] = f"{name}.{key}"
-                    state[f"{name}.{key}"] = dict(value)
+            for key in capitals(module):
+                table = getattr(module, key)
+                if type(table) is dict and id(table) not in seen:
+                    seen.add(id(table))
+                    state[f"{name}.{key}"] = dict(table)
     return state
+
+
+# Both are asked for before and after each test, which may take less time than to look through all names. They
+# look again where the number of names has changed, or the last of them.
+
+
+def modules() -> list[str]:
+    """Return the names of minrnn's modules that are imported."""
+    return matching("", sys.modules, lambda name: name.startswith(TABLES))
+
+
+def capitals(module: ModuleType) -> list[str]:
+    """Return what a module calls in capitals."""
+    return matching(module.__name__, vars(module), str.isupper)
+
+
+def matching(place: str, names: dict[str, Any], wanted: Callable[[str], bool]) -> list[str]:
+    state = id(names), len(names), next(reversed(names), "")
+    before, found = _matching.get(place, (None, []))
+    if before != state:
+        found = [name for name in list(names) if wanted(name)]
+        _matching[place] = state, found
+    return found
 
 
 def differences(before: State, after: State) -> set[str]:
@@ -78,7 +104,7 @@ def seed(number: int = 0) -> None:
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed(number)
     if torch := sys.modules.get("torch"):
-        torch.manual_seed(number)
+        torch.default_generator.manual_seed(number)  # torch.manual_seed notes where it was called, for CUDA
 
 
 def module_of(item: pytest.Item) -> str:

@@ -39,7 +39,8 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 def test_is_the_reference(gate: str, candidate: str, dtype: torch.dtype, reverse: bool) -> None:
     for T in LENGTHS:
         pre, h0, reset, dh = inputs(gate, 2, T, 5, dtype)
-        for start, forget in ((h0, reset), (None, None), (h0, None), (None, reset)):
+        fewer = [(None, None), (h0, None), (None, reset)] if dtype == torch.float32 else []
+        for start, forget in [(h0, reset), *fewer]:
             laws.compare(portable, pre, start, forget, dh, *mode(gate, candidate, reverse))
 
 
