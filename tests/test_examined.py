@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,6 @@ from minrnn.experiments import (
     listops,
     locomotion,
     selective_copying,
-    shakespeare,
     trained,
 )
 from minrnn.experiments.experiment import Choice, Experiment, Trial, Workplace
@@ -25,7 +25,7 @@ from minrnn.experiments.trained import TrainedExperiment
 from minrnn.training import RunConfig
 
 TRAINED = [name for name, entry in EXPERIMENTS.items() if isinstance(entry.load(), TrainedExperiment)]
-WEIGHTS = dict.fromkeys(TRAINED, "best") | {"shakespeare-cpu": "last"}
+WEIGHTS = dict.fromkeys(TRAINED, "best") | dict.fromkeys(("shakespeare-cpu", "documents"), "last")
 """The weights that each experiment's section names: nanoGPT's recipe for a CPU alone has the last ones."""
 
 MODEL: Any = object()
@@ -64,7 +64,7 @@ class Spy:
 def test_all_trained_experiments_are_known() -> None:
     assert [
         *("selective-copying", "stability", "shakespeare", "shakespeare-best", "shakespeare-cpu"),
-        *("formal-languages", "listops", "locomotion"),
+        *("documents", "formal-languages", "listops", "locomotion"),
     ] == TRAINED
 
 
@@ -114,13 +114,14 @@ HELD_OUT = {
     "shakespeare": (0.1, "validation"),  # of the nine tenths, and the last tenth is the test
     "shakespeare-best": (pytest.approx(1 / 9), "test"),  # the last tenth chooses, and the ninth is the test
     "shakespeare-cpu": (0.0, "validation"),
+    "documents": (0.0, "validation"),
 }
 
 
 @pytest.mark.parametrize("scale", ["cpu", "paper", "tiny"])
 @pytest.mark.parametrize("name", TRAINED)
 def test_weights_are_chosen_on_validation_data(name: str, scale: Any) -> None:
-    """A run never sees the part that is reported; only shakespeare-cpu, which chooses no weights, does."""
+    """A run never sees the part that is reported; only where no weights are chosen does it."""
     if name == "locomotion":
         return  # its episodes that are held out choose, and those that are played are reported
     for trial in EXPERIMENTS[name].load().trials(Choice(scale)):
@@ -177,6 +178,7 @@ def test_listops_is_reported_on_test_expressions(monkeypatch: pytest.MonkeyPatch
         ("shakespeare", {"part": "test"}, 256),
         ("shakespeare-best", {"part": "test"}, 256),
         ("shakespeare-cpu", {"window": 64}, 64),
+        ("documents", {}, 256),
     ],
 )
 def test_texts_are_reported_on_their_part(
@@ -184,9 +186,9 @@ def test_texts_are_reported_on_their_part(
 ) -> None:
     length = {"window": 1024} if name == "shakespeare-cpu" else {}  # longer than what is published beside it
     config = config_of(name).override(task=length)
-    spy = Spy(monkeypatch, shakespeare, "TextTask")
     experiment = EXPERIMENTS[name].load()
     assert isinstance(experiment, TrainedExperiment)
+    spy = Spy(monkeypatch, sys.modules[type(experiment).__module__], "TextTask")
     found = experiment.examine(MODEL, config, experiment.sizes["cpu"])
     assert spy.configs == [dataclasses.replace(config.task, **changed)]
     assert spy.configs[0].window == window

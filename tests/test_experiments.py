@@ -125,8 +125,8 @@ def published_in(value: Any) -> Iterator[Published]:
             yield from published_in(part)
 
 
-SINGLE = {"shakespeare-best"}
-"""One run of our best and one of a rival: no table of mixers and seeds."""
+SINGLE = {"shakespeare-best", "documents"}
+"""No table of mixers: one run of our best and one of a rival; ways to read text with one mixer."""
 
 # --- the table of experiments ----------------------------------------------------------------------------
 

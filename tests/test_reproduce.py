@@ -24,6 +24,7 @@ CHOSEN = {
     "shakespeare": ("mingru", "minlstm", "transformer"),
     "shakespeare-best": ("mingru", "transformer"),
     "shakespeare-cpu": ("mingru", "attention"),
+    "documents": ("mingru",),
     "formal-languages": ("mingru", "gru"),
     "listops": ("minlstm", "gru"),
     "locomotion": ("mingru", "attention", "bc"),

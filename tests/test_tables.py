@@ -316,6 +316,26 @@ def test_our_best_run_beside_nanogpts() -> None:
     ]
 
 
+def test_ways_to_read_the_same_text() -> None:
+    def run(reads: str, seed: int, bits: float, seconds: float) -> Record:
+        return record(
+            {"mixer": "mingru", "reads": reads, "seed": seed},
+            parameters=1_234_567,
+            tokens=1_640_000,
+            training_seconds=seconds,
+            bits_per_byte=9.0,
+            test={"bits_per_byte": bits, "val_loss": 9.0},
+        )
+
+    runs = [run("bytes", 0, 2.0, 60.0), run("bytes", 1, 2.2, 120.0), run("4,096 subwords", 0, 1.75, 90.0)]
+    (table,) = tables_of("documents", runs)
+    assert list(table.head)[3:] == ["bits a byte", "tokens trained on", "minutes of training"]
+    assert rows_of(table) == [
+        ["bytes", "1,234,567", "2", "**2.100 ± 0.141**", "1.6 M", "1.5 ± 0.7"],
+        ["4,096 subwords", "1,234,567", "1", "**1.750**", "1.6 M", "1.5"],
+    ]
+
+
 def cpu_run(mixer: str, seed: int, carried: float, seconds: float) -> dict[str, Any]:
     """Return results.json of an earlier run."""
     return {

@@ -40,6 +40,11 @@ EXPERIMENTS: dict[str, Entry] = {
         "the recipe shakespeare-cpu for every mixer, with nanoGPT's budget for a CPU",
         "CPU",
     ),
+    "documents": Entry(
+        "minrnn.experiments.documents",
+        "beyond the paper",
+        "documents with resets or joined, bytes or subwords: bits a byte",
+    ),
     "formal-languages": Entry(
         "minrnn.experiments.formal_languages",
         "table 4, Chomsky hierarchy",
