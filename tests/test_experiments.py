@@ -262,6 +262,14 @@ def test_a_recipe_for_several_mixers_is_the_recipe() -> None:
         assert RunConfig.from_dict(trial.config) == recipe
 
 
+def test_documents_are_read_by_two_recipes_and_joined() -> None:
+    demo, subwords = load_recipe("demo"), load_recipe("python-bpe")
+    expected = {"bytes": demo, "joined": demo.override(task={"documents": "joined"}), "subwords": subwords}
+    for trial in EXPERIMENTS["documents"].load().trials(Choice("cpu")):
+        recipe = expected[trial.name.split("-")[0]].override(train={"seed": trial.setting["seed"]})
+        assert RunConfig.from_dict(trial.config) == recipe
+
+
 def test_settings_of_a_scale_come_after_those_of_all_scales_and_after_the_recipes() -> None:
     experiment = SelectiveCopying()
     experiment.common_train = {"steps": 5, "learning_rate": 0.5, "precision": "bfloat16-products"}
