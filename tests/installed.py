@@ -29,6 +29,7 @@ COMMANDS = [
     "evaluate first --max-tokens 50 --device cpu",
     f"train listops --task.num-train 20 --task.num-validation 5 --task.num-test 5 {TINY} --run second",
     "engines",
+    "plan demo --model.d-model 8 --ranks 1 2",
     "reproduce --list",
     "reproduce selective-copying --scale tiny --mixers mingru",
 ]

@@ -38,6 +38,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "make-data": Command("minrnn.cli.make_data", "train a policy in an environment and record its episodes"),
     "engines": Command("minrnn.cli.engines", "list the engines and their devices"),
+    "plan": Command("minrnn.cli.plan", "compute what training on many GPUs would cost"),
     "bench": Command("minrnn.cli.bench", "time and check engines and layers against other implementations"),
     "reproduce": Command("minrnn.cli.reproduce", "reproduce the paper's tables and figures"),
 }

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 
 __all__ = [
+    "FakeTensorMode",
     "SingleLevelFunction",
     "add_batch_dim",
     "associative_scan",
