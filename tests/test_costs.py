@@ -97,7 +97,7 @@ def test_the_command_prints_a_line_for_each_number_of_gpus(capsys: pytest.Captur
 
 
 def test_the_batch_may_grow_with_the_gpus(capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--model.d-model", "16", "--model.num-layers", "2", "--ranks", "2", "8"]
+    sizes = ["--model.d-model", "16", "--model.num-layers", "2", "--ranks", "2", "16"]
     main(["plan", "demo", *sizes, "--rows-per-rank", "1"])
     grown = capsys.readouterr().out
     assert [line.split("│")[2].strip() for line in grown.splitlines() if line.startswith("│")] == ["1", "1"]

@@ -137,13 +137,12 @@ def work_of(config: ModelConfig, rows: int, T: int) -> Work:
 
 
 def _kept(model: SequenceModel, length: int) -> int:
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    """Return the bytes that a step keeps of a sequence, and those of the weights, whatever its length."""
     found: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        if storage._cdata not in own:
-            found[storage._cdata] = storage.nbytes()
+        found[storage._cdata] = storage.nbytes()
         return x
 
     tokens = torch.zeros(1, length, dtype=torch.long)
