@@ -145,7 +145,7 @@ class DataSet:
         stated = (self._builder.info.splits or {}).get(split)
         if stated is not None and stated.num_bytes:
             return int(stated.num_bytes)
-        from huggingface_hub import HfFileSystem  # the package datasets brings it along
+        from huggingface_hub import HfFileSystem
 
         files = HfFileSystem()
         with _in_one_line(self.name):
@@ -171,12 +171,13 @@ def find_data_set(source: str, *, is_joined: bool, column: str) -> DataSet:
 def _in_one_line(name: str) -> Iterator[None]:
     """Turn the errors of the package datasets into a line each: what is wrong there, or out of reach."""
     from datasets.exceptions import DatasetsError
+    from huggingface_hub.utils import httpx
 
     try:
         yield
     except (FileNotFoundError, DatasetsError, ValueError, RuntimeError) as error:
         raise ValueError(f"find_corpus: {name!r} cannot be read: {_line(error)}") from error
-    except OSError as error:
+    except (OSError, httpx.HTTPError) as error:
         raise UnreachableError(f"{name!r} cannot be reached: {_line(error)}") from error
 
 

@@ -56,7 +56,9 @@ class Tokens(NamedTuple):
     """Digest of the ids, which the caller completes."""
 
 
-def write_tokens(folder: Path, corpus: Documents, vocabulary: str | Vocabulary, vocab_size: int = 0) -> Tokens:
+def write_tokens(
+    folder: Path, corpus: Documents, vocabulary: str | Vocabulary, vocab_size: int = 0
+) -> Tokens:
     """Write the token ids of a corpus, training then validation, to `folder / IDS`.
 
     Args:
