@@ -234,7 +234,7 @@ def test_killed_and_resumed_the_bytes_are_the_same(
     kill_after(13, lambda: read(source))
     hub.is_failing = True
     monkeypatch.setattr("datasets.config.STREAMING_READ_MAX_RETRIES", 1)
-    with pytest.raises(UnreachableError, match="^'hf://datasets/me/some' cannot be reached: .*403"):
+    with pytest.raises(UnreachableError, match=r"^'hf://datasets/me/some' cannot be reached: .*403"):
         read(source)
     hub.is_failing = False
     hub.delivered()
@@ -285,7 +285,7 @@ def test_a_data_set_without_training_part_is_refused(hub: Hub, tmp_path: Path) -
 def test_a_damaged_file_is_named_with_its_data_set(hub: Hub, tmp_path: Path) -> None:
     source = publish(hub, tmp_path / "set", in_shards())
     (tmp_path / "set" / "data" / "train-00002-of-00004.parquet").write_bytes(b"PAR1 and nothing else")
-    with pytest.raises(ValueError, match="^find_corpus: 'hf://datasets/me/some' cannot be read: .*arquet"):
+    with pytest.raises(ValueError, match=r"^find_corpus: 'hf://datasets/me/some' cannot be read: .*arquet"):
         read(source)
 
 

@@ -303,8 +303,8 @@ def test_names_of_data_sets_have_a_form(name: str) -> None:
 
 
 def test_a_data_set_needs_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = find_corpus("hf://datasets/some/text@refs/pr/1:part")
-    assert found.origin == "hf://datasets/some/text:part"
+    found = find_corpus("hf://datasets/some/text@refs/pr/1:part", is_joined=True, column="body")
+    assert (found.origin, found.is_joined, found.column) == ("hf://datasets/some/text:part", True, "body")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
         ImportError, match=r"text@refs/pr/1:part needs datasets, which is not installed; .*\[datasets\]"

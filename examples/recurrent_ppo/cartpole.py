@@ -57,12 +57,13 @@ def falling(value: float) -> Callable[[float], float]:
 def run(policy: str, seed: int, steps: int) -> dict[str, Any]:
     """Train an agent; return its returns while it learns and after, and its speed."""
     name, width, *others = policy.split(":")
+    sizes = {"lstm_hidden_size": int(width)} | ({"conv_width": int(others[0])} if others else {})
     model = RecurrentPPO(
         name,
         make_vec_env(without_speeds, ENVIRONMENTS, seed=seed),
         learning_rate=falling(1e-3),
         clip_range=falling(0.2),
-        policy_kwargs={"lstm_hidden_size": int(width)} | dict(zip(["conv_width"], map(int, others))),
+        policy_kwargs=sizes,
         seed=seed,
         device="cpu",
         **SETTINGS,

@@ -161,8 +161,8 @@ def find_data_set(source: str, *, is_joined: bool, column: str) -> DataSet:
     match = _FORM.fullmatch(source.removeprefix(PREFIX))
     if match is None:
         raise ValueError(
-            f"find_corpus: source must be {PREFIX}NAME, with @REVISION and :CONFIG after it where wanted, got "
-            f"{source!r}"
+            f"find_corpus: source must be {PREFIX}NAME, with @REVISION and :CONFIG after it where wanted, "
+            f"got {source!r}"
         )
     return DataSet(source, match["name"], match["revision"], match["config"], column, is_joined)
 
