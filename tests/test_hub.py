@@ -39,7 +39,7 @@ SIZES = """dataset_info:
     dtype: string
   splits:
   - name: train
-    num_bytes: 1234
+    num_bytes: 2
     num_examples: 1
 """
 
@@ -152,16 +152,26 @@ def test_a_subset_is_named_after_a_colon(hub: Hub, tmp_path: Path) -> None:
 
 def test_sizes_are_the_cards_or_the_files(hub: Hub, tmp_path: Path) -> None:
     source = in_subsets(hub, tmp_path / "set", SUBSETS + SIZES)
-    assert find_corpus(f"{source}:one").sizes == (1234,)
+    assert find_corpus(f"{source}:one").sizes == (2,)
     assert find_corpus(f"{source}:two").sizes == ((tmp_path / "set" / "two.jsonl").stat().st_size,)
     other = find_corpus(publish(hub, tmp_path / "other", in_shards(), "me/other"))
     size = sum(file.stat().st_size for file in (tmp_path / "other" / "data").iterdir())
     assert len(other.sizes) == 4
     assert size <= other.size < size + 4
-    assert {piece.place for piece in find_corpus(f"{source}:one").read(0)} == {3}
+    assert {piece.place for piece in find_corpus(f"{source}:one").read(0)} == {2}
     last = list(other.read(3))[-1]
     assert last.place == min(sum(len(text.encode()) for text in TEXTS[45:]), other.sizes[3])
     assert last.origin == "hf://datasets/me/other, train, shard 4, row 15"
+
+
+def test_columns_may_be_known_from_rows_only(hub: Hub, tmp_path: Path) -> None:
+    source = publish(hub, tmp_path / "set", {})
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "rows.json").write_text(json.dumps([{"id": 1, "text": text} for text in TEXTS]))
+    found = read(source)
+    assert sorted(split(found.train) + split(found.val)) == sorted(TEXTS)
+    with pytest.raises(ValueError, match="must have text in 'body', got id, text"):
+        read(source, column="body")
 
 
 # the cache

@@ -16,6 +16,7 @@ gymnasium = pytest.importorskip("gymnasium", reason="needs the extra rl")
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy  # noqa: E402
 
 from minrnn.integrations import sb3  # noqa: E402
+from minrnn.integrations.convolved import ConvolvedRNN, convolved  # noqa: E402
 
 POLICIES = {
     "MinGruPolicy": gymnasium.spaces.Box(-1, 1, (3,)),
@@ -67,9 +68,10 @@ def test_policies_learn_and_are_saved_and_loaded(name: str, width: int, tmp_path
     assert type(model.policy.features_extractor).__name__ == EXTRACTORS[name]
     layers = [model.policy.lstm_actor, model.policy.lstm_critic]
     for layer in layers:
-        assert isinstance(layer.rnn, MinGRU)
-        assert (layer.rnn.candidate, layer.rnn.num_layers, layer.hidden_size) == ("tanh", 2, 8)
-        assert (0 if layer.conv is None else layer.conv.width) == width
+        rnn = layer.inner.rnn if width else layer.inner
+        assert isinstance(rnn, MinGRU)
+        assert (rnn.candidate, rnn.num_layers, layer.hidden_size) == ("tanh", 2, 8)
+        assert width == 0 or layer.inner.conv.width == width
     held = {id(x) for group in model.policy.optimizer.param_groups for x in group["params"]}
     assert held == {id(x) for x in model.policy.parameters()}
     before = [x.detach().clone() for layer in layers for x in layer.parameters()]
@@ -94,10 +96,14 @@ def test_policies_learn_and_are_saved_and_loaded(name: str, width: int, tmp_path
     assert np.abs(states[0]).max() > 0
 
 
+def paired(*arguments: Any) -> sb3.PairedRNN:
+    return sb3.PairedRNN(convolved("test", *arguments))
+
+
 class StepByStep:
     """A layer as the library calls its LSTM: time first, without episode starts."""
 
-    def __init__(self, lstm: sb3.ConvolvedRNN) -> None:
+    def __init__(self, lstm: sb3.PairedRNN) -> None:
         self.lstm, self.input_size = lstm, lstm.input_size
 
     def __call__(self, x: torch.Tensor, states: Any) -> Any:
@@ -121,7 +127,7 @@ def test_a_sequence_is_the_steps_of_the_librarys_loop(
     bits = data.draw(st.lists(st.booleans(), min_size=count * steps, max_size=count * steps))
     starts = torch.tensor(bits, dtype=torch.float32)
     torch.manual_seed(count * 10 + steps)
-    lstm = sb3.ConvolvedRNN(kind, (3, 5, layers), width)
+    lstm = paired(kind, (3, 5, layers), width)
     rows = torch.randn(count * steps, 3)
     states = [torch.randn(lstm.num_layers, count, 5).requires_grad_() for _ in range(2)]
     found, after = sb3.MinGruPolicy._process_sequence(rows, tuple(states), starts, lstm)
@@ -142,7 +148,7 @@ def test_a_sequence_is_the_steps_of_the_librarys_loop(
 def test_the_states_hold_layers_and_window(layers: int, width: int) -> None:
     """A split sequence continues exactly, and nothing of the library's pair is wasted but one row."""
     torch.manual_seed(layers * 10 + width)
-    lstm = sb3.ConvolvedRNN(MinGRU, (3, 4, layers), width)
+    lstm = paired(MinGRU, (3, 4, layers), width)
     assert 2 * lstm.num_layers - (layers + max(width - 1, 0)) in (0, 1)
     x, reset = torch.randn(2, 9, 3), torch.zeros(2, 9, dtype=torch.bool)
     empty = (torch.zeros(lstm.num_layers, 2, 4),) * 2
@@ -153,18 +159,16 @@ def test_the_states_hold_layers_and_window(layers: int, width: int) -> None:
     torch.testing.assert_close(last, after)
     h = torch.cat(after)[:layers]
     torch.testing.assert_close(h[-1], whole[:, -1])
-    assert (lstm.conv is None) == (width == 0)
+    assert isinstance(lstm.inner, ConvolvedRNN) == (width > 0)
 
 
 def test_the_convolution_sees_its_width() -> None:
     """The output depends on a step's features and on those of the steps that the convolution sees."""
     torch.manual_seed(0)
-    lstm = sb3.ConvolvedRNN(MinGRU, (3, 4, 1), 4)
-    lstm.rnn = torch.nn.Identity()
-    lstm.rnn.forward = lambda x, h, reset: (x, h)  # type: ignore[method-assign,assignment]
+    layers = ConvolvedRNN(MinGRU, (3, 4, 1), 4)
+    layers.rnn.forward = lambda x, h, reset: (x, torch.zeros(1, 1, 4))  # type: ignore[method-assign,assignment]
     x = torch.randn(1, 8, 3, requires_grad=True)
-    states = (torch.zeros(lstm.num_layers, 1, 4),) * 2
-    y, _ = lstm(x, states, reset=torch.zeros(1, 8, dtype=torch.bool))
+    y, _ = layers(x)
     (slope,) = torch.autograd.grad(y[0, 5].sum(), x)
     assert slope[0].any(1).tolist() == [False, False, True, True, True, True, False, False]
 
@@ -178,7 +182,7 @@ def test_the_critic_may_share_or_do_without() -> None:
 
 
 def test_the_window_is_four_steps_if_nothing_else_is_said() -> None:
-    assert agent("MinGruPolicy").policy.lstm_actor.conv.width == 4
+    assert agent("MinGruPolicy").policy.lstm_actor.inner.conv.width == 4
 
 
 @pytest.mark.parametrize(("wrong", "error"), [(-1, ValueError), (2.0, TypeError)])

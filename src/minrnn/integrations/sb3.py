@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from minrnn.integrations.convolved import ConvolvedRNN, convolved
 from minrnn.mixers import MinGRU
-from minrnn.mixers.arguments import read_size
-from minrnn.mixers.convolution import CausalConv
 from minrnn.mixers.layer import MinRNN
 
 try:
@@ -27,45 +27,24 @@ except ImportError as error:
 Pair = tuple[Tensor, Tensor]
 
 
-class ConvolvedRNN(nn.Module):
-    """A causal convolution and a minGRU, with the attributes that sb3-contrib asks an LSTM for.
-
-        y, h = rnn(conv(W x))
-
-    Its state is the library's pair of tensors `(num_layers, B, hidden_size)`. One after the other they have
-    rows for the state of each layer and for the convolution's window, and one of zeros if that is an odd
-    number. So `num_layers` is half the number of rows.
+class PairedRNN(nn.Module):
+    """Recurrent layers whose state is a pair, with the attributes that sb3-contrib asks an LSTM for.
 
     Args:
-        layer: the class of the recurrent layers.
-        sizes: input_size, hidden_size and the number of recurrent layers.
-        conv_width: steps that the convolution sees; 0 is none, and no W.
-        **options: arguments of the layer.
+        inner: layers whose state is one tensor `(rows, B, hidden_size)`. The pair holds its rows one after
+            the other, and one of zeros if their number is odd; so `num_layers` is half of it.
     """
 
-    def __init__(
-        self, layer: type[MinRNN], sizes: tuple[int, int, int], conv_width: int, **options: Any
-    ) -> None:
+    def __init__(self, inner: MinRNN | ConvolvedRNN) -> None:
         super().__init__()
-        self.input_size, self.hidden_size, layers = sizes
-        self.parts = [layers, max(conv_width - 1, 0), (layers + max(conv_width - 1, 0)) % 2]
-        self.num_layers = sum(self.parts) // 2
-        self.before = self.conv = None
-        read_by_rnn = self.input_size
-        if conv_width:
-            self.before = nn.Linear(self.input_size, self.hidden_size)
-            self.conv = CausalConv(self.hidden_size, conv_width)
-            read_by_rnn = self.hidden_size
-        self.rnn = layer(read_by_rnn, self.hidden_size, layers, batch_first=True, **options)
+        self.inner = inner
+        self.input_size, self.hidden_size = inner.input_size, inner.hidden_size
+        self.num_layers = (inner.num_layers + 1) // 2
 
     def forward(self, x: Tensor, states: Pair, *, reset: Tensor) -> tuple[Tensor, Pair]:
         """Return the output for x `(B, T, input_size)`, and the states after it."""
-        h, window, unused = torch.cat(states).split(self.parts)
-        if self.before is not None and self.conv is not None:
-            x, past = self.conv(self.before(x), window.transpose(0, 1), reset=reset)
-            window = past.transpose(0, 1)
-        y, h = self.rnn(x, h, reset=reset)
-        first, second = torch.cat([h, window, torch.zeros_like(unused)]).chunk(2)
+        y, h = self.inner(x, torch.cat(states)[: self.inner.num_layers], reset=reset)
+        first, second = functional.pad(h, (0, 0, 0, 0, 0, self.inner.num_layers % 2)).chunk(2)
         return y, (first, second)
 
 
@@ -76,7 +55,7 @@ class MinGruPolicy(RecurrentActorCriticPolicy):
         RecurrentPPO("MinGruPolicy", env, policy_kwargs={"lstm_hidden_size": 64})
 
     A sequence is one call, episode starts included: the library's LSTM walks through such a sequence step by
-    step. The names of arguments and attributes are the library's, so `lstm_actor` is a `ConvolvedRNN`.
+    step. The names of arguments and attributes are the library's, so `lstm_actor` is a `PairedRNN`.
 
     Args:
         *args: as those of RecurrentActorCriticPolicy.
@@ -103,7 +82,8 @@ class MinGruPolicy(RecurrentActorCriticPolicy):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.lstm_kwargs = lstm_kwargs or {}
-        self.conv_width = read_size(type(self).__name__, "conv_width", conv_width, least=0)
+        self.n_lstm_layers = self.lstm_actor.num_layers
+        self.conv_width = conv_width
         if self.lstm_kwargs.get("bidirectional"):
             raise ValueError("lstm_kwargs: bidirectional must be False for a policy, which acts step by step")
         self.lstm_actor = self._in_place_of(self.lstm_actor)
@@ -114,13 +94,14 @@ class MinGruPolicy(RecurrentActorCriticPolicy):
         defaults, kind = self.optimizer.defaults, self.optimizer_class
         self.optimizer = kind(self.parameters(), lr=defaults["lr"], **self.optimizer_kwargs)
 
-    def _in_place_of(self, lstm: nn.LSTM) -> ConvolvedRNN:
+    def _in_place_of(self, lstm: nn.LSTM) -> PairedRNN:
         sizes = (lstm.input_size, lstm.hidden_size, lstm.num_layers)
-        return ConvolvedRNN(self.layer, sizes, self.conv_width, **self.lstm_kwargs)
+        name = type(self).__name__
+        return PairedRNN(convolved(name, self.layer, sizes, self.conv_width, **self.lstm_kwargs))
 
     @staticmethod
     def _process_sequence(
-        features: Tensor, lstm_states: Pair, episode_starts: Tensor, lstm: ConvolvedRNN
+        features: Tensor, lstm_states: Pair, episode_starts: Tensor, lstm: PairedRNN
     ) -> tuple[Tensor, Pair]:
         """Return the layer's output for each row of features, and the states after them.
 
@@ -138,7 +119,7 @@ class MinGruPolicy(RecurrentActorCriticPolicy):
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return super()._get_constructor_parameters() | {
             "lstm_hidden_size": self.lstm_actor.hidden_size,
-            "n_lstm_layers": self.lstm_actor.rnn.num_layers,
+            "n_lstm_layers": self.n_lstm_layers,
             "shared_lstm": self.shared_lstm,
             "enable_critic_lstm": self.enable_critic_lstm,
             "lstm_kwargs": self.lstm_kwargs,

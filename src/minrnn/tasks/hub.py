@@ -182,5 +182,4 @@ def _in_one_line(name: str) -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
-    """Return the first paragraph of an error's message in one line."""
-    return " ".join(str(error).strip().partition("\n\n")[0].split()) or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__
