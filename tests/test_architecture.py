@@ -48,9 +48,11 @@ ROOF = 9  # the package's own __init__ and __main__
 
 # The one place of each third party; torch is everywhere.
 HOMES = {
+    "datasets": ("tasks/hub.py",),
     "executorch": ("export/executorch.py",),
     "gymnasium": ("tasks/",),
     "h5py": ("tasks/recordings.py",),
+    "huggingface_hub": ("tasks/hub.py",),
     "imageio": ("tasks/film.py",),
     "lm_eval": ("integrations/harness.py",),
     "matplotlib": ("training/log.py", "benchmarks/", "experiments/"),

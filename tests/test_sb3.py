@@ -13,7 +13,10 @@ from minrnn import MinGRU, MinLSTM
 
 RecurrentPPO = pytest.importorskip("sb3_contrib", reason="needs the extra rl").RecurrentPPO
 gymnasium = pytest.importorskip("gymnasium", reason="needs the extra rl")
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy  # noqa: E402
+
 from minrnn.integrations import sb3  # noqa: E402
+from minrnn.integrations.convolved import ConvolvedRNN, convolved  # noqa: E402
 
 POLICIES = {
     "MinGruPolicy": gymnasium.spaces.Box(-1, 1, (3,)),
@@ -59,11 +62,16 @@ def agent(name: str, **kwargs: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_policies_learn_and_are_saved_and_loaded(name: str, tmp_path: Path) -> None:
-    model = agent(name, lstm_kwargs={"candidate": "tanh"})
+@pytest.mark.parametrize("width", [0, 4])
+def test_policies_learn_and_are_saved_and_loaded(name: str, width: int, tmp_path: Path) -> None:
+    model = agent(name, lstm_kwargs={"candidate": "tanh"}, conv_width=width)
     assert type(model.policy.features_extractor).__name__ == EXTRACTORS[name]
     layers = [model.policy.lstm_actor, model.policy.lstm_critic]
-    assert all(isinstance(layer, MinGRU) and layer.candidate == "tanh" for layer in layers)
+    for layer in layers:
+        rnn = layer.inner.rnn if width else layer.inner
+        assert isinstance(rnn, MinGRU)
+        assert (rnn.candidate, rnn.num_layers, layer.hidden_size) == ("tanh", 2, 8)
+        assert width == 0 or layer.inner.conv.width == width
     held = {id(x) for group in model.policy.optimizer.param_groups for x in group["params"]}
     assert held == {id(x) for x in model.policy.parameters()}
     before = [x.detach().clone() for layer in layers for x in layer.parameters()]
@@ -84,38 +92,85 @@ def test_policies_learn_and_are_saved_and_loaded(name: str, tmp_path: Path) -> N
             actions.append(action)
         assert actions[0] == actions[1] == actions[2]
         for state in states[1:]:
-            np.testing.assert_array_equal(state[0], states[0][0])
-    assert np.abs(states[0][0]).max() > 0
+            np.testing.assert_array_equal(state, states[0])
+    assert np.abs(states[0]).max() > 0
 
 
-@given(st.data(), st.integers(1, 4), st.integers(1, 6), st.sampled_from([MinGRU, MinLSTM]))
+def paired(*arguments: Any) -> sb3.PairedRNN:
+    return sb3.PairedRNN(convolved("test", *arguments))
+
+
+class StepByStep:
+    """A layer as the library calls its LSTM: time first, without episode starts."""
+
+    def __init__(self, lstm: sb3.PairedRNN) -> None:
+        self.lstm, self.input_size = lstm, lstm.input_size
+
+    def __call__(self, x: torch.Tensor, states: Any) -> Any:
+        x = x.transpose(0, 1)
+        output, states = self.lstm(x, states, reset=torch.zeros(x.shape[:2], dtype=torch.bool))
+        return output.transpose(0, 1), states
+
+
+@given(
+    st.data(),
+    st.integers(1, 4),
+    st.integers(1, 6),
+    st.sampled_from([MinGRU, MinLSTM]),
+    st.integers(1, 3),
+    st.sampled_from([0, 1, 2, 4, 7]),
+)
 def test_a_sequence_is_the_steps_of_the_librarys_loop(
-    data: st.DataObject, count: int, steps: int, kind: type[MinGRU]
+    data: st.DataObject, count: int, steps: int, kind: type[MinGRU], layers: int, width: int
 ) -> None:
     """The library walks through a sequence with episode starts, setting states to zero before them."""
     bits = data.draw(st.lists(st.booleans(), min_size=count * steps, max_size=count * steps))
     starts = torch.tensor(bits, dtype=torch.float32)
     torch.manual_seed(count * 10 + steps)
-    layer = kind(3, 5, 2, batch_first=True)
+    lstm = paired(kind, (3, 5, layers), width)
     rows = torch.randn(count * steps, 3)
-    h0 = torch.randn(2, count, 5).requires_grad_()
-    found, (h_n, c_n) = sb3.MinGruPolicy._process_sequence(rows, (h0, torch.zeros(())), starts, layer)
+    states = [torch.randn(lstm.num_layers, count, 5).requires_grad_() for _ in range(2)]
+    found, after = sb3.MinGruPolicy._process_sequence(rows, tuple(states), starts, lstm)
 
-    h, outputs = h0, []
-    by_step = zip(rows.view(count, steps, 3).unbind(1), starts.view(count, steps).unbind(1), strict=True)
-    for x, start in by_step:
-        output, h = layer(x.unsqueeze(1), h * (1 - start).view(1, count, 1))
-        outputs.append(output)
-    expected = torch.cat(outputs, 1).flatten(0, 1)
+    theirs = RecurrentActorCriticPolicy._process_sequence
+    expected, last = theirs(rows, tuple(states), starts, StepByStep(lstm))
     torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(h_n, h)
-    assert c_n.shape == h_n.shape
-    assert not c_n.any()
-    weights = [h0, *layer.parameters()]
+    torch.testing.assert_close(after, last)
+    assert [x.shape for x in after] == [x.shape for x in states]
+    weights = [*states, *lstm.parameters()]
     torch.testing.assert_close(
-        torch.autograd.grad(found.square().sum() + h_n.sum(), weights),
-        torch.autograd.grad(expected.square().sum() + h.sum(), weights),
+        torch.autograd.grad(found.square().sum() + sum(after).square().sum(), weights),
+        torch.autograd.grad(expected.square().sum() + sum(last).square().sum(), weights),
     )
+
+
+@given(st.integers(1, 5), st.integers(0, 9))
+def test_the_states_hold_layers_and_window(layers: int, width: int) -> None:
+    """A split sequence continues exactly, and nothing of the library's pair is wasted but one row."""
+    torch.manual_seed(layers * 10 + width)
+    lstm = paired(MinGRU, (3, 4, layers), width)
+    assert 2 * lstm.num_layers - (layers + max(width - 1, 0)) in (0, 1)
+    x, reset = torch.randn(2, 9, 3), torch.zeros(2, 9, dtype=torch.bool)
+    empty = (torch.zeros(lstm.num_layers, 2, 4),) * 2
+    whole, after = lstm(x, empty, reset=reset)
+    first, states = lstm(x[:, :4], empty, reset=reset[:, :4])
+    second, last = lstm(x[:, 4:], states, reset=reset[:, 4:])
+    torch.testing.assert_close(torch.cat([first, second], 1), whole)
+    torch.testing.assert_close(last, after)
+    h = torch.cat(after)[:layers]
+    torch.testing.assert_close(h[-1], whole[:, -1])
+    assert isinstance(lstm.inner, ConvolvedRNN) == (width > 0)
+
+
+def test_the_convolution_sees_its_width() -> None:
+    """The output depends on a step's features and on those of the steps that the convolution sees."""
+    torch.manual_seed(0)
+    layers = ConvolvedRNN(MinGRU, (3, 4, 1), 4)
+    layers.rnn.forward = lambda x, h, reset: (x, torch.zeros(1, 1, 4))  # type: ignore[method-assign,assignment]
+    x = torch.randn(1, 8, 3, requires_grad=True)
+    y, _ = layers(x)
+    (slope,) = torch.autograd.grad(y[0, 5].sum(), x)
+    assert slope[0].any(1).tolist() == [False, False, True, True, True, True, False, False]
 
 
 def test_the_critic_may_share_or_do_without() -> None:
@@ -124,6 +179,16 @@ def test_the_critic_may_share_or_do_without() -> None:
     for model in (shared, without):
         assert model.policy.lstm_critic is None
         model.learn(16)
+
+
+def test_the_window_is_four_steps_if_nothing_else_is_said() -> None:
+    assert agent("MinGruPolicy").policy.lstm_actor.inner.conv.width == 4
+
+
+@pytest.mark.parametrize(("wrong", "error"), [(-1, ValueError), (2.0, TypeError)])
+def test_the_convolutions_width_is_checked(wrong: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="MinGruPolicy: conv_width"):
+        agent("MinGruPolicy", conv_width=wrong)
 
 
 @pytest.mark.parametrize(

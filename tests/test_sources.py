@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import sys
 import sysconfig
 import threading
 from collections.abc import Iterator
@@ -293,6 +294,22 @@ def test_a_missing_source_names_the_nearest(tmp_path: Path) -> None:
         find_corpus("shakespere")
     with pytest.raises(ValueError, match=r"got '.*nothing\.txt'; check the path"):
         find_corpus(str(tmp_path / "nothing.txt"))
+
+
+@pytest.mark.parametrize("name", ["", "a/b/c", "/a", "a/b@", "a/b:", "a/b:c:d", "a/b@c@d", "a b"])
+def test_names_of_data_sets_have_a_form(name: str) -> None:
+    with pytest.raises(ValueError, match=r"source must be hf://datasets/NAME, with @REVISION and :CONFIG"):
+        find_corpus(f"hf://datasets/{name}")
+
+
+def test_a_data_set_needs_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = find_corpus("hf://datasets/some/text@refs/pr/1:part", is_joined=True, column="body")
+    assert (found.origin, found.is_joined, found.column) == ("hf://datasets/some/text:part", True, "body")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(
+        ImportError, match=r"text@refs/pr/1:part needs datasets, which is not installed; .*\[datasets\]"
+    ):
+        assert found.state
 
 
 def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:

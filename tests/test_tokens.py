@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ import pytest
 from minrnn.files import claims, write_json
 from minrnn.tasks import tokens
 from minrnn.tasks.downloads import cache_folder
+from minrnn.tasks.hub import UnreachableError
 from minrnn.tasks.sources import Corpus, find_corpus
 from minrnn.tasks.tokens import TokenizedCorpus, tokenize
 
@@ -229,6 +231,15 @@ def test_what_is_not_for_all_to_read_stays_so_in_a_shared_cache(
         tmp_path.chmod(folder_mode)
         read(text)
         assert stat.S_IMODE(entries()[0].stat().st_mode) == 0o700
+
+
+def test_a_source_out_of_reach_is_no_failure_of_the_cache(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_nothing(self: Corpus, index: int) -> NoReturn:
+        raise UnreachableError("the hub does not answer")
+
+    monkeypatch.setattr(Corpus, "read", read_nothing)
+    with pytest.raises(UnreachableError, match=r"^the hub does not answer$"):
+        read(text)
 
 
 @pytest.mark.skipif(not AS_ROOT, reason="only root can be two users")

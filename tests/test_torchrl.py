@@ -25,22 +25,25 @@ def module(**options: Any) -> MinGRUModule:
     return MinGRUModule(3, 5, 2, in_keys=["x", "state"], out_keys=["y", NEXT], **options)
 
 
-def rollout(*batch: int) -> TensorDict:
+def rollout(*batch: int, rows: int = 2) -> TensorDict:
     generator = torch.Generator().manual_seed(1)
     content = {
         "x": torch.randn(*batch, 3, generator=generator),
         "is_init": torch.rand(*batch, 1, generator=generator) < 0.2,
-        "state": torch.zeros(*batch, 2, 5),
+        "state": torch.zeros(*batch, rows, 5),
     }
     return TensorDict(content, batch)
 
 
-@pytest.mark.parametrize("options", [{}, {"candidate": "tanh"}, {"forget_bias": -3.0}])
+@pytest.mark.parametrize("options", [{}, {"candidate": "tanh"}, {"forget_bias": -3.0}, {"conv_width": 4}])
 @pytest.mark.parametrize("batch", [(7,), (4, 9), (2, 3, 8)])
 def test_a_rollout_is_its_steps_resets_included(batch: tuple[int, ...], options: dict[str, Any]) -> None:
-    policy, data = module(**options), rollout(*batch)
+    policy = module(**options)
+    rows = policy.gru.num_layers
+    assert rows == (5 if "conv_width" in options else 2)
+    data = rollout(*batch, rows=rows)
     for name, value in options.items():
-        assert getattr(policy.gru, name) == value
+        assert name == "conv_width" or getattr(policy.gru, name) == value
     with set_recurrent_mode(True):
         found = policy(data.clone())
     state, outputs = data["state"][..., 0, :, :] + 1, []  # which the first step forgets, if it is a start
@@ -49,10 +52,10 @@ def test_a_rollout_is_its_steps_resets_included(batch: tuple[int, ...], options:
         step = data[..., t].clone().set("state", state)
         with set_recurrent_mode(False):
             step = policy(step)
-        fresh = torch.where(step["is_init"].unsqueeze(-1), 0.0, state).reshape(-1, 2, 5).transpose(0, 1)
+        fresh = torch.where(step["is_init"].unsqueeze(-1), 0.0, state).reshape(-1, rows, 5).transpose(0, 1)
         expected, after = policy.gru(step["x"].reshape(-1, 1, 3), fresh.contiguous())
         torch.testing.assert_close(step["y"].reshape(-1, 5), expected.squeeze(1))
-        torch.testing.assert_close(step[NEXT].reshape(-1, 2, 5), after.transpose(0, 1))
+        torch.testing.assert_close(step[NEXT].reshape(-1, rows, 5), after.transpose(0, 1))
         outputs.append(step["y"])
         state = step[NEXT]
     torch.testing.assert_close(found["y"], torch.stack(outputs, -2))
@@ -117,7 +120,7 @@ def test_a_collector_and_a_loss() -> None:
     from torchrl.objectives.value import GAE
 
     torch.manual_seed(0)
-    net = MinGRUModule(4, 8, in_key="observation", out_key="y")
+    net = MinGRUModule(4, 8, in_key="observation", out_key="y", conv_width=4)
     env = TransformedEnv(GymEnv("CartPole-v1"), Compose(InitTracker(), net.make_tensordict_primer()))
     head = TensorDictModule(torch.nn.Linear(8, 2), ["y"], ["logits"])
     actor = ProbabilisticActor(
@@ -141,6 +144,15 @@ def test_a_collector_and_a_loss() -> None:
     assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in loss.parameters())
 
 
+@pytest.mark.parametrize("conv_width", [0, 4])
+def test_a_module_has_the_arguments_of_its_layers(conv_width: int) -> None:
+    options: dict[str, Any] = {"bias": False, "dropout": 0.5, "device": "meta", "conv_width": conv_width}
+    gru = MinGRUModule(3, 5, 2, in_key="x", out_key="y", **options).gru
+    rnn = gru.rnn if conv_width else gru
+    assert (rnn.bias, rnn.dropout, rnn.num_layers) == (False, 0.5, 2)
+    assert all(parameter.is_meta for parameter in gru.parameters())
+
+
 def test_layers_may_be_given() -> None:
     layer = MinLSTM(3, 5, 2, batch_first=True)
     policy = MinGRUModule(gru=layer, in_keys=["x", "state"], out_keys=["y", NEXT])
@@ -155,6 +167,10 @@ def test_bad_arguments_are_refused() -> None:
         MinGRUModule(3, **keys)
     with pytest.raises(ValueError, match="gru must be given without arguments"):
         MinGRUModule(3, 5, gru=MinGRU(3, 5, batch_first=True), **keys)
+    with pytest.raises(ValueError, match="gru must be given without arguments"):
+        MinGRUModule(gru=MinGRU(3, 5, batch_first=True), conv_width=2, **keys)
+    with pytest.raises(ValueError, match="MinGRUModule: conv_width must be at least 0, got -1"):
+        MinGRUModule(3, 5, conv_width=-1, **keys)
     with pytest.raises(ValueError, match="batch_first=True"):
         MinGRUModule(gru=MinGRU(3, 5), **keys)
     with pytest.raises(TypeError, match="must be a MinGRU or MinLSTM, got GRU"):

@@ -54,14 +54,16 @@ def falling(value: float) -> Callable[[float], float]:
     return lambda remaining: remaining * value
 
 
-def run(policy: str, width: int, seed: int, steps: int) -> dict[str, Any]:
+def run(policy: str, seed: int, steps: int) -> dict[str, Any]:
     """Train an agent; return its returns while it learns and after, and its speed."""
+    name, width, *others = policy.split(":")
+    sizes = {"lstm_hidden_size": int(width)} | ({"conv_width": int(others[0])} if others else {})
     model = RecurrentPPO(
-        policy,
+        name,
         make_vec_env(without_speeds, ENVIRONMENTS, seed=seed),
         learning_rate=falling(1e-3),
         clip_range=falling(0.2),
-        policy_kwargs={"lstm_hidden_size": width},
+        policy_kwargs=sizes,
         seed=seed,
         device="cpu",
         **SETTINGS,
@@ -81,7 +83,6 @@ def run(policy: str, width: int, seed: int, steps: int) -> dict[str, Any]:
     returned, _ = evaluate_policy(model, test, n_eval_episodes=50)
     return {
         "policy": policy,
-        "width": width,
         "seed": seed,
         "parameters": sum(x.numel() for x in model.policy.parameters()),
         "steps": model.num_timesteps,
@@ -97,11 +98,11 @@ def run(policy: str, width: int, seed: int, steps: int) -> dict[str, Any]:
 def table(records: Sequence[dict[str, Any]]) -> str:
     """Return a Markdown table of means and deviations over the seeds."""
     lines = [
-        "| policy | width | parameters | seeds | return | lowest | best while learning | steps a CPU s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| policy | parameters | seeds | return | lowest | best while learning | steps a CPU s |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for policy, width in dict.fromkeys((record["policy"], record["width"]) for record in records):
-        rows = [record for record in records if (record["policy"], record["width"]) == (policy, width)]
+    for policy in dict.fromkeys(record["policy"] for record in records):
+        rows = [record for record in records if record["policy"] == policy]
         best = [max(value for _, value in row["curve"]) for row in rows]
         cells = [
             spread([row["return"] for row in rows]),
@@ -109,9 +110,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             spread(best),
             spread([row["steps"] / row["cpu_seconds"] for row in rows]),
         ]
-        lines.append(
-            f"| {policy} | {width} | {rows[0]['parameters']:,} | {len(rows)} | {' | '.join(cells)} |"
-        )
+        lines.append(f"| {policy} | {rows[0]['parameters']:,} | {len(rows)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -121,7 +120,7 @@ def spread(numbers: Sequence[float]) -> str:
 
 
 def main(
-    policies: tuple[str, ...] = ("MlpLstmPolicy:64", "MinGruPolicy:64"),
+    policies: tuple[str, ...] = ("MlpLstmPolicy:64", "MinGruPolicy:64", "MinGruPolicy:64:0"),
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
     steps: int = 50_000,
     threads: int = 1,
@@ -130,7 +129,7 @@ def main(
     """Train agents on CartPole without speeds, in turns, and print their returns and speed.
 
     Args:
-        policies: names of policies and widths.
+        policies: names of policies, widths, and conv_width where it is not the policy's own.
         seeds: of the weights, of what is explored and of the environments.
         steps: environment steps of each agent.
         threads: torch's threads.
@@ -139,8 +138,7 @@ def main(
     torch.set_num_threads(threads)
     records = []
     for seed, policy in product(seeds, policies):
-        name, _, width = policy.partition(":")
-        records.append(run(name, int(width), seed, steps))
+        records.append(run(policy, seed, steps))
         last = records[-1]
         print(
             f"{policy}, seed {seed}: return {last['return']:.0f}, {last['cpu_seconds']:.0f} CPU s", flush=True

@@ -20,6 +20,7 @@ NEEDED = {
     "src/minrnn/ops/triton/": "triton",
     "src/minrnn/ops/selective/triton/": "triton",
     "src/minrnn/integrations/harness.py": "lm_eval",
+    "src/minrnn/tasks/hub.py": "datasets",
     "src/minrnn/integrations/transformers/": "transformers",
 }
 """The modules without which the faults of a file, or of the files of a folder, are not run."""

@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 from torch.nn import functional
 
+from minrnn.integrations.convolved import ConvolvedRNN, convolved
 from minrnn.mixers import MinGRU
 from minrnn.mixers.layer import MinRNN
 
@@ -18,6 +19,10 @@ except ImportError as error:
     raise ImportError(
         f"minrnn.integrations.torchrl needs the extra torchrl ({error}): pip install minrnn[torchrl]"
     ) from error
+
+
+NOT_GIVEN: tuple[Any, ...] = (None, None, 1, True, 0.0, 0, {})
+"""The layer's arguments where a layer is given instead."""
 
 
 class MinGRUModule(GRUModule):
@@ -42,6 +47,8 @@ class MinGRUModule(GRUModule):
         out_keys: the keys of output and state, instead of out_key. The state's should be ("next", key), with
             the key that it is read by.
         device: the parameters' device.
+        conv_width: steps that a causal convolution before the layers sees, the current one included; 0 is
+            none. The state then has a row more for each of the steps before, beside those of the layers.
         gru: a `MinGRU` or another layer of minrnn whose state is one tensor, with batch_first=True, instead
             of the arguments above.
         default_recurrent_mode: the mode where `torchrl.modules.set_recurrent_mode` does not set it; None is
@@ -68,18 +75,20 @@ class MinGRUModule(GRUModule):
         out_key: Any = None,
         out_keys: Any = None,
         device: Any = None,
-        gru: MinRNN | None = None,
+        conv_width: int = 0,
+        gru: MinRNN | ConvolvedRNN | None = None,
         default_recurrent_mode: bool | None = None,
         **options: Any,
     ) -> None:
         if gru is None:
             if input_size is None or hidden_size is None:
                 raise TypeError("MinGRUModule: input_size and hidden_size, or gru, must be given")
-            sizes = (input_size, hidden_size, num_layers, bias)
-            gru = MinGRU(*sizes, batch_first=True, dropout=dropout, device=device, **options)
-        elif (input_size, hidden_size, num_layers, bias, dropout, options) != (None, None, 1, True, 0.0, {}):
+            sizes = (input_size, hidden_size, num_layers)
+            options |= {"bias": bias, "dropout": dropout, "device": device}
+            gru = convolved("MinGRUModule", MinGRU, sizes, conv_width, **options)
+        elif (input_size, hidden_size, num_layers, bias, dropout, conv_width, options) != NOT_GIVEN:
             raise ValueError("MinGRUModule: gru must be given without arguments of a layer")
-        elif not isinstance(gru, MinRNN):
+        elif not isinstance(gru, MinRNN | ConvolvedRNN):
             raise TypeError(f"MinGRUModule: gru must be a MinGRU or MinLSTM, got {type(gru).__name__}")
         super().__init__(
             in_key=in_key,

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 from minrnn.files import parse_json
 
@@ -55,6 +55,53 @@ class Piece(NamedTuple):
     """Bytes of the file that have been read, compressed if it is."""
 
 
+class Documents(Protocol):
+    """A corpus: a sequence of documents in several parts, such as files."""
+
+    @property
+    def name(self) -> str:
+        """The source as given."""
+
+    @property
+    def origin(self) -> object:
+        """Where they are."""
+
+    @property
+    def column(self) -> str:
+        """The key or column of the text in rows."""
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether there is no mark between documents."""
+
+    @property
+    def is_split_by_tokens(self) -> bool:
+        """Whether it is one document, whose last tenth of tokens is for validation."""
+
+    @property
+    def is_public(self) -> bool:
+        """Whether all users of this machine may read it."""
+
+    @property
+    def left_out(self) -> int:
+        """Number of binary files that were left out."""
+
+    @property
+    def state(self) -> list[object]:
+        """What changes when the documents do, as JSON."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of each part."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all parts."""
+
+    def read(self, index: int) -> Iterator[Piece]:
+        """Yield the documents of the part of this index in pieces."""
+
+
 def has_rows(path: Path) -> bool:
     """Whether a file holds several documents, as lines or rows."""
     return _form(path)[0] in ROW_READERS
@@ -77,7 +124,7 @@ def read_pieces(path: Path, column: str) -> Iterator[Piece]:
     if suffix in ROW_READERS:
         with path.open("rb") as raw, opener(path, raw) as file:
             for origin, text, place in ROW_READERS[suffix](path, raw, file, column):
-                yield from _pieces_of(blocks(BytesIO(text)), origin, _is_held_out(text), partial(int, place))
+                yield from pieces_of_row(text, origin, place)
     else:
         yield from read_text(path, opener)
 
@@ -117,6 +164,11 @@ def blocks(file: IO[bytes]) -> Iterator[bytes]:
     """Yield what a stream holds, READ_BYTES at a time."""
     while block := file.read(READ_BYTES):
         yield block
+
+
+def pieces_of_row(text: bytes, origin: str, place: int) -> Iterator[Piece]:
+    """Yield the document of a row in pieces; none if it is empty."""
+    yield from _pieces_of(blocks(BytesIO(text)), origin, _is_held_out(text), partial(int, place))
 
 
 def _pieces_of(
@@ -199,7 +251,7 @@ def _json_lines(path: Path, raw: IO[bytes], file: IO[bytes], column: str) -> Row
         if line.strip():
             origin = f"{path}, line {number}"
             row = parse_json(line, dict[str, Any], origin)
-            if text := _text_of(row, column, origin):
+            if text := text_of(row, column, origin):
                 yield origin, text, raw.tell()
 
 
@@ -222,12 +274,12 @@ def _parquet_rows(path: Path, raw: IO[bytes], file: IO[bytes], column: str) -> R
     try:
         table = parquet.ParquetFile(file, pre_buffer=False)
         if column not in table.schema_arrow.names:
-            raise ValueError(_lacks(str(path), column, table.schema_arrow.names))
+            raise ValueError(lacks(str(path), column, table.schema_arrow.names))
         for batch in table.iter_batches(batch_size=ROWS, columns=[column]):
             for value in batch.column(0).to_pylist():
                 number += 1
                 origin = f"{path}, row {number}"
-                if text := _text_of({column: value}, column, origin):
+                if text := text_of({column: value}, column, origin):
                     yield origin, text, size * number // table.metadata.num_rows
     except pyarrow.ArrowException as error:
         reason = " ".join(str(error).split())
@@ -242,17 +294,18 @@ ROW_READERS: dict[str, Callable[[Path, IO[bytes], IO[bytes], str], Rows]] = {
 """Readers of files that hold several documents, by suffix."""
 
 
-def _text_of(row: dict[str, Any], column: str, origin: str) -> bytes:
-    """Return the text of a row in UTF-8; empty if it is null."""
+def text_of(row: dict[str, Any], column: str, origin: str) -> bytes:
+    """Return the text of a row in UTF-8, empty if it is null; raise ValueError if there is none."""
     if column not in row:
-        raise ValueError(_lacks(origin, column, list(row)))
+        raise ValueError(lacks(origin, column, list(row)))
     text = row[column]
     if not isinstance(text, str | None):
         raise ValueError(f"{origin} must have text in {column!r}, got {type(text).__name__}")
     return (text or "").encode("utf-8", "surrogatepass")
 
 
-def _lacks(origin: str, column: str, names: list[str]) -> str:
+def lacks(origin: str, column: str, names: list[str]) -> str:
+    """Return the message for rows without the text's column."""
     more = ", ..." if len(names) > SHOWN_KEYS else ""
     return (
         f"{origin} must have text in {column!r}, got {', '.join(names[:SHOWN_KEYS]) or 'nothing'}{more}; "

@@ -7,6 +7,7 @@ training.
 
 import hashlib
 import os
+import stat
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -14,8 +15,9 @@ from functools import cached_property
 from pathlib import Path
 
 from minrnn.files import nearest
-from minrnn.tasks.documents import Piece, first_block, has_rows, read_pieces, read_text
+from minrnn.tasks.documents import Documents, Piece, first_block, has_rows, read_pieces, read_text
 from minrnn.tasks.downloads import cache_folder, check_digest, download, supplied_file
+from minrnn.tasks.hub import PREFIX, find_data_set
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -82,6 +84,18 @@ class Corpus:
         """Bytes of all files."""
         return sum(self.sizes)
 
+    @property
+    def state(self) -> list[object]:
+        """Path, size and times of each file, and how they are split."""
+        return [len(self.train), len(self.rows), [_file_state(file) for file in self.files]]
+
+    @property
+    def is_public(self) -> bool:
+        """Whether all files are world-readable."""
+        folders = {folder for file in self.files for folder in file.parents}
+        may_enter = all(folder.stat().st_mode & stat.S_IXOTH for folder in folders)
+        return may_enter and all(file.stat().st_mode & stat.S_IROTH for file in self.files)
+
     def read(self, index: int) -> Iterator[Piece]:
         """Yield the documents of the file of this index in pieces."""
         path, is_validation = self.files[index], index >= len(self.train) + len(self.rows)
@@ -89,7 +103,7 @@ class Corpus:
         yield from (piece._replace(is_held_out=True) for piece in pieces) if is_validation else pieces
 
 
-def find_corpus(source: str, *, is_joined: bool = False, column: str = "text") -> Corpus:
+def find_corpus(source: str, *, is_joined: bool = False, column: str = "text") -> Documents:
     """Return the corpus that `source` names.
 
     A folder is read recursively, without hidden files (their name begins with a dot), binary files (a NUL
@@ -97,7 +111,8 @@ def find_corpus(source: str, *, is_joined: bool = False, column: str = "text") -
     and caches. Links out of the folder are followed; each file is read once, however many links lead to it.
 
     Args:
-        source: a name in SOURCES, or the path of a file or folder (./python for a folder named python).
+        source: a name in SOURCES, hf://datasets/NAME for a data set of the Hugging Face hub, or the path of a
+            file or folder (./python for a folder named python).
         is_joined: read every file as it is; otherwise JSON Lines and Parquet are read by row, and .gz and
             .zst are decompressed.
         column: the key or column of the text in files of rows.
@@ -106,6 +121,8 @@ def find_corpus(source: str, *, is_joined: bool = False, column: str = "text") -
         ValueError: there is no such source, file or folder, or the folder holds no text.
         OSError: the source cannot be downloaded.
     """
+    if source.startswith(PREFIX):
+        return find_data_set(source, is_joined=is_joined, column=column)
     path = Path(source).expanduser()
     if source in SOURCES:
         return replace(SOURCES[source](), is_joined=is_joined)
@@ -116,8 +133,8 @@ def find_corpus(source: str, *, is_joined: bool = False, column: str = "text") -
         return replace(_text_corpus(source, path.resolve(), is_joined), is_joined=is_joined, column=column)
     hint = nearest(source, SOURCES) or "; check the path"
     raise ValueError(
-        f"find_corpus: source must be {', '.join(map(repr, SOURCES))}, or an existing file or folder, got "
-        f"{source!r}{hint}"
+        f"find_corpus: source must be {', '.join(map(repr, SOURCES))}, {PREFIX}NAME, or an existing file or "
+        f"folder, got {source!r}{hint}"
     )
 
 
@@ -257,6 +274,12 @@ def _is_binary(file: Path, is_joined: bool) -> bool:
         return not has_rows(file) and b"\0" in first_block(file, _FIRST_BLOCK)
     with file.open("rb") as opened:
         return b"\0" in opened.read(_FIRST_BLOCK)
+
+
+def _file_state(file: Path) -> tuple[str, int, int, int]:
+    """Return path, size and times of a file; ctime changes even if mtime was restored."""
+    status = file.stat()
+    return str(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _raise(error: OSError) -> None:

@@ -48,9 +48,11 @@ class TextConfig(TaskConfig):
     """The text, its vocabulary and split, and the lengths of training and evaluation."""
 
     source: str = "python"
-    """Text to learn: python (this interpreter's standard library), shakespeare (downloaded once), or the path
-    of a file or a folder (without hidden and binary files, runs, caches and virtual environments). A file of
-    text is a document, and so is a line of .jsonl and a row of .parquet; .gz and .zst are decompressed."""
+    """Text to learn: python (this interpreter's standard library), shakespeare (downloaded once),
+    hf://datasets/NAME[@REVISION][:CONFIG] (a data set of the Hugging Face hub, streamed; the extra datasets),
+    or the path of a file or a folder (without hidden and binary files, runs, caches and virtual
+    environments). A file of text is a document, and so is a line of .jsonl and a row of .parquet; .gz and
+    .zst are decompressed."""
     vocabulary: str = "bytes"
     """Tokens: bytes; characters that occur in the text; bpe, subwords that are learned from the training
     part by byte-pair encoding; or the path of a byte-level tokenizer.json."""
@@ -72,7 +74,7 @@ class TextConfig(TaskConfig):
     """Documents: separate, with the token `<|endoftext|>` before each, at which the state is reset; or
     joined: files are read as they are, one after the other, without a mark and without resets."""
     text_column: str = "text"
-    """Key of the text in lines of .jsonl, or its column in .parquet."""
+    """Key of the text in lines of .jsonl, or its column in .parquet or a data set."""
     vocab_size: int = 4096
     """Most tokens of the vocabulary bpe."""
 

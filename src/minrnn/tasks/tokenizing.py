@@ -22,9 +22,8 @@ from typing import BinaryIO, NamedTuple, Self, TypedDict
 import numpy as np
 
 from minrnn.files import read_json, replace_text, write_json
-from minrnn.tasks.documents import PIECE_BYTES, Piece, blocks, shortened
+from minrnn.tasks.documents import PIECE_BYTES, Documents, Piece, blocks, shortened
 from minrnn.tasks.progress import Bar
-from minrnn.tasks.sources import Corpus
 from minrnn.tasks.vocabulary import VOCABULARIES, Vocabulary
 
 IDS = "tokens.bin"
@@ -57,7 +56,9 @@ class Tokens(NamedTuple):
     """Digest of the ids, which the caller completes."""
 
 
-def write_tokens(folder: Path, corpus: Corpus, vocabulary: str | Vocabulary, vocab_size: int = 0) -> Tokens:
+def write_tokens(
+    folder: Path, corpus: Documents, vocabulary: str | Vocabulary, vocab_size: int = 0
+) -> Tokens:
     """Write the token ids of a corpus, training then validation, to `folder / IDS`.
 
     Args:
@@ -85,7 +86,7 @@ def stored_type(vocabulary: Vocabulary) -> np.dtype:
     return vocabulary.dtype.newbyteorder("<")
 
 
-def _learned(folder: Path, corpus: Corpus, vocabulary: str | Vocabulary, vocab_size: int) -> Vocabulary:
+def _learned(folder: Path, corpus: Documents, vocabulary: str | Vocabulary, vocab_size: int) -> Vocabulary:
     """Return the vocabulary, and keep it in the folder, so that it is the same after a kill."""
     if isinstance(vocabulary, str):
         try:
@@ -102,7 +103,7 @@ def _learned(folder: Path, corpus: Corpus, vocabulary: str | Vocabulary, vocab_s
     return vocabulary
 
 
-def _to_learn(corpus: Corpus, most: int | None, bar: Bar) -> Iterator[Piece]:
+def _to_learn(corpus: Documents, most: int | None, bar: Bar) -> Iterator[Piece]:
     """Yield the pieces to learn a vocabulary from: all, or evenly spaced ones of the training part."""
     before, every = 0, max(1, -(-corpus.size // most)) if most else 1
     numbers = count()
@@ -136,10 +137,10 @@ class _Portion(NamedTuple):
     """Bytes of the corpus's files up to the end."""
 
 
-def _portions(corpus: Corpus, start: _Position) -> Iterator[_Portion]:
+def _portions(corpus: Documents, start: _Position) -> Iterator[_Portion]:
     pieces: list[Piece] = []
     size, before = 0, sum(corpus.sizes[: start.file])
-    for index in range(start.file, len(corpus.files)):
+    for index in range(start.file, len(corpus.sizes)):
         skipped = start.pieces if index == start.file else 0
         for number, piece in enumerate(corpus.read(index), 1):
             if number <= skipped:
@@ -151,7 +152,7 @@ def _portions(corpus: Corpus, start: _Position) -> Iterator[_Portion]:
                 pieces, size = [], 0
         before += corpus.sizes[index]
     if pieces:
-        yield _Portion(pieces, _Position(len(corpus.files), 0), before)
+        yield _Portion(pieces, _Position(len(corpus.sizes), 0), before)
 
 
 def _encoded(
@@ -308,7 +309,7 @@ def blocks_of(path: Path) -> Iterator[bytes]:
         yield from blocks(file)
 
 
-def _check_space(folder: Path, corpus: Corpus, vocabulary: Vocabulary, written: int) -> None:
+def _check_space(folder: Path, corpus: Documents, vocabulary: Vocabulary, written: int) -> None:
     """Raise OSError if the disk has less space than the ids will take, by an estimate from a sample."""
     needed = round(MARGIN * _estimate(corpus, vocabulary)) - written
     free = shutil.disk_usage(folder).free
@@ -319,10 +320,10 @@ def _check_space(folder: Path, corpus: Corpus, vocabulary: Vocabulary, written: 
         )
 
 
-def _estimate(corpus: Corpus, vocabulary: Vocabulary) -> float:
+def _estimate(corpus: Documents, vocabulary: Vocabulary) -> float:
     """Return about how many bytes the ids of a corpus take."""
     places = num_bytes = ids_bytes = sampled = 0
-    for index in range(0, len(corpus.files), -(-len(corpus.files) // SAMPLED_FILES)):
+    for index in range(0, len(corpus.sizes), -(-len(corpus.sizes) // SAMPLED_FILES)):
         pieces, size, place = [], 0, 0
         for piece in corpus.read(index):
             pieces.append(piece)

@@ -31,8 +31,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minrnn.files import InUseError, lock, read_json
+from minrnn.tasks.documents import Documents
 from minrnn.tasks.downloads import cache_folder
-from minrnn.tasks.sources import Corpus
+from minrnn.tasks.hub import UnreachableError
 from minrnn.tasks.tokenizing import IDS, PROGRESS, blocks_of, stored_type, write_tokens
 from minrnn.tasks.vocabulary import Vocabulary
 
@@ -61,7 +62,7 @@ class TokenizedCorpus:
     """Digest of the ids, the vocabulary and the split."""
 
 
-def tokenize(corpus: Corpus, vocabulary: str | Vocabulary, vocab_size: int = 0) -> TokenizedCorpus:
+def tokenize(corpus: Documents, vocabulary: str | Vocabulary, vocab_size: int = 0) -> TokenizedCorpus:
     """Return the token ids of a corpus, cached unless one of its files changed (path, size or times).
 
     Where the vocabulary has an end of text, it stands before each document and at the end of each part.
@@ -75,29 +76,24 @@ def tokenize(corpus: Corpus, vocabulary: str | Vocabulary, vocab_size: int = 0) 
     Raises:
         ValueError: the corpus is empty, is not UTF-8 (which bytes need not be), or has characters
             without a token.
-        OSError: a file cannot be read, or the cache cannot be written.
+        OSError: a file cannot be read, the hub cannot be reached, or the cache cannot be written.
     """
     if isinstance(vocabulary, Vocabulary) and vocabulary.is_marked == corpus.is_joined:
         raise ValueError(
             "tokenize: vocabulary must have an end of text, and none for a joined corpus, got one "
             f"{'with' if vocabulary.is_marked else 'without'}"
         )
-    state = [_file_state(file) for file in corpus.files]
-    if not any(size for _, size, *_ in state):
-        raise ValueError(
-            f"tokenize: source {corpus.name!r} must hold text, got an empty file: {corpus.origin}"
-        )
     wanted = vocabulary if isinstance(vocabulary, str) else vocabulary.to_dict()
     read_as = corpus.is_joined, corpus.column
     named = [FORMAT_VERSION, str(corpus.origin), corpus.name, read_as, wanted, vocab_size]
-    entry = cache_folder() / "tokens" / _digest(named) / _digest([len(corpus.train), len(corpus.rows), state])
-    return _find(entry) or _make(entry, corpus, vocabulary, vocab_size)
-
-
-def _file_state(file: Path) -> tuple[str, int, int, int]:
-    """Return path, size and times of a file; ctime changes even if mtime was restored."""
-    status = file.stat()
-    return str(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    entry = cache_folder() / "tokens" / _digest(named) / _digest(corpus.state)
+    if (found := _find(entry)) is not None:
+        return found
+    if not corpus.size:
+        raise ValueError(
+            f"tokenize: source {corpus.name!r} must hold text, got an empty file: {corpus.origin}"
+        )
+    return _make(entry, corpus, vocabulary, vocab_size)
 
 
 def _digest(described: object) -> str:
@@ -169,7 +165,7 @@ def _state_of(entry: Path) -> list[list[int]]:
     return [[each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns] for each in found]
 
 
-def _make(entry: Path, corpus: Corpus, vocabulary: str | Vocabulary, vocab_size: int) -> TokenizedCorpus:
+def _make(entry: Path, corpus: Documents, vocabulary: str | Vocabulary, vocab_size: int) -> TokenizedCorpus:
     """Write an entry, rename it into place, and remove the entries of earlier states of the corpus."""
     shelf = entry.parent
     try:
@@ -178,7 +174,7 @@ def _make(entry: Path, corpus: Corpus, vocabulary: str | Vocabulary, vocab_size:
         with _building(entry) as building:
             if (found := _find(entry)) is not None:  # another process has written it meanwhile
                 return found
-            if not _is_public(corpus):
+            if not corpus.is_public:
                 building.chmod(stat.S_IRWXU)
             _write_files(building, corpus, vocabulary, vocab_size)
             shutil.rmtree(entry, ignore_errors=True)  # exists only if it is invalid
@@ -188,6 +184,8 @@ def _make(entry: Path, corpus: Corpus, vocabulary: str | Vocabulary, vocab_size:
             with suppress(FileExistsError):
                 building.rename(place)
             shutil.rmtree(building, ignore_errors=True)  # exists only if another place appeared meanwhile
+    except UnreachableError:
+        raise
     except OSError as error:
         if (found := _find(entry)) is None:  # otherwise another process has written it
             reason = error.strerror if error.filename is None and error.strerror else error
@@ -224,13 +222,6 @@ def _open_like_parent(path: Path) -> None:
         mode &= 0o644
     with suppress(OSError):  # a file system without permissions
         path.chmod(mode | stat.S_IRUSR | stat.S_IWUSR)
-
-
-def _is_public(corpus: Corpus) -> bool:
-    """Whether all files of a corpus are world-readable."""
-    folders = {folder for file in corpus.files for folder in file.parents}
-    may_enter = all(folder.stat().st_mode & stat.S_IXOTH for folder in folders)
-    return may_enter and all(file.stat().st_mode & stat.S_IROTH for file in corpus.files)
 
 
 @contextmanager
@@ -317,7 +308,7 @@ def _lock_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}{_LOCK}")
 
 
-def _write_files(folder: Path, corpus: Corpus, vocabulary: str | Vocabulary, vocab_size: int) -> None:
+def _write_files(folder: Path, corpus: Documents, vocabulary: str | Vocabulary, vocab_size: int) -> None:
     tokens = write_tokens(folder, corpus, vocabulary, vocab_size)
     described = _described(tokens.vocabulary.to_dict(), tokens.num_train, tokens.num_val)
     tokens.sha256.update(described.encode())
