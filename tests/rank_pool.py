@@ -31,7 +31,9 @@ class Pool:
     def __init__(self, folder: Path, most: int) -> None:
         self._folder, self._numbers = folder, count()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["minrnn.training.loop", "torch._dynamo", "rank_pool"])
+        context.set_forkserver_preload(
+            ["minrnn.training.loop", "torch._dynamo", "torch.distributed.fsdp", "rank_pool"]
+        )
         pipes = [context.Pipe() for _ in range(most)]
         self._ends = [end for end, _ in pipes]
         self._processes = [context.Process(target=serve, args=(end,), daemon=True) for _, end in pipes]

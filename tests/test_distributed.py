@@ -17,6 +17,7 @@ from test_training import run_config
 from minrnn.distributed import ALONE, Ranks
 from minrnn.mixers import MIXERS
 from minrnn.models import ModelConfig
+from minrnn.models.shards import gathered
 from minrnn.tasks import (
     DecisionsConfig,
     FormalLanguageConfig,
@@ -70,7 +71,7 @@ def traced(ranks: Ranks, config: RunConfig, folder: Path, steps: int) -> Trace:
 
         def note(*_: Any) -> None:
             if not first:
-                first.update({name: p.grad.clone() for name, p in run.model.named_parameters()})  # type: ignore[union-attr]
+                first.update({name: gathered(p.grad).clone() for name, p in run.model.named_parameters()})  # type: ignore[arg-type]
 
         run.optimizers[0].register_step_pre_hook(note)
         for _ in range(steps):
@@ -78,7 +79,7 @@ def traced(ranks: Ranks, config: RunConfig, folder: Path, steps: int) -> Trace:
         run._collect()
         metrics = run._measure("evaluating", config.train.final_eval_tokens)
     torch.set_num_threads(before)
-    weights = {name: value.clone() for name, value in run.model.state_dict().items()}
+    weights = {name: gathered(value).clone() for name, value in run.model.state_dict().items()}
     return Trace(first, run.state.losses, run.state.grad_norms, metrics, weights, run.state.tokens)
 
 
@@ -92,6 +93,7 @@ def assert_alike(one: Trace, other: Trace) -> None:
     assert one.gradients.keys() == other.gradients.keys()
     for name, gradient in one.gradients.items():
         assert distance(gradient, other.gradients[name]) <= GRADIENTS * largest, name
+    assert other.norms[0] == pytest.approx(one.norms[0], rel=GRADIENTS)
     assert other.losses == pytest.approx(one.losses, rel=0, abs=LOSSES)
     assert other.metrics.keys() == one.metrics.keys()
     for name, value in one.metrics.items():

@@ -522,6 +522,7 @@ MAY_CHANGE = {
     "threads",
     "sequence_ranks",
     "timeout",
+    "weights",
 }
 OTHERS: dict[str, Any] = {
     "steps": 4,
@@ -549,6 +550,7 @@ OTHERS: dict[str, Any] = {
     "threads": 2,
     "sequence_ranks": 2,
     "timeout": 5,
+    "weights": "sharded",
 }
 """Another valid value of every training setting of the run below."""
 

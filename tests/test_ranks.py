@@ -91,13 +91,32 @@ def test_every_index_is_one_ranks(size: int, index: int) -> None:
     assert [Ranks(rank, size).mine(index) for rank in range(size)].count(True) == 1
 
 
+@given(sizes, st.integers(0, 100))
+def test_ranks_of_sharded_weights_call_the_model_equally_often(size: int, count: int) -> None:
+    ranks = [Ranks(rank, size).sharing(1, weights=True) for rank in range(size)]
+    calls = [sum(map(each.mine, range(count))) + each.lags(count) for each in ranks]
+    assert set(calls) == {-(-count // size)}
+    assert not any(Ranks(rank, size).lags(count) for rank in range(size))
+
+
+def test_ranks_that_take_part_in_saving() -> None:
+    for weights, expected in ((False, [True, False]), (True, [True, True])):
+        ranks = [Ranks(rank, 2).sharing(1, weights=weights) for rank in range(2)]
+        assert [each.saves for each in ranks] == expected
+    assert ranks[0].describe() == "2 ranks, 1 on this machine, sharded weights; each: "
+
+
 def test_a_run_of_one_process_is_not_told_apart() -> None:
     assert (ALONE.is_first, ALONE.rows(5), ALONE.mine(3)) == (True, slice(0, 5), True)
     assert (ALONE.device("cuda:3"), ALONE.threads(3)) == ("cuda:3", 3)
     assert ALONE.threads(0) == torch.get_num_threads()
     assert (ALONE.sums([0.5, 2]), ALONE.highest([3]), ALONE.first_says(lambda: "a")) == ([0.5, 2], [3], "a")
     model = torch.nn.Linear(1, 1)
-    assert ALONE.replicate(model) is model
+    assert ALONE.distribute(model, torch.device("cpu")) is model
+    with ALONE.evaluating(model), ALONE.accumulating(model):
+        pass
+    assert ALONE.sharing(1, weights=True) == ALONE
+    assert (ALONE.saves, ALONE.lags(3)) == (True, False)
     state = torch.get_rng_state()
     ALONE.reseed(3, 4)
     assert torch.equal(torch.get_rng_state(), state)

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from minrnn import Decoder, ModelConfig, PairedMinLSTM, SequenceModel, load_checkpoint, save_checkpoint
 from minrnn.distributed import sequence_parallel, shard_sequence
 from minrnn.mixers import MIXERS, Mixer
+from minrnn.mixers.sharded import undivided
 from minrnn.models import map_state
 
 UNDIVIDED = ("rnn", "gru", "lstm", "attention")
@@ -262,3 +263,24 @@ def test_a_divided_model_is_saved_as_an_ordinary_one(tmp_path: Path) -> None:
     loaded, _ = load_checkpoint(tmp_path / "1")
     assert type(loaded.blocks[0].mixer.rnn) is LAYERS["mingru"]
     assert all(torch.equal(x, y) for x, y in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_a_divided_model_reads_whole_sequences_in_between(name: str) -> None:
+    model = make_model(name)
+    tokens = torch.randint(11, (2, 13), generator=torch.Generator().manual_seed(0))
+
+    def on_rank(rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        mesh = mesh_of(2)
+        own = sequence_parallel(copy.deepcopy(model), mesh)
+        before = own(shard_sequence(tokens, mesh))[0]
+        with pytest.raises(KeyError), undivided(own):
+            raise KeyError
+        with undivided(own):
+            whole = own(tokens)[0]
+        return before, whole, own(shard_sequence(tokens, mesh))[0]
+
+    expected = model(tokens)[0]
+    for before, whole, after in on_threads(2, on_rank):
+        assert torch.equal(whole, expected)
+        assert torch.equal(before, after)

@@ -132,7 +132,7 @@ def test_what_is_trained_unless_it_is_asked_for_otherwise() -> None:
         **{"beta1": 0.9, "beta2": 0.95, "precision": "float32", "carry_state": False, "fresh_share": 0.0},
         **{"eval_every": 250, "eval_tokens": 0, "final_eval_tokens": 0, "checkpoint_every": 250},
         **{"log_every": 10, "seed": 0, "device": "auto", "threads": 0, "compile": False, "timeout": 600},
-        "sequence_ranks": 1,
+        **{"sequence_ranks": 1, "weights": "replicated"},
     }
 
 

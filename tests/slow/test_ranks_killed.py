@@ -15,6 +15,7 @@ import pytest
 from test_runs import assert_same, config_of, saved_step, started_server
 
 from minrnn.training import RunConfig, RunLog, train
+from minrnn.training.config import WEIGHTS
 
 KILLS = int(os.environ.get("MINRNN_KILLS", "20"))
 """Of each rank, in steps and in checkpoints each."""
@@ -86,11 +87,12 @@ class Pair:
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("every", [1, 10], ids=["checkpoints", "steps"])
+@pytest.mark.parametrize("weights", WEIGHTS)
 def test_ranks_killed_at_random_moments_and_started_again_were_never_killed(
-    which: int, every: int, corpus: Path, tmp_path: Path, processes: Any
+    which: int, every: int, weights: str, corpus: Path, tmp_path: Path, processes: Any
 ) -> None:
     """With a checkpoint in every step most moments are of one; with one in ten, of a step."""
-    config = config_of(corpus, batch_size=5, fresh_share=0.3, checkpoint_every=every)
+    config = config_of(corpus, batch_size=5, fresh_share=0.3, checkpoint_every=every, weights=weights)
     began = time.monotonic()
     assert Pair(processes, config, tmp_path / "whole", tmp_path / "store").end() == [0, 0]
     takes = time.monotonic() - began
@@ -107,4 +109,5 @@ def test_ranks_killed_at_random_moments_and_started_again_were_never_killed(
                 break
         assert Pair(processes, config, run_dir, tmp_path / f"store{runs}").end() == [0, 0]
         assert_same(tmp_path / "whole", run_dir)
-    print(f"\nrank {which}: {kills} kills in {runs} runs; last saved step: {dict(sorted(steps.items()))}")
+    told = f"{kills} kills in {runs} runs; last saved step: {dict(sorted(steps.items()))}"
+    print(f"\n{weights}, rank {which}: {told}")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -20,6 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minrnn.distributed.ranks import Ranks
 from minrnn.distributed.sequences import sequence_parallel
+from minrnn.distributed.weights import release, shard_weights, unsynchronized
+from minrnn.mixers.sharded import undivided
 from minrnn.models import LossOf
 
 T = TypeVar("T")
@@ -117,29 +118,41 @@ class RankGroup(Ranks):
             distributed.recv(parts[-1], src=rank)
         return torch.cat(parts).to(rows.device)
 
-    def replicate(self, model: nn.Module) -> nn.Module:
+    def distribute(self, model: nn.Module, device: torch.device) -> nn.Module:
         if self.sequence_ranks > 1:
-            model = LossOf(self._divided(model))
-        # Buffers do not change in training: no step sends them. Later versions of torch rename the option.
-        known = inspect.signature(DistributedDataParallel).parameters
-        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        options: dict[str, Any] = {"gradient_as_bucket_view": True, name: False}
-        return DistributedDataParallel(model, **options)
+            shape = (self.row_groups, self.sequence_ranks)
+            mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "sequence"))
+            sequence_parallel(model, mesh["sequence"])
+        if self.shards_weights:
+            shard_weights(model, init_device_mesh(device.type, (self.size,)))
+        else:
+            model.to(device)
+        called = LossOf(model) if self.sequence_ranks > 1 else model
+        return called if self.shards_weights else _averaging(called)
 
-    def _divided(self, model: nn.Module) -> nn.Module:
-        """Return a model with the parameters of this one, whose sequences are divided."""
-        device = next(model.parameters()).device.type
-        shape = (self.row_groups, self.sequence_ranks)
-        mesh = init_device_mesh(device, shape, mesh_dim_names=("data", "sequence"))
-        shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-        return sequence_parallel(copy.deepcopy(model, shared), mesh["sequence"])
+    def accumulating(self, called: nn.Module) -> AbstractContextManager[None]:
+        if isinstance(called, DistributedDataParallel):
+            return cast("AbstractContextManager[None]", called.no_sync())
+        return unsynchronized(called)
 
-    def accumulating(self, replica: nn.Module) -> AbstractContextManager[None]:
-        return cast("AbstractContextManager[None]", cast(DistributedDataParallel, replica).no_sync())
+    @contextmanager
+    def evaluating(self, model: nn.Module) -> Iterator[None]:
+        with undivided(model):
+            yield
+        release(model)
 
     def reseed(self, seed: int, step: int) -> None:
         digest = hashlib.sha256(f"{seed} {step} {self.rank}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+def _averaging(model: nn.Module) -> nn.Module:
+    """Return a module that computes as a model does, and whose gradients are the mean over the ranks."""
+    # Buffers do not change in training: no step sends them. Later versions of torch rename the option.
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {"gradient_as_bucket_view": True, name: False}
+    return DistributedDataParallel(model, **options)
 
 
 def _cores() -> int:

@@ -31,9 +31,15 @@ class Ranks:
     """Number of processes of this machine."""
     sequence_ranks: int = field(default=1, kw_only=True)
     """Number of consecutive ranks that have the same rows, each a part of their steps."""
+    shards_weights: bool = field(default=False, kw_only=True)
+    """Whether weights are divided over the ranks, which then call the model together."""
 
-    def sharing(self, sequence_ranks: int) -> Self:
+    def sharing(self, sequence_ranks: int, *, weights: bool = False) -> Self:
         """Return these ranks, with sequences that are divided among so many of them.
+
+        Args:
+            sequence_ranks: the number.
+            weights: whether weights are divided over all ranks.
 
         Raises:
             ValueError: the number does not divide that of all ranks.
@@ -43,7 +49,7 @@ class Ranks:
                 f"train.sequence_ranks must divide the number of ranks, {self.size} (torchrun starts them), "
                 f"got {sequence_ranks}"
             )
-        return replace(self, sequence_ranks=sequence_ranks)
+        return replace(self, sequence_ranks=sequence_ranks, shards_weights=weights and self.size > 1)
 
     @property
     def row_groups(self) -> int:
@@ -60,7 +66,8 @@ class Ranks:
         if self.size == 1:
             return ""
         divided = f", {self.sequence_ranks} for each sequence" if self.sequence_ranks > 1 else ""
-        return f"{self.size} ranks, {self.local_size} on this machine{divided}; each: "
+        weights = ", sharded weights" if self.shards_weights else ""
+        return f"{self.size} ranks, {self.local_size} on this machine{divided}{weights}; each: "
 
     def rows(self, count: int, *, mirrored: bool = False, rank: int | None = None) -> slice:
         """Return the rows of a batch that a rank computes; their numbers differ by at most one.
@@ -94,6 +101,18 @@ class Ranks:
     def mine(self, index: int) -> bool:
         """Whether this rank computes the item of this index, of those that are dealt out in turn."""
         return index % self.size == self.rank
+
+    def lags(self, count: int) -> bool:
+        """Whether this rank has to call the model once more after `count` items, of which others had more.
+
+        The result of that call does not count: weights that are sharded are gathered by all ranks together.
+        """
+        return self.shards_weights and 0 < count % self.size <= self.rank
+
+    @property
+    def saves(self) -> bool:
+        """Whether this rank takes part in writing a checkpoint."""
+        return self.is_first or self.shards_weights
 
     def threads(self, wanted: int) -> int:
         """Return the number of CPU threads of this rank.
@@ -154,16 +173,21 @@ class Ranks:
         """
         return rows
 
-    def replicate(self, model: nn.Module) -> nn.Module:
+    def distribute(self, model: nn.Module, device: torch.device) -> nn.Module:
         """Return a module that computes as `model` does, and whose gradients are the mean over the ranks.
 
-        It shares the parameters of `model`, which are set to those of the first rank. Where sequences are
-        divided, it computes the losses of this rank's steps: see `LossOf`.
+        It shares the parameters of `model`, which is moved to the device and changed in place: replicated
+        weights are set to those of the first rank; of sharded ones each rank keeps its part. Where sequences
+        are divided, it computes the losses of this rank's steps: see `LossOf`.
         """
-        return model
+        return model.to(device)
 
-    def accumulating(self, replica: nn.Module) -> AbstractContextManager[None]:
-        """Return a context in which gradients of a module made by `replicate` are summed on each rank."""
+    def accumulating(self, called: nn.Module) -> AbstractContextManager[None]:
+        """Return a context in which gradients of a module made by `distribute` are summed on each rank."""
+        return nullcontext()
+
+    def evaluating(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Return a context for evaluations: a model given to `distribute` reads whole sequences in it."""
         return nullcontext()
 
     def reseed(self, seed: int, step: int) -> None:

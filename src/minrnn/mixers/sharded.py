@@ -8,9 +8,10 @@ that after the whole sequence, on every rank. All ranks call a module, and diffe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -232,6 +233,19 @@ def shard(model: nn.Module, group: str) -> None:
         chosen_form: Any = form
         module.__class__ = _sharded_class(kind, chosen_form)
         module._group = group
+
+
+@contextmanager
+def undivided(model: nn.Module) -> Iterator[None]:
+    """A context in which the modules that `shard` divided compute whole sequences, each rank by itself."""
+    divided = [(module, type(module)) for module in model.modules() if class_of(module) is not type(module)]
+    for module, _ in divided:
+        module.__class__ = cast(Any, class_of(module))
+    try:
+        yield
+    finally:
+        for module, kind in divided:
+            module.__class__ = cast(Any, kind)
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:

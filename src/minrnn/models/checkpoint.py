@@ -17,12 +17,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from minrnn.files import convert, locate, naming, nearest, read_json, shown, write_directory
+from minrnn.files import convert, find_directory, locate, naming, nearest, read_json, shown, write_directory
 from minrnn.files.writing import CONFIG_FILE
 from minrnn.models.decision import DecisionConfig, DecisionModel
 from minrnn.models.pretrained import is_pretrained, own_names, read_settings, read_table
 from minrnn.models.rebuilding import describe, misfits, tensors_to_keep, unwrap
 from minrnn.models.sequence import ModelConfig, SequenceModel
+from minrnn.models.shards import gathered, is_first, is_sharded
 
 Model = SequenceModel | DecisionModel
 """What a checkpoint can hold."""
@@ -57,6 +58,9 @@ def save_checkpoint(
 ) -> None:
     """Save a model as a directory; an existing checkpoint is replaced when the new one is complete.
 
+    Where torch's `fully_shard` has divided weights over ranks, all of them call this function. The first one
+    writes, one tensor after the other; no rank ever holds the whole model.
+
     Args:
         directory: the directory to create or replace.
         model: the model, whose config and tensors are saved. Wrappers such as those of torch.compile and
@@ -68,10 +72,13 @@ def save_checkpoint(
         OSError: the directory cannot be written, or is not a checkpoint; it is left unchanged.
         TypeError: `model` is not a SequenceModel or DecisionModel, or `extra` is not JSON.
         ValueError: the model differs from what its config builds, so that it could not be loaded: modules or
-            methods were replaced, or modules were parametrized, pruned, quantized or sharded. Hooks are not
-            saved, as in a state_dict.
+            methods were replaced, or modules were parametrized, pruned or quantized. Hooks are not saved, as
+            in a state_dict.
     """
     contents = _Contents(model, extra)  # before anything is written: it checks that the model can be loaded
+    if not is_first(contents.tensors.values()):
+        send_tensors(contents.tensors)
+        return
     with write_directory(Path(directory).expanduser()) as folder:
         write_texts(folder, files or {})
         contents.write(folder)
@@ -109,6 +116,11 @@ def load_checkpoint(
                 return loaded
 
 
+def map_checkpoint(directory: Path) -> tuple[Model, dict[str, JSON]]:
+    """As `load_checkpoint`, for copying: tensors lie in the file and are read when they are used."""
+    return _load(find_directory(directory), CPU, is_mapped=True)
+
+
 def _read_device(device: Any) -> torch.device:
     try:
         return torch.device(device)
@@ -119,11 +131,11 @@ def _read_device(device: Any) -> torch.device:
         ) from error
 
 
-def _load(folder: Path, device: torch.device) -> tuple[Model, dict[str, JSON]]:
+def _load(folder: Path, device: torch.device, *, is_mapped: bool = False) -> tuple[Model, dict[str, JSON]]:
     config = _read_config(folder / CONFIG_FILE)
     path = folder / TENSORS_FILE
     _check_integrity(path, config["files"])
-    tensors = load_tensors(path, device=device)
+    tensors = map_tensors(path) if is_mapped else load_tensors(path, device=device)
     if config["files"] is None:
         tensors = own_names(tensors)
     with naming(f"load_checkpoint: {folder / CONFIG_FILE}"):
@@ -145,6 +157,11 @@ def write_model(folder: Path, model: Model, *, extra: Mapping[str, JSON] | None 
     Files that are already there become part of the checkpoint: they are listed with their sizes and digests.
     """
     _Contents(model, extra).write(folder)
+
+
+def send_model(model: nn.Module) -> None:
+    """Take part in a `write_model` of the first of the ranks over which the model's weights are divided."""
+    send_tensors(_Contents(model, None).tensors)
 
 
 class _Contents:
@@ -208,15 +225,59 @@ def _build(config: Mapping[str, Any]) -> Model:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write named tensors as one safetensors file.
 
+    Tensors that are divided over ranks are gathered one after the other; the other ranks call `send_tensors`
+    with theirs.
+
     Raises:
         OSError: the file cannot be written.
     """
+    if any(map(is_sharded, tensors.values())):
+        _stream_tensors(path, tensors)
+        return
     packed = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
         safetensors.torch.save_file(packed, path)
     except safetensors.SafetensorError as error:  # the library wraps OSError
         raise OSError(errno.EIO, str(error), str(path)) from error
     make_readable(path)
+
+
+def send_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Take part in a `save_tensors` of the first of the ranks over which these tensors are divided."""
+    for name in _order(tensors):
+        gathered(tensors[name])
+
+
+def _stream_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file tensor by tensor; the library's function takes all of them at once.
+
+    The form: the header's length, 8 bytes; the header, JSON; the numbers, each tensor's where it says.
+    """
+    header, end = {}, 0
+    for name in _order(tensors):
+        tensor, start = tensors[name], end
+        end += tensor.numel() * tensor.itemsize
+        form = {"dtype": _code(tensor.dtype), "shape": list(tensor.shape)}
+        header[name] = {**form, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in header:
+            numbers = gathered(tensors[name]).detach().cpu().contiguous()
+            file.write(numbers.flatten().view(torch.uint8).numpy().data)
+
+
+def _order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names in the order of their tensors in a file: the widest numbers first, all aligned."""
+    return sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+
+
+def _code(dtype: torch.dtype) -> str:
+    """Return the name of a dtype in safetensors, as the library itself writes it."""
+    written = safetensors.torch.save({"one": torch.empty(0, dtype=dtype)})
+    code: str = json.loads(written[8:])["one"]["dtype"]
+    return code
 
 
 def make_readable(path: Path) -> None:
@@ -233,15 +294,19 @@ def load_tensors(path: Path, *, device: torch.device = CPU) -> dict[str, Tensor]
         FileNotFoundError: the file does not exist.
         ValueError: the file is not a complete safetensors file.
     """
+    # Copies, because tensors are not aligned in the file. Matrix products may round differently there, and a
+    # resumed run must equal the uninterrupted run bit for bit.
+    return {name: tensor.to(device, copy=True) for name, tensor in map_tensors(path).items()}
+
+
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """As `load_tensors`, for copying: tensors lie in the file and are read when they are used."""
     try:
-        tensors = safetensors.torch.load_file(path)
+        return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"load_tensors: {path} is not a whole safetensors file ({str(error)[:LONGEST]})"
         ) from error
-    # Copies, because the library maps the file, in which tensors are not aligned. Matrix products may round
-    # differently there, and a resumed run must equal the uninterrupted run bit for bit.
-    return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
 
 
 def check_files(folder: Path, names: Iterable[str]) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minrnn.mixers.sharded import class_of
+from minrnn.models.shards import class_before, own_part, runs_for
 
 SHOWN = 4
 """Most names that an error lists for each fault."""
@@ -42,7 +43,7 @@ def tensors_to_keep(model: nn.Module, rebuilt: nn.Module) -> dict[str, Tensor]:
     ours, theirs = dict(_parts(model, "")), dict(_parts(rebuilt, ""))
     found, expected = _tensors(ours), _tensors(theirs)
     shared = sorted(ours.keys() & theirs.keys())
-    alike = [name for name in shared if class_of(ours[name]) is type(theirs[name])]
+    alike = [name for name in shared if _class_of(ours[name]) is type(theirs[name])]
     faults = {
         **misfits(expected, found),
         "of another class": [
@@ -66,7 +67,7 @@ def tensors_to_keep(model: nn.Module, rebuilt: nn.Module) -> dict[str, Tensor]:
     if text := describe(faults):
         raise ValueError(
             f"save_checkpoint: the model is not what its config builds, and could not be loaded; {text}; "
-            "undo the changes (merge adapters, remove parametrizations, pruning and patches, gather shards), "
+            "undo the changes (merge adapters, remove parametrizations, pruning and patches), "
             "or save its state_dict with torch.save"
         )
     return found
@@ -133,13 +134,24 @@ def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
+def _class_of(module: nn.Module) -> type[nn.Module]:
+    """Return a module's class before its sequences, or its weights, were divided over ranks."""
+    whole = class_of(module)
+    return class_before(module) if whole is type(module) else whole
+
+
 def _methods_replaced(module: nn.Module) -> list[str]:
     """Return the names of methods that are overridden on the instance."""
-    return [name for name in vars(module) if callable(getattr(type(module), name, None))]
+    return [
+        name
+        for name in vars(module)
+        if callable(getattr(type(module), name, None)) and not runs_for(module, name)
+    ]
 
 
 def _is_plain(x: Tensor) -> bool:
     """Whether a tensor can be saved in a file and restored by an assignment."""
+    x = own_part(x)
     return (
         type(x) in (Tensor, nn.Parameter)
         and x.layout is torch.strided
@@ -153,7 +165,7 @@ def _in_one_memory(tensors: Mapping[str, Tensor]) -> list[str]:
     names: dict[tuple[Any, ...], str] = {}
     pairs = []
     for name, x in tensors.items():
-        if _is_plain(x) and x.numel():
-            first = names.setdefault((x.device, x.data_ptr()), name)
+        if _is_plain(x) and own_part(x).numel():
+            first = names.setdefault((x.device, own_part(x).data_ptr()), name)
             pairs += [f"{first} and {name}"] if first != name else []
     return pairs

@@ -19,6 +19,7 @@ from minrnn.mixers.mixer import check_reset
 from minrnn.models.block import ACTIVATIONS, MLP, Block, BlockState
 from minrnn.models.dropout import Dropout
 from minrnn.models.losses import chunked_loss, linear_loss
+from minrnn.models.shards import is_sharded
 from minrnn.ops.recurrence import check_tensor
 
 ModelState = tuple[BlockState, ...]
@@ -292,9 +293,10 @@ class SequenceModel(nn.Module):
         head, embedding = self.head, self.embedding
         if head is not None:
             return head(y)
-        if runs(embedding, nn.Embedding):
+        if runs(embedding, nn.Embedding) and not is_sharded(embedding.weight):
             return functional.linear(y, embedding.weight)
-        # A replacement of the embedding may have no weight; the matrix is then its output for all tokens.
+        # A replacement of the embedding may have no weight, and one that is sharded by itself has it while
+        # it is called only; the matrix is then its output for all tokens.
         return functional.linear(y, embedding(torch.arange(self.config.vocab_size, device=y.device)))
 
     def _check(self, tokens: Tensor, state: ModelState | None, reset: Tensor | None) -> None:

@@ -325,10 +325,10 @@ class DecisionsTask(Task):
             ValueError: `max_tokens` is negative.
         """
         check_max_tokens(max_tokens)
-        total, right, count = 0.0, 0, 0
+        total, right, count, index = 0.0, 0, 0, -1
         state: ModelState | None = None
         divided = WHOLE if self.config.carry else split
-        with evaluation_mode(model), torch.inference_mode():
+        with evaluation_mode(model), torch.no_grad():
             for index, batch in enumerate(self.evaluation_batches()):
                 if divided.mine(index):
                     batch = batch.to(device_of(model))
@@ -342,6 +342,8 @@ class DecisionsTask(Task):
                     tell(min(1.0, count / (max_tokens or self._num_evaluated)))
                 if max_tokens and count >= max_tokens:
                     break
+            if divided.lags(index + 1):
+                model(batch.to(device_of(model)).inputs, None)
         errors_of_all, right_of_all = divided.sums([total, right])
         accuracy = {"accuracy": right_of_all / count} if self.episodes.is_discrete else {}
         return {"val_loss": errors_of_all / count, **accuracy, "val_tokens": count}

@@ -56,22 +56,20 @@ class LabeledTask(TokenTask):
             ValueError: `max_tokens` is negative.
         """
         check_max_tokens(max_tokens)
-        total_nats, answers, right, sequences, exact = 0.0, 0, 0, 0, 0
-        with evaluation_mode(model), torch.inference_mode():
-            for index, batch in enumerate(self.evaluation_batches()):
+        own, answers, sequences, count = (0.0, 0, 0), 0, 0, 0
+        with evaluation_mode(model), torch.no_grad():
+            for batch in self.evaluation_batches():
                 answers += batch.num_asked
                 sequences += len(batch.targets)
-                if split.mine(index):
-                    batch = batch.to(device_of(model))
-                    logits, _ = model(batch.inputs, None)
-                    total_nats += nats(logits, batch.targets, "sum").item()
-                    asked = batch.targets != IGNORED  # (B, T)
-                    hit = (logits.argmax(dim=-1) == batch.targets) & asked
-                    right += int(hit.sum())
-                    exact += int((hit == asked).all(dim=1).sum())
+                if split.mine(count):
+                    total, right, exact = _scores(model, batch)
+                    own = own[0] + total, own[1] + right, own[2] + exact
+                count += 1
                 if max_tokens and answers >= max_tokens:
                     break
-        found = split.sums([total_nats, right, exact])
+            if split.lags(count):
+                _scores(model, batch)
+        found = split.sums(own)
         return {
             "val_loss": found[0] / answers,
             "accuracy": found[1] / answers,
@@ -87,6 +85,16 @@ class LabeledTask(TokenTask):
             targets = batch.targets[batch.targets != IGNORED].numpy()
             counts += np.bincount(targets, minlength=self.vocab_size)
         return float(counts.max() / counts.sum())
+
+
+def _scores(model: nn.Module, batch: Batch) -> tuple[float, int, int]:
+    """Return the nats of a batch's targets, and how many of them and of its sequences are predicted."""
+    batch = batch.to(device_of(model))
+    logits, _ = model(batch.inputs, None)
+    asked = batch.targets != IGNORED  # (B, T)
+    hit = (logits.argmax(dim=-1) == batch.targets) & asked
+    exact = (hit == asked).all(dim=1)
+    return nats(logits, batch.targets, "sum").item(), int(hit.sum()), int(exact.sum())
 
 
 def pack(

@@ -13,6 +13,7 @@ from minrnn.mixers.calls import is_plain
 from minrnn.models import LossOf, Model, ModelConfig, ModelState, SequenceModel, Steps
 from minrnn.models.evaluation import evaluation_mode as evaluation_mode
 from minrnn.models.rebuilding import unwrap
+from minrnn.models.shards import runs_for
 
 IGNORED = -100
 """Target of positions without a prediction: the default `ignore_index` of torch's cross_entropy."""
@@ -30,6 +31,9 @@ class Split(Protocol):
     def mine(self, index: int) -> bool:
         """Whether this process evaluates the batch of this index."""
 
+    def lags(self, count: int) -> bool:
+        """Whether this process has to call the model once more after `count` batches, without counting it."""
+
     def sums(self, values: Sequence[float]) -> list[float]:
         """Return the sums over all processes."""
 
@@ -40,6 +44,10 @@ class Whole:
     def mine(self, index: int) -> bool:
         """Return True: it evaluates every batch."""
         return True
+
+    def lags(self, count: int) -> bool:
+        """Return False: no other process calls the model."""
+        return False
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """Return the values: no other process has any."""
@@ -312,8 +320,9 @@ def token_nats(
 
 
 def _is_large(model: SequenceModel) -> bool:
-    """Whether a model has a large vocabulary, and no hooks that a call would run."""
-    return model.config.vocab_size >= LARGE_VOCABULARY and is_plain(model, SequenceModel)
+    """Whether a model has a large vocabulary, and no hooks that its call alone would run."""
+    is_whole = is_plain(model, SequenceModel) or runs_for(model, "loss")
+    return model.config.vocab_size >= LARGE_VOCABULARY and is_whole
 
 
 def check_batch(function: str, step: int, batch_size: int, seed: int = 0, *, seeds: int = 1 << 64) -> None:

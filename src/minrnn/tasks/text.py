@@ -286,7 +286,7 @@ class TextTask(TokenTask):
         tokens = self.test_tokens if self.config.part == "test" else self.val_tokens
         tokens = tokens[: max_tokens + 1] if max_tokens else tokens
         num_predicted = tokens.size - 1
-        with evaluation_mode(model), torch.inference_mode():
+        with evaluation_mode(model), torch.no_grad():
             stream_nats = self._stream_nats(model, tokens, lambda done: tell and tell(done / 2))
             own_nats = self._windowed_nats(model, tokens, split, lambda done: tell and tell((1 + done) / 2))
         (windowed_nats,) = split.sums([own_nats])
@@ -336,14 +336,20 @@ class TextTask(TokenTask):
         self, model: nn.Module, tokens: NDArray[np.integer], split: Split, tell: Tell
     ) -> float:
         """Return the loss of this process's windows, each starting from the empty state."""
-        total, done = 0.0, 0
-        for index, (inputs, targets) in enumerate(self._evaluation_windows(tokens, device_of(model))):
-            if split.mine(index):
-                resets = self._resets(inputs, fresh=True)
-                total += token_nats(model, inputs, targets, None, resets, "sum")[0].item()
+        total, done, count = 0.0, 0, 0
+        for inputs, targets in self._evaluation_windows(tokens, device_of(model)):
+            if split.mine(count):
+                total += self._nats_of(model, inputs, targets)
+            count += 1
             done += targets.numel()
             tell(done / (tokens.size - 1))
+        if split.lags(count):
+            self._nats_of(model, inputs, targets)
         return total
+
+    def _nats_of(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
+        resets = self._resets(inputs, fresh=True)
+        return token_nats(model, inputs, targets, None, resets, "sum")[0].item()
 
     def _evaluation_windows(
         self, tokens: NDArray[np.integer], device: torch.device

@@ -27,6 +27,7 @@ class Batches:
         self._fresh = settings.fresh_windows if settings.carry_state else 0
         self._rows = settings.batch_size - self._fresh  # of the batch whose state is carried, if one is
         self._least_steps = least_steps
+        self._is_spare = False  # whether the second batch of a backward pass does not count
         self._length = 0  # steps of a whole sequence, where they are divided
         if self._rows < ranks.row_groups:
             streams = " without the windows of train.fresh_share" if self._fresh else ""
@@ -56,6 +57,9 @@ class Batches:
             return self._divided([task.batch_rows(index, self._rows, settings.seed, rows)])
         batches = [task.stream_rows(index, self._rows, rows)]
         fresh = self._ranks.rows(self._fresh, mirrored=True)
+        self._is_spare = bool(self._fresh and self._ranks.shards_weights and fresh.start == fresh.stop)
+        if self._is_spare:  # another rank has a window, and all call the model together
+            fresh = slice(0, 1)
         if fresh.start < fresh.stop:
             batches.append(task.batch_rows(index, self._fresh, settings.seed, fresh))
         return self._divided(batches)
@@ -99,4 +103,5 @@ class Batches:
             (own,) = (batch.num_asked for batch in batches)  # such a task has no streams
             (asked,) = self._ranks.sums([float(own)])
             return [own * size / asked]
-        return [batch.num_targets * size / targets for batch in batches]
+        weights = [batch.num_targets * size / targets for batch in batches]
+        return [weights[0], 0.0] if self._is_spare else weights

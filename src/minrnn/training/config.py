@@ -35,6 +35,10 @@ PRECISIONS: tuple[Precision, ...] = typing.get_args(Precision)
 OptimizerName = Literal["adamw", "muon"]
 OPTIMIZERS: tuple[OptimizerName, ...] = typing.get_args(OptimizerName)
 
+Weights = Literal["replicated", "sharded"]
+"""What each of several ranks holds of the weights: see `TrainConfig.weights`."""
+WEIGHTS: tuple[Weights, ...] = typing.get_args(Weights)
+
 MOST_SEEDS = 1 << 64
 """Upper bound of seeds, exclusive: the generators of torch and of the tasks take 64 bits."""
 
@@ -116,6 +120,9 @@ class TrainConfig:
     """CPU threads, divided among the ranks of a machine (0: torch's default)."""
     sequence_ranks: int = 1
     """Ranks that share each sequence: consecutive parts of its steps. The others share the batch's rows."""
+    weights: Weights = "replicated"
+    """What each of several ranks holds: replicated, all weights, gradients and moments; sharded, its part of
+    them, and of one block after the other the whole weights while the block computes."""
     timeout: int = 600
     """Seconds that a rank waits for the others before the run ends with an error."""
 
@@ -135,6 +142,7 @@ class TrainConfig:
                 self, "fresh_share", 0 < streams < self.batch_size, "a share that leaves streams and windows"
             )
         require(self, "precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+        require(self, "weights", self.weights in WEIGHTS, f"one of {', '.join(WEIGHTS)}")
         require(self, "optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
 
     @property

@@ -18,6 +18,7 @@ from minrnn.files import claim, find_directory, recover_directory, write_json
 from minrnn.files.claims import LOCK_FILE
 from minrnn.mixers.convolution import CausalConv
 from minrnn.models import map_state, save_checkpoint
+from minrnn.models.shards import own_part
 from minrnn.ops import engines
 from minrnn.tasks import make_task
 from minrnn.tasks.task import evaluation_mode
@@ -155,7 +156,8 @@ class Run:
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, log: RunLog, ranks: Ranks = ALONE) -> None:
-        ranks = ranks.sharing(config.train.sequence_ranks)
+        divided = config.train.weights == "sharded"
+        ranks = ranks.sharing(config.train.sequence_ranks, weights=divided)
         self.settings, self.run_dir, self.log, self.ranks = config.train, run_dir, log, ranks
         # Set even if unchanged: this stops MKL from using fewer threads under load, which would change the
         # order of its sums, and with it the last bits of a resumed run.
@@ -166,9 +168,9 @@ class Run:
         config = config.resolved()
         self.task = ranks.in_order("task", lambda: make_task(config.task))
         self.config = dataclasses.replace(config, model=self.task.model_config(config.model))
-        self.model = self.task.make_model(self.config.model).to(self.device)
+        self.model = self.task.make_model(self.config.model)
         self._batches = Batches(self.task, self.settings, ranks, _least_steps(self.model))
-        self._replica = ranks.replicate(self.model)
+        self._called = ranks.distribute(self.model, self.device)
         if self.settings.compile and ranks.size > 1:
             raise ValueError(f"train.compile must be off with several ranks, got {ranks.size} ranks")
         self._compilation = Compilation(self.model) if self.settings.compile else None
@@ -277,7 +279,7 @@ class Run:
         chosen_by = self.task.chosen_by
         is_best = metrics[chosen_by] < self.state.best.get(chosen_by, math.inf)
         if is_best:
-            if self.ranks.is_first:
+            if self.ranks.saves:
                 best = self.run_dir / "checkpoints" / "best"
                 save_checkpoint(best, self.model, extra=self._extra(), files=self.task.saved_files)
             self.state.best = {"step": self.state.step, **metrics}
@@ -288,7 +290,8 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint for resuming."""
         self._collect()
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+        finite = all(own_part(parameter).isfinite().all() for parameter in self.model.parameters())
+        if self.ranks.highest([not finite])[0]:
             raise NonFiniteLossError(self._advice("its weights are not finite"))
         began = time.perf_counter()
         self.state.seconds = self._seconds()
@@ -296,7 +299,7 @@ class Run:
         self.log.flush()
         last, ranks = self.run_dir / "checkpoints" / "last", self.ranks
         state = gather_carry(self.state, ranks, self._batches.carried_rows)
-        if ranks.is_first:
+        if ranks.saves:
             files = self.task.saved_files
             save_last(last, self.model, self.optimizers, state, self.config, self._extra(), files)
         self._report_started += time.perf_counter() - began
@@ -337,7 +340,8 @@ class Run:
 
         tell(0.0)
         ranks = self.ranks
-        found = self.task.evaluate(self.model, max_tokens=max_tokens, tell=tell, split=ranks)
+        with ranks.evaluating(self.model):
+            found = self.task.evaluate(self.model, max_tokens=max_tokens, tell=tell, split=ranks)
         return ranks.first_says(lambda: found)  # what is decided by it is decided alike
 
     def _check_never_saved(self) -> None:
@@ -388,9 +392,9 @@ class Run:
         settings, state = self.settings, self.state
         batches = self._batches(state.step * settings.accumulate + part)
         targets, weights = self._batches.targets(batches), self._batches.weights(batches)
-        model = self._compilation.model if self._compilation else self._replica
+        model = self._compilation.model if self._compilation else self._called
         is_last = part == settings.accumulate - 1
-        with nullcontext() if is_last else self.ranks.accumulating(self._replica):
+        with nullcontext() if is_last else self.ranks.accumulating(self._called):
             with self._autocast():
                 parts = [self.task.loss(model, batch, state.carry) for batch in batches]
             losses = [weight * each for weight, (each, _) in zip(weights, parts, strict=True)]
@@ -415,7 +419,7 @@ class Run:
         if not self.carries_state:
             return None
         batch = self._batches.whole(0)[0].first(steps)
-        with evaluation_mode(self.model), self._autocast():  # draws no random numbers
+        with self.ranks.evaluating(self.model), evaluation_mode(self.model), self._autocast():
             return self.task.loss(self.model, batch)[1]
 
     def _autocast(self) -> torch.autocast:

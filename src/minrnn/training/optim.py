@@ -3,15 +3,55 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from minrnn.models.shards import divided_like, gathered, is_sharded
 from minrnn.training.config import TrainConfig
 
 MUON_MOMENTUM = 0.95
 """Momentum of Muon, its author's default."""
+
+
+class ShardedMuon(torch.optim.Muon):
+    """Muon for matrices whose rows are divided over ranks.
+
+    Momentum and weights stay divided. What is to be made orthogonal is gathered, one matrix after the other;
+    every rank computes the whole turn as Muon does, and takes its rows of it.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        mean = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        whole = gathered(gradient.lerp(mean, group["momentum"]))
+        turn = nn.Parameter(torch.zeros_like(whole))
+        turn.grad = whole
+        names = ("lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")
+        settings = {name: group[name] for name in names}
+        torch.optim.Muon([turn], momentum=0.0, nesterov=False, weight_decay=0.0, **settings).step()
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(divided_like(turn.detach(), parameter))
+
+
+MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    torch.optim.Muon: ("momentum_buffer",),
+    ShardedMuon: ("momentum_buffer",),
+}
+"""State tensors of each optimizer with the shape and dtype of a parameter; AdamW also has `step`."""
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -28,7 +68,7 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     The factor makes updates about as large as AdamW's, so that both use the same learning rate.
 
     Args:
-        model: the model, already on its device.
+        model: the model, already on its device, and already divided over ranks if it is to be.
         config: optimizer, learning rate, betas and weight decay.
 
     Returns:
@@ -42,9 +82,10 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     optimizers: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
         turned = orthogonalized_parameters(model)
+        turns = [parameter for name, parameter in model.named_parameters() if name in turned]
         optimizers.append(
-            torch.optim.Muon(
-                [parameter for name, parameter in model.named_parameters() if name in turned],
+            (ShardedMuon if any(map(is_sharded, turns)) else torch.optim.Muon)(
+                turns,
                 lr=config.learning_rate,
                 weight_decay=config.weight_decay,
                 momentum=MUON_MOMENTUM,
@@ -151,4 +192,4 @@ def clip_gradients(model: nn.Module, longest: float) -> torch.Tensor:
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     if longest > 0:
         nn.utils.clip_grads_with_norm_(parameters, longest, norm)
-    return norm
+    return gathered(norm)

@@ -14,10 +14,21 @@ from torch import Tensor, nn
 from minrnn.distributed import Ranks
 from minrnn.files import convert, find_directory, naming, read_json, write_directory
 from minrnn.models import Model, SequenceModel, load_checkpoint, map_state
-from minrnn.models.checkpoint import check_files, load_tensors, save_tensors, write_model, write_texts
+from minrnn.models.checkpoint import (
+    check_files,
+    map_checkpoint,
+    map_tensors,
+    save_tensors,
+    send_model,
+    send_tensors,
+    write_model,
+    write_texts,
+)
 from minrnn.models.pretrained import holds_pretrained
+from minrnn.models.shards import divided_like, is_first
 from minrnn.tasks import Vocabulary
 from minrnn.training.config import RunConfig, read_config
+from minrnn.training.optim import MOMENTS
 
 CarriedState = Any  # nested tuples of tensors, or None
 
@@ -35,6 +46,7 @@ CHANGEABLE = frozenset(
         "threads",
         "sequence_ranks",
         "timeout",
+        "weights",
     }
 )
 
@@ -45,12 +57,6 @@ NEW_IN_FORMAT_2 = frozenset({"unwritten", "run"})
 
 MOST_COUNTED = 1 << 24
 """The float32 step counter of AdamW saturates here."""
-
-MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
-    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
-    torch.optim.Muon: ("momentum_buffer",),
-}
-"""State tensors of each optimizer with the shape and dtype of a parameter; AdamW also has `step`."""
 
 
 @dataclass
@@ -88,7 +94,8 @@ def save_last(
 
     It is a model's checkpoint with two more files: trainer.safetensors (the states of the optimizers and the
     random generators, and the carried state) and trainer.json (the rest of `TrainState`, and the settings of
-    the run that may not change).
+    the run that may not change). The ranks over which weights are divided all call this function, and the
+    first of them writes.
 
     Args:
         directory: the directory; an existing checkpoint is kept until the new one is complete.
@@ -113,6 +120,10 @@ def save_last(
         # Clones: parts of a state may share memory, which safetensors rejects.
         **{f"carry.{index}": tensor.clone() for index, tensor in enumerate(carry)},
     }
+    if not is_first(model.parameters()):
+        send_tensors(tensors)
+        send_model(model)
+        return
     with write_directory(directory) as folder:
         save_tensors(folder / TENSORS_FILE, tensors)
         (folder / STATE_FILE).write_text(json.dumps(scalars, indent=1), encoding="utf-8")
@@ -131,7 +142,7 @@ def load_last(
 
     All files are validated before anything is changed: sizes and digests; names, shapes and dtypes of the
     tensors; consistent step counts; and the settings of the run. The carried state is validated by
-    `check_carry`.
+    `check_carry`. Of weights that are divided over ranks, and their moments, each rank reads its part.
 
     Args:
         directory: the checkpoint.
@@ -149,7 +160,7 @@ def load_last(
     """
     device = next(model.parameters()).device
     folder = find_directory(directory)
-    saved, extra = load_checkpoint(folder)
+    saved, extra = map_checkpoint(folder)
     if unchecked := check_files(folder, [TENSORS_FILE, STATE_FILE]):
         say(f"{directory} has an earlier format without digests of {' and '.join(unchecked)}: not checked")
     state, nesting = _read_state(folder / STATE_FILE, config, is_old=bool(unchecked))
@@ -158,7 +169,7 @@ def load_last(
             f"resume: {folder / STATE_FILE} is of step {state.step}, and the weights beside it are of step "
             f"{extra.get('step')}; use another copy"
         )
-    tensors = load_tensors(folder / TENSORS_FILE)
+    tensors = map_tensors(folder / TENSORS_FILE)
     with naming(f"resume: {folder / TENSORS_FILE}"):
         carried = _places(nesting)
         _check_tensors(tensors, _expected_tensors(model, optimizers, device, len(carried)))
@@ -166,10 +177,11 @@ def load_last(
     with naming(f"resume: {folder / STATE_FILE}"):
         if sorted(carried) != list(range(len(carried))):
             raise ValueError(f"carry must name each of its tensors once, got {carried}")
-    model.load_state_dict(saved.state_dict())
+    ours = model.state_dict()
+    model.load_state_dict({name: divided_like(x, ours[name]) for name, x in saved.state_dict().items()})
     _restore_optimizers(model, optimizers, _under("optimizer.", tensors))
     _restore_random_states(_under("random.", tensors), device)
-    carry = {int(index): tensor.to(device) for index, tensor in _under("carry.", tensors).items()}
+    carry = {int(index): tensor.to(device, copy=True) for index, tensor in _under("carry.", tensors).items()}
     state.carry = _unflatten(nesting, carry)
     return state, extra
 
@@ -411,7 +423,10 @@ def _restore_optimizers(
         for name, parameter in _names_of(model, optimizer):
             of_parameter = _under(f"{name}/", tensors)
             optimizer.state[parameter] = {
-                key: value.to(parameter.device) for key, value in of_parameter.items()
+                key: (divided_like(value, parameter) if key in MOMENTS[type(optimizer)] else value).to(
+                    parameter.device, copy=True
+                )
+                for key, value in of_parameter.items()
             }
 
 
