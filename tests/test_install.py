@@ -47,6 +47,13 @@ def test_constraints_pin_the_tools_that_make_builds_with() -> None:
     assert set(tools.split()) <= pins().keys()
 
 
+def test_every_extra_is_in_the_page() -> None:
+    page = (REPOSITORY / "docs" / "install.md").read_text(encoding="utf-8")
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    listed = re.findall(r"^\| `pip install '\.\[(\w+)\]'` \|", page, re.MULTILINE)
+    assert sorted(listed) == sorted(project["optional-dependencies"].keys() - {"dev"})
+
+
 def test_without_the_extension_the_package_works_and_says_why() -> None:
     code = """
 import sys
