@@ -519,6 +519,11 @@ DEFINITIONS: dict[str, list[tuple[str, str]]] = {
         ("computes for 153 ms and sends for 0, 29, 53 and 57 ms", "the model's arithmetic"),
         ("0.05, 0.4, 3.4 and 55 million", "the model's arithmetic"),
     ],
+    "docs/sharded-weights.md": [
+        ("such as AdamW's step, as 0 (torch 2.13)", "the version"),
+        ("weights twice, gradients once", "the algorithm"),
+        ("a half on two ranks, a quarter on four", "asserted by tests/test_weights.py"),
+    ],
     "docs/numerics.md": [
         ("a state is rounded eight times at each of", "the algorithm"),
         ("loses a millionth in each step", "an example"),
