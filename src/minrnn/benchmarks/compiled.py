@@ -27,7 +27,7 @@ triton: Any = importlib.import_module("triton")
 CAPABILITIES = {80: 108, 90: 132}  # compute capability: multiprocessors of the A100 and the H100
 
 
-class Absent(NamedTuple):
+class _Absent(NamedTuple):
     """A driver for a GPU that is not present, sufficient to type a kernel's arguments and to compile it."""
 
     capability: int
@@ -63,7 +63,7 @@ def compiling(capability: int, processors: int) -> Iterator[list[Any]]:
     names = ("forward_kernel", "backward_kernel")
     kernels: dict[str, Any] = {name: Compiling(getattr(engine, name), built) for name in names}
     with (
-        mock.patch.object(triton.runtime.driver, "_active", Absent(capability)),
+        mock.patch.object(triton.runtime.driver, "_active", _Absent(capability)),
         mock.patch.multiple(engine, _processors=lambda _: processors, **kernels),
     ):
         yield built
