@@ -168,6 +168,7 @@ os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 @pytest.mark.parametrize("argument", ["--help", "--version", "nothing"])
 def test_output_that_cannot_be_written_is_a_status_without_a_traceback(argument: str) -> None:
     source = str(Path(main_module.__file__).parents[2])
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     for out, error, status in (
         ("full", "pipe", 1),
         ("pipe", "full", 0),
@@ -178,7 +179,7 @@ def test_output_that_cannot_be_written_is_a_status_without_a_traceback(argument:
                 [sys.executable, "-m", "minrnn", argument],
                 stdout=full if out == "full" else subprocess.PIPE,
                 stderr=full if error == "full" else subprocess.PIPE,
-                env={**os.environ, "PYTHONPATH": source},
+                env={**buffered, "PYTHONPATH": source},
                 text=True,
                 timeout=60,
             )
