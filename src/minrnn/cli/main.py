@@ -107,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if lost := _flush():
                 return lost
             raise
-        return _flush() or status
+        lost = _flush()
+        return status or lost
 
 
 def _main(args: list[str]) -> int:
