@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import tyro
 from rich.table import Table
 
 from minrnn.cli.arguments import check_range, parse
-from minrnn.cli.train import DEFAULT_RECIPE
+from minrnn.cli.train import named_recipe
 from minrnn.distributed.costs import Cluster, Costs, costs, work_of
 from minrnn.models import ModelConfig
 from minrnn.tasks import TextConfig
@@ -51,7 +51,7 @@ class PlanCommand:
 
 def run(args: Sequence[str]) -> int:
     """Run `minrnn plan`."""
-    recipe = args[0] if args and not args[0].startswith("-") else DEFAULT_RECIPE
+    recipe = named_recipe(args)
     config = load_recipe(recipe)
     if not isinstance(config.task, TextConfig):
         raise ValueError(f"plan: the recipe must be one for text, got {recipe}")
@@ -74,10 +74,11 @@ def _table(command: PlanCommand) -> Table:
         *("GPUs", "of a row", "computing", "traffic", "carries", "step", "tokens/s", "weights", "kept"),
         title=f"{command.recipe}: a training step, computed and not measured",
     )
+    work = work_of(command.model, command.rows, command.length)
     for ranks in command.ranks:
         rows = command.rows_per_rank * ranks or command.rows
-        work = work_of(command.model, rows, command.length)
-        table.add_row(*_cells(costs(work, command.cluster, ranks, command.weights), command.cluster))
+        found = costs(replace(work, rows=rows), command.cluster, ranks, command.weights)
+        table.add_row(*_cells(found, command.cluster))
     table.caption = (
         f"{work.parameters:,} parameters. Traffic: gradients, and weights if sharded; hidden as far as "
         "computing takes longer. Carries: what a split scan exchanges. Weights: with gradients and moments. "

@@ -60,8 +60,8 @@ class TrainCommand(Generic[TaskConfigT]):
 def run(args: Sequence[str]) -> int:
     """Run `minrnn train`; the exit status is 128 + n if signal n stopped the run."""
     resumed = _resumed_run(args)
-    config = load_recipe(_named_recipe(args)) if resumed is None else read_config(resumed)
-    command = _parse(args, config, config.recipe if resumed else _named_recipe(args))
+    config = load_recipe(named_recipe(args)) if resumed is None else read_config(resumed)
+    command = _parse(args, config, config.recipe if resumed else named_recipe(args))
     config = dataclasses.replace(config, model=command.model, task=command.task, train=command.train)
     launch = Launch.of(os.environ)
     if launch.most_restarts and command.run is None:
@@ -131,7 +131,7 @@ def _argument(path: Path) -> str:
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
-def _named_recipe(args: Sequence[str]) -> str:
+def named_recipe(args: Sequence[str]) -> str:
     """Return the recipe at the start of the arguments, which determines the defaults of the others."""
     return args[0] if args and not args[0].startswith("-") else DEFAULT_RECIPE
 

@@ -176,11 +176,9 @@ def costs(
     """
     if ranks > work.rows and ranks % work.rows:
         raise ValueError(f"costs: ranks must be a multiple of the {work.rows} rows if more, got {ranks}")
-    sequence_ranks = max(1, ranks // work.rows)
+    sequence_ranks, tokens, P = max(1, ranks // work.rows), work.rows * work.T, work.parameters
     if sequence_ranks > work.T:
-        tokens = work.rows * work.T
         raise ValueError(f"costs: ranks must be at most {tokens}, the tokens of a step, got {ranks}")
-    tokens, P = work.rows * work.T, work.parameters
     most = ceil(work.rows * sequence_ranks / ranks) * ceil(work.T / sequence_ranks)  # of a rank
     compute = OPERATIONS * P * most / (1e12 * cluster.tflops)
     moved = BYTES_MOVED[weights] * P
