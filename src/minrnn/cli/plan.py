@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import tyro
 from rich.table import Table
@@ -15,6 +14,7 @@ from minrnn.distributed.costs import Cluster, Costs, costs, work_of
 from minrnn.models import ModelConfig
 from minrnn.tasks import TextConfig
 from minrnn.training import Output, load_recipe
+from minrnn.training.config import Weights
 
 WIDTH = 110
 """Of the table if the output is not a terminal."""
@@ -39,7 +39,7 @@ class PlanCommand:
     """Sequences of each rank, in place of --rows (0: none)."""
     length: int
     """Tokens of a sequence."""
-    weights: Literal["replicated", "sharded"]
+    weights: Weights
     """As --train.weights: all weights on every rank, or a part of them."""
     ranks: tuple[int, ...]
     """Numbers of GPUs."""
