@@ -10,6 +10,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 MISSING = "" if "forkserver" in multiprocessing.get_all_start_methods() else "this system forks no processes"
 """Why there can be no pool, or nothing."""
 
@@ -80,6 +82,16 @@ def pool(folder: Path, most: int = 4) -> Iterator[Pool]:
         yield made
     finally:
         made.close()
+
+
+@contextmanager
+def training_pool(factory: pytest.TempPathFactory, most: int = 4) -> Iterator[Pool]:
+    """A pool whose ranks train with one thread each and share the tests' cache, as this process then does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("MINRNN_CACHE", str(factory.getbasetemp() / "minrnn-cache"))
+        with pool(factory.mktemp("stores"), most) as made:
+            yield made
 
 
 def serve(end: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_pool import MISSING, Pool, pool
+from rank_pool import MISSING, Pool, training_pool
 from test_decisions_task import make_episodes
 from test_training import run_config
 
@@ -41,11 +41,8 @@ GRADIENTS, LOSSES, VALIDATION = 2e-6, 2e-6, 1e-6
 
 @pytest.fixture(scope="module")
 def ranks_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    with pytest.MonkeyPatch.context() as patch:  # of this process and of those that it starts
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("MINRNN_CACHE", str(tmp_path_factory.getbasetemp() / "minrnn-cache"))
-        with pool(tmp_path_factory.mktemp("stores")) as made:
-            yield made
+    with training_pool(tmp_path_factory) as made:
+        yield made
 
 
 @dataclasses.dataclass

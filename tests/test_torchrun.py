@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_pool import MISSING, Pool, pool
+from rank_pool import MISSING, Pool, training_pool
 from test_distributed import run_on
 from test_training import assert_same_run, run_config
 
@@ -34,11 +34,8 @@ STEPS = 60
 
 @pytest.fixture(scope="module")
 def ranks_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("MINRNN_CACHE", str(tmp_path_factory.getbasetemp() / "minrnn-cache"))
-        with pool(tmp_path_factory.mktemp("stores"), 2) as made:
-            yield made
+    with training_pool(tmp_path_factory, 2) as made:
+        yield made
 
 
 def config_of(corpus: Path) -> RunConfig:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_pool import MISSING, Pool, pool
+from rank_pool import MISSING, Pool, training_pool
 from test_distributed import (
     LABELED,
     LOSSES,
@@ -46,11 +46,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def ranks_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    with pytest.MonkeyPatch.context() as patch:  # of this process and of those that it starts
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("MINRNN_CACHE", str(tmp_path_factory.getbasetemp() / "minrnn-cache"))
-        with pool(tmp_path_factory.mktemp("stores")) as made:
-            yield made
+    with training_pool(tmp_path_factory) as made:
+        yield made
 
 
 def sharded(config: RunConfig, **settings: Any) -> RunConfig:
