@@ -5,10 +5,13 @@ import torch
 
 from minrnn.cli.main import main
 from minrnn.distributed.costs import Cluster, Work, costs, work_of
+from minrnn.mixers import GATED_RNNS, MIXERS
 from minrnn.models import ModelConfig, SequenceModel
 
 CLUSTER = Cluster(tflops=400, link=300, network=45, gpus=8, latency=15, latency_between=8)
-LARGE = Work(parameters=1_250_000_000, layers=24, channels=2048, conv_width=4, kept=1e6, rows=4, T=2048)
+LARGE = Work(
+    mixer="mingru", parameters=1_250_000_000, layers=24, channels=2048, conv_width=4, kept=1e6, rows=4, T=2048
+)
 
 
 def of(rows: int, T: int = 2048) -> Work:
@@ -59,6 +62,18 @@ def test_uneven_rows_wait_for_the_largest_part() -> None:
     assert found.tokens_per_second == pytest.approx(7 * 2048 / found.step)
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_only_what_the_model_of_costs_describes_is_divided(mixer: str) -> None:
+    """Other states are larger, or sequences of such a mixer cannot be divided at all."""
+    work = Work(**{**vars(of(4)), "mixer": mixer})
+    assert costs(work, CLUSTER, 4).carries == 0
+    if mixer in GATED_RNNS:
+        assert costs(work, CLUSTER, 8).carries > 0
+    else:
+        with pytest.raises(ValueError, match=f"must be of mingru, .*, got {mixer}; with at most 4 ranks"):
+            costs(work, CLUSTER, 8)
+
+
 @pytest.mark.parametrize("mixer", ["mingru", "minlstm", "mamba", "attention"])
 def test_a_models_numbers_are_those_of_the_model(mixer: str) -> None:
     """Parameters, and the bytes that autograd keeps of one more token."""
@@ -81,6 +96,7 @@ def test_a_models_numbers_are_those_of_the_model(mixer: str) -> None:
         return sum(sizes)
 
     work = work_of(config, 3, 100)
+    assert work.mixer == mixer
     assert (work.rows, work.T, work.layers, work.channels, work.conv_width) == (3, 100, 2, config.d_hidden, 3)
     assert work.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert work.kept == (kept(512) - kept(256)) / 256

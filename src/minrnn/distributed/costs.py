@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from minrnn.mixers import GATED_RNNS
 from minrnn.models import ModelConfig, SequenceModel
 from minrnn.ops.torch_private import FakeTensorMode
 
@@ -81,6 +82,7 @@ class Cluster:
 class Work:
     """A training step of a language model."""
 
+    mixer: str
     parameters: int
     layers: int
     channels: int
@@ -126,6 +128,7 @@ def work_of(config: ModelConfig, rows: int, T: int) -> Work:
         model = SequenceModel(config)
         few, more = (_kept(model, length) for length in PROBED)
     return Work(
+        mixer=config.mixer,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         layers=config.num_layers,
         channels=config.d_hidden,
@@ -172,11 +175,17 @@ def costs(
         weights: as of TrainConfig.
 
     Raises:
-        ValueError: the ranks are no multiple of the rows, and there are more of them; or than tokens.
+        ValueError: there are more ranks than rows, and they are no multiple of these, or the mixer's state is
+            not a number for each channel; or there are more than tokens.
     """
     if ranks > work.rows and ranks % work.rows:
         raise ValueError(f"costs: ranks must be a multiple of the {work.rows} rows if more, got {ranks}")
     sequence_ranks, tokens, P = max(1, ranks // work.rows), work.rows * work.T, work.parameters
+    if sequence_ranks > 1 and work.mixer not in GATED_RNNS:
+        raise ValueError(
+            f"costs: sequences that are divided must be of {', '.join(GATED_RNNS)}, got {work.mixer}; "
+            f"with at most {work.rows} ranks, the rows, none is divided"
+        )
     if sequence_ranks > work.T:
         raise ValueError(f"costs: ranks must be at most {tokens}, the tokens of a step, got {ranks}")
     most = ceil(work.rows * sequence_ranks / ranks) * ceil(work.T / sequence_ranks)  # of a rank
