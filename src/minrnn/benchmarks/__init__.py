@@ -6,6 +6,7 @@ BENCHES: dict[str, Entry] = {
     "scan": Entry("minrnn.benchmarks.scan", "gated scans: time, share of the copy bandwidth, peak memory"),
     "layer": Entry("minrnn.benchmarks.layer", "training steps of layers, compared with GRU, LSTM and Linear"),
     "train": Entry("minrnn.benchmarks.train", "a model's training step, as it is and with train.compile"),
+    "ranks": Entry("minrnn.benchmarks.ranks", "a model's training step by several processes, and by one"),
     "decode": Entry("minrnn.benchmarks.decode", "latency of single steps of a layer from a carried state"),
     "step": Entry("minrnn.benchmarks.step", "latency of a model's single step, by a Decoder and in torch"),
     "export": Entry(

@@ -24,7 +24,7 @@ from minrnn.benchmarks.timing import Phases, Workload, clock
 from minrnn.models import ModelConfig, SequenceModel
 from minrnn.training.compilation import Compilation
 
-__all__ = ["BENCH", "TrainBench"]
+__all__ = ["BENCH", "TrainBench", "draw_tokens", "make_model", "mean_loss", "training_step"]
 
 Mixer = Literal["mingru", "minlstm", "minema", "attention", "aaren", "s4d", "mamba"]
 
@@ -76,11 +76,8 @@ BENCH = Bench(TrainBench, bench_train, render)
 
 
 def _systems(case: Case, peers: Mapping[str, Peer]) -> dict[str, System]:
-    torch.manual_seed(case.seed)
-    B, T, D, L = case.shape.values()
-    config = ModelConfig(vocab_size=VOCABULARY, d_model=D, num_layers=L, mixer=case.gate)
-    tokens = torch.randint(VOCABULARY, (B, T)).to(case.device)
-    model = SequenceModel(config).to(case.device, case.torch_dtype)
+    tokens = draw_tokens(case)
+    model = make_model(case).to(case.torch_dtype)
     with torch.no_grad():
         exact = {"h": deepcopy(model).double()(tokens)[0]}
 
@@ -88,31 +85,55 @@ def _systems(case: Case, peers: Mapping[str, Peer]) -> dict[str, System]:
         def compare() -> dict[str, float]:
             return errors({"h": module(tokens)[0].detach()}, exact)
 
-        return System(_step(module, weights, tokens), compare, facts=facts)
+        return System(training_step(module, weights, tokens), compare, facts=facts)
 
     systems = {OURS: system(model, model)}
     if COMPILED in peers:
         other = deepcopy(model)
         compilation = Compilation(other)
         with compilation.watch():
-            _loss(compilation.model, tokens).backward()
+            mean_loss(compilation.model, tokens).backward()
         other.zero_grad(set_to_none=True)
         seconds = compilation.take_seconds()
         systems[COMPILED] = system(compilation.model, other, compile_seconds=seconds)
     return systems
 
 
-def _loss(model: nn.Module, tokens: Tensor) -> Tensor:
+def make_model(case: Case) -> SequenceModel:
+    """Return the model of a case, in float32; the same for each call."""
+    torch.manual_seed(case.seed)
+    _, _, D, L = case.shape.values()
+    config = ModelConfig(vocab_size=VOCABULARY, d_model=D, num_layers=L, mixer=case.gate)
+    return SequenceModel(config).to(case.device)
+
+
+def draw_tokens(case: Case) -> Tensor:
+    """Return tokens (B, T), the same for each call."""
+    B, T, _, _ = case.shape.values()
+    generator = torch.Generator().manual_seed(case.seed)
+    return torch.randint(VOCABULARY, (B, T), generator=generator).to(case.device)
+
+
+def mean_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Return the mean cross-entropy of tokens, each with itself as the target."""
     logits, _ = model(tokens)
     return functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
-def _step(model: nn.Module, weights: nn.Module, tokens: Tensor) -> Workload:
+def training_step(model: nn.Module, weights: nn.Module, tokens: Tensor, scale: float = 1.0) -> Workload:
+    """Return a training step with AdamW.
+
+    Args:
+        model: the module that is called.
+        weights: the module that holds its parameters.
+        tokens: (B, T).
+        scale: factor of the loss.
+    """
     optimizer = torch.optim.AdamW(weights.parameters(), lr=1e-3)
 
     def step() -> Phases:
         start = clock(tokens.device)
-        loss = _loss(model, tokens)
+        loss = scale * mean_loss(model, tokens)
         middle = clock(tokens.device)
         loss.backward()
         end = clock(tokens.device)
