@@ -215,6 +215,22 @@ def test_a_training_step_as_it_is_and_compiled(monkeypatch: pytest.MonkeyPatch) 
     assert "| 1.25 | 3 | never |" in render(document)
 
 
+def test_a_training_step_by_several_processes_is_that_of_one() -> None:
+    """Rows that are not divided evenly, so that the ranks' gradients have unequal weights."""
+    document = bench("ranks", "--shapes", "3x8x8x1", *FAST)
+    (result,) = document["results"]
+    assert list(result["systems"]) == ["minrnn", "replicated", "sharded"]
+    for record in result["systems"].values():
+        assert record["status"] == "equal"
+        assert record["error"].keys() == {"h", "gradients"}
+        record["seconds"]["step"]["median"] = 0.004
+    table = BENCHES["ranks"].load().render(document)
+    assert "| mingru | 3 | 8 | 8 | 1 | 2 | one process | 4 | 6,000 |" in table
+    assert "| mingru | 3 | 8 | 8 | 1 | 2 | 2 processes, sharded weights | 4 | 6,000 |" in table
+    result["systems"]["sharded"] = {"status": "failed"}
+    assert "| 2 processes, sharded weights | failed |  |" in BENCHES["ranks"].load().render(document)
+
+
 def test_an_exported_step_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A format that keeps the program in torch stands for those whose packages may be missing."""
     kept = Format(
@@ -542,6 +558,9 @@ def test_every_gate_can_be_chosen() -> None:
         ("scan --shapes 8x0x4", "such as 512 or a range 64..1024, got '0'"),
         ("scan --shapes 8x64..32x4", "got '64..32'"),
         ("scan --shapes", "shapes must be at least one"),
+        ("ranks --shapes 1x8x8x1", "shapes must be of 2 rows or more, one a process, got 1"),
+        ("ranks --threads 2 1", "threads must be 2 or more, got (2, 1)"),
+        ("ranks --device cuda", "device must be cpu, got 'cuda'"),
         ("decode --shapes 1x2x3", "shapes must be BxD such as 8x512, got '1x2x3'"),
         ("scan --peers mamba", "did you mean 'mambapy'?"),
         ("layer --peers loop", "peers must be all, none or among gru, lstm"),

@@ -18,7 +18,7 @@ from torch import Tensor, distributed
 from minrnn.benchmarks.bench import OURS, Bench, Document
 from minrnn.benchmarks.check import errors
 from minrnn.benchmarks.measure import System
-from minrnn.benchmarks.options import TimedBench, require
+from minrnn.benchmarks.options import TimedBench, parse_shapes, require
 from minrnn.benchmarks.peers import Peer
 from minrnn.benchmarks.report import Report
 from minrnn.benchmarks.session import Case, Kind, run
@@ -45,7 +45,7 @@ class RanksBench(TimedBench):
 
     The models are those of `minrnn train`, untrained, on random tokens. The processes exchange gradients by
     gloo, as `torchrun --nproc-per-node N -m -- minrnn train` does on CPUs; the peer `sharded` divides the
-    weights too. The loss of all is first compared with float64, and the gradient with that of the one process.
+    weights too. The loss of all is first compared with float64, and the gradient with that of the first.
     """
 
     shapes: tuple[str, ...] = ("32x64x64x2", "8x256x192x3", "8x256x512x6")
@@ -59,20 +59,16 @@ class RanksBench(TimedBench):
         super().__post_init__()
         require("threads", min(self.threads) > 1, "2 or more", self.threads)
         require("device", self.device == "cpu", "cpu", self.device)
+        N, fewest = max(self.threads), min(B for B, *_ in parse_shapes(self.shapes, KIND.axes))
+        require("shapes", fewest >= N, f"of {N} rows or more, one a process", fewest)
 
 
 def bench_ranks(options: RanksBench, command: Sequence[str], console: Console) -> Report:
-    """Run the benchmark; arguments, return value and errors are those of `session.run`.
-
-    Raises:
-        ValueError: a batch has fewer rows than there are processes.
-    """
+    """Run the benchmark; arguments, return value and errors are those of `session.run`."""
     with ExitStack() as processes:
 
         def systems(case: Case, peers: Mapping[str, Peer]) -> dict[str, System]:
             processes.close()  # those of the case before
-            B = case.shape["B"]
-            require("shapes", case.threads <= B, f"of {case.threads} rows or more, one a process", B)
             alone = Part(case, ALONE)
             # Not the gradient in float64: the candidate's slope jumps at zero, and rounding decides where.
             exact = alone.gradient() | {"h": Part(case, ALONE, torch.float64).gradient()["h"]}
@@ -152,7 +148,7 @@ class Pool:
         self.case, self.weights = case, weights
 
     def __enter__(self) -> Pool:
-        context, self._exit = multiprocessing.get_context("spawn"), ExitStack()
+        context, self._exit = _context(), ExitStack()
         folder = self._exit.enter_context(tempfile.TemporaryDirectory())
         pipes = [context.Pipe() for _ in range(self.case.threads)]
         self._ends = [end for end, _ in pipes]
@@ -200,6 +196,15 @@ def serve(end: Connection, rank: int, case: Case, weights: str, store: str) -> N
                 return
             found = getattr(part, what)()
             end.send(found if ranks.is_first else None)
+
+
+def _context() -> Any:
+    """Return a way to start processes: where the system can, forked from one that has loaded torch."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "torch.distributed.fsdp"])
+    return context
 
 
 def _system(gradient: Callable[[], Gradient], step: Workload, exact: Gradient) -> System:
