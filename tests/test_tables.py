@@ -1191,6 +1191,18 @@ def test_prefixes_stand_beside_their_scans() -> None:
     )
 
 
+def test_several_processes_stand_beside_one() -> None:
+    step = {"seconds": {"step": {"median": 2.0}}}
+    found = {"minrnn": step, "replicated": {"status": "failed"}, "sharded": step}
+    result = {"gate": "mingru", "shape": {"B": 3, "T": 1000, "D": 8, "L": 1}, "threads": 2, "systems": found}
+    lines = BENCHES["ranks"].load().render({"results": [result]}).splitlines()
+    assert lines[2:] == [
+        "| mingru | 3 | 1,000 | 8 | 1 | 2 | one process | 2,000.0 | 1,500 |",
+        "| mingru | 3 | 1,000 | 8 | 1 | 2 | 2 processes, replicated weights | failed |  |",
+        "| mingru | 3 | 1,000 | 8 | 1 | 2 | 2 processes, sharded weights | 2,000.0 | 1,500 |",
+    ]
+
+
 def test_every_benchmark_has_a_table_here() -> None:
     assert set(BENCHES) == {
         "scan",
@@ -1199,6 +1211,7 @@ def test_every_benchmark_has_a_table_here() -> None:
         "step",
         "export",
         "train",
+        "ranks",
         "selective",
         "prefix",
         "accuracy",

@@ -94,7 +94,7 @@ def render(document: Document) -> str:
                 continue
             seconds = record["seconds"]["step"]["median"]
             tokens = result["shape"]["B"] * result["shape"]["T"] / seconds
-            rows.append([*before, title, f"{1e3 * seconds:.3g}", f"{tokens:,.0f}"])
+            rows.append([*before, title, f"{1e3 * seconds:,.1f}", f"{tokens:,.0f}"])
     return Table("", head, rows).markdown()
 
 
