@@ -325,18 +325,19 @@ def test_an_error_of_one_rank_ends_the_others_without_another(ranks_of: Pool) ->
     assert ranks_of.failures(3, fail_alone) == ["Reported: 1", "ValueError: no such data", "Reported: 1"]
 
 
-def be_killed(ranks: Ranks, who: int) -> None:
+def be_killed(ranks: Ranks, who: int, at_the_end: bool) -> None:
     ranks.sums([1.0])
     if ranks.rank == who:
         os.kill(os.getpid(), signal.SIGKILL)
-    ranks.sums([1.0])
+    if not at_the_end:
+        ranks.sums([1.0])
 
 
 @needs_processes
-@pytest.mark.parametrize("who", [0, 1])
-def test_a_rank_that_is_killed_is_named_once(tmp_path: Path, who: int) -> None:
+@pytest.mark.parametrize(("who", "at_the_end"), [(0, False), (1, True)])
+def test_a_rank_that_is_killed_is_named_once(tmp_path: Path, who: int, at_the_end: bool) -> None:
     with pool(tmp_path, 3) as own:
-        found = own.failures(3, be_killed, who)
+        found = own.failures(3, be_killed, who, at_the_end)
     assert found.pop(who) == "killed"
     assert sorted(found) == [f"LostRanksError: {describe([who], 250)}", "Reported: 1"]
 

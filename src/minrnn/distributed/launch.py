@@ -134,16 +134,29 @@ class join:  # noqa: N801  # called like a function
         if self.launch.size == 1:
             return
         if error is None:
-            # Together: if one ends before another has, torchrun ends that.
-            self.ranks.highest([0])
-            distributed.destroy_process_group()
-        elif isinstance(error, RuntimeError) and _is_loss(error):
+            error = self._leave()
+        if isinstance(error, RuntimeError) and _is_loss(error):
             told = self.failures.explain(self.timeout)
             if told is None:
                 raise Reported from error
             raise LostRanksError(told) from error
-        elif isinstance(error, Exception) and not self.failures.is_news(f"{type(error).__name__}: {error}"):
+        if isinstance(error, Exception) and not self.failures.is_news(f"{type(error).__name__}: {error}"):
             raise Reported from error
+
+    def _leave(self) -> RuntimeError | None:
+        """Leave the group together: if one ends before another has, torchrun ends that.
+
+        Returns:
+            The error of this exchange if one of the others has ended.
+        """
+        try:
+            self.ranks.highest([0])
+        except RuntimeError as error:
+            if _is_loss(error):
+                return error
+            raise
+        distributed.destroy_process_group()
+        return None
 
 
 def _backend(device: str) -> str:
