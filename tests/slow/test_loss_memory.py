@@ -11,6 +11,7 @@ import json, resource, sys, torch
 from minrnn.models import ModelConfig, SequenceModel
 from minrnn.tasks.task import nats
 torch.set_num_threads(1)
+torch.manual_seed(0)
 model = SequenceModel(ModelConfig(vocab_size=32768, d_model=192, num_layers=3))
 tokens = torch.randint(32768, (16, 512))
 before = resource.getrusage(resource.RUSAGE_SELF)
