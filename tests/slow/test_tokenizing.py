@@ -1,6 +1,7 @@
 """A large folder is tokenized in bounded memory, killed twice and continued, and is the same in the end.
 
-MINRNN_TEXT_MB sets the size of the text, which is the standard library again and again.
+MINRNN_TEXT_MB sets the size of the text, which is the standard library again and again, and MINRNN_TEXT_VOCABULARY
+how it is read: bpe or bytes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from minrnn.tasks.sources import find_corpus
 pytest.importorskip("tokenizers", reason="tokenizers is not installed: the extra text")
 
 MEGABYTES = int(os.environ.get("MINRNN_TEXT_MB", "60"))
+VOCABULARY = os.environ.get("MINRNN_TEXT_VOCABULARY", "bpe")
 ROWS = 2000  # documents in a file
 MOST_MEMORY = 1000  # MB
 
@@ -28,7 +30,7 @@ PROGRAM = """
 import json, resource, sys, time
 from minrnn.tasks import TextConfig, TextTask
 began = time.monotonic()
-task = TextTask(TextConfig(sys.argv[1], "bpe"))
+task = TextTask(TextConfig(sys.argv[1], sys.argv[2]))
 usage = resource.getrusage(resource.RUSAGE_SELF)
 done = time.monotonic()
 task.batch(0, 8, 0)
@@ -60,7 +62,10 @@ def write_texts(folder: Path, megabytes: int) -> None:
 def start(folder: Path, cache: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "MINRNN_CACHE": str(cache)}
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(folder)], env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", PROGRAM, str(folder), VOCABULARY],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
     )
 
 
