@@ -1,7 +1,7 @@
 """A large folder is tokenized in bounded memory, killed twice and continued, and is the same in the end.
 
-MINRNN_TEXT_MB sets the size of the text, which is the standard library again and again, and MINRNN_TEXT_VOCABULARY
-how it is read: bpe or bytes.
+MINRNN_TEXT_MB sets the size of the text, which is the standard library again and again.
+MINRNN_TEXT_VOCABULARY is how it is read: bpe or bytes.
 """
 
 from __future__ import annotations
