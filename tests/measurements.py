@@ -81,6 +81,19 @@ def average(experiment: str, *path: str, **setting: Any) -> float:
     return mean(results(experiment, *path, **setting))
 
 
+def bits_after(steps: int, reads: str) -> list[float]:
+    """Return the bits a byte of the experiment `documents` after so many steps, on a part of the text."""
+    evaluations = [run["result"]["evaluations"] for run in runs("documents", reads=reads)]
+    return [one["bits_per_byte"] for each in evaluations for one in each if one["step"] == steps]
+
+
+def steps_to_bits_of_bytes() -> int:
+    """Return the steps after which all runs with subwords have fewer bits than all with bytes at the end."""
+    goal = min(bits_after(800, "bytes"))
+    every = (200, 400, 600, 800)
+    return next(steps for steps in every if max(bits_after(steps, "4,096 subwords")) < goal)
+
+
 def timed(experiment: str, system: str, figure: str, **setting: Any) -> list[float]:
     """Return the median seconds of a phase, or another figure of a system, by the records' sizes."""
     every = sorted(runs(experiment, **setting), key=lambda run: list(run["setting"].values()))

@@ -61,6 +61,7 @@ from measurements import (
     signed_runs,
     slowdowns,
     step_ms,
+    steps_to_bits_of_bytes,
     timed,
     token,
     token_shares,
@@ -293,6 +294,16 @@ STATEMENTS: dict[str, list[Statement]] = {
             lambda: [unlearned("minlstm-unnormalised", bias=bias) for bias in (0, 1, 3)] == [5, 3, 0],
         ),
         ("No run diverged.", lambda: all(run["failed"] is None for run in records("stability"))),
+    ],
+    "results/documents-cpu/reading.md": [
+        ("After {half} of the steps they are already", lambda: steps_to_bits_of_bytes() / 800),
+        (
+            "reading bytes took much longer in one setting",
+            lambda: (
+                average("documents", "training_seconds", reads="bytes")
+                > 2 * average("documents", "training_seconds", reads="bytes, documents joined")
+            ),
+        ),
     ],
     "results/formal-languages-cpu/reading.md": [
         ("learn it within {500} steps", lambda: max(map(first_right, signed_runs()))),
