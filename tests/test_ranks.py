@@ -18,7 +18,7 @@ from rank_pool import MISSING, Pool, pool
 from minrnn.cli.main import main
 from minrnn.cli.train import _launcher
 from minrnn.distributed import ALONE, Launch, RankGroup, Ranks, join
-from minrnn.distributed.failures import describe
+from minrnn.distributed.failures import LostRanksError, describe
 from minrnn.distributed.launch import REMEDY
 from minrnn.training import stopping
 
@@ -355,6 +355,14 @@ def test_a_rank_that_hangs_is_named_in_bounded_time(tmp_path: Path) -> None:
         own._ends[1] = Silent(own._ends[1])
         found = own.failures(2, hang, timeout=5)
     assert found[0] == f"LostRanksError: {describe([1], 5)}"
+
+
+def test_ranks_that_never_join_are_missed_in_bounded_time(tmp_path: Path) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 3)
+    message = r"not all of the 3 ranks have joined within 1 s \(train.timeout\): see their output"
+    with pytest.raises(LostRanksError, match=message), join("cpu", 1, Launch(1, 3, 1, 3), store):
+        pass
+    assert not torch.distributed.is_initialized()
 
 
 class Silent:

@@ -21,7 +21,7 @@ REMEDY = (
     "(pytorch issue 135712)"
 )
 
-SIGNS = ("gloo", "nccl", "Connection closed", "Connection reset", "Timed out", "Broken pipe")
+SIGNS = ("gloo", "nccl", "Connection closed", "Connection reset", "Timed out", "Wait timeout", "Broken pipe")
 """Parts of the messages of RuntimeErrors that torch raises where another rank is missing."""
 
 
@@ -93,7 +93,7 @@ class join:  # noqa: N801  # called like a function
 
     Raises:
         ValueError: torchrun may restart the processes, and they would not find each other.
-        RuntimeError: the other ranks do not answer.
+        LostRanksError: the other ranks do not join.
     """
 
     def __init__(
@@ -119,13 +119,21 @@ class join:  # noqa: N801  # called like a function
         kind = self.ranks.device(self.device)
         if kind.startswith("cuda"):
             torch.cuda.set_device(kind)
-        distributed.init_process_group(
-            _backend(kind),
-            store=distributed.PrefixStore("group", self.store),
-            rank=launch.rank,
-            world_size=launch.size,
-            timeout=limit,
-        )
+        try:
+            distributed.init_process_group(
+                _backend(kind),
+                store=distributed.PrefixStore("group", self.store),
+                rank=launch.rank,
+                world_size=launch.size,
+                timeout=limit,
+            )
+        except RuntimeError as error:
+            if _is_loss(error):
+                raise LostRanksError(
+                    f"not all of the {launch.size} ranks have joined within {self.timeout:g} s "
+                    "(train.timeout): see their output, or what torchrun says"
+                ) from error
+            raise
         return self.ranks
 
     def __exit__(
