@@ -55,6 +55,10 @@ def write_recipe(config: RunConfig, folder: Path) -> Path:
     return path
 
 
+Act = Callable[[int, list[int]], None]
+"""Called with torchrun's process id and those of the ranks."""
+
+
 class Torchrun:
     """A run of two ranks on one machine.
 
@@ -63,7 +67,7 @@ class Torchrun:
         config: the configuration.
         options: further options of torchrun.
         when: the step of the log at which to `act`.
-        act: what is done then; called with torchrun's process id and those of the ranks.
+        act: what is done then.
     """
 
     def __init__(
@@ -72,7 +76,7 @@ class Torchrun:
         config: RunConfig,
         options: list[str],
         when: int,
-        act: Callable[[int, list[int]], None],
+        act: Act,
     ) -> None:
         self.run_dir, out = folder / "run", folder / "out.txt"
         recipe = write_recipe(config, folder)
@@ -122,21 +126,23 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory, ranks_of: Pool
     return run_dir
 
 
-SIGNALS: dict[str, Callable[[int, list[int]], None]] = {
-    "SIGTERM to a rank": lambda _, ranks: os.kill(ranks[1], signal.SIGTERM),
-    "SIGINT to torchrun": lambda torchrun, _: os.kill(torchrun, signal.SIGINT),
-}
-
-
-@pytest.mark.parametrize("who", SIGNALS)
 def test_a_signal_saves_all_after_one_step_and_the_run_goes_on(
-    corpus: Path, tmp_path: Path, ranks_of: Pool, whole: Path, who: str
+    corpus: Path, tmp_path: Path, ranks_of: Pool, whole: Path
 ) -> None:
-    stopped = Torchrun(tmp_path, config_of(corpus), [], 7, SIGNALS[who])
+    """Signals to torchrun are among the slow tests: each takes the start of three processes."""
+
+    def terminate(_: int, ranks: list[int]) -> None:
+        os.kill(ranks[1], signal.SIGTERM)
+
+    stop_and_go_on(corpus, tmp_path, ranks_of, whole, "SIGTERM", terminate)
+
+
+def stop_and_go_on(corpus: Path, folder: Path, ranks_of: Pool, whole: Path, name: str, act: Act) -> None:
+    """Check a run that is stopped by a signal, and continued."""
+    stopped = Torchrun(folder, config_of(corpus), [], 7, act)
     assert stopped.status == 1
     assert 7 <= stopped.saved < STEPS
-    kind = who.split()[0]
-    assert f"{kind}: stopped and saved after step {stopped.saved}; resume with: torchrun" in stopped.output
+    assert f"{name}: stopped and saved after step {stopped.saved}; resume with: torchrun" in stopped.output
     assert stopped.output.count("stopped and saved after") == 1
     run_on(ranks_of, 2, config_of(corpus), stopped.run_dir, resume=True)
     assert_same_run(whole, stopped.run_dir)
