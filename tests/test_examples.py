@@ -17,6 +17,7 @@ SCRIPTS = sorted(EXAMPLES.glob("*/*.py"))
 NAMES = sorted(folder.name for folder in EXAMPLES.iterdir() if folder.is_dir() and any(folder.glob("*.*")))
 MEASURED = {
     "denoiser": "denoiser/denoise.py",
+    "recurrent_dqn": "recurrent_dqn/cartpole.py",
     "recurrent_ppo": "recurrent_ppo/cartpole.py",
     "series": "series/classify.py",
 }
@@ -36,7 +37,7 @@ def test_scripts_use_public_names(script: Path) -> None:
         if isinstance(node, ast.Import):
             assert not [alias.name for alias in node.names if alias.name.startswith("minrnn.")]
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "minrnn":
-            public = {"minrnn": set(minrnn.__all__), "minrnn.integrations": {"sb3"}}
+            public = {"minrnn": set(minrnn.__all__), "minrnn.integrations": {"sb3", "torchrl"}}
             assert {alias.name for alias in node.names} <= public[node.module or ""]
 
 
@@ -88,5 +89,5 @@ def test_packages_of_npm_are_pinned() -> None:
         assert [name for name, version in versions.items() if not re.fullmatch(r"[\d.]+", version)] == []
 
 
-def test_five_examples() -> None:
-    assert NAMES == ["browser", "denoiser", "policy", "recurrent_ppo", "series"]
+def test_six_examples() -> None:
+    assert NAMES == ["browser", "denoiser", "policy", "recurrent_dqn", "recurrent_ppo", "series"]
