@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
+import os
+import signal
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,7 +63,11 @@ class Pool:
             self._ends[rank].send((rank, size, path, timeout, job, arguments))
         found = []
         for rank in range(size):
-            assert self._ends[rank].poll(LIMIT), f"rank {rank} does not return"
+            # Longer than an exchange waits: its error tells more than that there is none.
+            if not self._ends[rank].poll(2 * LIMIT):
+                os.kill(self._processes[rank].pid or 0, signal.SIGUSR1)
+                found.append((None, "hangs", "hangs: its threads are in the output"))
+                continue
             try:
                 found.append(self._ends[rank].recv())
             except EOFError:
@@ -99,6 +106,7 @@ def serve(end: Any) -> None:
     import torch
 
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1)
     while True:
         rank, size, path, timeout, job, arguments = end.recv()
         try:

@@ -258,6 +258,18 @@ def test_the_first_rank_prepares_then_the_first_of_each_machine(ranks_of: Pool) 
     assert found == [[], ["0"], ["0", "1"]]
 
 
+def fail_first(ranks: Ranks) -> None:
+    def make() -> None:
+        raise ValueError("no such data")
+
+    ranks.in_order("something", make)
+
+
+@needs_processes
+def test_none_waits_for_what_the_first_rank_failed_to_prepare(ranks_of: Pool) -> None:
+    assert ranks_of.failures(3, fail_first) == ["ValueError: no such data", "Reported: 1", "Reported: 1"]
+
+
 def unequal(ranks: Ranks, values: list[Any]) -> None:
     ranks.check_equal("the data", values[0])
     ranks.check_equal("the data", values[ranks.rank])

@@ -52,6 +52,10 @@ class Failures(NamedTuple):
             return True
         return first == entry or first.partition(": ")[2] != text
 
+    def any(self) -> bool:
+        """Return whether a rank has recorded an error."""
+        return self.store.check([_FIRST])
+
     def explain(self, timeout: float) -> str | None:
         """Return a description of the ranks that did not join an exchange, or None if another rank does.
 
@@ -62,7 +66,7 @@ class Failures(NamedTuple):
             self.store.set(_WAITED.format(self.rank), "1")
             deadline = time.monotonic() + PATIENCE
             while time.monotonic() < deadline and self._missing():
-                if self.store.check([_FIRST]):  # the error that made it end
+                if self.any():  # the error that made it end
                     return None
                 time.sleep(_POLL)
             lost = self._missing()

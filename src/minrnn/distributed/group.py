@@ -17,6 +17,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
+from minrnn.distributed.failures import Failures, Reported
 from minrnn.distributed.ranks import Ranks
 from minrnn.distributed.sequences import sequence_parallel
 from minrnn.distributed.weights import release, shard_weights, unsynchronized
@@ -87,7 +88,10 @@ class RankGroup(Ranks):
         heads = round(self.sums([float(is_head)])[0])
         before = 0 if self.is_first else 1 if is_head else heads
         key = f"made/{name}"
+        failures = Failures(self.store, self.rank, self.size)
         while self.store.add(key, 0) < before:
+            if failures.any():  # perhaps of the rank that is waited for
+                raise Reported
             time.sleep(_POLL)
         made = make()
         self.store.add(key, int(is_head))

@@ -145,7 +145,8 @@ class Ranks:
     def in_order(self, name: str, make: Callable[[], T]) -> T:
         """Call `make` on the first rank, then on the first of every machine, then on the others.
 
-        For what leaves files for the others to find, such as downloads. The wait for them has no limit.
+        For what leaves files for the others to find, such as downloads. The wait for them has no limit, but
+        ends where a rank raises an error.
 
         Args:
             name: a name of the call; another one for each.
