@@ -78,6 +78,13 @@ def test_the_selective_scan_is_the_reference(dtype: torch.dtype, absent: str) ->
         selective_laws.compare(selective, x._replace(**{absent: None}) if absent else x)
 
 
+@pytest.mark.parametrize("steps", [1, 2 * CHUNK + 1])
+def test_blocks_of_the_selective_scan_are_whole_chunks(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many steps fit into a cache: a block's chunks have their own saved states."""
+    monkeypatch.setattr(selective, "steps_at_once", lambda *_: steps)
+    selective_laws.compare(selective, selective_laws.draw(2, 5 * CHUNK + 3, 5, 3, torch.float32))
+
+
 @pytest.mark.parametrize("slow", [4.0, 8.0])
 @pytest.mark.parametrize(("T", "block", "limit"), [(2**14, 2**18, 2e-6), (2**13, 32, 1e-5)])
 def test_the_selective_scans_error_in_equal_steps(
