@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from rank_pool import MISSING, Pool, pool
 from minrnn.cli.main import main
 from minrnn.cli.train import _launcher
 from minrnn.distributed import ALONE, Launch, RankGroup, Ranks, join
-from minrnn.distributed.failures import LostRanksError, describe
+from minrnn.distributed.failures import Failures, LostRanksError, describe
 from minrnn.distributed.launch import REMEDY
 from minrnn.training import stopping
 
@@ -236,9 +238,9 @@ def test_what_ranks_exchange(ranks_of: Pool) -> None:
 def in_order(ranks: Ranks, machines: int) -> list[str]:
     """Return which ranks had made something, as each found it, with two ranks a machine."""
     assert isinstance(ranks, RankGroup)
-    assert ranks.store is not None
-    local = RankGroup(ranks.rank, ranks.size, ranks.rank // machines, 2, ranks.store)
-    store, found = ranks.store, []
+    assert ranks.failures is not None
+    local = RankGroup(ranks.rank, ranks.size, ranks.rank // machines, 2, ranks.failures)
+    store, found = ranks.failures.store, []
 
     def make() -> list[int]:
         before = [rank for rank in range(ranks.size) if store.check([f"made{rank}"])]
@@ -371,10 +373,26 @@ def test_a_rank_that_hangs_is_named_in_bounded_time(tmp_path: Path) -> None:
 
 def test_ranks_that_never_join_are_missed_in_bounded_time(tmp_path: Path) -> None:
     store = torch.distributed.FileStore(str(tmp_path / "store"), 3)
-    message = r"not all of the 3 ranks have joined within 1 s \(train.timeout\): see their output"
+    message = re.escape(describe([0, 2], 1))
     with pytest.raises(LostRanksError, match=message), join("cpu", 1, Launch(1, 3, 1, 3), store):
         pass
     assert not torch.distributed.is_initialized()
+
+
+def number_joined(ranks: Ranks) -> int:
+    assert isinstance(ranks, RankGroup)
+    assert ranks.failures is not None
+    return ranks.failures.store.add("joined", 0)
+
+
+@needs_processes
+def test_none_has_joined_before_all_have(ranks_of: Pool) -> None:
+    store = torch.distributed.HashStore()
+    first, last = Failures(store, 0, 2), Failures(store, 1, 2)
+    with pytest.raises(torch.distributed.DistStoreError):
+        first.meet(timedelta(milliseconds=100))
+    last.meet(timedelta(milliseconds=100))
+    assert ranks_of.run(2, number_joined) == [2, 2]
 
 
 class Silent:

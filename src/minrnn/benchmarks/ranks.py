@@ -130,8 +130,7 @@ class Part:
         loss.backward()
         gradients = (parameter.grad for parameter in self.model.parameters())
         parts = [gathered(gradient).flatten() for gradient in gradients if gradient is not None]
-        for parameter in self.model.parameters():
-            parameter.grad = None
+        self.model.zero_grad(set_to_none=True)
         (total,) = self.ranks.sums([loss.item()])
         return {"h": torch.tensor([total / self.ranks.size]), "gradient": torch.cat(parts)}
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 
 from torch import distributed
 
 PATIENCE = 3.0
 """Seconds in which ranks that wait for each other fail, one after another, once an exchange has failed."""
 
+SIGNS = ("gloo", "nccl", "Connection closed", "Connection reset", "Timed out", "Wait timeout", "Broken pipe")
+"""Parts of the messages of RuntimeErrors that torch raises where another rank is missing."""
+
 _FIRST, _TOLD, _WAITED = "failures/first", "failures/told", "failures/waited/{}"
+_JOINED, _ALL_JOINED = "joined", "joined/all"
 _POLL = 0.05
 
 
@@ -29,7 +36,8 @@ class Reported(SystemExit):
         super().__init__(status)
 
 
-class Failures(NamedTuple):
+@dataclass(frozen=True)
+class Failures:
     """The failures of a run's ranks, in the store that they share."""
 
     store: distributed.Store
@@ -38,6 +46,37 @@ class Failures(NamedTuple):
     """This rank."""
     size: int
     """Number of ranks."""
+
+    def meet(self, limit: timedelta) -> None:
+        """Return when all ranks have called this.
+
+        Args:
+            limit: the time after which it raises RuntimeError.
+        """
+        if self.store.add(_JOINED, 1) == self.size:
+            self.store.set(_ALL_JOINED, "1")
+        self.store.wait([_ALL_JOINED], limit)
+
+    @contextmanager
+    def explained(self, timeout: float) -> Iterator[None]:
+        """A context whose errors are reported by one rank alone, with the ranks that are missing.
+
+        Args:
+            timeout: seconds after which an exchange fails.
+
+        Raises:
+            Reported: another rank reports the error.
+            LostRanksError: an exchange failed, and no rank has recorded an error.
+        """
+        try:
+            yield
+        except Exception as error:
+            if _is_loss(error):
+                told = self.explain(timeout)
+                raise (Reported() if told is None else LostRanksError(told)) from error
+            if self.is_news(f"{type(error).__name__}: {error}"):
+                raise
+            raise Reported from error
 
     def is_news(self, text: str) -> bool:
         """Record an error of this rank; return False if another rank has failed in the same way.
@@ -94,3 +133,10 @@ def describe(lost: list[int], timeout: float) -> str:
         f"{who} ended or {verb} not answered for {timeout:g} s (train.timeout): see {whose} output, or what "
         "torchrun says"
     )
+
+
+def _is_loss(error: Exception) -> bool:
+    """Whether an exchange between ranks failed."""
+    if isinstance(error, distributed.DistError):
+        return True
+    return type(error) is RuntimeError and any(sign.lower() in str(error).lower() for sign in SIGNS)

@@ -39,8 +39,8 @@ class RankGroup(Ranks):
     RuntimeError.
     """
 
-    store: distributed.Store | None = None
-    """The store that the ranks share."""
+    failures: Failures | None = None
+    """The failures of the ranks, in the store that they share."""
 
     def threads(self, wanted: int) -> int:
         """Return this rank's share of the machine's threads, at least one.
@@ -83,18 +83,18 @@ class RankGroup(Ranks):
         return cast(T, json.loads(bytes(text.tolist())))
 
     def in_order(self, name: str, make: Callable[[], T]) -> T:
-        assert self.store is not None
+        assert self.failures is not None
+        store = self.failures.store
         is_head = self.local_rank == 0
         heads = round(self.sums([float(is_head)])[0])
         before = 0 if self.is_first else 1 if is_head else heads
         key = f"made/{name}"
-        failures = Failures(self.store, self.rank, self.size)
-        while self.store.add(key, 0) < before:
-            if failures.any():  # perhaps of the rank that is waited for
+        while store.add(key, 0) < before:
+            if self.failures.any():  # perhaps of the rank that is waited for
                 raise Reported
             time.sleep(_POLL)
         made = make()
-        self.store.add(key, int(is_head))
+        store.add(key, int(is_head))
         return made
 
     def check_equal(self, what: str, value: Any) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from types import TracebackType
 
 import torch
 from torch import distributed
 
-from minrnn.distributed.failures import Failures, LostRanksError, Reported
+from minrnn.distributed.failures import Failures
 from minrnn.distributed.group import RankGroup
 from minrnn.distributed.ranks import ALONE, Ranks
 
@@ -20,9 +20,6 @@ REMEDY = (
     "--standalone or --rdzv-backend c10d: without them the ranks of a restart look for those that have ended "
     "(pytorch issue 135712)"
 )
-
-SIGNS = ("gloo", "nccl", "Connection closed", "Connection reset", "Timed out", "Wait timeout", "Broken pipe")
-"""Parts of the messages of RuntimeErrors that torch raises where another rank is missing."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +73,14 @@ class Launch:
             raise ValueError(REMEDY)
 
 
-class join:  # noqa: N801  # called like a function
-    """A context manager that joins the ranks of a run, and yields this one's `Ranks`.
+@contextmanager
+def join(
+    device: str,
+    timeout: float,
+    launch: Launch | None = None,
+    store: distributed.Store | None = None,
+) -> Iterator[Ranks]:
+    """Join the ranks of a run in a context, and yield this one's `Ranks`.
 
     In a process that torchrun has not started, and in one that it has started alone, that is `ALONE`.
 
@@ -95,76 +98,32 @@ class join:  # noqa: N801  # called like a function
         ValueError: torchrun may restart the processes, and they would not find each other.
         LostRanksError: the other ranks do not join.
     """
-
-    def __init__(
-        self,
-        device: str,
-        timeout: float,
-        launch: Launch | None = None,
-        store: distributed.Store | None = None,
-    ) -> None:
-        self.device, self.timeout, self.store = device, timeout, store
-        self.launch = Launch.of(os.environ) if launch is None else launch
-
-    def __enter__(self) -> Ranks:
-        launch, limit = self.launch, timedelta(seconds=self.timeout)
-        launch.check()
-        if launch.size == 1:
-            return ALONE
-        if self.store is None:
-            self.store, _, _ = next(distributed.rendezvous("env://", timeout=limit))
-        store = distributed.PrefixStore("minrnn", self.store)
-        self.failures = Failures(store, launch.rank, launch.size)
-        self.ranks = RankGroup(launch.rank, launch.size, launch.local_rank, launch.local_size, store)
-        kind = self.ranks.device(self.device)
-        if kind.startswith("cuda"):
-            torch.cuda.set_device(kind)
-        try:
-            distributed.init_process_group(
-                _backend(kind),
-                store=distributed.PrefixStore("group", self.store),
-                rank=launch.rank,
-                world_size=launch.size,
-                timeout=limit,
-            )
-        except RuntimeError as error:
-            if _is_loss(error):
-                raise LostRanksError(
-                    f"not all of the {launch.size} ranks have joined within {self.timeout:g} s "
-                    "(train.timeout): see their output, or what torchrun says"
-                ) from error
-            raise
-        return self.ranks
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.launch.size == 1:
-            return
-        if error is None:
-            error = self._leave()
-        if isinstance(error, RuntimeError) and _is_loss(error):
-            told = self.failures.explain(self.timeout)
-            if told is None:
-                raise Reported from error
-            raise LostRanksError(told) from error
-        if isinstance(error, Exception) and not self.failures.is_news(f"{type(error).__name__}: {error}"):
-            raise Reported from error
-
-    def _leave(self) -> RuntimeError | None:
-        """Leave the group together: if one ends before another has, torchrun ends that.
-
-        Returns:
-            The error of this exchange if one of the others has ended.
-        """
-        try:
-            self.ranks.highest([0])
-        except RuntimeError as error:
-            if _is_loss(error):
-                return error
-            raise
+    launch = Launch.of(os.environ) if launch is None else launch
+    launch.check()
+    if launch.size == 1:
+        yield ALONE
+        return
+    limit = timedelta(seconds=timeout)
+    if store is None:
+        store, _, _ = next(distributed.rendezvous("env://", timeout=limit))
+    failures = Failures(distributed.PrefixStore("minrnn", store), launch.rank, launch.size)
+    ranks = RankGroup(launch.rank, launch.size, launch.local_rank, launch.local_size, failures)
+    kind = ranks.device(device)
+    if kind.startswith("cuda"):
+        torch.cuda.set_device(kind)
+    with failures.explained(timeout):
+        distributed.init_process_group(
+            _backend(kind),
+            store=distributed.PrefixStore("group", store),
+            rank=launch.rank,
+            world_size=launch.size,
+            timeout=limit,
+        )
+        # One that ended while others still connect to it would fail them, and whatever they report.
+        failures.meet(limit)
+        yield ranks
+        ranks.highest([0])  # leave together: if one ends before another has, torchrun ends that
         distributed.destroy_process_group()
-        return None
 
 
 def _backend(device: str) -> str:
@@ -173,10 +132,3 @@ def _backend(device: str) -> str:
     if kind == "cpu":
         return "gloo"
     return f"cpu:gloo,{kind}:{distributed.get_default_backend_for_device(kind)}"
-
-
-def _is_loss(error: RuntimeError) -> bool:
-    """Whether an exchange between ranks failed."""
-    if isinstance(error, distributed.DistError):
-        return True
-    return type(error) is RuntimeError and any(sign.lower() in str(error).lower() for sign in SIGNS)
