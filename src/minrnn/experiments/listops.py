@@ -12,7 +12,6 @@ from minrnn.experiments.experiment import Record, Table
 from minrnn.experiments.published import Published, recalled, shown
 from minrnn.experiments.records import bests, by_kind, points, spread
 from minrnn.experiments.trained import TINY_TRAIN, GridPoint, Size, TrainedExperiment, training
-from minrnn.experiments.variants import ROUNDED
 from minrnn.models import SequenceModel
 from minrnn.tasks import ListOpsConfig, ListOpsTask
 from minrnn.training import RunConfig
@@ -65,12 +64,11 @@ class ListOps(TrainedExperiment[Size]):
     changes = (
         "cpu: expressions of 17 to 127 tokens, at most five levels and five arguments (Long Range Arena: "
         "501 to 1,999, ten and ten), 30,000 of them in place of 96,000; width 64 and 4 layers in place of "
-        f"128 and 8; 1,500 steps of 32 in place of 250,000. {ROUNDED} The paper does not say what follows "
+        "128 and 8; 1,500 steps of 32 in place of 250,000. The paper does not say what follows "
         "its blocks; here the answer is predicted at a marker after the expression. Its dropout and "
         "expansion are not known; the scale paper uses 0.1 and 1."
     )
     recipe = "listops"
-    common_train: ClassVar = {"precision": "bfloat16-products"}
     sizes: ClassVar = {
         "cpu": Size(
             task={"num_test": 2000},
@@ -86,7 +84,6 @@ class ListOps(TrainedExperiment[Size]):
                 warmup_steps=25_000,
                 learning_rate=1e-3,
                 min_learning_rate_ratio=0.0,
-                precision="float32",
             ),
         ),
         "tiny": Size(
