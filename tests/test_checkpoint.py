@@ -19,7 +19,14 @@ import minrnn.files.writing as writing
 import minrnn.models.checkpoint as checkpoint
 from minrnn.files import find_directory, write_directory
 from minrnn.mixers import MIXERS
-from minrnn.models import ModelConfig, SequenceModel, load_checkpoint, save_checkpoint
+from minrnn.models import (
+    DecisionConfig,
+    DecisionModel,
+    ModelConfig,
+    SequenceModel,
+    load_checkpoint,
+    save_checkpoint,
+)
 from minrnn.models.checkpoint import (
     CONFIG_FILE,
     FORMAT_VERSION,
@@ -54,6 +61,34 @@ def saved(tmp_path: Path) -> Path:
 
 
 # --- round trips --------------------------------------------------------------------------------------
+
+
+def test_no_model_needs_torchs_compiler_to_be_loaded(tmp_path: Path) -> None:
+    """Importing it takes longer than all else that `minrnn sample` does.
+
+    It is needed where a mixer computes with its initial values: torch's arithmetic on the meta device
+    imports it.
+    """
+    mixers = sorted(set(MIXERS) - {"s4d", "mamba"})
+    for mixer in mixers:
+        save_checkpoint(tmp_path / mixer, build(mixer=mixer))
+    trunk = ModelConfig(vocab_size=7, d_model=8, num_layers=1)
+    save_checkpoint(tmp_path / "policy", DecisionModel(DecisionConfig(trunk, 3, 2, max_steps=9)))
+    program = """
+import sys
+from pathlib import Path
+import torch
+from minrnn.models import SequenceModel, load_checkpoint
+for path in Path(sys.argv[1]).iterdir():
+    model, _ = load_checkpoint(path)
+    if isinstance(model, SequenceModel):
+        model(torch.zeros(1, 4, dtype=torch.long))
+    print(path.name, "torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True
+    )
+    assert sorted(done.stdout.splitlines()) == sorted(f"{name} False" for name in (*mixers, "policy"))
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

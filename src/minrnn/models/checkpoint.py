@@ -16,6 +16,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minrnn.files import convert, find_directory, locate, naming, nearest, read_json, shown, write_directory
 from minrnn.files.writing import CONFIG_FILE
@@ -218,8 +219,23 @@ def _check_keys(value: Any) -> None:
 
 def _build(config: Mapping[str, Any]) -> Model:
     """Build the model of a config on the meta device, without allocating or drawing initial values."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialized():
         return KINDS[config["kind"]](config["model"])
+
+
+class _Uninitialized(TorchFunctionMode):
+    """A context in which functions of torch.nn.init leave tensors as they are.
+
+    To draw normal values on the meta device, torch imports its compiler, which takes seconds.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
