@@ -81,17 +81,24 @@ def average(experiment: str, *path: str, **setting: Any) -> float:
     return mean(results(experiment, *path, **setting))
 
 
-def bits_after(steps: int, reads: str) -> list[float]:
-    """Return the bits a byte of the experiment `documents` after so many steps, on a part of the text."""
+def evaluated(steps: int, reads: str, figure: str) -> list[float]:
+    """Return a figure of the evaluations of the experiment `documents` after so many steps."""
     evaluations = [run["result"]["evaluations"] for run in runs("documents", reads=reads)]
-    return [one["bits_per_byte"] for each in evaluations for one in each if one["step"] == steps]
+    return [one[figure] for each in evaluations for one in each if one["step"] == steps]
 
 
 def steps_to_bits_of_bytes() -> int:
     """Return the steps after which all runs with subwords have fewer bits than all with bytes at the end."""
-    goal = min(bits_after(800, "bytes"))
+    goal = min(evaluated(800, "bytes", "bits_per_byte"))
     every = (200, 400, 600, 800)
-    return next(steps for steps in every if max(bits_after(steps, "4,096 subwords")) < goal)
+    found = {steps: max(evaluated(steps, "4,096 subwords", "bits_per_byte")) for steps in every}
+    return next(steps for steps in every if found[steps] < goal)
+
+
+def time_to_bits_of_bytes() -> float:
+    """Return the time of those steps, relative to that of all with bytes."""
+    found = evaluated(steps_to_bits_of_bytes(), "4,096 subwords", "seconds")
+    return mean(found) / mean(evaluated(800, "bytes", "seconds"))
 
 
 def timed(experiment: str, system: str, figure: str, **setting: Any) -> list[float]:
