@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -499,10 +501,12 @@ def test_a_disk_that_is_too_small_is_noticed_before(
 
 
 def test_a_second_process_waits_and_takes_what_the_first_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = find_corpus(str(write_folder(tmp_path / "texts")))
     monkeypatch.setattr(tokens, "_SILENT_WAIT", 0.0)
+    said = io.StringIO()  # not capsys: what is written while it reads is lost
+    monkeypatch.setattr(sys, "stderr", said)
     entered, go_on = threading.Event(), threading.Event()
     write, made = tokens.write_tokens, []
 
@@ -518,8 +522,9 @@ def test_a_second_process_waits_and_takes_what_the_first_made(
     threads[0].start()
     assert entered.wait(60)
     threads[1].start()
-    while "waiting: the same text is being tokenized (in use by process" not in capsys.readouterr().err:
+    while "waiting: the same text is being tokenized (in use by process" not in said.getvalue():
         assert threads[1].is_alive()
+        time.sleep(0.01)
     go_on.set()
     for thread in threads:
         thread.join(60)
