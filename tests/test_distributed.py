@@ -134,6 +134,17 @@ def text_config(corpus: Path, mixer: str = "mingru", **settings: Any) -> RunConf
     return config.override(model={"dropout": 0.0})
 
 
+def last_attribute(ranks: Ranks) -> tuple[str, bool]:
+    averaged: Any = ranks.distribute(torch.nn.Linear(2, 2), torch.device("cpu"))
+    name, value = list(vars(averaged).items())[-1]
+    return name, value is torch.distributed.group.WORLD
+
+
+def test_a_group_is_freed_after_the_reducer_that_uses_it(ranks_of: Pool) -> None:
+    """Otherwise a rank hangs now and then when it ends: see `_averaging`."""
+    assert ranks_of.run(2, last_attribute) == [("group_freed_last", True)] * 2
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_every_mixer_trains_alike_on_any_number_of_ranks(
     corpus: Path, tmp_path: Path, ranks_of: Pool, mixer: str

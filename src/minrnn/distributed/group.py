@@ -160,7 +160,11 @@ def _averaging(model: nn.Module) -> nn.Module:
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {"gradient_as_bucket_view": True, name: False}
-    return DistributedDataParallel(model, **options)
+    averaged: Any = DistributedDataParallel(model, **options)
+    # The last attribute is freed last, after the reducer. A group that the reducer frees waits for its
+    # threads while it holds the interpreter, and hangs if one of them needs that to free a tensor.
+    averaged.group_freed_last = averaged.process_group
+    return cast("nn.Module", averaged)
 
 
 def _cores() -> int:
