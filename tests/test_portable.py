@@ -248,3 +248,12 @@ def test_which_devices_have_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     for has in (False, True):
         monkeypatch.setattr(devices, "_xpu_has_float64", lambda device, has=has: has)
         assert devices.widest_float(xpu) == (torch.float64 if has else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    pre = [torch.randn(2, 300, 8).to(dtype) for _ in range(2)]
+    found = portable.forward(pre, None, None, "mingru", "linear", False, False)
+    wide = portable.forward([x.float() for x in pre], None, None, "mingru", "linear", False, False)
+    assert torch.equal(found, wide.to(dtype))
