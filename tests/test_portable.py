@@ -44,6 +44,17 @@ def test_is_the_reference(gate: str, candidate: str, dtype: torch.dtype, reverse
             laws.compare(portable, pre, start, forget, dh, *mode(gate, candidate, reverse))
 
 
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("gate", "candidate"), CELLS)
+@directions
+def test_half_precision_is_rounded_once(gate: str, candidate: str, dtype: torch.dtype, reverse: bool) -> None:
+    pre, h0, reset, _ = inputs(gate, 2, 300, 5, dtype)
+    given = mode(gate, candidate, reverse)
+    wide = portable.forward([x.float() for x in pre], h0.float(), reset, *given)
+    assert torch.equal(portable.forward(pre, h0, reset, *given), wide.to(dtype))
+
+
 @directions
 def test_layouts(reverse: bool) -> None:
     """Packed, time-major and strided inputs; outputs are laid out as `pre` is."""
@@ -248,12 +259,3 @@ def test_which_devices_have_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     for has in (False, True):
         monkeypatch.setattr(devices, "_xpu_has_float64", lambda device, has=has: has)
         assert devices.widest_float(xpu) == (torch.float64 if has else torch.float32)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    pre = [torch.randn(2, 300, 8).to(dtype) for _ in range(2)]
-    found = portable.forward(pre, None, None, "mingru", "linear", False, False)
-    wide = portable.forward([x.float() for x in pre], None, None, "mingru", "linear", False, False)
-    assert torch.equal(found, wide.to(dtype))
