@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -106,9 +104,3 @@ def related(faults: Iterable[Fault]) -> dict[str, list[str]]:
     return {
         file: [file] if file in tests else [test for test in tests if file_of(test) == file] for file in files
     }
-
-
-def digest(faults: Iterable[Fault]) -> str:
-    """Return what changes with any fault, its tests, and whether it may survive."""
-    content = sorted([f.file, f.old, f.new, list(f.tests), f.survives is not None] for f in faults)
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from mutants.faults import Fault
@@ -87,18 +89,17 @@ def out_of_date(found: list[Outcome]) -> list[str]:
     ]
 
 
-def as_json(found: list[Outcome], digest: str | None) -> dict[str, Any]:
-    """Return the record of a run; without a digest if it was not of all lists."""
+def as_json(found: list[Outcome]) -> dict[str, Any]:
+    """Return the record of a room's outcomes."""
     import torch
 
     from minrnn.training.provenance import provenance
 
     return {
-        "lists": digest,
         **provenance(torch.device("cpu")),
         "seconds": round(sum(outcome.seconds for outcome in found)),
-        "rooms": {room: _counts(outcomes) for room, outcomes in by_room(found).items()},
-        "all": _counts(found),
+        "planted": len(found),
+        **{column: sum(outcome.what == column for outcome in found) for column in COLUMNS},
         "survivors": [
             {
                 "name": outcome.fault.name,
@@ -113,17 +114,22 @@ def as_json(found: list[Outcome], digest: str | None) -> dict[str, Any]:
     }
 
 
-def _counts(outcomes: list[Outcome]) -> dict[str, int]:
-    return {"planted": len(outcomes), **{c: sum(o.what == c for o in outcomes) for c in COLUMNS}}
+def keep(path: Path, room: str, found: list[Outcome]) -> None:
+    """Put a room's record into a file of records by room, in the place of an earlier one."""
+    records = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    records = dict(sorted({**records, room: as_json(found)}.items()))
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
-def sentence(result: dict[str, Any]) -> str:
-    """Return what CONTRIBUTING.md says of a result."""
-    counts = result["all"]
-    run = counts["planted"] - counts[NOT_RUN]
-    least = min(room[DIED] / (room["planted"] - room[NOT_RUN]) for room in result["rooms"].values())
-    died = f"{counts[DIED]} ({100 * counts[DIED] / run:.1f} %)"
+def sentence(records: dict[str, dict[str, Any]]) -> str:
+    """Return what CONTRIBUTING.md says of the records by room."""
+    run = {room: record["planted"] - record[NOT_RUN] for room, record in records.items()}
+    died = sum(record[DIED] for record in records.values())
+    total = sum(run.values())
+    least = min(record[DIED] / run[room] for room, record in records.items())
     return (
-        f"Of {run} planted faults the tests notice {died}, and in each room at least {100 * least:.1f} %; "
-        f"the lists say why the other {run - counts[DIED]} go unnoticed."
+        f"Of {total} planted faults the tests notice {died} ({100 * died / total:.1f} %), and in each room "
+        f"at least {100 * least:.1f} %; the lists say why the other {total - died} go unnoticed."
     )

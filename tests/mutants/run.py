@@ -4,6 +4,7 @@
     python tests/mutants/run.py --room ops --room models # some rooms
     python tests/mutants/run.py --file src/minrnn/ops/gates.py
     python tests/mutants/run.py --sample 20 --seed 3     # some faults, drawn
+    python tests/mutants/run.py --room ops --output tests/mutants/result.json  # measure a room again
 
 Faults are planted in copies of the checkout, in a scratch folder; the checkout stays as it is. Exit status 1
 says that a fault survived without an explanation, that less than 90 % of a room's died or less than 95 % of
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,8 +30,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from mutants import builder, outcomes, workshop
-from mutants.faults import LISTS, Fault, digest, read_lists
-from mutants.outcomes import Outcome
+from mutants.faults import LISTS, Fault, read_lists
+from mutants.outcomes import NOT_RUN, Outcome
 
 
 def main() -> int:
@@ -44,15 +46,16 @@ def main() -> int:
         sys.exit("run.py: there is no fault to plant")
     with tempfile.TemporaryDirectory(prefix="minrnn-faults-") as scratch:
         python = prepare(Path(scratch).resolve(), faults, options)
-        found = list(observed(python, Path(scratch).resolve(), faults, options.verbose))
+        found = [Outcome(fault, NOT_RUN, f"{fault.needs} is not installed", 0.0) for fault in left_out]
+        missing = Counter(fault.room for fault in faults)
+        for outcome in observed(python, Path(scratch).resolve(), faults, options.verbose):
+            found.append(outcome)
+            missing[room := outcome.fault.room] -= 1
+            if options.output is not None and not missing[room]:
+                outcomes.keep(options.output, room, outcomes.by_room(found)[room])
     whole = not (options.room or options.without or options.file or options.sample is not None)
-    found += [Outcome(fault, "not run", f"{fault.needs} is not installed", 0.0) for fault in left_out]
     print(outcomes.table(found))
     print(f"{len(faults)} faults in {(time.monotonic() - started) / 60:.1f} min")
-    if options.output is not None:
-        result = outcomes.as_json(found, digest(read_lists(options.lists)) if whole else None)
-        options.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(outcomes.sentence(result))
     print("".join(f"{line}\n" for line in outcomes.out_of_date(found)), end="")
     wrong = outcomes.complaints(found, rooms=options.sample is None and not options.file, whole=whole)
     print("".join(f"{line}\n" for line in wrong), end="")
@@ -80,9 +83,16 @@ def parse() -> argparse.Namespace:
         default=60,
         help="seconds of one fault, and four times what its tests usually take",
     )
-    parser.add_argument("--output", type=Path, help="a JSON file for the result")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="a JSON file of results by room; takes each when it is done",
+    )
     parser.add_argument("--verbose", action="store_true", help="say of each fault what noticed it")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.output is not None and (options.file or options.sample is not None):
+        parser.error("--output keeps results of whole rooms, and not of a --file or a --sample")
+    return options
 
 
 def select(options: argparse.Namespace) -> tuple[list[Fault], list[Fault]]:
