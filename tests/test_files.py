@@ -19,6 +19,7 @@ from minrnn.files import (
     check_bounds,
     check_types,
     convert,
+    first_difference,
     parse_json,
     read_json,
     read_json_lines,
@@ -246,6 +247,19 @@ def test_numbers_of_numpy_become_pythons_and_whole_ones_are_rates_too() -> None:
     assert [type(value) for value in vars(made).values()] == [int, float, type(None), bool]
     assert (made, Checked(rate=2).rate) == (Checked(3, 0.5, None, True), 2)
     json.dumps(vars(made))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "found"),
+    [
+        ({"a": {"b": 1, "c": 2}, "d": 3}, {"d": 3, "a": {"c": 2, "b": 1}}, None),
+        ({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 4}}, ("a.c", 2, 4)),
+        ({"a": 1}, {"a": 1, "b": {"c": 2}}, ("b", None, {"c": 2})),
+        ("x", "y", ("", "x", "y")),
+    ],
+)
+def test_the_first_difference_is_named(one: Any, other: Any, found: tuple[str, Any, Any] | None) -> None:
+    assert first_difference(one, other) == found
 
 
 @pytest.mark.parametrize(

@@ -281,8 +281,13 @@ def unequal(ranks: Ranks, values: list[Any]) -> None:
 def test_what_must_be_the_same_is_compared(ranks_of: Pool) -> None:
     assert ranks_of.run(3, unequal, [{"a": 1, "b": 2}, {"b": 2, "a": 1}, {"a": 1, "b": 2}]) == [None] * 3
     found = ranks_of.failures(3, unequal, ["a", "a", "b"])
-    told = "ValueError: the data must be the same on all ranks; on rank 2 it differs from that on rank 0"
+    told = "ValueError: the data must be the same on all ranks; on rank 2 it is 'b', and 'a' on rank 0"
     assert sorted(found) == ["Reported: 1", "Reported: 1", told]
+    settings = [{"train": {"steps": steps, "seed": 0}} for steps in (3, 4, 3)]
+    assert any(
+        "on rank 1 train.steps is 4, and 3 on rank 0" in one
+        for one in ranks_of.failures(3, unequal, settings)
+    )
 
 
 def requested(ranks: Ranks, signums: list[int], code: int) -> tuple[bool, bool, int, str, bool]:

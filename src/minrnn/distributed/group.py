@@ -21,6 +21,7 @@ from minrnn.distributed.failures import Failures, Reported
 from minrnn.distributed.ranks import Ranks
 from minrnn.distributed.sequences import sequence_parallel
 from minrnn.distributed.weights import release, shard_weights, unsynchronized
+from minrnn.files import first_difference, shown
 from minrnn.mixers.sharded import undivided
 from minrnn.models import LossOf
 
@@ -98,15 +99,13 @@ class RankGroup(Ranks):
         return made
 
     def check_equal(self, what: str, value: Any) -> None:
-        digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
-        own = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
-        found = [torch.empty_like(own) for _ in range(self.size)]
-        distributed.all_gather(found, own)
+        found: list[Any] = [None] * self.size
+        distributed.all_gather_object(found, value)
         for rank, other in enumerate(found):
-            if not torch.equal(other, found[0]):
-                raise ValueError(
-                    f"{what} must be the same on all ranks; on rank {rank} it differs from that on rank 0"
-                )
+            if differing := first_difference(other, found[0]):
+                name, here, first = differing
+                which = f"{name or 'it'} is {shown(here)}, and {shown(first)} on rank 0"
+                raise ValueError(f"{what} must be the same on all ranks; on rank {rank} {which}")
 
     def gather_rows(self, rows: Tensor, count: int) -> Tensor:
         own = rows.detach().cpu().contiguous()

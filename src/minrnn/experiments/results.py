@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from minrnn.experiments.experiment import Experiment, Record, Trial
-from minrnn.files import lock, read_json, write_json
+from minrnn.files import first_difference, lock, read_json, write_json
 
 FORMAT = 1
 
@@ -65,10 +65,11 @@ class ResultsFolder:
             return None
         record = _read(path)
         found, wanted = experiment.resolved(record["config"]), experiment.resolved(trial.config)
-        if found != wanted:
+        if differing := first_difference(found, wanted):
+            name, one, other = differing
             raise ValueError(
-                f"reproduce: {path} must have this version's settings, got {_difference(found, wanted)}; "
-                "remove it, or choose another --output"
+                f"reproduce: {path} must have this version's settings, got {name} = {one!r} in place of "
+                f"{other!r}; remove it, or choose another --output"
             )
         return record
 
@@ -132,14 +133,3 @@ def _read(path: Path) -> Record:
     if (record["result"] is None) == (record["failed"] is None):
         raise ValueError(f"reproduce: {path} must hold either a result or why it failed; {remove}")
     return record
-
-
-def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Name the first setting that differs."""
-    for name in dict.fromkeys([*found, *wanted]):
-        one, other = found.get(name), wanted.get(name)
-        if isinstance(one, dict) and isinstance(other, dict) and one != other:
-            return f"{name}.{_difference(one, other)}"
-        if one != other:
-            return f"{name} = {one!r} in place of {other!r}"
-    return "the same"  # not reached: they differ

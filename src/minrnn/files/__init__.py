@@ -11,6 +11,7 @@ from minrnn.files.fields import as_python as as_python
 from minrnn.files.fields import check_bounds as check_bounds
 from minrnn.files.fields import check_choice as check_choice
 from minrnn.files.fields import check_types as check_types
+from minrnn.files.fields import first_difference as first_difference
 from minrnn.files.fields import require as require
 from minrnn.files.reading import naming as naming
 from minrnn.files.reading import parse_json as parse_json

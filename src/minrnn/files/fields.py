@@ -62,6 +62,26 @@ def check_types(config: Any) -> None:
             raise TypeError(f"{type(config).__name__}: {name} must be {wanted}, got {shown(value)}")
 
 
+def first_difference(one: Any, other: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """Return the name of the first setting that differs in two nested tables, and its two values.
+
+    Args:
+        one: a table of settings or a value.
+        other: another one. A setting that a table lacks counts as None.
+        name: the name of both.
+
+    >>> first_difference({"train": {"seed": 1, "steps": 2}}, {"train": {"seed": 1, "steps": 3}})
+    ('train.steps', 2, 3)
+    """
+    if not (isinstance(one, Mapping) and isinstance(other, Mapping)):
+        return None if one == other else (name, one, other)
+    for key in dict.fromkeys([*one, *other]):
+        below = f"{name}.{key}" if name else key
+        if found := first_difference(one.get(key), other.get(key), below):
+            return found
+    return None
+
+
 def as_python(value: Any) -> Any:
     """Return a numpy or torch scalar as a Python one, and any other value unchanged."""
     is_number = isinstance(value, numbers.Number) and hasattr(value, "item")
