@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from types import GenericAlias, UnionType
@@ -73,3 +74,39 @@ def test_every_page_of_the_reference_is_in_its_list() -> None:
 @pytest.mark.parametrize("page", ROOMS)
 def test_names_are_documented_as_what_they_are(page: str) -> None:
     assert [(kind, path) for kind, path in documented(page) if kind != directive(found(path))] == []
+
+
+def is_checked(path: str) -> bool:
+    """Whether a name is a function or class that checks its arguments, as all do that say nothing else."""
+    value = found(path)
+    return directive(value) in ("autofunction", "autoclass") and "Arguments are not checked." not in str(
+        value.__doc__
+    )
+
+
+CALLABLES = sorted({path for page in ROOMS for _, path in documented(page) if is_checked(path)})
+
+
+@pytest.mark.parametrize("path", CALLABLES)
+@pytest.mark.parametrize("value", [20, "x", None, [1.5]], ids=repr)
+def test_arguments_of_another_kind_are_refused(
+    path: str, value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever all required arguments are, the error is none of an attribute or key that they lack."""
+    monkeypatch.chdir(tmp_path)
+    call = found(path)
+    assert callable(call)
+    required = [p for p in inspect.signature(call).parameters.values() if p.default is p.empty]
+    positional = [value for p in required if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    named = {p.name: value for p in required if p.kind is p.KEYWORD_ONLY}
+    with suppress(TypeError, ValueError, OSError, RuntimeError):
+        call(*positional, **named)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", CALLABLES)
+def test_paths_may_be_strings(path: str) -> None:
+    call = found(path)
+    assert callable(call)
+    hints = {name: str(p.annotation) for name, p in inspect.signature(call).parameters.items()}
+    assert [name for name, hint in hints.items() if "Path" in hint and "str" not in hint] == []

@@ -26,7 +26,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from minrnn.mixers import MIXERS
-from minrnn.models import ModelConfig, SequenceModel, load_checkpoint, map_state
+from minrnn.models import ModelConfig, SequenceModel, load_checkpoint, map_state, save_checkpoint
 from minrnn.tasks import TASKS, DecisionsConfig, TextConfig, TextTask
 from minrnn.training import (
     Interrupted,
@@ -351,6 +351,19 @@ def test_clipping_shortens_long_gradients_only(longest: float) -> None:
 
 
 # --- the loop --------------------------------------------------------------------------------------------
+
+
+def test_paths_may_be_strings_and_begin_at_home(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    train(run_config(corpus, steps=4), "~/run", log=RunLog())
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert read_config("~/run").train.steps == 4
+    assert read_metrics("~/run/metrics.jsonl")[-1]["step"] == 4
+    trained = load_trained("~/run", "last", "cpu")
+    save_checkpoint("~/copy", trained.model)
+    assert load_checkpoint("~/copy")[0].config == trained.model.config
 
 
 def test_a_run_learns_and_leaves_its_directory(corpus: Path, tmp_path: Path) -> None:

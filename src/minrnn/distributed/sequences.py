@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from minrnn.distributed.ranks import share
+from minrnn.files import check_kind
 from minrnn.mixers.sharded import shard
 
 M = TypeVar("M", bound=nn.Module)
@@ -40,7 +41,7 @@ def sequence_parallel(model: M, mesh: DeviceMesh) -> M:
         ValueError: the mesh has several axes; nothing in the model mixes steps; or a module cannot be
             divided, for the reason named. The model is then unchanged.
     """
-    shard(model, _check(mesh).get_group().group_name)
+    shard(model, _check("sequence_parallel", mesh).get_group().group_name)
     return model
 
 
@@ -55,16 +56,16 @@ def shard_sequence(x: Tensor, mesh: DeviceMesh, dim: int = 1) -> Tensor:
     Raises:
         ValueError: there are fewer steps than ranks, or the mesh has several axes.
     """
-    size, rank, T = _check(mesh).size(), mesh.get_local_rank(), x.shape[dim]
+    size, rank, T = _check("shard_sequence", mesh).size(), mesh.get_local_rank(), x.shape[dim]
     if size > T:
         raise ValueError(f"shard_sequence: x must have at least {size} steps, the number of ranks, got {T}")
     part = share(T, rank, size)
     return x.narrow(dim, part.start, part.stop - part.start)
 
 
-def _check(mesh: DeviceMesh) -> DeviceMesh:
+def _check(function: str, mesh: DeviceMesh) -> DeviceMesh:
+    check_kind(function, "mesh", mesh, DeviceMesh)
     if mesh.ndim != 1:
-        raise ValueError(
-            f"mesh must have one axis, that of the sequences' parts, got {mesh.mesh_dim_names or mesh.ndim}"
-        )
+        axes = mesh.mesh_dim_names or mesh.ndim
+        raise ValueError(f"{function}: mesh must have one axis, that of the sequences' parts, got {axes}")
     return mesh

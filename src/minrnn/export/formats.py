@@ -34,12 +34,13 @@ FORMATS: dict[str, Format] = {
 """The formats of files, by suffix."""
 
 
-def format_of(path: Path) -> Format:
+def format_of(path: Path | str) -> Format:
     """Return the format that a path's suffix names.
 
     Raises:
         ValueError: it names none.
     """
+    path = Path(path)
     if path.suffix not in FORMATS:
         known = ", ".join(FORMATS)
         raise ValueError(

@@ -10,6 +10,7 @@ from minrnn.files.effects import warn_without_effect as warn_without_effect
 from minrnn.files.fields import as_python as as_python
 from minrnn.files.fields import check_bounds as check_bounds
 from minrnn.files.fields import check_choice as check_choice
+from minrnn.files.fields import check_kind as check_kind
 from minrnn.files.fields import check_types as check_types
 from minrnn.files.fields import first_difference as first_difference
 from minrnn.files.fields import require as require

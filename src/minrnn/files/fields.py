@@ -25,6 +25,23 @@ def require(config: object, name: str, holds: bool, expected: str) -> None:
         )
 
 
+def check_kind(function: str, name: str, value: object, kind: type) -> None:
+    """Raise TypeError unless an argument is an instance of a class.
+
+    Args:
+        function: name of the function or class whose argument it is.
+        name: name of the argument.
+        value: the argument.
+        kind: the class.
+
+    >>> check_kind("SequenceModel", "config", 20, dict)
+    Traceback (most recent call last):
+    TypeError: SequenceModel: config must be a dict, got 20
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{function}: {name} must be a {kind.__name__}, got {shown(value)}")
+
+
 def check_choice(config: object, name: str, known: Collection[str]) -> None:
     """Raise ValueError unless the field is one of the known names; the message names the nearest."""
     value = getattr(config, name)

@@ -18,7 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minrnn.files import convert, find_directory, locate, naming, nearest, read_json, shown, write_directory
+from minrnn.files import (
+    check_kind,
+    convert,
+    find_directory,
+    locate,
+    naming,
+    nearest,
+    read_json,
+    shown,
+    write_directory,
+)
 from minrnn.files.writing import CONFIG_FILE
 from minrnn.models.decision import DecisionConfig, DecisionModel
 from minrnn.models.pretrained import is_pretrained, own_names, read_settings, read_table
@@ -51,7 +61,7 @@ JSON = None | bool | int | float | str | list[Any] | dict[str, Any]
 
 
 def save_checkpoint(
-    directory: Path,
+    directory: Path | str,
     model: Model,
     *,
     extra: Mapping[str, JSON] | None = None,
@@ -86,7 +96,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    directory: Path, *, device: torch.device | str | int = "cpu"
+    directory: Path | str, *, device: torch.device | str | int = "cpu"
 ) -> tuple[Model, dict[str, JSON]]:
     """Load a model that `save_checkpoint` wrote. If it is replaced meanwhile, the new one is loaded.
 
@@ -169,6 +179,7 @@ class _Contents:
     """The contents of a new checkpoint."""
 
     def __init__(self, model: nn.Module, extra: Mapping[str, JSON] | None) -> None:
+        check_kind("save_checkpoint", "model", model, nn.Module)
         whole = unwrap(model)
         if not isinstance(whole, Model):
             kind = type(whole).__name__

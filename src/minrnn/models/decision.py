@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minrnn.files import NoEffect, check_choice, check_types, convert, require, warn_without_effect
+from minrnn.files import (
+    NoEffect,
+    check_choice,
+    check_kind,
+    check_types,
+    convert,
+    require,
+    warn_without_effect,
+)
 from minrnn.mixers.mixer import check_reset
 from minrnn.models.dropout import Dropout
 from minrnn.models.sequence import (
@@ -169,6 +177,7 @@ class DecisionModel(nn.Module):
 
     def __init__(self, config: DecisionConfig) -> None:
         super().__init__()
+        check_kind("DecisionModel", "config", config, DecisionConfig)
         self.config = config
         width, conditioned = config.trunk.d_model, config.conditioned
         self.embed_observation = nn.Linear(config.observation_size, width)

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minrnn.files import NoEffect, check_choice, check_types, convert, require, warn_without_effect
+from minrnn.files import (
+    NoEffect,
+    check_choice,
+    check_kind,
+    check_types,
+    convert,
+    require,
+    warn_without_effect,
+)
 from minrnn.mixers import MIXERS
 from minrnn.mixers.calls import is_plain, runs
 from minrnn.mixers.convolution import CausalConv
@@ -186,6 +194,7 @@ class SequenceModel(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        check_kind("SequenceModel", "config", config, ModelConfig)
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.dropout = Dropout(config.dropout)

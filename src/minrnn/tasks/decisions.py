@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minrnn.files import NoEffect, check_bounds, require, warn_without_effect
+from minrnn.files import NoEffect, check_bounds, check_kind, require, warn_without_effect
 from minrnn.models import (
     NOTHING_DONE,
     TOKENS,
@@ -136,6 +136,7 @@ class DecisionsTask(Task):
     config_type = DecisionsConfig
 
     def __init__(self, config: DecisionsConfig, episodes: Episodes | None = None) -> None:
+        check_kind("DecisionsTask", "config", config, DecisionsConfig)
         if config.tokens is None or config.carry is None:
             raise ValueError("DecisionsTask: config must be resolved: config.resolved(model)")
         self.config = config

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from minrnn.files import check_bounds, require
+from minrnn.files import check_bounds, check_kind, require
 from minrnn.tasks.draws import Draws, Part
 from minrnn.tasks.labeled import LabeledTask, blocks, pack
 from minrnn.tasks.task import Batch, TaskConfig, check_batch
@@ -139,6 +139,7 @@ class FormalLanguageTask(LabeledTask):
     config_type = FormalLanguageConfig
 
     def __init__(self, config: FormalLanguageConfig) -> None:
+        check_kind("FormalLanguageTask", "config", config, FormalLanguageConfig)
         self.config = config
         self.language = LANGUAGES[config.language]
 

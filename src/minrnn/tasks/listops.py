@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from minrnn.files import NoEffect, check_bounds, warn_without_effect
+from minrnn.files import NoEffect, check_bounds, check_kind, warn_without_effect
 from minrnn.tasks.arrays import read_arrays, write_arrays
 from minrnn.tasks.downloads import cache_folder
 from minrnn.tasks.draws import Draws, Part
@@ -128,6 +128,7 @@ class ListOpsTask(LabeledTask):
     config_type = ListOpsConfig
 
     def __init__(self, config: ListOpsConfig) -> None:
+        check_kind("ListOpsTask", "config", config, ListOpsConfig)
         self.config = config
         self._expressions = _cached(config)
 

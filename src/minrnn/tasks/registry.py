@@ -1,5 +1,6 @@
 """The registry of tasks."""
 
+from minrnn.files import check_kind
 from minrnn.tasks.decisions import DecisionsTask
 from minrnn.tasks.formal_languages import FormalLanguageTask
 from minrnn.tasks.listops import ListOpsTask
@@ -20,5 +21,7 @@ def make_task(config: TaskConfig) -> Task:
     Raises:
         ValueError: its data are missing, damaged or too small.
         OSError: its data cannot be downloaded or read.
+        TypeError: `config` is not a task's configuration.
     """
+    check_kind("make_task", "config", config, TaskConfig)
     return TASKS[config.task](config)  # type: ignore[call-arg]  # every task takes its configuration

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from minrnn.files import check_bounds
+from minrnn.files import check_bounds, check_kind
 from minrnn.tasks.draws import Draws, Part
 from minrnn.tasks.labeled import LabeledTask, blocks
 from minrnn.tasks.task import IGNORED, Batch, TaskConfig, check_batch
@@ -61,6 +61,7 @@ class SelectiveCopyingTask(LabeledTask):
     config_type = SelectiveCopyingConfig
 
     def __init__(self, config: SelectiveCopyingConfig) -> None:
+        check_kind("SelectiveCopyingTask", "config", config, SelectiveCopyingConfig)
         self.config = config
 
     @property

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from minrnn.files import NoEffect, check_bounds, check_choice, require, warn_without_effect
+from minrnn.files import NoEffect, check_bounds, check_choice, check_kind, require, warn_without_effect
 from minrnn.models import ModelConfig
 from minrnn.models.sequence import LARGEST
 from minrnn.tasks.draws import Draws, Part
@@ -114,6 +114,7 @@ class TextTask(TokenTask):
     config_type = TextConfig
 
     def __init__(self, config: TextConfig, vocabulary: Vocabulary | None = None) -> None:
+        check_kind("TextTask", "config", config, TextConfig)
         self.config = config
         is_joined = config.documents == "joined"
         corpus = find_corpus(config.source, is_joined=is_joined, column=config.text_column)

@@ -273,14 +273,14 @@ def recipe_summary(name: str) -> str:
     return _recipe_text(name).splitlines()[0].lstrip("# ").rstrip()
 
 
-def read_config(run_dir: Path) -> RunConfig:
+def read_config(run_dir: Path | str) -> RunConfig:
     """Return the resolved configuration in a run's directory, or in one that a run was exported to.
 
     Raises:
         FileNotFoundError: the directory holds no run.
         ValueError: config.json is damaged, or was written by another version.
     """
-    path = run_dir / "config.json"
+    path = Path(run_dir).expanduser() / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{run_dir} is not a run directory: it has no config.json")
     values = read_json(path, dict[str, Any])

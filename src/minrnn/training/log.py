@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol, TypedDict
 from rich import progress
 from rich.console import Console
 
-from minrnn.files import read_json_lines, replace_text
+from minrnn.files import check_kind, read_json_lines, replace_text
 from minrnn.training.extras import attempt, draw, save_picture
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ class Progress:
     """
 
     def __init__(self, console: Console, what: str) -> None:
+        check_kind("Progress", "console", console, Console)
         self._console, self._pace = console, Pace(what)
         self._status = console.status(what) if console.is_terminal else None
         self._printed_at = time.monotonic()
@@ -224,7 +225,7 @@ class RunLog:
             self._tensorboard = None
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     """Read metrics.jsonl; an incomplete last line, as a killed run may leave, is ignored.
 
     Args:
@@ -237,7 +238,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         OSError: the file cannot be read.
         ValueError: a line is invalid.
     """
-    return [dict(record) for record in read_json_lines(path, MetricsLine)]
+    return [dict(record) for record in read_json_lines(Path(path).expanduser(), MetricsLine)]
 
 
 def check_written(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minrnn.distributed import ALONE, Ranks
-from minrnn.files import claim, find_directory, recover_directory, write_json
+from minrnn.files import check_kind, claim, find_directory, recover_directory, write_json
 from minrnn.files.claims import LOCK_FILE
 from minrnn.mixers.convolution import CausalConv
 from minrnn.models import map_state, save_checkpoint
@@ -48,7 +48,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 def train(
-    config: RunConfig, run_dir: Path, *, resume: bool = False, log: RunLog, ranks: Ranks = ALONE
+    config: RunConfig, run_dir: Path | str, *, resume: bool = False, log: RunLog, ranks: Ranks = ALONE
 ) -> dict[str, Any]:
     """Train a model and write the results to a directory.
 
@@ -83,6 +83,9 @@ def train(
         OSError: a file cannot be written; earlier checkpoints are intact, and if it was a file of the log,
             the state is saved.
     """
+    check_kind("train", "config", config, RunConfig)
+    check_kind("train", "log", log, RunLog)
+    run_dir = Path(run_dir).expanduser()
     with claim(run_dir, log.note) if ranks.is_first else nullcontext():
         return _train(config, run_dir, resume, log, ranks)
 

@@ -20,7 +20,7 @@ CODE = ("src", "csrc", "CMakeLists.txt", "pyproject.toml", "constraints.txt")
 """What a result depends on, at the top of a checkout; results and pages are not part of it."""
 
 
-def provenance(device: torch.device) -> dict[str, object]:
+def provenance(device: torch.device | str) -> dict[str, object]:
     """Return a description of the machine, the package versions and the commit.
 
     Args:
@@ -33,6 +33,7 @@ def provenance(device: torch.device) -> dict[str, object]:
         The code is read once in a process: what was edited after a run began did not run.
     """
     commit, changes = _code()
+    device = torch.device(device)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "machine": {

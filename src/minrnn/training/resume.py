@@ -243,7 +243,7 @@ class Trained(NamedTuple):
     """Digest of the training data, as `Task.sha256`."""
 
 
-def load_trained(run_dir: Path, which: str, device: torch.device) -> Trained:
+def load_trained(run_dir: Path | str, which: str, device: torch.device | str) -> Trained:
     """Load the model of a run.
 
     Args:
@@ -259,7 +259,7 @@ def load_trained(run_dir: Path, which: str, device: torch.device) -> Trained:
         ValueError: the checkpoint is damaged.
     """
     read_config(run_dir)
-    directory = _checkpoint(run_dir, which)
+    directory = _checkpoint(Path(run_dir).expanduser(), which)
     try:
         folder = find_directory(directory)
     except FileNotFoundError as error:
