@@ -371,7 +371,7 @@ def test_a_file_that_computes_something_else_is_not_written(step: Exported) -> N
                 check(".onnx", step, lambda _, found=found: found)
         else:
             check(".onnx", step, lambda _, found=found: found)
-    for bad in (exact[0][:1], exact[0] * torch.nan):
+    for bad in (exact[0][None], exact[0][:1], exact[0] * torch.nan):
         with pytest.raises(RuntimeError, match="logits differs"):
             check(".onnx", step, lambda _, bad=bad: [bad, *exact[1:]])
 
