@@ -70,6 +70,7 @@ def compare(module: ModuleType, x: Inputs) -> None:
     assert found.dtype == dtype
     assert relative_error(found, y) < TOLERANCE[dtype]
     assert relative_error(found_last, last) < min(TOLERANCE[dtype], TOLERANCE[torch.float32])
+    assert relative_error(found_borders, borders) < min(TOLERANCE[dtype], TOLERANCE[torch.float32])
     assert len({id(gradient) for gradient in actual}) == len(NAMES)  # an operator returns no tensor twice
     for name, ours, theirs in zip(NAMES, actual, expected, strict=True):
         assert ours.dtype == (found_last.dtype if name in SHARED else dtype), name
