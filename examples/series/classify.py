@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from minrnn import MinGRU, MinLSTM
 
 RNNS = {"gru": nn.GRU, "lstm": nn.LSTM, "mingru": MinGRU, "minlstm": MinLSTM}
-RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # learning rates, from which the validation split chooses
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # learning rates, from which the validation split chooses
 
 Series = NDArray[np.floating[Any]]
 
