@@ -265,9 +265,11 @@ STATEMENTS: dict[str, list[Statement]] = {
         ),
         (
             "minEMA (one seed) with three layers is perfect too, in {3.7} minutes",
-            lambda: (average("selective-copying", "seconds", mixer="minema", layers=3) / 60)
-            if min(copied(["minema"], (3,))) > 99.9
-            else None,
+            lambda: (
+                (average("selective-copying", "seconds", mixer="minema", layers=3) / 60)
+                if min(copied(["minema"], (3,))) > 99.9
+                else None
+            ),
         ),
         (
             "torch's LSTM, at the best of three rates and with three seeds, learns little",

@@ -223,6 +223,23 @@ def test_widths() -> None:
     assert (bare.conv, bare.mlp, bare.mlp_norm) == (None, None, None)
 
 
+@pytest.mark.parametrize("residual", [True, False])
+def test_a_model_is_its_parts_one_after_the_other(residual: bool) -> None:
+    """A norm before each branch of a block, whose output is added to its input or replaces it."""
+    model, tokens = build(residual=residual), make_tokens()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:  # at first the norms of a stream are nearly one
+                weight.normal_()
+        x = model.embedding(tokens)
+        for block in model.blocks:
+            y, _ = block.conv(block.mixer_norm(x))
+            y, _ = block.mixer(y)
+            x = x * residual + block.down(y)
+            x = x * residual + block.mlp(block.mlp_norm(x))
+        torch.testing.assert_close(model(tokens)[0], model.head(model.norm(x)))
+
+
 def test_with_every_part_off_a_block_is_its_mixer() -> None:
     model, tokens = build(conv_width=0, mlp_ratio=0, norm="none", residual=False), make_tokens()
     x = model.embedding(tokens)
