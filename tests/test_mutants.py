@@ -19,6 +19,7 @@ from mutants.outcomes import (
     NOT_RUN,
     UNEXPLAINED,
     Outcome,
+    amend,
     by_room,
     complaints,
     judged,
@@ -26,7 +27,9 @@ from mutants.outcomes import (
     out_of_date,
     sentence,
     table,
+    unexplained,
 )
+from mutants.outcomes import read as read_records
 
 FAULTS = read_lists()
 RESULT = LISTS / "result.json"
@@ -124,7 +127,13 @@ FOUND = {"ops": ("failed",) * 19 + ("passed",), "cli": ("failed",) * 8 + ("passe
 def outcome(room: str, number: int, what: str) -> Outcome:
     """Return what came of a made-up fault; `explained` passes the tests as its list says."""
     fault = Fault(
-        room, f"{room}-{number}", "Makefile", "demo:", "", ("t",), "why" if what == "explained" else None
+        room,
+        f"{room}-{number}",
+        "Makefile",
+        "demo:",
+        f"{room} {number}",
+        ("t",),
+        "why" if what == "explained" else None,
     )
     if what == "not run":
         return Outcome(fault, NOT_RUN, "no triton", 0.0)
@@ -196,6 +205,26 @@ def test_results_are_kept_by_room(found: list[Outcome], tmp_path: Path) -> None:
         "Of 30 planted faults the tests notice 27 (90.0 %), and in each room at least 80.0 %; "
         "the lists say why the other 3 go unnoticed."
     )
+
+
+def test_what_survived_is_counted_again(found: list[Outcome], tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    for room, outcomes in by_room(found).items():
+        keep(path, room, outcomes)
+    survivors = unexplained(read_records(path), [one.fault for one in found])
+    assert [fault.name for fault in survivors] == ["ops-19", "cli-8"]
+    amend(path, [judged(survivors[0], "passed", "", 1.0), judged(survivors[1], "failed", "t::x", 1.0)])
+    records = read_records(path)
+    assert {column: records["cli"][column] for column in ("planted", DIED, EXPLAINED, UNEXPLAINED)} == {
+        "planted": 11,
+        DIED: 9,
+        EXPLAINED: 1,
+        UNEXPLAINED: 0,
+    }
+    assert [one["name"] for one in records["cli"]["survivors"]] == ["cli-9"]
+    assert records["cli"]["again"]["planted"] == 1
+    assert (records["ops"][DIED], records["ops"][UNEXPLAINED]) == (19, 1)
+    assert [one["name"] for one in records["ops"]["survivors"]] == ["ops-19"]
 
 
 def measured() -> dict[str, dict[str, Any]]:

@@ -116,10 +116,48 @@ def as_json(found: list[Outcome]) -> dict[str, Any]:
 
 def keep(path: Path, room: str, found: list[Outcome]) -> None:
     """Put a room's record into a file of records by room, in the place of an earlier one."""
-    records = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    records = dict(sorted({**records, room: as_json(found)}.items()))
+    records = read(path) if path.is_file() else {}
+    _write(path, {**records, room: as_json(found)})
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the records of a file by room."""
+    records: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return records
+
+
+def unexplained(records: dict[str, dict[str, Any]], faults: Iterable[Fault]) -> list[Fault]:
+    """Return those of the faults that have survived, and whose list did not say why."""
+    survivors = {
+        _changed(one) for record in records.values() for one in record["survivors"] if not one["survives"]
+    }
+    return [fault for fault in faults if (fault.file, fault.old, fault.new) in survivors]
+
+
+def amend(path: Path, found: list[Outcome]) -> None:
+    """Count again, in a file of records, what survived unexplained and has been planted once more."""
+    records = read(path)
+    for room, outcomes in by_room(found).items():
+        record, again = records[room], as_json(outcomes)
+        record[UNEXPLAINED] -= len(outcomes)
+        for column in COLUMNS:
+            record[column] += again[column]
+        run = {(one.fault.file, one.fault.old, one.fault.new) for one in outcomes}
+        others = [one for one in record["survivors"] if _changed(one) not in run]
+        record.update(
+            survivors=others + again["survivors"], again={"commit": again["commit"], "planted": len(outcomes)}
+        )
+    _write(path, records)
+
+
+def _changed(survivor: dict[str, Any]) -> tuple[str, str, str]:
+    return survivor["file"], survivor["old"], survivor["new"]
+
+
+def _write(path: Path, records: dict[str, dict[str, Any]]) -> None:
+    text = json.dumps(dict(sorted(records.items())), indent=1, ensure_ascii=False)
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(f"{text}\n", encoding="utf-8")
     partial.replace(path)
 
 

@@ -53,11 +53,14 @@ def main() -> int:
             missing[room := outcome.fault.room] -= 1
             if options.output is not None and not missing[room]:
                 outcomes.keep(options.output, room, outcomes.by_room(found)[room])
-    whole = not (options.room or options.without or options.file or options.sample is not None)
+    if options.again is not None:
+        outcomes.amend(options.again, found)
+    is_part = options.file or options.again or options.sample is not None
+    whole = not (options.room or options.without or is_part)
     print(outcomes.table(found))
     print(f"{len(faults)} faults in {(time.monotonic() - started) / 60:.1f} min")
     print("".join(f"{line}\n" for line in outcomes.out_of_date(found)), end="")
-    wrong = outcomes.complaints(found, rooms=options.sample is None and not options.file, whole=whole)
+    wrong = outcomes.complaints(found, rooms=not is_part, whole=whole)
     print("".join(f"{line}\n" for line in wrong), end="")
     return 1 if wrong else 0
 
@@ -89,9 +92,15 @@ def parse() -> argparse.Namespace:
         help="a JSON file of results by room; takes each when it is done",
     )
     parser.add_argument("--verbose", action="store_true", help="say of each fault what noticed it")
+    parser.add_argument(
+        "--again",
+        type=Path,
+        metavar="OUTPUT",
+        help="what survived there unexplained, which is counted anew",
+    )
     options = parser.parse_args()
-    if options.output is not None and (options.file or options.sample is not None):
-        parser.error("--output keeps results of whole rooms, and not of a --file or a --sample")
+    if options.output is not None and (options.file or options.again or options.sample is not None):
+        parser.error("--output keeps results of whole rooms, and not of a --file, a --sample or --again")
     return options
 
 
@@ -105,6 +114,8 @@ def select(options: argparse.Namespace) -> tuple[list[Fault], list[Fault]]:
             sys.exit(f"run.py: no fault has the {kind} {min(unknown)!r}; there are {names}")
     rooms = set(options.room or known["room"]) - set(options.without)
     faults = [f for f in faults if f.room in rooms and (not options.file or f.file in options.file)]
+    if options.again is not None:
+        faults = outcomes.unexplained(outcomes.read(options.again), faults)
     if options.sample is not None:
         faults = random.Random(options.seed).sample(faults, min(options.sample, len(faults)))
     left_out = [fault for fault in faults if fault.needs and find_spec(fault.needs) is None]
