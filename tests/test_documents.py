@@ -433,7 +433,7 @@ def test_neither_portions_nor_pieces_show(
     source = write_folder(tmp_path / "rows") if form == "folder" else write_rows(tmp_path / "rows", form)
     whole = tokenize(find_corpus(str(source)), vocabulary)
     shutil.rmtree(cache_folder())
-    monkeypatch.setattr(tokenizing, "PORTION_BYTES", 900)  # an encoding thread has the last one but one, too
+    monkeypatch.setattr(tokenizing, "PORTION_BYTES", 900)  # at the end several are being encoded
     monkeypatch.setattr(documents, "PIECE_BYTES", 16)
     found = tokenize(find_corpus(str(source)), vocabulary)
     assert np.array_equal(found.train, whole.train)

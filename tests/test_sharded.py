@@ -207,6 +207,20 @@ def test_a_reset_forgets_what_is_not_finite() -> None:
     assert h[:, given.cuts[1] :].isfinite().all()
 
 
+@pytest.mark.parametrize(("of", "reset_at"), [("h0", 2), ("a step", 10)])
+def test_a_reset_within_a_part_forgets_what_earlier_parts_left(of: str, reset_at: int) -> None:
+    """The product of a part's decays is 0 then, and 0 times infinity is none."""
+    given = case("mingru", 4, torch.float32, reverse=False, forget="some", start=True, packed=False)
+    (given.h0 if of == "h0" else given.pre[1][:, 1]).fill_(torch.inf)
+    given.reset[:] = False
+    given.reset[:, reset_at] = True
+    found = on_threads(4, given.on_rank)
+    h, expected = torch.cat([x[0] for x in found], 1), given.whole()[0]
+    assert not expected[:, reset_at - 1].isfinite().any()
+    torch.testing.assert_close(h, expected.float())
+    torch.testing.assert_close(found[0][1], expected[:, -1].float())
+
+
 @pytest.mark.parametrize("T", [40, 4000])
 def test_what_is_exchanged_does_not_depend_on_the_length(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """2 B D numbers of each rank in float32 forward, and 2 B D backward."""
