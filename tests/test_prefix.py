@@ -75,7 +75,8 @@ def slow(gate: str, T: int) -> tuple[list[Tensor], Tensor]:
         pre[which] = 0.1 * pre[which] + sign * 13.8
         if "i" in laws.GATES[gate].pre:  # beside which a normalized f is small
             pre[1] = pre[1] - 13.8
-        pre[which][..., 0] *= -1  # one channel forgets at once
+    for x in pre:
+        x[..., 0] = 0  # a channel that forgets within a few steps
     return pre, dh
 
 
