@@ -146,7 +146,6 @@ def _call(
     D: int,
 ) -> _Call:
     B, T = pre[0].shape[:2]
-    reset = None if reset is None else reset.resolve_neg()
     return (
         _DTYPE_CODES[pre[0].dtype],
         GATE_CODES[gate],

@@ -92,8 +92,7 @@ def _readable(x: Inputs) -> Inputs:
     rows = [None if s is None else contiguous_channels(s) for s in (x.u, x.delta_pre, x.B, x.C, x.z)]
     whole = [None if s is None else contiguous(s) for s in (x.A, x.D, x.delta_bias, x.h0)]
     (u, delta_pre, B, C, z), (A, D, delta_bias, h0) = rows, whole
-    reset = None if x.reset is None else x.reset.resolve_neg()
-    return Inputs(u, delta_pre, A, B, C, D, z, delta_bias, h0, reset)  # type: ignore[arg-type]
+    return Inputs(u, delta_pre, A, B, C, D, z, delta_bias, h0, x.reset)  # type: ignore[arg-type]
 
 
 def _pointers(x: Inputs) -> Inputs:
