@@ -18,6 +18,7 @@ from minrnn.models import NOTHING_DONE, DecisionModel, ModelConfig, Policy, Step
 from minrnn.tasks import Batch, DecisionsConfig, DecisionsTask, decisions
 from minrnn.tasks.decisions import best_return
 from minrnn.tasks.episodes import Episodes
+from minrnn.tasks.task import Whole
 from minrnn.training import RunConfig, RunLog, TrainConfig, load_trained, read_config, read_metrics, train
 
 S, A = 3, 2
@@ -286,6 +287,25 @@ def test_evaluation_is_the_loss_of_the_held_out_steps(carry: bool, discrete: boo
     assert task.unit == ("nats an action" if discrete else "squared error of an action")
     with pytest.raises(ValueError, match="max_tokens must be at least 0"):
         task.evaluate(model, max_tokens=-1)
+
+
+class Half(Whole):
+    """The share of one of two processes, which does not hear of the other."""
+
+    def mine(self, index: int) -> bool:
+        return index % 2 == 0
+
+
+@pytest.mark.parametrize("carry", [False, True])
+def test_windows_are_shared_out_and_streams_are_not(carry: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream's batch continues the one before."""
+    monkeypatch.setattr(decisions, "EVAL_STEPS", 10)
+    task = make_task(carry=carry, lengths=(30,) * 125)
+    model = task.make_model(ModelConfig(d_model=8, num_layers=1))
+    whole, half = task.evaluate(model), task.evaluate(model, split=Half())
+    assert len(list(task.evaluation_batches())) > 1
+    assert half["val_loss"] == whole["val_loss"] if carry else half["val_loss"] < whole["val_loss"]
+    assert half["val_tokens"] == whole["val_tokens"]
 
 
 def test_a_part_of_the_evaluation_is_its_first_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
