@@ -179,6 +179,7 @@ def test_muon_is_alike(corpus: Path, tmp_path: Path, ranks_of: Pool) -> None:
     assert_alike(alone, dataclasses.replace(one, metrics=alone.metrics))
 
 
+# Three ranks do not share the four blocks of an evaluation evenly.
 SHORT = {"min_length": 3, "max_length": 30, "num_train": 50, "num_validation": 200, "num_test": 1}
 LABELED: dict[str, TaskConfig] = {
     "listops": ListOpsConfig(**SHORT),
@@ -187,7 +188,7 @@ LABELED: dict[str, TaskConfig] = {
     "windows": DecisionsConfig(data="made", window=5, carry=False),
     "streams": DecisionsConfig(data="made", window=5),
 }
-"""Tasks with ignored targets, as many in each sequence or not, and policies; ranks share no evaluation evenly."""
+"""Tasks with ignored targets, as many in each sequence or not, and policies."""
 
 
 @pytest.mark.parametrize("name", LABELED)

@@ -443,14 +443,12 @@ def test_neither_portions_nor_pieces_show(
 def test_what_is_read_otherwise_has_tokens_of_its_own(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"text": f"a{n}", "content": f"b{n}"}) + "\n" for n in range(60)))
-    text, content = (tokenize(find_corpus(str(path), column=name), "bytes") for name in ("text", "content"))
-    assert set(split(text.train)) == {"a" + each[1:] for each in split(content.train)}
+    for column, initial in (("text", "a"), ("content", "b")):
+        corpus = read(path, column=column)
+        assert {each[0] for each in split(corpus.train) + split(corpus.val)} == {initial}
     folder = write_folder(tmp_path / "texts")
-    marked, joined = (
-        tokenize(find_corpus(str(folder), is_joined=is_joined), "bytes") for is_joined in (False, True)
-    )
-    assert END in marked.train
-    assert END not in joined.train
+    assert END in read(folder).train
+    assert END not in read(folder, is_joined=True).train
 
 
 @pytest.mark.parametrize("form", ["folder", ".jsonl"])
