@@ -145,4 +145,4 @@ def test_compiling_is_no_part_of_the_speed(
     config = config_of(corpus, compile=True, steps=1)
     outcome(config, tmp_path / "run")
     (record,) = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
-    assert record["tokens_per_second"] < 1
+    assert 0 < record["tokens_per_second"] < 1

@@ -267,9 +267,9 @@ def alone(ids: np.ndarray) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_evaluation_is_that_of_each_document_alone(mixer: str, tmp_path: Path) -> None:
-    task = task_of(write_rows(tmp_path / "rows", ".jsonl", TEXTS[:16]), eval_chunk=17)
-    if mixer == "attention":
-        task = task_of(tmp_path / "rows" / "rows.1.jsonl", eval_chunk=4096)
+    path = write_rows(tmp_path / "rows", ".jsonl", TEXTS[:16])
+    second = int(np.flatnonzero(task_of(path).val_tokens == END)[1])
+    task = task_of(path, eval_chunk=4096 if mixer == "attention" else second)  # which begins a chunk
     model = model_of(task, mixer)
     metrics = task.evaluate(model)
     expected = [nats(model, part) for part in alone(task.val_tokens)]
@@ -507,6 +507,22 @@ def test_what_was_damaged_meanwhile_is_begun_anew(damage: Callable[[Path], objec
     (folder,) = cache_folder().glob("tokens/*/.building-*")
     damage(folder)
     assert read(source).sha256 == whole.sha256
+
+
+@pytest.mark.usefixtures("in_small_portions")
+def test_what_a_kill_left_of_an_earlier_state_goes(tmp_path: Path) -> None:
+    """That of another text, which may be continued, stays for some days."""
+    source, other = write_folder(tmp_path / "texts"), write_folder(tmp_path / "others")
+    for each in (source, other):
+        kill_after(9, lambda each=each: read(each))
+    left = set(cache_folder().glob("tokens/*/.building-*"))
+    assert len(left) == 2
+    (source / "new.txt").write_text("more")
+    read(source)
+    (made,) = cache_folder().glob("tokens/*/*/tokens.json")
+    assert set(cache_folder().glob("tokens/*/.building-*")) == {
+        each for each in left if each.parent != made.parents[1]
+    }
 
 
 @pytest.mark.usefixtures("in_small_portions")

@@ -118,7 +118,10 @@ def test_a_given_tokenizer_encodes_text_only(is_marked: bool, tmp_path: Path) ->
     given = SubwordVocabulary.read(tmp_path / "my.json", is_marked)
     assert given.decode(given.encode(WORDS + "<bos>")) == WORDS + "<bos>"
     assert given.end_of_text == (given.size - 1 if is_marked else None)
-    assert given.size == learn(WORDS, is_marked=False).size + 1 + is_marked
+    alone = learn(WORDS, is_marked=False)
+    assert given.size == alone.size + 1 + is_marked
+    assert given.encode(WORDS).tolist() == alone.encode(WORDS).tolist()
+    assert not given.byte_lengths[alone.size :].any()  # of "<bos>" and the mark
     assert given.files == {"tokenizer.json": (tmp_path / "my.json").read_text(encoding="utf-8")}
 
 

@@ -45,7 +45,7 @@ from minrnn.training import (
     train,
 )
 from minrnn.training.config import OPTIMIZERS, OptimizerName
-from minrnn.training.log import _write_line
+from minrnn.training.log import _write_line, check_written
 from minrnn.training.loop import Run, products_of
 from minrnn.training.optim import (
     clip_gradients,
@@ -647,6 +647,14 @@ def test_the_seconds_of_a_run_are_those_of_all_its_sessions(corpus: Path, tmp_pa
 def test_resuming_a_run_that_is_not_there(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is not a run directory"):
         trained(run_config(corpus), tmp_path / "run", resume=True)
+
+
+def test_evaluations_since_the_last_line_of_training_do_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 3, "loss": 1.0}\n{"step": 4, "val_loss": 1.0}\n{"step": 6, "loss": 1.0}\n')
+    check_written(path, 5, 2, [], print)
+    with pytest.raises(ValueError, match=r"must have training metrics up to step 4, .* last line of step 3"):
+        check_written(path, 5, 1, [], print)
 
 
 def test_resuming_before_the_first_checkpoint_starts_over(corpus: Path, tmp_path: Path) -> None:
