@@ -201,10 +201,11 @@ def test_results_are_kept_by_room(found: list[Outcome], tmp_path: Path) -> None:
     assert [one["survives"] for one in records["cli"]["survivors"]] == [None, "why"]
     assert records["ops"]["seconds"] == 20
     assert "commit" in records["ops"]
-    assert sentence(records) == (
+    assert sentence(records, ["ops", "cli", "export", "csrc"]) == (
         "Of 30 planted faults the tests notice 27 (90.0 %), and in each room at least 80.0 %; "
-        "the lists say why the other 3 go unnoticed."
+        "the lists say why the other 3 go unnoticed. Not measured yet: csrc, export."
     )
+    assert sentence(records, records).endswith("Not measured yet: none.")
 
 
 def test_what_survived_is_counted_again(found: list[Outcome], tmp_path: Path) -> None:
@@ -239,8 +240,8 @@ def test_the_committed_result_is_of_these_lists() -> None:
     records = measured()
     planted = {room: record["planted"] for room, record in records.items()}
     counts = Counter(fault.room for fault in FAULTS)
-    assert planted.keys() == counts.keys()
-    again = [room for room, count in counts.items() if abs(count - planted[room]) > count / 10]
+    assert planted.keys() <= counts.keys()
+    again = [room for room, count in planted.items() if abs(count - counts[room]) > counts[room] / 10]
     assert not again, f"make mutants ARGS='--output {RESULT.name}', with --room for each of {again}"
 
 
@@ -257,5 +258,5 @@ def test_the_committed_result_is_good_enough() -> None:
 
 def test_contributing_says_what_was_measured() -> None:
     page = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    said = re.findall(r"Of \d+ planted faults .*?unnoticed\.", page, re.DOTALL)
-    assert [" ".join(text.split()) for text in said] == [sentence(measured())]
+    said = re.findall(r"Of \d+ planted faults .*? yet: .*?\.", page, re.DOTALL)
+    assert [" ".join(text.split()) for text in said] == [sentence(measured(), {f.room for f in FAULTS})]

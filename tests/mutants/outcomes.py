@@ -161,13 +161,14 @@ def _write(path: Path, records: dict[str, dict[str, Any]]) -> None:
     partial.replace(path)
 
 
-def sentence(records: dict[str, dict[str, Any]]) -> str:
-    """Return what CONTRIBUTING.md says of the records by room."""
+def sentence(records: dict[str, dict[str, Any]], rooms: Iterable[str]) -> str:
+    """Return what CONTRIBUTING.md says of the records by room, of all these rooms."""
     run = {room: record["planted"] - record[NOT_RUN] for room, record in records.items()}
     died = sum(record[DIED] for record in records.values())
     total = sum(run.values())
     least = min(record[DIED] / run[room] for room, record in records.items())
     return (
         f"Of {total} planted faults the tests notice {died} ({100 * died / total:.1f} %), and in each room "
-        f"at least {100 * least:.1f} %; the lists say why the other {total - died} go unnoticed."
+        f"at least {100 * least:.1f} %; the lists say why the other {total - died} go unnoticed. "
+        f"Not measured yet: {', '.join(sorted({*rooms} - records.keys())) or 'none'}."
     )
