@@ -72,7 +72,9 @@ def test_rolling_reads_the_whole_text() -> None:
         assert total == pytest.approx(expected, abs=1e-4, rel=1e-6)
 
 
-def test_greedy_is_said_of_what_the_model_would_write() -> None:
+@pytest.mark.parametrize("chunk", [4, 4096])
+def test_greedy_is_said_of_what_the_model_would_write(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "CHUNK", chunk)
     vocabulary = CharacterVocabulary("abc", is_marked=False)
     lm = harness.HarnessModel(model_of(vocabulary), vocabulary)
     request = asked("generate_until", "ab", {"until": [], "max_gen_toks": 3})
@@ -104,6 +106,7 @@ def test_generation_stops() -> None:
     cases = [
         (["c"], 9, "b"),
         ("bc", 9, ""),
+        ("cb", 9, "bc"),
         ([], 9, "bc"),
         ([], 1, "b"),
         (["x", ""], 9, "bc"),
