@@ -417,8 +417,9 @@ def test_misuse_is_reported(name: str) -> None:
         mixer(x[..., :5])
     with pytest.raises(ValueError, match="T of at least 1"):
         mixer(x[:, :0])
-    with pytest.raises(TypeError, match="reset must be bool"):
-        mixer(x, reset=torch.zeros(B, T))
+    for dtype in (torch.float32, torch.int64):
+        with pytest.raises(TypeError, match="reset must be bool"):
+            mixer(x, reset=torch.zeros(B, T, dtype=dtype))
     with pytest.raises(ValueError, match="reset must be"):
         mixer(x, reset=torch.zeros(T, B, dtype=torch.bool))
     with pytest.raises(TypeError, match="state must be the tuple of tensors"):

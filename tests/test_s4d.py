@@ -71,6 +71,20 @@ def test_every_channel_starts_alike_but_for_its_step(initialization: str) -> Non
     assert S4DMixer(50, 2, dt_min=0.3, dt_max=0.3).log_dt.unique().numel() == 1
 
 
+@pytest.mark.parametrize("initialization", FREQUENCIES)
+def test_inputs_are_held_for_a_step(initialization: str) -> None:
+    """exp(dt A) and (exp(dt A) - 1) / A, by torch's complex numbers."""
+    mixer = build(initialization=initialization)
+    rate, B_bar, C = (torch.view_as_complex(x.detach()) for x in mixer._discretize())
+    A = torch.complex(-mixer.log_decay.exp(), mixer.frequency).detach()
+    dt_A = mixer.log_dt.detach().exp().unsqueeze(1) * A
+    torch.testing.assert_close(rate, dt_A)
+    torch.testing.assert_close(B_bar, (dt_A.exp() - 1) / A, rtol=1e-9, atol=0)  # of which some cancels
+    x = torch.randn(1, 1, D_MODEL, dtype=torch.float64)
+    u, _ = mixer._step(x, None, None)
+    torch.testing.assert_close(u.detach(), 2 * (C * B_bar).real.sum(-1) * x)
+
+
 def test_misuse_is_reported() -> None:
     for d_state, what in ((0, "greater than zero"), (7, "even"), (-2, "greater than zero")):
         with pytest.raises(ValueError, match=f"d_state must be {what}, got {d_state}"):
