@@ -81,6 +81,11 @@ def write_folder(folder: Path, texts: list[str] = TEXTS) -> Path:
     return folder
 
 
+def write_form(form: str, path: Path, texts: list[str] = TEXTS) -> Path:
+    """Write documents as files of a folder or as rows."""
+    return write_folder(path, texts) if form == "folder" else write_rows(path, form, texts)
+
+
 def read(source: Path, **options: Any) -> TokenizedCorpus:
     return tokenize(find_corpus(str(source), **options), "bytes")
 
@@ -430,7 +435,7 @@ def kill_after(portions: int, function: Callable[[], object]) -> tuple[int, int]
 def test_neither_portions_nor_pieces_show(
     form: str, vocabulary: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = write_folder(tmp_path / "rows") if form == "folder" else write_rows(tmp_path / "rows", form)
+    source = write_form(form, tmp_path / "rows")
     whole = tokenize(find_corpus(str(source)), vocabulary)
     shutil.rmtree(cache_folder())
     monkeypatch.setattr(tokenizing, "PORTION_BYTES", 900)  # at the end several are being encoded
@@ -457,7 +462,7 @@ def test_what_was_written_has_its_digest(
     form: str, vocabulary: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An entry that another machine's cache is restored with, say, is verified and used."""
-    source = write_folder(tmp_path / "rows") if form == "folder" else write_rows(tmp_path / "rows", form)
+    source = write_form(form, tmp_path / "rows")
     corpus = find_corpus(str(source))
     written = tokenize(corpus, vocabulary)
     (checked,) = cache_folder().glob("tokens/*/*/checked.json")
@@ -471,7 +476,7 @@ def test_what_was_written_has_its_digest(
 @pytest.mark.parametrize("form", ["folder", *ROW_WRITERS])
 @pytest.mark.parametrize("vocabulary", ["bytes", "characters"])
 def test_killed_twice_and_resumed_the_bytes_are_the_same(form: str, vocabulary: str, tmp_path: Path) -> None:
-    source = write_folder(tmp_path / "rows") if form == "folder" else write_rows(tmp_path / "rows", form)
+    source = write_form(form, tmp_path / "rows")
     corpus = find_corpus(str(source))
     whole = tokenize(corpus, vocabulary)
     (entry,) = cache_folder().glob("tokens/*/*")
@@ -540,9 +545,7 @@ def test_a_disk_that_is_too_small_is_noticed_before(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = ["some text that goes on. " * 400] * 40
-    source = (
-        write_folder(tmp_path / "r", texts) if form == "folder" else write_rows(tmp_path / "r", form, texts)
-    )
+    source = write_form(form, tmp_path / "r", texts)
     needed = 2 * sum(map(len, texts))
     written = []
     monkeypatch.setattr(tokenizing._Writer, "append", lambda self, *_: written.append(1))

@@ -255,6 +255,7 @@ def test_numbers_of_numpy_become_pythons_and_whole_ones_are_rates_too() -> None:
         ({"a": {"b": 1, "c": 2}, "d": 3}, {"d": 3, "a": {"c": 2, "b": 1}}, None),
         ({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 4}}, ("a.c", 2, 4)),
         ({"a": 1}, {"a": 1, "b": {"c": 2}}, ("b", None, {"c": 2})),
+        ({"a": None}, {}, ("a", None, None)),
         ("x", "y", ("", "x", "y")),
     ],
 )

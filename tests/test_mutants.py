@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from functools import cache
@@ -188,7 +187,7 @@ def test_results_are_kept_by_room(found: list[Outcome], tmp_path: Path) -> None:
     for room, outcomes in by_room(found).items():
         keep(path, room, outcomes[:1])  # an earlier one
         keep(path, room, outcomes)
-    records = json.loads(path.read_text())
+    records = read_records(path)
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
     assert list(records) == ["cli", "ops"]
     assert {column: records["cli"][column] for column in ("planted", *COLUMNS)} == {
@@ -231,8 +230,7 @@ def test_what_survived_is_counted_again(found: list[Outcome], tmp_path: Path) ->
 def measured() -> dict[str, dict[str, Any]]:
     if not RESULT.is_file():
         pytest.skip("no result of `make mutants` is committed yet")
-    records: dict[str, dict[str, Any]] = json.loads(RESULT.read_text(encoding="utf-8"))
-    return records
+    return read_records(RESULT)
 
 
 def test_the_committed_result_is_of_these_lists() -> None:
@@ -242,7 +240,8 @@ def test_the_committed_result_is_of_these_lists() -> None:
     counts = Counter(fault.room for fault in FAULTS)
     assert planted.keys() <= counts.keys()
     again = [room for room, count in planted.items() if abs(count - counts[room]) > counts[room] / 10]
-    assert not again, f"make mutants ARGS='--output {RESULT.name}', with --room for each of {again}"
+    where = RESULT.relative_to(REPOSITORY)
+    assert not again, f"make mutants ARGS='--output {where}', with --room for each of {again}"
 
 
 def test_the_committed_result_is_good_enough() -> None:

@@ -42,6 +42,11 @@ class Fault(NamedTuple):
     """Why no test can notice it."""
 
     @property
+    def change(self) -> tuple[str, str, str]:
+        """What it changes, which stays the same where its list is ordered anew."""
+        return self.file, self.old, self.new
+
+    @property
     def is_compiled(self) -> bool:
         """Whether it is planted in a source of the extension."""
         return self.file.startswith(f"{COMPILED}/")

@@ -131,7 +131,7 @@ def unexplained(records: dict[str, dict[str, Any]], faults: Iterable[Fault]) -> 
     survivors = {
         _changed(one) for record in records.values() for one in record["survivors"] if not one["survives"]
     }
-    return [fault for fault in faults if (fault.file, fault.old, fault.new) in survivors]
+    return [fault for fault in faults if fault.change in survivors]
 
 
 def amend(path: Path, found: list[Outcome]) -> None:
@@ -142,7 +142,7 @@ def amend(path: Path, found: list[Outcome]) -> None:
         record[UNEXPLAINED] -= len(outcomes)
         for column in COLUMNS:
             record[column] += again[column]
-        run = {(one.fault.file, one.fault.old, one.fault.new) for one in outcomes}
+        run = {one.fault.change for one in outcomes}
         others = [one for one in record["survivors"] if _changed(one) not in run]
         record.update(
             survivors=others + again["survivors"], again={"commit": again["commit"], "planted": len(outcomes)}

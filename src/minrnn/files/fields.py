@@ -84,7 +84,7 @@ def first_difference(one: Any, other: Any, name: str = "") -> tuple[str, Any, An
 
     Args:
         one: a table of settings or a value.
-        other: another one. A setting that a table lacks counts as None.
+        other: another one. A setting that only one of two tables has differs; the other's value is None.
         name: the name of both.
 
     >>> first_difference({"train": {"seed": 1, "steps": 2}}, {"train": {"seed": 1, "steps": 3}})
@@ -94,6 +94,8 @@ def first_difference(one: Any, other: Any, name: str = "") -> tuple[str, Any, An
         return None if one == other else (name, one, other)
     for key in dict.fromkeys([*one, *other]):
         below = f"{name}.{key}" if name else key
+        if (key in one) != (key in other):
+            return below, one.get(key), other.get(key)
         if found := first_difference(one.get(key), other.get(key), below):
             return found
     return None

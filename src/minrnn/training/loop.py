@@ -77,6 +77,7 @@ def train(
         InUseError: another run uses `run_dir`.
         FileExistsError: `run_dir` is not empty and `resume` is False.
         FileNotFoundError: `run_dir` is not a run directory and `resume` is True.
+        TypeError: `config` is no RunConfig, or `log` no RunLog.
         ValueError: the configuration is invalid, or differs from that of the run to resume.
         NonFiniteLossError: training diverged; the checkpoints are from before that.
         Interrupted: SIGINT, SIGTERM, SIGHUP or a closed output requested a stop; the state is saved.
