@@ -21,7 +21,7 @@ from minrnn.ops.gated import GATED_SCAN, Mode, new_output
 from minrnn.ops.gates import CANDIDATES, GATES
 from minrnn.ops.joined import Joined
 from minrnn.ops.operators import Composite, needs_gradients
-from minrnn.ops.transforms import is_plain, is_traced, is_transformed
+from minrnn.ops.transforms import is_jit_traced, is_plain, is_traced, is_transformed
 
 __all__ = ["project", "projected_scan"]
 
@@ -171,8 +171,9 @@ def _composed(
     settings: _Settings, tensors: _Tensors, compose: Callable[[_Settings, _Tensors], Tensor]
 ) -> Tensor:
     """Call `compose`; with `recompute`, torch recomputes it in backward."""
-    if not settings.recompute or is_transformed() or not needs_gradients(*tensors):
-        return compose(settings, tensors)  # transforms do not support hooks on saved tensors
+    # Transforms do not support hooks on saved tensors, and graphs of torch.jit.trace do not keep them.
+    if not settings.recompute or is_transformed() or is_jit_traced() or not needs_gradients(*tensors):
+        return compose(settings, tensors)
 
     def again(*tensors: Any) -> Tensor:
         return compose(settings, _Tensors(*tensors))

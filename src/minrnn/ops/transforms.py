@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.amp.autocast_mode import is_autocast_available
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
@@ -22,6 +21,7 @@ from minrnn.ops.torch_private import (
 __all__ = [
     "have_tangents",
     "in_autocast",
+    "is_jit_traced",
     "is_observed",
     "is_plain",
     "is_traced",
@@ -32,20 +32,32 @@ __all__ = [
 ]
 
 
+def _has_autocast(x: Tensor) -> bool:
+    """Whether the device of x has autocast: all have that compute.
+
+    torch.amp.is_autocast_available would break the graph of torch.compile before torch 2.13.
+    """
+    return x.device.type != "meta"
+
+
 def in_autocast(x: Tensor) -> bool:
-    """Whether autocast is on for the device of x; False on devices without autocast, such as meta."""
-    return is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    """Whether autocast is on for the device of x; False on meta, which has no autocast."""
+    return _has_autocast(x) and torch.is_autocast_enabled(x.device.type)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Return a context in which autocast is off for the device of x."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if _has_autocast(x) else nullcontext()
+
+
+def is_jit_traced() -> bool:
+    """Whether torch.jit.trace is active."""
+    return jit_tracing_state() is not None
 
 
 def is_traced() -> bool:
     """Whether torch.compile, torch.export or torch.jit.trace is active."""
-    return torch.compiler.is_compiling() or jit_tracing_state() is not None
+    return torch.compiler.is_compiling() or is_jit_traced()
 
 
 def is_transformed() -> bool:
