@@ -17,9 +17,10 @@ settings.load_profile("minrnn")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Order the tests, measure them, and see that each leaves what it found."""
-    # What a shell does to a job in the background, whose processes would all ignore Ctrl-C, is undone.
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # What a shell and nohup do to a job in the background is undone: all processes would ignore these signals.
+    for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(signum) is signal.SIG_IGN:
+            signal.signal(signum, handler)
     order.register(config)
     costs.register(config)
     leftovers.register(config)
