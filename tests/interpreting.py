@@ -21,7 +21,10 @@ PACKAGES = {"minrnn.ops.triton": "minrnn.ops", "minrnn.ops.selective.triton": "m
 
 @contextmanager
 def interpreted_copy(name: str) -> Iterator[ModuleType]:
-    """Yield a second copy of a module of these packages; the modules that are imported stay as they are."""
+    """Yield a second copy of a module of these packages, which computes as a GPU does.
+
+    The modules that are imported stay as they are.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         before = _loaded()
@@ -37,7 +40,23 @@ def interpreted_copy(name: str) -> Iterator[ModuleType]:
                 vars(sys.modules[parent]).pop("triton", None)
                 if package in before:
                     vars(sys.modules[parent])["triton"] = before[package]
+        _round_as_a_gpu(patch)
         yield copy
+
+
+def _round_as_a_gpu(patch: pytest.MonkeyPatch) -> None:
+    """Have the interpreter round multiply-adds once, and minima ignore NaN unless asked to keep it."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    builder = type(interpreter.interpreter_builder)
+
+    def fused(self: Any, x: Any, y: Any, z: Any) -> Any:
+        a, b, c = (part.data.astype(np.float64) for part in (x, y, z))  # a product of float32 is exact
+        with np.errstate(over="ignore", invalid="ignore"):
+            return interpreter.TensorHandle((a * b + c).astype(z.data.dtype), z.dtype.scalar)
+
+    patch.setattr(builder, "create_fma", fused)
+    patch.setattr(builder, "create_minnumf", lambda self, x, y: self.binary_op(x, y, np.fmin))
+    patch.setattr(builder, "create_maxnumf", lambda self, x, y: self.binary_op(x, y, np.fmax))
 
 
 @contextmanager

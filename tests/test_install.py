@@ -54,10 +54,11 @@ def test_every_extra_is_in_the_page() -> None:
     assert sorted(listed) == sorted(project["optional-dependencies"].keys() - {"dev"})
 
 
-def test_without_the_extension_the_package_works_and_says_why() -> None:
+def test_without_the_extension_and_triton_the_package_works_and_says_why() -> None:
     code = """
 import sys
 sys.modules["minrnn.ops._cpu"] = None  # as if not compiled
+sys.modules["triton"] = None  # as if not installed
 import torch, minrnn
 x = torch.randn(2, 5, 4, requires_grad=True)
 for layer in (minrnn.MinGRU(4, 3), minrnn.MIXERS["mamba"](4, 3)):
@@ -65,9 +66,14 @@ for layer in (minrnn.MinGRU(4, 3), minrnn.MIXERS["mamba"](4, 3)):
 compiled, _, portable, _ = minrnn.engines()
 assert not compiled.serves and portable.serves
 print(compiled.detail)
+try:
+    import minrnn.ops.triton.engine
+except ImportError as error:
+    print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert re.search(r"not compiled.*C\+\+ compiler.*reinstall", done.stdout), done.stdout
+    assert "Triton is not installed; install it with: pip install 'minrnn[gpu]'" in done.stdout
 
 
 PACKAGE = REPOSITORY / "src" / "minrnn"

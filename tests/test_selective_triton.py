@@ -107,8 +107,8 @@ def test_errors_do_not_add_up(interpreted: ModuleType) -> None:
     _, last, borders = reference.forward(exact, True)
     expected = reference.backward(dy.double(), dlast.double(), borders, exact)[-1]
     _, found, saved = interpreted.forward(x, True)
-    assert relative_error(found, last) < 2 * 2.0**-24
-    assert relative_error(interpreted.backward(dy, dlast, saved, x)[-1], expected) < 2 * 2.0**-24
+    assert relative_error(found, last) < 2.0**-24
+    assert relative_error(interpreted.backward(dy, dlast, saved, x)[-1], expected) < 2.0**-24
 
 
 def test_interpreted_nan(interpreted: ModuleType) -> None:
@@ -211,6 +211,14 @@ def test_compiled(
     for kernel in kernels:
         assert kernel.binary
         assert kernel.largest <= batch * T * channels * N // 8
+
+
+@pytest.mark.parametrize(("N", "warps"), [(1, 4), (16, 4), (200, 8), (1024, 8)])
+def test_a_program_has_eight_warps_at_most(N: int, warps: int) -> None:
+    """One for 32 numbers of its channels' states; where a state has more than 256, a lane has several."""
+    settings, tiles = compiled._settings(draw(1, 1, 3, N, torch.float32), 1)
+    assert settings["num_warps"] == warps
+    assert tiles == -(-3 // settings["BLOCK_D"])
 
 
 # ----------------------------------------------------------------------------------------------------------
