@@ -94,6 +94,7 @@ def test_nothing_is_timed_where_a_test_fails(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "full_sweep", gpu.dry_sweep)
+    monkeypatch.setattr(gpu, "TESTS", Path(__file__))  # an installed package has none
     monkeypatch.setattr(
         gpu, "run_tests", lambda seconds: {"status": status, "seconds": 1.0, "tail": "1 failed"}
     )
