@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,6 +84,13 @@ def test_nothing_is_timed_where_the_engine_is_wrong(
     assert run("--dry") == 1
     assert "minrnn differs from the reference" in capsys.readouterr().err
     assert not Path("it.json").exists() or document()["results"] == []
+
+
+def test_the_limit_is_in_minutes(run: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = []
+    monkeypatch.setattr(gpu, "_measure", lambda sweep, end, report: ends.append(end - time.monotonic()))
+    run("--dry", "--minutes", "60")
+    assert 1800 < ends[0] <= 3600
 
 
 @pytest.mark.parametrize("status", ["failed", "not finished"])
