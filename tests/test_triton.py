@@ -137,9 +137,7 @@ def test_layouts(interpreted: ModuleType) -> None:
     rows = torch.randn(2, 7)[:, 1:5].copy_(h0)
     for variant in ([packed], [time_major], [sliced], strided, [x[:1].expand(2, -1, -1) for x in pre]):
         given = dh.mT.contiguous().mT if variant is strided else late
-        compare(
-            interpreted, variant, rows, turned, given, "mingru", "positive", False, False
-        )
+        compare(interpreted, variant, rows, turned, given, "mingru", "positive", False, False)
     assert interpreted.forward([time_major], None, None, "mingru", "positive", False, False).stride(0) == 4
 
 
@@ -178,7 +176,7 @@ def test_small_shares_are_exact(interpreted: ModuleType, monkeypatch: pytest.Mon
 
 
 def test_what_is_left_of_a_state_is_exact(in_chunks: ModuleType) -> None:
-    """Where nothing is added, h is a product of decays, and its error is one of its own size, however small."""
+    """Where nothing is added, h is a product of decays, and as exact for its size, however small."""
     T, D = 24, 2
     generator = torch.Generator().manual_seed(0)
     pre = [torch.randn(1, T, D, generator=generator) + 1, torch.zeros(1, T, D)]
