@@ -17,7 +17,7 @@ settings.load_profile("minrnn")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Order the tests, measure them, and see that each leaves what it found."""
-    # What a shell and nohup do to a job in the background is undone: every process would ignore these signals.
+    # What a shell and nohup do to a job in the background is undone: all processes would ignore signals.
     for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
         signum = getattr(signal, name, None)  # Windows has no SIGHUP
         if signum is not None and signal.getsignal(signum) is signal.SIG_IGN:
