@@ -78,8 +78,9 @@ void convolve(const Convolution &conv, int64_t n, const float *x, const float *w
     });
 }
 
-// `count` neighboring outputs of `together` rows. Each sum has one order, however many rows there are.
-template <int count, int together>
+// `count` neighboring outputs of `together` rows. Each sum has one order, however many rows there are. With `ahead` the
+// next outputs' weights are fetched: a row of weights is too short for the processor to see a stream in it.
+template <int count, int together, bool ahead>
 MINRNN_INLINE void outputs(const Projection &p, int64_t row, int64_t first, const float *x, const float *base,
                            float *y) {
     const float *weight = p.weight + first * p.in;
@@ -92,6 +93,7 @@ MINRNN_INLINE void outputs(const Projection &p, int64_t row, int64_t first, cons
 #pragma GCC unroll 4
         for (int k = 0; k < count; ++k) {
             const Floats w = load(weight + k * p.in + d, lanes);
+            if (ahead) __builtin_prefetch(weight + (count + k) * p.in + d, 0, 2);
 #pragma GCC unroll 4
             for (int r = 0; r < together; ++r) products[r][k] += w * inputs[r];
         }
@@ -108,8 +110,12 @@ template <int count>
 MINRNN_INLINE void of_every_row(const Projection &p, int64_t rows, int64_t first, const float *x, const float *base,
                                 float *y) {
     int64_t row = 0;
-    for (; row + 2 <= rows; row += 2) outputs<count, 2>(p, row, first, x, base, y);
-    if (row < rows) outputs<count, 1>(p, row, first, x, base, y);
+    if (rows >= 2) {
+        outputs<count, 2, true>(p, row, first, x, base, y);
+        row = 2;
+    }
+    for (; row + 2 <= rows; row += 2) outputs<count, 2, false>(p, row, first, x, base, y);
+    if (row < rows) outputs<count, 1, true>(p, row, first, x, base, y);
 }
 
 void project(const Projection &p, int64_t rows, int64_t begin, int64_t end, const float *x, const float *base,
