@@ -165,7 +165,7 @@ os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
-@pytest.mark.parametrize("argument", ["--help", "--version", "nothing"])
+@pytest.mark.parametrize("argument", ["--help", "--version", "nothing", "train --help"])
 def test_output_that_cannot_be_written_is_a_status_without_a_traceback(argument: str) -> None:
     source = str(Path(main_module.__file__).parents[2])
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
@@ -176,7 +176,7 @@ def test_output_that_cannot_be_written_is_a_status_without_a_traceback(argument:
     ):
         with Path("/dev/full").open("w") as full:
             done = subprocess.run(
-                [sys.executable, "-m", "minrnn", argument],
+                [sys.executable, "-m", "minrnn", *argument.split()],
                 stdout=full if out == "full" else subprocess.PIPE,
                 stderr=full if error == "full" else subprocess.PIPE,
                 env={**buffered, "PYTHONPATH": source},
@@ -188,9 +188,40 @@ def test_output_that_cannot_be_written_is_a_status_without_a_traceback(argument:
         assert "Exception ignored" not in (done.stderr or "")
 
 
-def test_what_a_terminal_cannot_show_is_escaped() -> None:
-    program = "import sys; from minrnn.cli.main import main; sys.exit(main(['trän\\udcff']))"
-    done = python(program)
+@pytest.mark.parametrize("argument", ["--version", "train --help"])
+def test_a_reader_that_has_left_is_a_status_without_a_message(argument: str) -> None:
+    source = str(Path(main_module.__file__).parents[2])
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "minrnn", *argument.split()],
+            stdout=write,
+            stderr=subprocess.PIPE,
+            env={**buffered, "PYTHONPATH": source},
+            text=True,
+            timeout=60,
+        )
+    finally:
+        os.close(write)
+    assert done.returncode == 128 + 13
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_what_a_terminal_cannot_show_is_escaped(stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii:strict")
+    program = (
+        "import sys; from minrnn.cli.main import main; main(['--version']); print('tr\\xe4n', file=sys.%s)"
+    )
+    done = python(program % stream)
+    assert done.returncode == 0, done.stderr
+    assert "tr\\xe4n" in getattr(done, stream)
+
+
+def test_an_argument_that_is_no_text_is_named() -> None:
+    done = python("import sys; from minrnn.cli.main import main; sys.exit(main(['trän\\udcff']))")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "unknown command" in done.stderr
