@@ -101,12 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _open_descriptors()
     _widen_terminal()
     with _ended_by_signals(), _warnings_in_one_line():
-        try:
-            status = _main(list(sys.argv[1:] if argv is None else argv))
-        except SystemExit:  # after printing help
-            if lost := _flush():
-                return lost
-            raise
+        status = _main(list(sys.argv[1:] if argv is None else argv))
         lost = _flush()
         return status or lost
 
