@@ -204,7 +204,7 @@ def test_results_are_kept_by_room(found: list[Outcome], tmp_path: Path) -> None:
         "Of 30 planted faults the tests notice 27 (90.0 %), and in each room at least 80.0 %; "
         "the lists say why the other 3 go unnoticed. Not measured yet: csrc, export."
     )
-    assert sentence(records, records).endswith("Not measured yet: none.")
+    assert sentence(records, records).endswith("go unnoticed.")
 
 
 def test_what_survived_is_counted_again(found: list[Outcome], tmp_path: Path) -> None:
@@ -257,5 +257,6 @@ def test_the_committed_result_is_good_enough() -> None:
 
 def test_contributing_says_what_was_measured() -> None:
     page = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    said = re.findall(r"Of \d+ planted faults .*? yet: .*?\.", page, re.DOTALL)
-    assert [" ".join(text.split()) for text in said] == [sentence(measured(), {f.room for f in FAULTS})]
+    page = " ".join(page.split())
+    assert page.count(" planted faults the tests notice ") == 1
+    assert f"{sentence(measured(), {f.room for f in FAULTS})} `tests/mutants/run.py" in page

@@ -167,8 +167,9 @@ def sentence(records: dict[str, dict[str, Any]], rooms: Iterable[str]) -> str:
     died = sum(record[DIED] for record in records.values())
     total = sum(run.values())
     least = min(record[DIED] / run[room] for room, record in records.items())
+    missing = ", ".join(sorted({*rooms} - records.keys()))
     return (
         f"Of {total} planted faults the tests notice {died} ({100 * died / total:.1f} %), and in each room "
-        f"at least {100 * least:.1f} %; the lists say why the other {total - died} go unnoticed. "
-        f"Not measured yet: {', '.join(sorted({*rooms} - records.keys())) or 'none'}."
+        f"at least {100 * least:.1f} %; the lists say why the other {total - died} go unnoticed."
+        + (f" Not measured yet: {missing}." if missing else "")
     )
