@@ -164,7 +164,7 @@ def test_extremes(
 
 
 def test_small_shares_are_exact(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """sigmoid(x) has its error in units of its own last place, for all x down to -87; NaN stays NaN."""
+    """sigmoid(x) is exact for its size for all x down to -87, and NaN stays NaN."""
     monkeypatch.setattr(interpreted, "_LANES", 512)
     gate = torch.linspace(-87.0, 0.0, 300)
     gate[7] = torch.nan

@@ -35,7 +35,7 @@ __all__ = [
 def _has_autocast(x: Tensor) -> bool:
     """Whether the device of x has autocast: all have that compute.
 
-    torch.amp.is_autocast_available would break the graph of torch.compile before torch 2.13.
+    With torch 2.11, torch.amp.is_autocast_available breaks the graph of torch.compile.
     """
     return x.device.type != "meta"
 
