@@ -164,24 +164,27 @@ os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     assert ("said" in done.stdout) == (1 not in closed)
 
 
+def buffered(arguments: str, **streams: Any) -> subprocess.CompletedProcess[str]:
+    """Run `minrnn` with these streams, of which it writes what remains when it ends."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    env["PYTHONPATH"] = str(Path(main_module.__file__).parents[2])
+    command = [sys.executable, "-m", "minrnn", *arguments.split()]
+    return subprocess.run(command, env=env, text=True, timeout=60, **streams)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
 @pytest.mark.parametrize("argument", ["--help", "--version", "nothing", "train --help"])
 def test_output_that_cannot_be_written_is_a_status_without_a_traceback(argument: str) -> None:
-    source = str(Path(main_module.__file__).parents[2])
-    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     for out, error, status in (
         ("full", "pipe", 1),
         ("pipe", "full", 0),
         ("full", "full", 1),
     ):
         with Path("/dev/full").open("w") as full:
-            done = subprocess.run(
-                [sys.executable, "-m", "minrnn", *argument.split()],
+            done = buffered(
+                argument,
                 stdout=full if out == "full" else subprocess.PIPE,
                 stderr=full if error == "full" else subprocess.PIPE,
-                env={**buffered, "PYTHONPATH": source},
-                text=True,
-                timeout=60,
             )
         assert done.returncode == (2 if argument == "nothing" else status)
         assert "Traceback" not in (done.stderr or "")
@@ -190,19 +193,10 @@ def test_output_that_cannot_be_written_is_a_status_without_a_traceback(argument:
 
 @pytest.mark.parametrize("argument", ["--version", "train --help"])
 def test_a_reader_that_has_left_is_a_status_without_a_message(argument: str) -> None:
-    source = str(Path(main_module.__file__).parents[2])
-    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     read, write = os.pipe()
     os.close(read)
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "minrnn", *argument.split()],
-            stdout=write,
-            stderr=subprocess.PIPE,
-            env={**buffered, "PYTHONPATH": source},
-            text=True,
-            timeout=60,
-        )
+        done = buffered(argument, stdout=write, stderr=subprocess.PIPE)
     finally:
         os.close(write)
     assert done.returncode == 128 + 13
