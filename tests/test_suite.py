@@ -181,3 +181,21 @@ def test_memory_is_bounded_and_named(tmp_path: Path) -> None:
     assert "14 passed, 1 error" in said
     assert re.search(rf"^ERROR {heavy}", said, re.MULTILINE)
     assert f"MiB, which MINRNN_PEAK bounds by {bound}" in said
+
+
+SCATTERED = """
+kept = []
+def test_scattered():
+    blocks = [b"1" * (64 << 10) for _ in range(4096)]
+    kept.extend(blocks[::64])  # the heap cannot shrink below the last one
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read as Linux shows it")
+@pytest.mark.parametrize("order", ["1", "2"])
+def test_what_is_freed_is_no_cost_of_later_tests(tmp_path: Path, order: str) -> None:
+    said = run(tmp_path, "-q", files={"test_scattered.py": SCATTERED}, MINRNN_COSTS="12", MINRNN_ORDER=order)
+    peaks = {name: int(peak) for peak, name in re.findall(r"^ *\d+ MiB of +(\d+) +(\S+)", said, re.MULTILINE)}
+    assert len(peaks) == 12
+    heavy = peaks.pop("test_scattered.py::test_scattered")
+    assert max(peaks.values()) < heavy - 128
