@@ -54,6 +54,22 @@ def test_every_extra_is_in_the_page() -> None:
     assert sorted(listed) == sorted(project["optional-dependencies"].keys() - {"dev"})
 
 
+def test_commands_that_install_extras_can_be_pasted_into_any_shell() -> None:
+    """zsh takes brackets that are not quoted for a pattern; what they name is declared."""
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    declared = settings["project"]["optional-dependencies"].keys() | {"{extra}"}  # of an f-string
+    found = []
+    for folder in ("src", "docs", "examples"):
+        for path in (REPOSITORY / folder).rglob("*.*"):
+            if path.suffix in {".py", ".md"}:
+                named = re.findall(r"(\S?)minrnn\[([^\]]*)\](\S?)", path.read_text(encoding="utf-8"))
+                found += [(path.name, *match) for match in named]
+    assert len(found) > 15
+    for name, before, extras, after in found:
+        assert (before, after) == ("'", "'"), name
+        assert set(extras.split(",")) <= declared, name
+
+
 def test_without_the_extension_and_triton_the_package_works_and_says_why() -> None:
     code = """
 import sys

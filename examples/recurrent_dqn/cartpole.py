@@ -3,7 +3,7 @@
 Loss, loop and settings are those of torchrl's tutorial "Recurrent DQN: Training recurrent policies". It sees
 pictures, which need a renderer; here the network sees the cart's position and the pole's angle.
 
-pip install minrnn[rl,torchrl]
+pip install 'minrnn[rl,torchrl]'
 python examples/recurrent_dqn/cartpole.py                      # the table of docs/examples/recurrent_dqn.md
 python examples/recurrent_dqn/cartpole.py --frames 2000 --seeds 0
 """

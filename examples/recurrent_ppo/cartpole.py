@@ -1,6 +1,6 @@
 """Balance a pole without seeing speeds, with RecurrentPPO's LSTM and with MinGRU in its place.
 
-pip install minrnn[rl]
+pip install 'minrnn[rl]'
 python examples/recurrent_ppo/cartpole.py                    # the table of docs/examples/recurrent-ppo.md
 python examples/recurrent_ppo/cartpole.py --steps 20000 --seeds 0    # a minute or two
 """

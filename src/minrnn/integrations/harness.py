@@ -22,7 +22,7 @@ try:
     from lm_eval.tasks import TaskManager
 except ImportError as error:
     raise ImportError(
-        f"minrnn.integrations.harness needs the extra harness ({error}): pip install minrnn[harness]"
+        f"minrnn.integrations.harness needs the extra harness ({error}): pip install 'minrnn[harness]'"
     ) from error
 
 CHUNK = 4096

@@ -21,7 +21,7 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        f"minrnn.integrations.sb3 needs the extra rl ({error}): pip install minrnn[rl]"
+        f"minrnn.integrations.sb3 needs the extra rl ({error}): pip install 'minrnn[rl]'"
     ) from error
 
 Pair = tuple[Tensor, Tensor]

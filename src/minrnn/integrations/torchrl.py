@@ -17,7 +17,7 @@ try:
     from torchrl.modules import GRUModule
 except ImportError as error:
     raise ImportError(
-        f"minrnn.integrations.torchrl needs the extra torchrl ({error}): pip install minrnn[torchrl]"
+        f"minrnn.integrations.torchrl needs the extra torchrl ({error}): pip install 'minrnn[torchrl]'"
     ) from error
 
 
