@@ -1,8 +1,8 @@
 """What each test costs: processor seconds, and the peak of its process's memory; and a bound on the latter.
 
 MINRNN_COSTS=20 lists the 20 dearest of both at the end of a run. MINRNN_PEAK=2048 fails a test that takes its
-process beyond 2048 MiB; `make test` sets it. Memory is read where /proc shows it, as Linux does. What tests have
-freed is no cost of those after them: it is returned to the system, which the C library does not do by itself.
+process beyond 2048 MiB; `make test` sets it. Memory is read where /proc shows it, as Linux does. What tests
+have freed is no cost of those after them: it is returned to the system, as the C library does not by itself.
 """
 
 from __future__ import annotations
