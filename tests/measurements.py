@@ -29,6 +29,10 @@ RECURRENCES = ("rnn", "gru", "lstm", "aaren", "s4d", "mamba")
 """Mixers beside ours whose state does not grow."""
 
 
+MATCHED = ("width", "parameters")
+"""In what the models of the experiment `shakespeare` are as large as minGRU's."""
+
+
 class Below(NamedTuple):
     """A value below the printed figure: "less than half"."""
 
@@ -99,6 +103,61 @@ def time_to_bits_of_bytes() -> float:
     """Return the time of those steps, relative to that of all with bytes."""
     found = evaluated(steps_to_bits_of_bytes(), "4,096 subwords", "seconds")
     return mean(found) / mean(evaluated(800, "bytes", "seconds"))
+
+
+def characters(mixer: str, matched: str = "width") -> list[dict[str, Any]]:
+    """Return the records of the experiment `shakespeare` with minGRU's width, or number of parameters."""
+    found = [run for run in records("shakespeare") if run["setting"]["mixer"] == mixer]
+    return [run for run in found if run["setting"]["matched"] in (matched, "both")]
+
+
+def lead(mixer: str, other: str, matched: str = "width", part: Sequence[str] = ("test",)) -> float:
+    """Return by how much a mixer's mean loss in windows is lower than another's there, in nats."""
+    ours, theirs = (bests(characters(one, matched), *part, "val_loss_windowed") for one in (mixer, other))
+    return mean(theirs) - mean(ours)
+
+
+def reached(mixer: str, matched: str = "width", x: str = "step") -> float:
+    """Return when a mixer's runs first had the validation loss that every Transformer of that width had."""
+    curves = (points(run, "val_loss_windowed") for run in characters("transformer"))
+    goal = max(min(loss for _, loss in curve) for curve in curves)
+    found = (points(run, "val_loss_windowed", x) for run in characters(mixer, matched))
+    return mean(next(at for at, loss in curve if loss <= goal) for curve in found)
+
+
+def faster(*mixers: str, matched: str = "width", x: str = "step") -> tuple[float, float]:
+    """Return the lowest and highest share of the Transformer's steps or seconds, to the loss it reaches."""
+    return ends(reached(mixer, matched, x) / reached("transformer", matched, x) for mixer in mixers)
+
+
+def spread(mixer: str) -> float:
+    """Return the difference of its highest and lowest loss in windows on the test part."""
+    lowest, highest = ends(bests(characters(mixer), "test", "val_loss_windowed"))
+    return highest - lowest
+
+
+def carrying(mixer: str) -> float:
+    """Return by how much a carried state raises the mean loss on the test part."""
+    carried, fresh = (bests(characters(mixer), "test", loss) for loss in ("val_loss", "val_loss_windowed"))
+    return mean(carried) - mean(fresh)
+
+
+def harder(run: dict[str, Any]) -> float:
+    """Return by how much its loss in windows on the test part is above that on the validation part."""
+    of = run["result"]
+    return of["test"]["val_loss_windowed"] - of["best"]["val_loss_windowed"]
+
+
+def heavier(mixer: str) -> float:
+    """Return the ratio of a mixer's parameters to minGRU's at the same width."""
+    ours, theirs = (characters(one)[0]["result"]["parameters"] for one in ("mingru", mixer))
+    return theirs / ours
+
+
+def slower(mixer: str) -> float:
+    """Return the ratio of a mixer's seconds of training to minGRU's with as many parameters."""
+    ours, theirs = (bests(characters(one, "parameters"), "training_seconds") for one in ("mingru", mixer))
+    return mean(theirs) / mean(ours)
 
 
 def timed(experiment: str, system: str, figure: str, **setting: Any) -> list[float]:

@@ -12,6 +12,7 @@ from statistics import mean, stdev
 
 from measurements import (
     LAYERS,
+    MATCHED,
     OURS,
     QUALITY,
     RECURRENCES,
@@ -23,7 +24,9 @@ from measurements import (
     action,
     average,
     carried_mb,
+    carrying,
     case,
+    characters,
     commonest_count,
     constant,
     copied,
@@ -31,12 +34,16 @@ from measurements import (
     data_score,
     ends,
     exported_layer,
+    faster,
     first_right,
     growths,
     guess,
     halfcheetah,
+    harder,
+    heavier,
     hopper,
     languages,
+    lead,
     learned,
     learning_spread,
     listeners,
@@ -50,6 +57,7 @@ from measurements import (
     players,
     playing_time,
     ratios,
+    reached,
     reading,
     records,
     results,
@@ -60,6 +68,8 @@ from measurements import (
     sigmoid,
     signed_runs,
     slowdowns,
+    slower,
+    spread,
     step_ms,
     steps_to_bits_of_bytes,
     time_to_bits_of_bytes,
@@ -287,6 +297,67 @@ STATEMENTS: dict[str, list[Statement]] = {
         (
             "is nearly perfect at the length trained on and lost at twice that.",
             lambda: min(copied(["attention"], (3,))) > 99 and max(copied(["attention"], (2, 3), "x2")) < 25,
+        ),
+    ],
+    "results/shakespeare-cpu/reading.md": [
+        (
+            "reach the loss that all {three} runs of the Transformer reach",
+            lambda: len(characters("transformer")),
+        ),
+        ("reach in {0.60} of its steps", lambda: {faster(mixer)[0] for mixer in OURS}),
+        ("and {0.37} to {0.39} of its time, at", lambda: faster(*OURS, x="seconds")),
+        (
+            "and end {0.08} and {0.06} nats lower on the test part",
+            lambda: [lead(mixer, "transformer") for mixer in OURS],
+        ),
+        ("{1.5} million characters are", lambda: average("shakespeare", "tokens", mixer="mingru") / 1e6),
+        ("it is {0.61} of its steps", lambda: {faster(mixer, matched="parameters")[0] for mixer in OURS}),
+        (
+            "and {0.45} to {0.49} of its time, and",
+            lambda: faster(*OURS, matched="parameters", x="seconds"),
+        ),
+        (
+            "they end {0.08} and {0.07} lower",
+            lambda: [lead(mixer, "transformer", "parameters") for mixer in OURS],
+        ),
+        (
+            "GRU and LSTM are {0.04} and {0.02} ahead of minGRU at the same width",
+            lambda: [lead(mixer, "mingru") for mixer in ("gru", "lstm")],
+        ),
+        (
+            "with {1.6} and {1.9} times the parameters",
+            lambda: [heavier(mixer) for mixer in ("gru", "lstm")],
+        ),
+        (
+            "and {0.03} and {0.02} with as many",
+            lambda: [lead(mixer, "mingru", "parameters") for mixer in ("gru", "lstm")],
+        ),
+        ("it trains as fast as minGRU", lambda: 0.95 < slower("lstm") < 1.05),
+        (
+            "after {45} seconds to minGRU's {56}",
+            lambda: [reached(mixer, "parameters", "seconds") for mixer in ("lstm", "mingru")],
+        ),
+        ("GRU trains {3.5} times as long", lambda: slower("gru")),
+        ("Mamba, in {one} seed", lambda: len(characters("mamba"))),
+        (
+            "is {0.01} to {0.02} ahead of minGRU on the validation part",
+            lambda: ends(lead("mamba", "mingru", matched, ("best",)) for matched in MATCHED),
+        ),
+        (
+            "no further from it on the test part than minGRU's seeds are from each other",
+            lambda: max(abs(lead("mamba", "mingru", matched)) for matched in MATCHED) < spread("mingru"),
+        ),
+        (
+            "with the state carried beyond the lengths trained on it loses again, as S4D does",
+            lambda: min(carrying(mixer) for mixer in ("aaren", "s4d")) > 0 > carrying("mingru"),
+        ),
+        (
+            "for all but Aaren by {0.14} to {0.24} nats",
+            lambda: ends(harder(run) for run in records("shakespeare") if run["setting"]["mixer"] != "aaren"),
+        ),
+        (
+            "Two trials ran at a time, each on one core.",
+            lambda: {run["machine"]["threads"] for run in records("shakespeare")} == {1},
         ),
     ],
     "results/stability-cpu/reading.md": [
@@ -597,6 +668,9 @@ DEFINITIONS: dict[str, list[tuple[str, str]]] = {
         ("at four times;", "the setting"),
         ("at four times the length", "the setting"),
         ("lost at twice that", "the setting"),
+    ],
+    "results/shakespeare-cpu/reading.md": [
+        ("(1.548, 1.555 and 1.547)", "published: the paper's section 4.2"),
     ],
     "results/locomotion-cpu/reading.md": [
         ("that of the best tenth", "a part of the data"),
