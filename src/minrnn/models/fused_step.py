@@ -31,13 +31,14 @@ from minrnn.ops.registry import forced, load
 
 __all__ = ["FusedStep", "NotFusableError", "fuse"]
 
-MOST_NUMBERS = 1 << 14
-"""Largest size of x, rows times channels, for which a fused step is faster than torch's operations: x then
-stays in the nearest caches while the weights are read once. For larger ones torch's matrix products are
-faster, which block both operands.
+MOST_NUMBERS = 1 << 16
+"""Largest size of x, rows times channels, for which a fused step is faster than torch's operations. For
+larger ones torch's matrix products are faster, which block both operands; in a fused step the rows of x
+come from a farther cache for every four outputs.
 
-Time on one thread of a Xeon relative to torch's: 0.12 (width 128, 3 layers) to 0.78 (width 1024, 8 layers,
-whose weights come from memory) for one row; 0.88 at this bound (16 rows of width 1024)."""
+Time on one thread of an AMD EPYC relative to torch's, for six layers of width 512: 0.31 with 8 rows, 0.71
+with 64, 0.81 at this bound, 128; for four layers of width 1024: 0.83 at this bound, 1.05 with four times
+the rows."""
 
 _ACTIVATIONS = {"gelu": 0, "relu": 1, "silu": 2, "swiglu": 3}  # as in decode.h
 _NORMS = {nn.Identity: 0, nn.LayerNorm: 1, nn.RMSNorm: 2}
