@@ -160,7 +160,7 @@ STATEMENTS: dict[str, list[Statement]] = {
     "docs/models-and-decoding.md": [
         ("decay starts near {0.73} instead of {0.5}", lambda: (sigmoid(1), sigmoid(0))),
         ("(signed: {0.46} instead of 0)", lambda: 2 * sigmoid(1) - 1),
-        ("this takes {0.08} to {0.36} of the time of torch's", lambda: ends(model_steps(128, 192))),
+        ("this takes {0.08} to {0.25} of the time of torch's", lambda: ends(model_steps(128, 192))),
     ],
     "docs/export.md": [("is a file of {29} kB: {25} kB of weights, and {19} nodes", exported_layer)],
     "docs/numerics.md": [
