@@ -337,6 +337,15 @@ def model_steps(*widths: int) -> list[float]:
     return [1 / one["systems"]["torch"]["times_ours"] for one in cases]
 
 
+def shortest_steps(width: int) -> set[str]:
+    """Return the systems whose step of a model of this width is the shortest, for some number of rows."""
+    cases = [one for one in bench("exported-step")["results"] if one["shape"]["D"] == width]
+    return {
+        min(one["systems"], key=lambda name: one["systems"][name]["seconds"]["step"]["median"])
+        for one in cases
+    }
+
+
 def token_shares(batch: int) -> list[float]:
     """Return the time of minGRU's token over that of GRU's and Mamba's, each a mean over the contexts."""
     others = ("gru", "mamba")

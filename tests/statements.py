@@ -65,6 +65,7 @@ from measurements import (
     scores,
     short_loss,
     short_recipe,
+    shortest_steps,
     sigmoid,
     signed_runs,
     slowdowns,
@@ -103,6 +104,10 @@ STATEMENTS: dict[str, list[Statement]] = {
         (
             "two runs at a time on",
             lambda: len({placed(run) for mixer in QUALITY for run in short_recipe(mixer)}) == 1,
+        ),
+        (
+            "In the small model a Decoder's step is the shortest, in the large one ExecuTorch's.",
+            lambda: [shortest_steps(width) for width in (192, 512)] == [{"minrnn"}, {"executorch"}],
         ),
         (
             "medians, all systems in turns within one run",
