@@ -23,7 +23,7 @@ RESET = Path("/proc/self/clear_refs")
 SHARE = 1 / 3
 """Of its time limit, a test should take no more: a busy machine is three times as slow."""
 KEPT = 64
-"""MiB that a process may come to hold before what is freed is returned: returning it takes some 50 ms."""
+"""MiB that a process may come to hold in addition before what is freed is returned, which takes a while."""
 
 
 class Cost(NamedTuple):

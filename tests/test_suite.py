@@ -161,6 +161,11 @@ def test_what_is_imported_meanwhile_is_no_difference(monkeypatch: pytest.MonkeyP
     assert "the module minrnn.ops" in differences(before, shared_state())
 
 
+def listed_peaks(said: str) -> dict[str, int]:
+    """Return the MiB of each test that a run with MINRNN_COSTS lists."""
+    return {name: int(peak) for peak, name in re.findall(r"^ *\d+ MiB of +(\d+) +(\S+)", said, re.MULTILINE)}
+
+
 HEAVY = """
 def test_light(): pass
 def test_heavy(): assert len(b"1" * (256 << 20))
@@ -172,7 +177,7 @@ def test_lighter(): assert len(b"1" * (1 << 20))
 def test_memory_is_bounded_and_named(tmp_path: Path) -> None:
     files = {"test_heavy.py": HEAVY}
     free = run(tmp_path, "-q", files=files, MINRNN_COSTS="14")
-    peaks = {name: int(peak) for peak, name in re.findall(r"^ *\d+ MiB of +(\d+) +(\S+)", free, re.MULTILINE)}
+    peaks = listed_peaks(free)
     assert len(peaks) == 14
     bound = min(peaks.values()) + 128
     heavy = "test_heavy.py::test_heavy"
@@ -195,7 +200,7 @@ def test_scattered():
 @pytest.mark.parametrize("order", ["1", "2"])
 def test_what_is_freed_is_no_cost_of_later_tests(tmp_path: Path, order: str) -> None:
     said = run(tmp_path, "-q", files={"test_scattered.py": SCATTERED}, MINRNN_COSTS="12", MINRNN_ORDER=order)
-    peaks = {name: int(peak) for peak, name in re.findall(r"^ *\d+ MiB of +(\d+) +(\S+)", said, re.MULTILINE)}
+    peaks = listed_peaks(said)
     assert len(peaks) == 12
     heavy = peaks.pop("test_scattered.py::test_scattered")
     assert max(peaks.values()) < heavy - 128
