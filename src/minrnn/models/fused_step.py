@@ -31,15 +31,6 @@ from minrnn.ops.registry import forced, load
 
 __all__ = ["FusedStep", "NotFusableError", "fuse"]
 
-MOST_NUMBERS = 1 << 16
-"""Largest size of x, rows times channels, for which a fused step is faster than torch's operations. For
-larger ones torch's matrix products are faster, which block both operands; in a fused step the rows of x
-come from a farther cache for every four outputs.
-
-Time on one thread of an AMD EPYC relative to torch's, for six layers of width 512: 0.31 with 8 rows, 0.71
-with 64, 0.81 at this bound, 128; for four layers of width 1024: 0.83 at this bound, 1.05 with four times
-the rows."""
-
 _ACTIVATIONS = {"gelu": 0, "relu": 1, "silu": 2, "swiglu": 3}  # as in decode.h
 _NORMS = {nn.Identity: 0, nn.LayerNorm: 1, nn.RMSNorm: 2}
 _PLAIN = (Tensor, nn.Parameter)
@@ -69,6 +60,22 @@ class _StateForm(NamedTuple):
     """Whether the block has a second branch, which has no state."""
 
 
+def most_numbers(isa: str) -> int:
+    """Return the largest size of x, rows times channels, for which a fused step is faster than torch's.
+
+    For larger ones torch's matrix products are faster, which block both operands; in a fused step the rows of
+    x come from a farther cache for every four outputs.
+
+    Time on one thread of an AMD EPYC relative to torch's, with AVX-512, for six layers of width 512: 0.31
+    with 8 rows, 0.71 with 64, 0.81 at this bound, 128; for four layers of width 1024: 0.83 there, 1.05 with
+    with four times the rows. With AVX2: 0.77 to 0.88 at its bound, 1.16 to 1.34 at four times that.
+
+    Args:
+        isa: the engine's instruction set.
+    """
+    return 1 << (16 if isa.startswith("avx512") else 14)
+
+
 class FusedStep:
     """The fused step of one model, which reads the model's tensors in place.
 
@@ -85,6 +92,7 @@ class FusedStep:
     def __init__(
         self,
         step: Any,
+        isa: str,
         width: int,
         num_outputs: int,
         forms: Sequence[_StateForm],
@@ -92,7 +100,7 @@ class FusedStep:
         read: Callable[[Any], Inputs | None],
         finish: Callable[[Tensor], Tensor],
     ) -> None:
-        self.most_rows = MOST_NUMBERS // width
+        self.most_rows = most_numbers(isa) // width
         self._step, self._width, self._num_outputs, self._forms = step, width, num_outputs, forms
         self._read, self._finish = read, finish
         self._like = torch.empty(0)
@@ -243,6 +251,7 @@ class _Translation:
 
     def __init__(self, model: nn.Module, width: int, engine: ModuleType) -> None:
         self.width, self.step = width, engine.compiled.decode.FusedStep(width)
+        self.isa = engine.ISA
         self._model, self._engine = model, engine
         self._tensors: list[Tensor] = []
         self._check_plain("the model", model)
@@ -259,7 +268,7 @@ class _Translation:
         assert output[0] is not None
         num_outputs = len(output[0])
         self.step.output(self.norm("norm"), num_outputs, output)
-        return FusedStep(self.step, self.width, num_outputs, forms, self._tensors, read, finish)
+        return FusedStep(self.step, self.isa, self.width, num_outputs, forms, self._tensors, read, finish)
 
     def module(self, path: str, *kinds: type) -> Any:
         """Return a module of one of these classes whose call is the unmodified forward of its class."""
