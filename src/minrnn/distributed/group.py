@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import inspect
 import json
@@ -9,12 +10,12 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from minrnn.distributed.failures import Failures, Reported
@@ -42,6 +43,20 @@ class RankGroup(Ranks):
 
     failures: Failures | None = None
     """The failures of the ranks, in the store that they share."""
+    meshes: list[DeviceMesh] = field(default_factory=list)
+    """Those that this rank's models are distributed on."""
+
+    def leave(self) -> None:
+        """Free the process group and its threads, when all ranks have called this.
+
+        A thread of gloo that still frees a tensor when the interpreter ends aborts the process (pytorch issue
+        190489).
+        """
+        self.highest([0])  # together: if one ends before another has, torchrun ends that
+        distributed.destroy_process_group()
+        for mesh in self.meshes:  # caches of torch hold meshes for good, and these the group
+            vars(mesh).get("_pg_registry", {}).clear()
+        gc.collect()  # so does a model in a cycle
 
     def threads(self, wanted: int) -> int:
         """Return this rank's share of the machine's threads, at least one.
@@ -124,10 +139,11 @@ class RankGroup(Ranks):
     def distribute(self, model: nn.Module, device: torch.device) -> nn.Module:
         if self.sequence_ranks > 1:
             shape = (self.row_groups, self.sequence_ranks)
-            mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "sequence"))
-            sequence_parallel(model, mesh["sequence"])
+            self.meshes.append(init_device_mesh(device.type, shape, mesh_dim_names=("data", "sequence")))
+            sequence_parallel(model, self.meshes[-1]["sequence"])
         if self.shards_weights:
-            shard_weights(model, init_device_mesh(device.type, (self.size,)))
+            self.meshes.append(init_device_mesh(device.type, (self.size,)))
+            shard_weights(model, self.meshes[-1])
         else:
             model.to(device)
         called = LossOf(model) if self.sequence_ranks > 1 else model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -111,6 +112,9 @@ def join(
     kind = ranks.device(device)
     if kind.startswith("cuda"):
         torch.cuda.set_device(kind)
+    # Before there is a group: this module's functions hold the one of its import as a default, for good, and
+    # torch imports it with the first DistributedDataParallel.
+    importlib.import_module("torch.distributed.nn.functional")
     with failures.explained(timeout):
         distributed.init_process_group(
             _backend(kind),
@@ -122,8 +126,7 @@ def join(
         # One that ended while others still connect to it would fail them, and whatever they report.
         failures.meet(limit)
         yield ranks
-        ranks.highest([0])  # leave together: if one ends before another has, torchrun ends that
-        distributed.destroy_process_group()
+        ranks.leave()
 
 
 def _backend(device: str) -> str:
