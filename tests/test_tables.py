@@ -304,15 +304,28 @@ def test_our_best_run_beside_nanogpts() -> None:
         val_loss=1.44,
         test={"val_loss_windowed": 1.33333, "val_loss": 1.3},
     )
-    (table,) = tables_of("shakespeare-best", [run])
+    whole = record(
+        {"mixer": "mingru", "trained_on": "nine tenths", "seed": 0},
+        **{name: value for name, value in run["result"].items() if name != "test"},
+    )
+    (table,) = tables_of("shakespeare-best", [run, whole])
     assert list(table.head) == [
-        *("model", "parameters", "tokens", "seeds", "best of 20: windows", "best of 20: carried"),
+        *(
+            "model",
+            "trained on",
+            "parameters",
+            "tokens",
+            "seeds",
+            "best of 20: windows",
+            "best of 20: carried",
+        ),
         *("last step: windows", "last step: carried", "held out: windows", "held out: carried", "minutes"),
     ]
     losses = ["1.4321", "1.4101", "1.4500", "1.4400", "1.3333", "1.3000"]
     assert rows_of(table) == [
-        ["mingru", "1,234,567", "2.5 M", "1", *losses, "1.5"],
-        ["nanoGPT (as published)", "10.65 M", "82 M", "", "1.4697", *[""] * 6],
+        ["mingru", "eight tenths", "1,234,567", "2.5 M", "1", *losses, "1.5"],
+        ["mingru", "nine tenths", "1,234,567", "2.5 M", "1", *losses[:4], "", "", "1.5"],
+        ["nanoGPT (as published)", "nine tenths", "10.65 M", "82 M", "", "1.4697", *[""] * 6],
     ]
 
 
