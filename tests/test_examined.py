@@ -135,6 +135,12 @@ def test_weights_are_chosen_on_validation_data(name: str, scale: Any) -> None:
             assert task["part"] == "validation"
 
 
+def test_a_recipe_that_holds_nothing_out_is_not_examined() -> None:
+    experiment = EXPERIMENTS["shakespeare-best"].load()
+    assert isinstance(experiment, TrainedExperiment)
+    assert experiment.examine(MODEL, config_of("shakespeare-best"), experiment.sizes["cpu"]) == {}
+
+
 def test_copying_is_reported_on_test_sequences_of_three_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     config, spy = config_of("selective-copying"), Spy(monkeypatch, selective_copying, "SelectiveCopyingTask")
     experiment = selective_copying.EXPERIMENT
@@ -185,8 +191,11 @@ def test_listops_is_reported_on_test_expressions(monkeypatch: pytest.MonkeyPatch
 def test_texts_are_reported_on_their_part(
     name: str, changed: dict[str, Any], window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    length = {"window": 1024} if name == "shakespeare-cpu" else {}  # longer than what is published beside it
-    config = config_of(name).override(task=length)
+    task: dict[str, dict[str, Any]] = {
+        "shakespeare-cpu": {"window": 1024},  # longer than what is published beside it
+        "shakespeare-best": {"held_out": 1 / 9, "held_out_for": "test"},  # as that of its first trial
+    }
+    config = config_of(name).override(task=task.get(name, {}))
     experiment = EXPERIMENTS[name].load()
     assert isinstance(experiment, TrainedExperiment)
     spy = Spy(monkeypatch, sys.modules[type(experiment).__module__], "TextTask")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -398,6 +399,22 @@ def test_none_has_joined_before_all_have(ranks_of: Pool) -> None:
         first.meet(timedelta(milliseconds=100))
     last.meet(timedelta(milliseconds=100))
     assert ranks_of.run(2, number_joined) == [2, 2]
+
+
+def test_functions_of_torch_do_not_hold_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of torch has the group of its import as a default: it is imported before there is one."""
+    name, seen = "torch.distributed.nn.functional", []
+    monkeypatch.delitem(sys.modules, name, raising=False)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        seen.append(sys.modules[name])
+        raise ValueError("no group")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
+    store = torch.distributed.HashStore()
+    with pytest.raises(ValueError, match="no group"), join("cpu", 1, Launch(0, 2, 0, 2), store):
+        pass
+    assert seen[0].broadcast.__defaults__ == (None,)
 
 
 class Silent:
