@@ -298,7 +298,7 @@ def test_our_best_run_beside_nanogpts() -> None:
         {"mixer": "mingru", "seed": 0},
         parameters=1_234_567,
         tokens=2_457_600,
-        seconds=90.0,
+        curve=[[10, 20.0, 3.0], [20, 50.0, 2.0], [30, 65.0, 1.5]],
         best={"val_loss_windowed": 1.43214, "val_loss": 1.41005},
         val_loss_windowed=1.45,
         val_loss=1.44,
@@ -309,22 +309,15 @@ def test_our_best_run_beside_nanogpts() -> None:
         **{name: value for name, value in run["result"].items() if name != "test"},
     )
     (table,) = tables_of("shakespeare-best", [run, whole])
-    assert list(table.head) == [
-        *(
-            "model",
-            "trained on",
-            "parameters",
-            "tokens",
-            "seeds",
-            "best of 20: windows",
-            "best of 20: carried",
-        ),
-        *("last step: windows", "last step: carried", "held out: windows", "held out: carried", "minutes"),
-    ]
+    columns = (
+        f"{what}: {how}" for what in ("best of 20", "last step", "held out") for how in ("windows", "carried")
+    )
+    head = ["model", "trained on", "parameters", "tokens", "seeds", *columns, "seconds a step"]
+    assert list(table.head) == head
     losses = ["1.4321", "1.4101", "1.4500", "1.4400", "1.3333", "1.3000"]
     assert rows_of(table) == [
-        ["mingru", "eight tenths", "1,234,567", "2.5 M", "1", *losses, "1.5"],
-        ["mingru", "nine tenths", "1,234,567", "2.5 M", "1", *losses[:4], "", "", "1.5"],
+        ["mingru", "eight tenths", "1,234,567", "2.5 M", "1", *losses, "2.00"],
+        ["mingru", "nine tenths", "1,234,567", "2.5 M", "1", *losses[:4], "", "", "2.00"],
         ["nanoGPT (as published)", "nine tenths", "10.65 M", "82 M", "", "1.4697", *[""] * 6],
     ]
 
