@@ -160,6 +160,28 @@ def slower(mixer: str) -> float:
     return mean(theirs) / mean(ours)
 
 
+def best_run(mixer: str, trained_on: str | None = None) -> dict[str, Any]:
+    """Return the record of the experiment `shakespeare-best`, trained on eight tenths or on another part."""
+    settings = {"mixer": mixer, "trained_on": trained_on}
+    (found,) = (
+        run
+        for run in records("shakespeare-best")
+        if all(run["setting"].get(name) == value for name, value in settings.items())
+    )
+    return found
+
+
+def best_loss(mixer: str, trained_on: str | None, *part: str, reads: str = "val_loss_windowed") -> float:
+    """Return a loss of that run: of the last weights, or of the best ones on the part "best" or "test"."""
+    return bests([best_run(mixer, trained_on)], *part, reads)[0]
+
+
+def best_reached(mixer: str, goal: float) -> float:
+    """Return the share of its steps after which that run, on eight tenths, has a loss in windows."""
+    curve = points(best_run(mixer), "val_loss_windowed")
+    return next(step for step, loss in curve if loss <= goal) / curve[-1][0]
+
+
 def timed(experiment: str, system: str, figure: str, **setting: Any) -> list[float]:
     """Return the median seconds of a phase, or another figure of a system, by the records' sizes."""
     every = sorted(runs(experiment, **setting), key=lambda run: list(run["setting"].values()))

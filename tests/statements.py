@@ -23,6 +23,9 @@ from measurements import (
     Values,
     action,
     average,
+    best_loss,
+    best_reached,
+    best_run,
     carried_mb,
     carrying,
     case,
@@ -81,6 +84,7 @@ from measurements import (
 )
 
 from minrnn.experiments.scores import HIGHEST, MEAN
+from minrnn.experiments.shakespeare import NINE_TENTHS, seconds_a_step
 from minrnn.ops import chunks, cpu, memory, projected
 from minrnn.training import load_recipe, recipe_names
 
@@ -363,6 +367,56 @@ STATEMENTS: dict[str, list[Statement]] = {
         (
             "Two trials ran at a time, each on one core.",
             lambda: {run["machine"]["threads"] for run in records("shakespeare")} == {1},
+        ),
+    ],
+    "src/minrnn/recipes/shakespeare-best.toml": [
+        ("{66} minutes on one core", lambda: minutes([best_run("mingru", NINE_TENTHS)])),
+        ("{1.449} nats a character", lambda: best_loss("mingru", NINE_TENTHS, "best")),
+    ],
+    "results/shakespeare-best-cpu/reading.md": [
+        (
+            "{2.9} million parameters and {16.6} million characters",
+            lambda: [
+                best_run("mingru", NINE_TENTHS)["result"][name] / 1e6 for name in ("parameters", "tokens")
+            ],
+        ),
+        ("end at {1.451} nats in windows", lambda: best_loss("mingru", NINE_TENTHS)),
+        (
+            "{0.019} below nanoGPT's published loss",
+            lambda: 1.4697 - best_loss("mingru", NINE_TENTHS),
+        ),
+        ("how nanoGPT's is chosen, is {1.449}.", lambda: best_loss("mingru", NINE_TENTHS, "best")),
+        (
+            "With the state carried it is {1.437} and {1.434}",
+            lambda: [best_loss("mingru", NINE_TENTHS, *part, reads="val_loss") for part in ((), ("best",))],
+        ),
+        (
+            "{0.031} nats ahead in windows on the last tenth, {0.026} at the last step, and {0.009} on",
+            lambda: [
+                best_loss("transformer", None, *part) - best_loss("mingru", None, *part)
+                for part in (("best",), (), ("test",))
+            ],
+        ),
+        ("That is {one} run of each", lambda: len(records("shakespeare-best")) / 3),
+        (
+            "seeds of the smaller minGRU of `shakespeare` are up to {0.035} apart on its test part",
+            lambda: spread("mingru"),
+        ),
+        (
+            "the Transformer's lowest loss on the last tenth after {50} % of the steps",
+            lambda: 100 * best_reached("mingru", best_loss("transformer", None, "best")),
+        ),
+        (
+            "at {1.43} seconds a step against {1.36}",
+            lambda: [seconds_a_step(best_run(mixer)) for mixer in ("mingru", "transformer")],
+        ),
+        (
+            "and is at its own after {65} %",
+            lambda: 100 * best_reached("mingru", best_loss("mingru", None, "best")),
+        ),
+        (
+            "The ninth tenth is worth {0.24} nats on the last",
+            lambda: best_loss("mingru", None, "best") - best_loss("mingru", NINE_TENTHS, "best"),
         ),
     ],
     "results/stability-cpu/reading.md": [
@@ -680,11 +734,25 @@ DEFINITIONS: dict[str, list[tuple[str, str]]] = {
     "results/locomotion-cpu/reading.md": [
         ("that of the best tenth", "a part of the data"),
     ],
-    "src/minrnn/recipes/shakespeare-best.toml": [
-        (
-            "nanoGPT's published 1.4697 in windows of 256, with 10.65 M parameters",
-            "published: nanoGPT's README",
+    "results/shakespeare-best-cpu/reading.md": [
+        *(
+            (part, "parts of the text")
+            for part in (
+                "with nine tenths to train on",
+                "both on eight tenths",
+                "in windows on the last tenth",
+                "on the ninth tenth, by which",
+                "lowest loss on the last tenth",
+                "The ninth tenth is",
+            )
         ),
+        (
+            "56 % of the speeches are of its speakers, and 0.4 % of those of the first eight",
+            "counted in the text: lines that end in a colon, by the tenth of the characters that they are in",
+        ),
+    ],
+    "src/minrnn/recipes/shakespeare-best.toml": [
+        ("nanoGPT's published 1.4697, with 10.65 M parameters", "published: nanoGPT's README"),
     ],
     "src/minrnn/recipes/shakespeare.toml": [
         ("the paper reports 1.548", "published: the paper's section 4.2"),

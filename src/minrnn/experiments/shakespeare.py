@@ -279,7 +279,7 @@ class ShakespeareBest(RecipeRuns):
                     for path in BEST_COLUMNS.values()
                     for metric in ("val_loss_windowed", "val_loss")
                 ),
-                spread([_seconds_a_step(run) for run in runs], 2),
+                spread([seconds_a_step(run) for run in runs], 2),
             ]
             for (mixer, trained_on), runs in by_kind(records, "mixer", "trained_on").items()
         ]
@@ -290,7 +290,7 @@ class ShakespeareBest(RecipeRuns):
         return [Table("One run of each", head, rows)]
 
 
-def _seconds_a_step(run: Record) -> float:
+def seconds_a_step(run: Record) -> float:
     """Return the median along the learning curve, which work beside the run changes little."""
     curve = [(0, 0.0, None), *run["result"]["curve"]]
     return median((until - since) / (last - first) for (first, since, _), (last, until, _) in pairwise(curve))
