@@ -162,12 +162,7 @@ def slower(mixer: str) -> float:
 
 def best_run(mixer: str, trained_on: str | None = None) -> dict[str, Any]:
     """Return the record of the experiment `shakespeare-best`, trained on eight tenths or on another part."""
-    settings = {"mixer": mixer, "trained_on": trained_on}
-    (found,) = (
-        run
-        for run in records("shakespeare-best")
-        if all(run["setting"].get(name) == value for name, value in settings.items())
-    )
+    (found,) = by_kind(records("shakespeare-best"), "mixer", "trained_on")[mixer, trained_on]
     return found
 
 
